@@ -1,0 +1,97 @@
+"""Run one function on several gloo ranks of this machine and collect what each returned.
+
+Used by the tests and by command-line checks that need a few ranks for a moment. Training is
+launched with torchrun instead.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankFailure(RuntimeError):
+    """A spawned rank raised or died; carries the first failing rank's own traceback."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Call ``function(rank, *args)`` on ``world_size`` fresh processes joined by a gloo group.
+
+    ``function`` must live at module level (it is pickled by name) and what it returns must be
+    picklable. Returns the results in rank order.
+
+    Raises:
+        RankFailure: a rank raised, died or did not return within ``timeout_s`` seconds. All ranks
+            are ended before this is raised.
+    """
+    context = mp.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    ranks = [
+        context.Process(target=_rank_main, args=(function, rank, world_size, port, timeout_s, pipes[rank][1], args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for _, sender in pipes:
+        sender.close()
+    try:
+        return _collect([receiver for receiver, _ in pipes], timeout_s)
+    finally:
+        for process in ranks:
+            process.join(timeout=2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(receivers: list, timeout_s: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    results: dict[int, Any] = {}
+    while len(results) < len(receivers):
+        pending = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailure(f"ranks {sorted(pending.values())} did not finish within {timeout_s:.0f} s")
+        for receiver in ready:
+            rank = pending[receiver]
+            try:
+                succeeded, value = receiver.recv()
+            except EOFError:
+                raise RankFailure(f"rank {rank} died without a word (killed?)") from None
+            if not succeeded:
+                raise RankFailure(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def _rank_main(function, rank, world_size, port, timeout_s, sender, args) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        value = function(rank, *args)
+        dist.barrier()
+        sender.send((True, value))
+        dist.destroy_process_group()
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        raise SystemExit(1) from None
