@@ -1,0 +1,267 @@
+"""What a run records, and the three places it is kept: metrics.jsonl, TensorBoard, summary.json.
+
+Losses are mean response-token cross-entropies in nats. A *class* is a kind of data ("text"), a
+*specialist* is a model ("text" as well, often), a *model* is "fused" or a specialist on its own.
+Steps count from 1 through both stages, so that the last step of stage 1 is N1 and stage 2 goes on
+from N1 + 1; step 0 is the state before training.
+
+Not here: computing any of these numbers (training) and showing them (console, tables, plots).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ultrafuser_mega.errors import InputError
+
+FUSED = "fused"
+MEAN = "mean"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+TENSORBOARD_FOLDER = "tensorboard"
+
+GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> average weight over response tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step over one global batch."""
+
+    stage: int  # 1: gate only, 2: everything
+    step: int  # from 1, through both stages
+    loss: float  # nats, over the response tokens of the global batch
+    class_loss: Mapping[str, float]  # class -> nats
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # response tokens in the global batch
+    tokens_per_s: float
+    gate: GateWeights
+    seconds: float  # wall time of this step
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One pass over the held-out data. ``loss`` may leave out the specialists (they need no re-evaluation)."""
+
+    stage: int
+    step: int
+    loss: Mapping[str, Mapping[str, float]]  # class -> model -> nats
+    gate: GateWeights
+
+    def __post_init__(self) -> None:
+        if MEAN in self.loss:
+            raise InputError(f'class name "{MEAN}" is taken by the mean over classes; name the class otherwise')
+        if any(FUSED in weights for weights in self.gate.values()):
+            raise InputError(f'specialist name "{FUSED}" is taken by the fused model; name the specialist otherwise')
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.loss)
+
+    @property
+    def models(self) -> list[str]:
+        """Every model with a loss on some class: "fused" first, the rest as they first appear."""
+        names = dict.fromkeys(name for losses in self.loss.values() for name in losses)
+        return sorted(names, key=lambda name: name != FUSED)
+
+    @property
+    def specialists(self) -> list[str]:
+        """Every specialist with a gate weight on some class."""
+        return list(dict.fromkeys(name for weights in self.gate.values() for name in weights))
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Model -> unweighted mean over the classes, for the models that were evaluated on all of them."""
+        everywhere = [model for model in self.models if all(model in losses for losses in self.loss.values())]
+        return {
+            model: math.fsum(losses[model] for losses in self.loss.values()) / len(self.loss) for model in everywhere
+        }
+
+
+Record = StepRecord | EvalRecord
+_KINDS: dict[str, type[StepRecord] | type[EvalRecord]] = {"step": StepRecord, "eval": EvalRecord}
+
+
+class MetricsWriter:
+    """Appends records to ``run_dir/metrics.jsonl`` and to TensorBoard event files in ``run_dir/tensorboard``.
+
+    metrics.jsonl holds one JSON object per line, each written at once, so that it can be followed
+    while the run goes on. A number that is not finite is written as ``null``.
+
+    Args:
+        run_dir: made if missing.
+        resume_step: the step whose checkpoint the run goes on from: records up to and including it
+            are kept, later ones (of the run that was cut off) are dropped. None is a fresh run: it
+            replaces the records of an earlier run in the same folder.
+
+    Raises:
+        InputError: a line of an existing metrics.jsonl is damaged (a last line that was cut off is not
+            damage: it is dropped).
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        kept = [] if resume_step is None else [line for line, data in _lines(path) if data["step"] <= resume_step]
+        _write_atomically(path, "".join(kept))
+        self._lines = path.open("a", buffering=1, encoding="utf-8")
+        # TensorBoard hides the events of earlier files from purge_step on.
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=purge_step, flush_secs=10)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._tensorboard.close()
+
+    def write_step(self, record: StepRecord) -> None:
+        """Scalars: loss/train, loss/train/<class>, gate/<class>/<specialist>, lr, grad_norm, tokens_per_s."""
+        self._append("step", record)
+        scalars = {"loss/train": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
+        scalars["tokens_per_s"] = record.tokens_per_s
+        scalars |= {f"loss/train/{name}": value for name, value in record.class_loss.items()}
+        scalars |= _flat("gate", record.gate)
+        self._scalars(scalars, record.step)
+
+    def write_eval(self, record: EvalRecord) -> None:
+        """Scalars: loss/eval/<class>/<model>, loss/eval/mean/<model>, gate_eval/<class>/<specialist>."""
+        self._append("eval", record)
+        losses = {**record.loss, MEAN: record.mean}
+        self._scalars(_flat("loss/eval", losses) | _flat("gate_eval", record.gate), record.step)
+
+    def _append(self, kind: str, record: Record) -> None:
+        self._lines.write(_json({"kind": kind, **asdict(record)}) + "\n")
+
+    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        for tag, value in scalars.items():
+            self._tensorboard.add_scalar(tag, float(value), step)
+
+
+def read_metrics(run_dir: str | Path) -> tuple[list[StepRecord], list[EvalRecord]]:
+    """Every record of ``run_dir/metrics.jsonl`` in the order written; ``null`` comes back as nan.
+
+    Raises:
+        InputError: the file is missing or one of its lines is damaged.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the folder of a run that has trained")
+    steps: list[StepRecord] = []
+    evals: list[EvalRecord] = []
+    for number, (_, data) in enumerate(_lines(path), start=1):
+        fields = {name: value for name, value in data.items() if name != "kind"}
+        try:
+            record = _KINDS[data["kind"]](**_nan_for_null(fields))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} line {number}: not a record of this program ({error})") from None
+        if isinstance(record, StepRecord):
+            steps.append(record)
+        else:
+            evals.append(record)
+    return steps, evals
+
+
+def build_summary(
+    final: EvalRecord,
+    *,
+    tokens_per_s: float,
+    steps: int,
+    layout: str,
+    device: str,
+    wall_s: float,
+    after_stage1: EvalRecord | None = None,
+) -> dict[str, Any]:
+    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>, gate.<class>.<specialist>,
+    train.tokens_per_s, steps, layout, device, wall_s; ``after_stage1`` holds an eval and a gate of its own."""
+    summary = {
+        **_eval_summary(final),
+        "train": {"tokens_per_s": tokens_per_s},
+        "steps": steps,
+        "layout": layout,
+        "device": device,
+        "wall_s": wall_s,
+    }
+    if after_stage1 is not None:
+        summary["after_stage1"] = _eval_summary(after_stage1)
+    return summary
+
+
+def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Write ``run_dir/summary.json`` so that a reader finds the old file or the new one, never half of one."""
+    path = Path(run_dir) / SUMMARY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, _json(summary, indent=2) + "\n")
+    return path
+
+
+def _eval_summary(record: EvalRecord) -> dict[str, Any]:
+    losses = {name: dict(models) for name, models in record.loss.items()}
+    gate = {name: dict(weights) for name, weights in record.gate.items()}
+    return {"eval": {**losses, MEAN: record.mean}, "gate": gate}
+
+
+def _flat(prefix: str, nested: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{prefix}/{outer}/{inner}": value for outer, row in nested.items() for inner, value in row.items()}
+
+
+def _json(data: object, indent: int | None = None) -> str:
+    return json.dumps(_plain(data), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON knows: numpy and torch scalars become Python numbers, non-finite ones None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _nan_for_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_for_null(item) for key, item in value.items()}
+    return math.nan if value is None else value
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line of a metrics file with its parsed object; a last line without a newline was cut off."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                data = json.loads(line)
+            except json.JSONDecodeError:
+                data = None
+            if not isinstance(data, dict) or not isinstance(data.get("step"), int):
+                raise InputError(f"{path} line {number}: damaged ({line[:60].rstrip()!r}); remove that line")
+            yield line, data
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -1,0 +1,180 @@
+"""Rows out of JSON and JSONL files, one at a time, with the place of each.
+
+Memory does not grow with the file: JSONL is read by the line, and a JSON array through a sliding
+window in which ``json.JSONDecoder.raw_decode`` reads one element after the other. Which of the two a
+file is, its first character says (``[`` opens an array), so a wrong extension does no harm.
+
+What cannot be decoded is named, never passed over. A JSONL line that is not JSON is a row with a
+``problem``, since the next line starts afresh. A syntax error inside an array leaves no way to tell
+where the next element starts, so it ends the reading with an InputError whatever the caller prefers.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrafuser_mega.errors import InputError
+
+WINDOW_BYTES = 1 << 20
+LARGEST_ROW = 1 << 26  # characters of one array element, bytes of one line
+_LONGEST_TOKEN = 16  # no JSON token but a string is longer than this when cut by the window's end: "-Infinity", "\\uXXXX"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One element of an array or one non-blank line.
+
+    ``number`` counts rows from 1; ``line`` is the line (from 1) on which the row starts; ``end_byte``
+    is how much of the file has been read, for a progress bar. ``problem`` is None or why the row
+    could not be decoded, in which case ``value`` is None.
+    """
+
+    number: int
+    line: int
+    end_byte: int
+    value: Any
+    problem: str | None = None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Every row of a JSON array or JSONL file, in order; blank lines are no rows.
+
+    Raises InputError for a missing or unreadable file, for an array with a syntax error (with the row
+    and the line), and for a row longer than 64 MiB.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return _array_rows(path) if start.startswith(b"[") else _line_rows(path)
+
+
+def _line_rows(path: Path) -> Iterator[Row]:
+    number = line = read = 0
+    with path.open("rb") as file:
+        while raw := file.readline(LARGEST_ROW + 1):
+            line += 1
+            read += len(raw)
+            if len(raw) > LARGEST_ROW:
+                raise InputError(f"{path}:{line}: the line is longer than {LARGEST_ROW >> 20} MiB; is this JSONL?")
+            if line == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw.strip():
+                continue
+            number += 1
+            value, problem = None, None
+            try:
+                value = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8 at byte {error.start + 1} of the line"
+            except json.JSONDecodeError as error:
+                problem = f"bad JSON at column {error.colno}: {error.msg}"
+            except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+                problem = f"bad JSON: {error}"
+            yield Row(number, line, read, value, problem)
+
+
+def _array_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        window = _Window(path, file)
+        window.take("[")
+        number = 0
+        if window.next_character() == "]":
+            window.take("]")
+        else:
+            while True:
+                number += 1
+                window.next_character()
+                line = window.line
+                value = window.decode_element(number)
+                yield Row(number, line, window.bytes_read, value)
+                if window.next_character() == "]":
+                    window.take("]")
+                    break
+                window.take(",")
+        if rest := window.next_character():
+            raise InputError(f"{path}:{window.line}: {rest!r} after the end of the array; expected the end of the file")
+
+
+class _Window:
+    """The part of a text file between what has been consumed and what has been read."""
+
+    def __init__(self, path: Path, file) -> None:
+        self.path = path
+        self.file = file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.json = json.JSONDecoder()
+        self.text = ""
+        self.position = 0
+        self.line = 1
+        self.bytes_read = 0
+        self.at_end = False
+
+    def fill(self) -> None:
+        """Drop what was consumed and read on; doubling keeps the cost of one long element linear."""
+        self.text = self.text[self.position :]
+        self.position = 0
+        chunk = self.file.read(max(WINDOW_BYTES, len(self.text)))
+        self.bytes_read += len(chunk)
+        self.at_end = not chunk
+        try:
+            self.text += self.decoder.decode(chunk, final=self.at_end)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n") + error.object[: error.start].count(b"\n")
+            raise InputError(f"{self.path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+
+    def advance(self, position: int) -> None:
+        self.line += self.text.count("\n", self.position, position)
+        self.position = position
+
+    def next_character(self) -> str:
+        """Skip white space; the character after it stays unread. Empty at the end of the file."""
+        while True:
+            position = self.position
+            while position < len(self.text) and self.text[position] in " \t\r\n":
+                position += 1
+            self.advance(position)
+            if position < len(self.text):
+                return self.text[position]
+            if self.at_end:
+                return ""
+            self.fill()
+
+    def take(self, expected: str) -> None:
+        found = self.next_character()
+        if found != expected:
+            what = f"{found!r}" if found else "the end of the file"
+            wanted = "',' or ']' after an element" if expected == "," else f"{expected!r}"
+            raise InputError(f"{self.path}:{self.line}: expected {wanted}, found {what}; the rest cannot be read")
+        self.advance(self.position + 1)
+
+    def decode_element(self, number: int) -> Any:
+        """The JSON value at the window's start, reading on as long as it may only be cut off."""
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.text, self.position)
+                if end < len(self.text) or self.at_end:  # a number at the very end of the window may go on
+                    self.advance(end)
+                    return value
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or not self.text[error.pos + _LONGEST_TOKEN :].strip()
+                if self.at_end or not cut_off:
+                    line = self.line + self.text.count("\n", self.position, error.pos)
+                    raise InputError(
+                        f"{self.path}:{line}: row {number}: bad JSON: {error.msg}; "
+                        "what follows in the array cannot be read: mend the file, or write it as JSONL"
+                    ) from None
+            except (RecursionError, ValueError) as error:
+                raise InputError(f"{self.path}:{self.line}: row {number}: bad JSON: {error}") from None
+            if len(self.text) - self.position > LARGEST_ROW:
+                raise InputError(
+                    f"{self.path}:{self.line}: row {number} has no end within {LARGEST_ROW >> 20} MiB; "
+                    "an unclosed quote or bracket?"
+                )
+            self.fill()

@@ -1,0 +1,115 @@
+"""The part of the fused model that one rank holds: the stages of its specialist(s), and the fusion head if last.
+
+One class serves both layouts. Disjoint, a rank holds one specialist's stage; colocated, it holds a stage of
+each, which run one after the other and share the single tensor that Megatron's pipeline carries between
+ranks: their hidden states flattened end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from ultrafuser_mega.data.collate import MicroBatch
+from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
+from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.specialist import SpecialistStage, transformer_config
+from ultrafuser_mega.runtime.exchange import HiddenExchange
+from ultrafuser_mega.runtime.groups import RankGroups
+
+
+class FusedStage(MegatronModule):
+    """This rank's share of the fused model.
+
+    Args:
+        stages: name -> this rank's stage of that specialist.
+        fusion: heads and gate; None before the last stage.
+        exchange: of hidden states over the fusion group; None before the last stage.
+    """
+
+    def __init__(
+        self, stages: Mapping[str, SpecialistStage], fusion: FusionHead | None, exchange: HiddenExchange | None
+    ) -> None:
+        # Megatron's schedules read pipeline settings, which all local specialists share, from one config.
+        super().__init__(config=next(iter(stages.values())).config)
+        self.specialists = nn.ModuleDict(stages)
+        self.fusion = fusion
+        self.exchange = exchange
+        self._received: Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Called by Megatron's schedules with what the previous stage sent, or [None] on a first stage."""
+        self._received = input_tensor[0]
+
+    def forward(self, batch: MicroBatch) -> Tensor | dict[str, Tensor]:
+        """One stage.
+
+        Returns:
+            On a last stage, name -> (N, d_j): this rank's specialists' hidden states at the rows that predict the
+            microbatch's N response tokens. Before it, what the next stage needs: (total, 1, 1).
+        """
+        if self._received is not None:
+            self._hand_over(self._received, batch)
+        hidden = {name: stage(batch.tokens[name]) for name, stage in self.specialists.items()}
+        if self.fusion is not None:
+            return {name: h.flatten(0, 1).index_select(0, batch.rows[name]) for name, h in hidden.items()}
+        return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
+
+    def _hand_over(self, packed: Tensor, batch: MicroBatch) -> None:
+        offset = 0
+        for name, stage in self.specialists.items():
+            b, s = batch.tokens[name].shape
+            if stage.config.sequence_parallel:
+                s //= stage.pg_collection.tp.size()
+            numel = s * b * stage.arch.hidden_size
+            stage.set_input_tensor(packed.view(-1)[offset : offset + numel].view(s, b, stage.arch.hidden_size))
+            offset += numel
+        if offset != packed.numel():
+            raise RuntimeError(f"received {packed.numel()} numbers from the previous stage, expected {offset}")
+
+
+def build_fused_stage(
+    groups: RankGroups,
+    architectures: Mapping[str, Architecture],
+    *,
+    vocab_size: int,
+    gate_units: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sequence_parallel: bool,
+    loss: LossOptions,
+    seed: int,
+) -> FusedStage:
+    """This rank's share of the fused model, on ``device``; its weights are not loaded yet."""
+    stages = {}
+    for name in groups.local_specialists:
+        placement = groups.plan.placements[name]
+        config = transformer_config(
+            architectures[name],
+            tp=placement.tp,
+            pp=placement.pp,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+            device=device,
+        )
+        stages[name] = SpecialistStage(architectures[name], config, groups.megatron)
+    fusion = exchange = None
+    if groups.fusion is not None:
+        fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, seed, loss)
+        start = groups.replica_index * groups.plan.replica_size
+        owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
+        widths = {name: arch.hidden_size for name, arch in architectures.items()}
+        exchange = HiddenExchange(groups.fusion, groups.megatron.tp, owners, widths)
+    return FusedStage(stages, fusion, exchange).to(device)
+
+
+def load_hf_weights(model: FusedStage, folders: Mapping[str, Path]) -> None:
+    """Fill this rank's share from the specialists' Hugging Face folders."""
+    for name, stage in model.specialists.items():
+        stage.load_hf(folders[name])
+    if model.fusion is not None:
+        model.fusion.load_hf(folders)

@@ -1,0 +1,140 @@
+"""What happens on the fusion group: the output heads, the gate, and the mixture loss.
+
+Every rank of the fusion group holds vocabulary rows [vocab_start, vocab_start + rows) of EVERY specialist's
+head. The shared vocabulary has ``vocab_size`` entries; rows beyond it on the last ranks are padding, masked by
+the loss and never exported. Rows that a specialist's own head has beyond the shared vocabulary are kept aside
+unchanged (``tails``) so that a specialist leaves the program with exactly the rows it came with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor, nn
+
+from ultrafuser_mega.models.gate import Gate, mark_sharded, shard_rows
+from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights
+from ultrafuser_mega.ops import mixture_cross_entropy
+
+_ROW_MULTIPLE = 8  # rows per rank: keeps every shard's GEMM aligned for tensor cores
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of the mixture cross-entropy (see ``ops``)."""
+
+    backend: str = "auto"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class FusionHead(nn.Module):
+    """This rank's vocabulary rows of all heads, and its share of the gate.
+
+    Args:
+        architectures: specialist name -> its architecture, in the order of the gate logits.
+        vocab_size: entries of the shared vocabulary.
+        gate_units: hidden units of the gate.
+        group: fusion group.
+        dtype: parameter dtype.
+        seed: of the gate's initial weights.
+        loss: options of the training loss.
+    """
+
+    def __init__(
+        self,
+        architectures: Mapping[str, Architecture],
+        vocab_size: int,
+        gate_units: int,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        seed: int,
+        loss: LossOptions,
+    ) -> None:
+        super().__init__()
+        self.architectures = dict(architectures)
+        self.vocab_size = vocab_size
+        self.group = group
+        self.loss_options = loss
+        self.rows = -(-vocab_size // (group.size() * _ROW_MULTIPLE)) * _ROW_MULTIPLE
+        self.vocab_start = group.rank() * self.rows
+        widths = {name: arch.hidden_size for name, arch in self.architectures.items()}
+        self.heads = nn.ParameterDict(
+            {name: mark_sharded(nn.Parameter(torch.zeros(self.rows, d, dtype=dtype))) for name, d in widths.items()}
+        )
+        self.gate = Gate(widths, gate_units, group, dtype, seed)
+        self.tails: dict[str, Tensor] = {
+            name: torch.zeros(arch.vocab_rows - vocab_size, arch.hidden_size, dtype=dtype)
+            for name, arch in self.architectures.items()
+            if arch.vocab_rows > vocab_size
+        }
+
+    @torch.no_grad()
+    def load_hf(self, folders: Mapping[str, Path]) -> None:
+        """Read this rank's rows of every head from the specialists' folders."""
+        stop = min(self.vocab_start + self.rows, self.vocab_size)
+        for name, arch in self.architectures.items():
+            weights = LlamaWeights(folders[name], arch)
+            head = self.heads[name]
+            head.zero_()
+            if stop > self.vocab_start:
+                head[: stop - self.vocab_start] = weights.head(slice(self.vocab_start, stop)).to(head.dtype)
+            if name in self.tails:
+                self.tails[name].copy_(weights.head(slice(self.vocab_size, arch.vocab_rows)))
+
+    def row_losses(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+        """Training loss of every row, and the gate weights.
+
+        Args:
+            hidden: name -> (N, d_j), every specialist's rows (after the exchange).
+            target: (N,) next-token ids.
+
+        Returns:
+            losses (N,) float32, with gradients; weights (N, n) float32, detached.
+        """
+        gate_logits = self.gate(hidden)
+        losses = self._mix(hidden, list(self.heads), gate_logits, target, self.loss_options)
+        return losses, gate_logits.detach().softmax(dim=1)
+
+    @torch.no_grad()
+    def evaluate(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Plain cross-entropy (N,) of the fused model (under "fused") and of every specialist alone; gate weights."""
+        plain = LossOptions(backend=self.loss_options.backend)
+        gate_logits = self.gate(hidden)
+        losses = {"fused": self._mix(hidden, list(self.heads), gate_logits, target, plain)}
+        alone = gate_logits.new_zeros((target.shape[0], 1))
+        for name in self.heads:
+            losses[name] = self._mix(hidden, [name], alone, target, plain)
+        return losses, gate_logits.softmax(dim=1)
+
+    def _mix(
+        self, hidden: Mapping[str, Tensor], names: list[str], gate_logits: Tensor, target: Tensor, options: LossOptions
+    ) -> Tensor:
+        return mixture_cross_entropy(
+            [hidden[name] for name in names],
+            [self.heads[name] for name in names],
+            gate_logits,
+            target,
+            group=self.group if self.group.size() > 1 else None,
+            vocab_start=self.vocab_start,
+            vocab_size=self.vocab_size,
+            reduction="none",
+            label_smoothing=options.label_smoothing,
+            z_loss=options.z_loss,
+            backend=options.backend,
+        )
+
+    def sharded_state_dict(self, replica: int) -> dict[str, ShardedTensor]:
+        """Heads, tails and gate under their global names; ``replica`` is this rank's data-parallel index."""
+        state = {
+            f"heads.{name}": shard_rows(f"heads.{name}", head, self.group, replica) for name, head in self.heads.items()
+        }
+        for name, tail in self.tails.items():
+            copy = replica * self.group.size() + self.group.rank()
+            state[f"tails.{name}"] = ShardedTensor.from_rank_offsets(f"tails.{name}", tail, replica_id=copy)
+        return state | self.gate.sharded_state_dict("gate.", replica)

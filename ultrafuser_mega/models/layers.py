@@ -1,0 +1,52 @@
+"""The two layers that Megatron-core's local spec lacks off CUDA: a norm and an attention core."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm whose weight is marked for sequence parallelism.
+
+    Under sequence parallelism each tensor-parallel rank norms its own part of the sequence, so the weight's
+    gradients must be summed over them; Megatron does that for weights with this mark.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., d)
+        # Llama's definition: normalise in float32, round, then scale.
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class SdpaCoreAttention(nn.Module):
+    """Causal attention by torch's scaled_dot_product_attention, with grouped queries."""
+
+    def __init__(self, config: TransformerConfig, *args: object, **unused: object) -> None:
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None = None, **unused: object) -> Tensor:
+        """q (s, b, heads, e), k and v (s, b, groups, e) -> (s, b, heads * e)."""
+        s, b, heads, e = q.shape
+        grouped = k.shape[2] != heads
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * e)
+
+
+def layer_spec() -> ModuleSpec:
+    """Megatron-core's local decoder layer with the two layers above in place."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    return spec

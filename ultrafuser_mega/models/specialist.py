@@ -1,0 +1,117 @@
+"""One specialist's pipeline stage: a Megatron-core GPTModel without an output layer, filled from an HF folder.
+
+The output heads live elsewhere (``fusion_head``): their vocabulary rows are spread over the ranks of all
+specialists. What leaves a last stage is the hidden state after the final norm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights
+from ultrafuser_mega.models.layers import RMSNorm, layer_spec
+
+
+def transformer_config(
+    arch: Architecture, *, tp: int, pp: int, dtype: torch.dtype, sequence_parallel: bool, device: torch.device
+) -> TransformerConfig:
+    """Megatron's configuration of a Llama-family specialist."""
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel and tp > 1,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,  # every weight is read from a file
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, experts or not
+        batch_p2p_comm=False,  # batched p2p with variable lengths deadlocks from 4 stages on (Megatron-LM #5100)
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+class SpecialistStage(GPTModel):
+    """The layers of one specialist that live on this pipeline stage.
+
+    Args:
+        arch: sizes from the specialist's config.json.
+        config: from :func:`transformer_config`.
+        groups: process groups of this specialist on this rank.
+    """
+
+    def __init__(self, arch: Architecture, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        tp = groups.tp.size()
+        super().__init__(
+            config,
+            layer_spec(),
+            vocab_size=-(-arch.vocab_rows // tp) * tp,
+            max_sequence_length=arch.max_positions,
+            pre_process=groups.pp.rank() == 0,
+            post_process=False,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            pg_collection=groups,
+        )
+        self.arch = arch
+        self.is_last = groups.pp.rank() == groups.pp.size() - 1
+        if self.is_last:
+            # GPTModel ties the final norm to the output layer, which this model does not have.
+            self.decoder.final_layernorm = RMSNorm(config, arch.hidden_size, eps=arch.norm_eps)
+
+    def forward(self, tokens: Tensor | None) -> Tensor:  # (b, s) -> (s, b, d); (s / tp, b, d) under sp between stages
+        """Hidden states leaving this stage; on the last stage after the final norm and over the whole sequence."""
+        hidden = super().forward(tokens, None, None)
+        if self.is_last and self.config.sequence_parallel:
+            # What follows treats all ranks alike, so the gradient is already complete on each: split, not reduce.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden
+
+    @torch.no_grad()
+    def load_hf(self, folder: Path) -> None:
+        """Fill this stage's weights from the slices it needs of the safetensors in ``folder``."""
+        weights = LlamaWeights(folder, self.arch)
+        rank, tp = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        if self.pre_process:
+            table = self.embedding.word_embeddings.weight
+            rows = slice(rank * table.shape[0], min((rank + 1) * table.shape[0], self.arch.vocab_rows))
+            table.zero_()  # rows that pad the vocabulary to a multiple of tp
+            table[: rows.stop - rows.start] = weights.embedding(rows).to(table.dtype)
+        for layer in self.decoder.layers:
+            parameters = dict(layer.named_parameters())
+            shard = weights.layer(layer.layer_number - 1, rank, tp)
+            if parameters.keys() != shard.keys():
+                raise RuntimeError(f"layer parameters {sorted(parameters)} do not match the reader's {sorted(shard)}")
+            for key, value in shard.items():
+                parameters[key].copy_(value)
+        if self.is_last:
+            self.decoder.final_layernorm.weight.copy_(weights.final_norm())

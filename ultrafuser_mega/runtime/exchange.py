@@ -1,0 +1,165 @@
+"""Hidden states of response tokens from their specialist to the whole fusion group, and gradients back.
+
+The vocabulary rows of ALL heads are spread over the fusion group, so every rank of it needs the hidden
+states of every specialist for the rows (response tokens) of the microbatch: N x sum(d_j) numbers, instead
+of the N x V logits that mixing after the heads would move.
+
+Forward is one all-gather: the tensor-parallel ranks of a specialist's last stage hold the same rows, so
+each of them contributes 1/tp of them. Backward is its mirror image, one reduce-scatter in float32: every
+rank has a partial gradient (that of its own vocabulary rows), the sums go back to the owning ranks only,
+and those complete each other by an all-gather over their tensor-parallel group.
+
+Colocated specialists skip the forward: every rank of the fusion group already holds every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where one owner's share of one specialist's rows lies in that owner's slot."""
+
+    name: str
+    share: int  # which 1/tp of the rows
+    shares: int  # tp of the specialist
+    width: int  # d_j
+
+    def rows(self, n: int) -> slice:
+        size = -(-n // self.shares)
+        return slice(min(n, self.share * size), min(n, (self.share + 1) * size))
+
+    def numel(self, n: int) -> int:
+        return -(-n // self.shares) * self.width
+
+
+class HiddenExchange:
+    """The exchange of one replica; callable once per microbatch on every rank of the fusion group.
+
+    Args:
+        group: the replica's fusion group.
+        tensor_group: tensor-parallel group of this rank's specialist(s).
+        owners: specialist name -> global ranks of its last stage in tensor-parallel order.
+        widths: specialist name -> hidden size d_j.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        tensor_group: dist.ProcessGroup,
+        owners: Mapping[str, Sequence[int]],
+        widths: Mapping[str, int],
+    ) -> None:
+        members = dist.get_process_group_ranks(group)
+        self.group = group
+        self.tensor_group = tensor_group
+        self.names = list(owners)
+        self.widths = dict(widths)
+        self.index = group.rank()
+        self.pieces: list[list[_Piece]] = [
+            [
+                _Piece(name, ranks.index(member), len(ranks), widths[name])
+                for name, ranks in ((name, list(ranks)) for name, ranks in owners.items())
+                if member in ranks
+            ]
+            for member in members
+        ]
+        self.local = [piece.name for piece in self.pieces[self.index]]
+        self.everyone_has_all = all(len(pieces) == len(self.names) for pieces in self.pieces)
+
+    def __call__(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All specialists' rows on every rank.
+
+        Args:
+            local: this rank's specialist(s): name -> (N, d_j), identical on all ranks of a tensor-parallel group.
+
+        Returns:
+            name -> (N, d_j) for every specialist. The gradients that flow into them are taken to be this rank's
+            partial sums; the gradients that flow out of ``local`` are complete.
+        """
+        if len(self.pieces) == 1:
+            return {name: local[name] for name in self.names}
+        gathered = _Exchange.apply(self, *(local[name] for name in self.local))
+        return dict(zip(self.names, gathered, strict=True))
+
+    def _slot_numel(self, n: int) -> int:
+        return max(sum(piece.numel(n) for piece in pieces) for pieces in self.pieces)
+
+    def _walk(self, slots: Tensor, n: int):
+        """Yield (piece, its part of its owner's slot viewed as (rows, d_j)) for slots (F, slot)."""
+        for slot, pieces in zip(slots, self.pieces, strict=True):
+            offset = 0
+            for piece in pieces:
+                rows = piece.rows(n)
+                count = rows.stop - rows.start
+                yield piece, slot[offset : offset + count * piece.width].view(count, piece.width)
+                offset += piece.numel(n)
+
+    def gather(self, local: Mapping[str, Tensor]) -> list[Tensor]:
+        """Forward: rows of every specialist from their owners."""
+        first = next(iter(local.values()))
+        n = first.shape[0]
+        mine = first.new_zeros(self._slot_numel(n))
+        offset = 0
+        for piece in self.pieces[self.index]:
+            part = local[piece.name][piece.rows(n)]
+            mine[offset : offset + part.numel()] = part.reshape(-1)
+            offset += piece.numel(n)
+        slots = first.new_empty((len(self.pieces), mine.numel()))
+        dist.all_gather_into_tensor(slots.view(-1), mine, group=self.group)
+        result = {name: first.new_empty((n, self.widths[name])) for name in self.names}
+        for piece, part in self._walk(slots, n):
+            result[piece.name][piece.rows(n)] = part
+        return [result[name] for name in self.names]
+
+    def reduce_to_owners(self, partial: Sequence[Tensor]) -> list[Tensor]:
+        """Backward: sum of all ranks' partial gradients (N, d_j), for this rank's own specialist(s) only."""
+        by_name = dict(zip(self.names, partial, strict=True))
+        n = partial[0].shape[0]
+        slots = partial[0].new_zeros((len(self.pieces), self._slot_numel(n)), dtype=torch.float32)
+        for piece, part in self._walk(slots, n):
+            part.copy_(by_name[piece.name][piece.rows(n)])
+        mine = slots.new_empty(slots.shape[1])
+        dist.reduce_scatter_tensor(mine, slots.view(-1), group=self.group)
+        complete, offset = [], 0
+        for piece in self.pieces[self.index]:
+            share = mine[offset : offset + piece.numel(n)].to(partial[0].dtype)
+            whole = share.new_empty(piece.shares * share.numel())
+            dist.all_gather_into_tensor(whole, share, group=self.tensor_group)
+            complete.append(whole.view(-1, piece.width)[:n])
+            offset += piece.numel(n)
+        return complete
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, exchange: HiddenExchange, *local: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        by_name = dict(zip(exchange.local, local, strict=True))
+        if exchange.everyone_has_all:
+            return tuple(by_name[name].view_as(by_name[name]) for name in exchange.names)
+        return tuple(exchange.gather(by_name))
+
+    @staticmethod
+    def backward(ctx, *partial: Tensor):
+        return (None, *ctx.exchange.reduce_to_owners(partial))
+
+
+class SumForward(torch.autograd.Function):
+    """All-reduce in forward, identity in backward: for a sum of parts whose gradient every rank already has."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None

@@ -1,0 +1,89 @@
+"""Everything that knows about the Megatron-core version in use, and lets it run without CUDA.
+
+Megatron-core 0.16 names CUDA unconditionally in its schedules, optimizers, gradient buffers and p2p code.
+On a machine whose device is the CPU, :func:`megatron_scope` makes those names mean the CPU for as long as
+it is open: same classes, same schedules, same collectives. On CUDA it does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def megatron_scope(device: torch.device) -> Iterator[None]:
+    """Run Megatron-core code on ``device``; wrap model building, schedules and optimizer steps in it."""
+    if device.type == "cuda":
+        yield
+        return
+    saved = (
+        torch.cuda.current_device,
+        torch.cuda.synchronize,
+        megatron_random._CUDA_RNG_STATE_TRACKER,
+        megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
+    )
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args: None
+    megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch space of the tensor-parallel layers
+        parallel_state._set_global_memory_buffer()
+    try:
+        with _CudaNamesMeanCpu():
+            yield
+    finally:
+        (
+            torch.cuda.current_device,
+            torch.cuda.synchronize,
+            megatron_random._CUDA_RNG_STATE_TRACKER,
+            megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
+        ) = saved
+
+
+def prepare_cuda(seed: int) -> None:
+    """Once per process on CUDA: what ``megatron_scope`` does on the CPU for every scope.
+
+    The specialists have no dropout, so one seed serves every rank; weights come from files.
+    """
+    megatron_random.model_parallel_cuda_manual_seed(seed, tp_rank=0, ep_rank=0, etp_rank=0)
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
+class _CudaNamesMeanCpu(TorchFunctionMode):
+    """Sends tensor factories and casts that name "cuda" to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")  # optimizers compare type names
+        if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **(kwargs or {}))
+
+
+class _NoRngTracker:
+    """Megatron's tensor-parallel RNG forks without CUDA generators; no specialist has dropout."""
+
+    def fork(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def add(self, name: str, seed: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None: ...
