@@ -41,7 +41,7 @@ class _Stage:
         return record.step - self.first_step + 1
 
     def clock_text(self, record: StepRecord | None, now: float) -> str:
-        """Time to the end of the stage at the pace of its last steps (pauses between them count); once done, time taken."""
+        """Time to the stage's end at the pace of its last steps, pauses between them counted; then the time it took."""
         if record is None:
             return "eta -:--:--"
         left = self.steps - self.done(record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,8 @@ def plot_gate_over_steps(path: str | Path, steps: Sequence[StepRecord]) -> Path:
     figure, panels = _panels(classes, height_in=2.7)
     x = np.array([record.step for record in steps], dtype=float)  # (S,)
     window = max(1, len(steps) // 50)
-    largest = max(value for record in steps for weights in record.gate.values() for value in weights.values())
-    top = min(1.0, 1.15 * largest)
+    values = [value for record in steps for weights in record.gate.values() for value in weights.values()]
+    top = min(1.0, 1.15 * max(filter(math.isfinite, values), default=1.0))
     for name, axes in panels.items():
         axes.axhline(1 / len(specialists), color=FAINT, linewidth=1.2, zorder=0)
         for specialist in specialists:
@@ -122,7 +123,7 @@ def plot_gate_heatmap(
     specialists: Sequence[str],
 ) -> Path:
     """The paper's figure 6: one panel per class, a column per held-out sample, a row per specialist,
-    darker for more weight. The number right of a row is its mean (table 6); the largest is bold.
+    darker for more weight. The number right of a row is its mean over the samples; the largest is bold.
 
     Raises:
         InputError: no sample, or shapes that do not fit together.
@@ -176,7 +177,7 @@ def plot_gate_heatmap(
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over ``window`` values around every place (fewer at the ends), (S,) -> (S,); nan is left out, never spread."""
+    """Mean of the ``window`` values around every place (fewer at the ends), (S,) -> (S,); nan is left out."""
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])  # (S + 1,)
     count = np.concatenate([[0], np.cumsum(finite)])  # (S + 1,)
@@ -199,7 +200,8 @@ def _class_names(mappings: Sequence[Mapping[str, object]]) -> list[str]:
 def _best_specialist(evals: Sequence[EvalRecord], class_name: str) -> tuple[str, float] | None:
     """The specialist with the lowest loss on a class, from the first record that evaluated specialists."""
     for record in evals:
-        alone = {model: loss for model, loss in record.loss.get(class_name, {}).items() if model != FUSED}
+        losses = record.loss.get(class_name, {})
+        alone = {model: loss for model, loss in losses.items() if model != FUSED and math.isfinite(loss)}
         if alone:
             return min(alone.items(), key=lambda item: item[1])
     return None
@@ -240,7 +242,7 @@ def _style(axes: Axes, title: str) -> None:
 def _mark_stages(axes: Axes, steps: Sequence[StepRecord]) -> None:
     """A vertical line between the stages, named at the top wherever there is room for the name."""
     first, last = steps[0].step, steps[-1].step
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         if before.stage == after.stage:
             continue
         axes.axvline(after.step - 0.5, color=MUTED, linewidth=1.0, linestyle=":")

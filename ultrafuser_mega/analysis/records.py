@@ -245,7 +245,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line of a metrics file with its parsed object; a last line without a newline was cut off."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return

@@ -8,17 +8,20 @@ column per class. The best value of every column is bold: the lowest loss, the l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from ultrafuser_mega.analysis.records import FUSED, MEAN, EvalRecord
 
 _MISSING = "-"
+_WIDEST = 10_000  # columns of a table that goes to a file
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,14 @@ def to_markdown(table: ResultTable) -> str:
     return "\n".join(_markdown_row(line, widths) for line in (header, rule, *body)) + "\n"
 
 
-def print_tables(tables: Sequence[ResultTable], console: Console | None = None) -> None:
-    """Print to standard output (or ``console``); in a file or pipe a table is as wide as it needs to be."""
-    console = console or Console()
+def print_tables(tables: Sequence[ResultTable], file: TextIO | None = None) -> None:
+    """Print to ``file`` (standard output unless told); where that is no terminal, as wide as a table needs to be."""
+    console = Console(file=file)
     for table in tables:
         view = to_rich(table)
-        width = console.width if console.is_terminal else console.measure(view).maximum
-        console.print(view, width=width, crop=False)
+        if not console.is_terminal:
+            console.width = Measurement.get(console, console.options.update(max_width=_WIDEST), view).maximum
+        console.print(view)
 
 
 def _column(record: EvalRecord, model: str) -> dict[str, float]:
@@ -97,7 +101,7 @@ def _column(record: EvalRecord, model: str) -> dict[str, float]:
     return losses | ({MEAN: record.mean[model]} if model in record.mean else {})
 
 
-def _best(values: list[list[float]], choose) -> list[list[bool]]:
+def _best(values: list[list[float]], choose: Callable[[list[float]], float]) -> list[list[bool]]:
     """True where a value is the best of its column; nan never is."""
     winners = []
     for column in zip(*values, strict=True):

@@ -35,7 +35,7 @@ _ROLES = {
 }
 
 
-class MalformedRow(ValueError):
+class MalformedRowError(ValueError):
     """A row that is no conversation; the message is the reason, without the place (the reader knows it)."""
 
 
@@ -50,12 +50,12 @@ class Conversation:
 def to_conversation(row: Any) -> Conversation:
     """The conversation that a decoded JSON value holds.
 
-    Texts are kept as they stand, spaces included. Raises MalformedRow with the reason: not an object,
+    Texts are kept as they stand, spaces included. Raises MalformedRowError with the reason: not an object,
     no known shape, a missing field, a wrong type, an empty text, an odd order of roles, a text that
     is not valid Unicode.
     """
     if not isinstance(row, dict):
-        raise MalformedRow(f"expected an object, found {_type_name(row)}")
+        raise MalformedRowError(f"expected an object, found {_type_name(row)}")
     system = next((_text(row, key, may_be_empty=True) for key in ("system", "system_prompt") if row.get(key)), None)
     if "messages" in row:
         return _from_messages(row["messages"], "messages", "role", "content", system)
@@ -65,16 +65,15 @@ def to_conversation(row: Any) -> Conversation:
         if ask in row:
             return _from_pair(row, ask, answers, system)
     found = ", ".join(sorted(map(str, row))[:6]) or "none"
-    raise MalformedRow(
-        "unknown shape: expected messages, conversations, instruction, question or prompt, "
-        f"found the fields {found}"
+    raise MalformedRowError(
+        f"unknown shape: expected messages, conversations, instruction, question or prompt, found the fields {found}"
     )
 
 
 def _from_pair(row: dict, ask: str, answers: tuple[str, ...], system: str | None) -> Conversation:
     answer = next((key for key in answers if key in row), None)
     if answer is None:
-        raise MalformedRow(f'missing field "{answers[0]}" (or "{answers[1]}") beside "{ask}"')
+        raise MalformedRowError(f'missing field "{answers[0]}" (or "{answers[1]}") beside "{ask}"')
     user = _text(row, ask)
     if ask == "instruction" and row.get("input") is not None:
         extra = _text(row, "input", may_be_empty=True)
@@ -85,52 +84,54 @@ def _from_pair(row: dict, ask: str, answers: tuple[str, ...], system: str | None
 
 def _from_messages(messages: Any, field: str, role_key: str, text_key: str, system: str | None) -> Conversation:
     if not isinstance(messages, list):
-        raise MalformedRow(f'"{field}" must be a list, found {_type_name(messages)}')
+        raise MalformedRowError(f'"{field}" must be a list, found {_type_name(messages)}')
     turns: list[tuple[str, str]] = []
     user: str | None = None
     for place, message in enumerate(messages):
         at = f"{field}[{place}]"
         if not isinstance(message, dict):
-            raise MalformedRow(f"{at} must be an object, found {_type_name(message)}")
+            raise MalformedRowError(f"{at} must be an object, found {_type_name(message)}")
         given = _text(message, role_key, at=at)
         role = _ROLES.get(given)
         if role is None:
-            raise MalformedRow(f'{at}.{role_key} is "{given}", expected system, user or assistant')
+            raise MalformedRowError(f'{at}.{role_key} is "{given}", expected system, user or assistant')
         text = _text(message, text_key, at=at, may_be_empty=role == "system")
         if role == "system":
             if place != 0:
-                raise MalformedRow(f"odd role order: {at} is system, which may only come first")
+                raise MalformedRowError(f"odd role order: {at} is system, which may only come first")
             system = text or system
         elif role == "user":
             if user is not None:
-                raise MalformedRow(f"odd role order: {at} is a second user message in a row")
+                raise MalformedRowError(f"odd role order: {at} is a second user message in a row")
             user = text
         else:
             if user is None:
-                raise MalformedRow(f"odd role order: {at} is an assistant message without a user message before it")
+                raise MalformedRowError(
+                    f"odd role order: {at} is an assistant message without a user message before it"
+                )
             turns.append((user, text))
             user = None
     if user is not None:
-        raise MalformedRow(f'odd role order: "{field}" ends with a user message that nobody answers')
+        raise MalformedRowError(f'odd role order: "{field}" ends with a user message that nobody answers')
     if not turns:
-        raise MalformedRow(f'"{field}" holds no assistant message')
+        raise MalformedRowError(f'"{field}" holds no assistant message')
     return Conversation(tuple(turns), system)
 
 
 def _text(holder: dict, key: str, *, at: str = "", may_be_empty: bool = False) -> str:
     name = f"{at}.{key}" if at else f'"{key}"'
     if key not in holder:
-        raise MalformedRow(f"missing field {name}")
+        raise MalformedRowError(f"missing field {name}")
     text = holder[key]
     if not isinstance(text, str):
-        raise MalformedRow(f"{name} must be text, found {_type_name(text)}")
+        raise MalformedRowError(f"{name} must be text, found {_type_name(text)}")
     if not may_be_empty and not text.strip():
-        raise MalformedRow(f"{name} is empty")
+        raise MalformedRowError(f"{name} is empty")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise MalformedRow(f"{name} holds half of a surrogate pair at character {error.start}") from None
+            raise MalformedRowError(f"{name} holds half of a surrogate pair at character {error.start}") from None
     return text
 
 

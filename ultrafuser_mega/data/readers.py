@@ -22,7 +22,7 @@ from ultrafuser_mega.errors import InputError
 
 WINDOW_BYTES = 1 << 20
 LARGEST_ROW = 1 << 26  # characters of one array element, bytes of one line
-_LONGEST_TOKEN = 16  # no JSON token but a string is longer than this when cut by the window's end: "-Infinity", "\\uXXXX"
+_LONGEST_TOKEN = 16  # what the window's end cuts, other than a string, is shorter: "-Infinity", "\\uXXXX"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,8 @@ class _Window:
                     self.advance(end)
                     return value
             except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or not self.text[error.pos + _LONGEST_TOKEN :].strip()
+                behind = self.text[error.pos + _LONGEST_TOKEN :]
+                cut_off = error.msg.startswith("Unterminated string") or not behind.strip()
                 if self.at_end or not cut_off:
                     line = self.line + self.text.count("\n", self.position, error.pos)
                     raise InputError(

@@ -7,12 +7,17 @@ responses themselves are no business of a template: they are tokenised once for 
 
     [BOS] prompt_0  response_0 [EOS]  prompt_1  response_1 [EOS]  ...
 
-BOS and EOS are put there as ids by align.py, exactly one BOS whatever the template writes; template
-texts therefore hold neither. Templates that repeat BOS before every turn (Llama-2 chat) lose the
-repetition.
+BOS and EOS are put there as ids by tokenizer.py and align.py, exactly one BOS whatever the template
+writes. A chat template that opens with BOS keeps that text at the very start of its first prompt, since
+some tokenizers split the next word differently after it; the id is counted once. A template that
+repeats BOS before every turn (Llama-2 chat) loses the repetitions.
 
 Where a template leaves a space between prompt and response, the space belongs to the response's first
 token ("Assistant:" + " Paris"); ``response_lead`` says so and the prompt ends before the space.
+
+A template has a ``name`` as configured, the ``text`` that defines it (for manifests), and
+``writes_special_tokens``: whether special-token texts in its prompts mean the tokens. Where they do not,
+"<s>" typed by a user stays four characters; where they do, such a conversation is refused.
 
 System text: table 9 has no place for it, so it is put before the first instruction with a blank line
 between them; a chat template puts it where its author wanted it.
@@ -22,7 +27,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 
@@ -30,24 +35,8 @@ from ultrafuser_mega.data.conversation import Conversation
 from ultrafuser_mega.errors import InputError
 
 
-class UnfitConversation(ValueError):
+class UnfitConversationError(ValueError):
     """This template cannot render this conversation; the message is the reason."""
-
-
-class Template(Protocol):
-    """``name`` as configured; ``text`` what defines it (for manifests and fingerprints);
-    ``response_lead`` " " or "": what stands between prompt and response;
-    ``writes_special_tokens``: whether special-token texts in a prompt mean the tokens. Where they do
-    not, such a text typed by a user stays text."""
-
-    name: str
-    text: str
-    response_lead: str
-    writes_special_tokens: bool
-
-    def prompts(self, conversation: Conversation) -> list[str]:
-        """One text per turn. The responses are not read. Raises UnfitConversation."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +54,7 @@ class PaperTemplate:
         return f"{self.first}\n---\n{self.later}"
 
     def prompts(self, conversation: Conversation) -> list[str]:
+        """One text per turn. The responses are not read."""
         (user, _), *rest = conversation.turns
         if conversation.system:
             user = f"{conversation.system}\n\n{user}"
@@ -98,18 +88,6 @@ PAPER_TEMPLATES = {
 TEMPLATE_NAMES = (*PAPER_TEMPLATES, "hf")
 
 
-def load_template(name: str, tokenizer: Any, folder: str) -> Template:
-    """The template called ``name`` for a transformers tokenizer (read from ``folder``, for messages).
-
-    Raises InputError for an unknown name and for a chat template that is missing or loses responses.
-    """
-    if name in PAPER_TEMPLATES:
-        return PAPER_TEMPLATES[name]
-    if name == "hf":
-        return ChatTemplate(tokenizer, folder)
-    raise InputError(f'template "{name}" is not known; expected one of {", ".join(TEMPLATE_NAMES)}')
-
-
 class ChatTemplate:
     """The tokenizer's own chat template (``hf``).
 
@@ -129,22 +107,23 @@ class ChatTemplate:
                 f'{folder}: template "hf" asks for the tokenizer\'s chat template and it has none; '
                 f"use one of {', '.join(PAPER_TEMPLATES)} or add chat_template.jinja"
             )
-        self.text = str(tokenizer.get_chat_template())
         probe = Conversation((("one", ""), ("two", "")))
         try:
+            self.text = str(tokenizer.get_chat_template())
             rendered = self._render(probe)
-        except UnfitConversation as error:
+        except ValueError as error:  # UnfitConversationError, or several named templates and none called default
             raise InputError(f"{folder}: its chat template cannot be used: {error}") from None
         self.response_lead = " " if all(prompt.endswith(" ") for prompt in rendered) else ""
         texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def prompts(self, conversation: Conversation) -> list[str]:
+        """One text per turn. The responses are not read. Raises UnfitConversationError."""
         self._refuse_special_text(conversation)
         return [prompt.removesuffix(" ") for prompt in self._render(conversation)]
 
     def _render(self, conversation: Conversation) -> list[str]:
-        """The texts before each marker, BOS and EOS texts removed, a space at the end kept."""
+        """The texts before each marker; a space at their end is kept, EOS after a response is not."""
         marker = "xqResponseqx"
         while any(marker in user for user, _ in conversation.turns) or marker in (conversation.system or ""):
             marker += "x"
@@ -155,17 +134,20 @@ class ChatTemplate:
         try:
             rest = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except TemplateError as error:
-            raise UnfitConversation(f"the chat template refuses the conversation: {error}") from None
+            raise UnfitConversationError(f"the chat template refuses the conversation: {error}") from None
         if any(rest.count(mark) != 1 for mark in markers):
-            raise UnfitConversation("the chat template drops, repeats or alters the response")
-        prompts = []
+            raise UnfitConversationError("the chat template drops, repeats or alters the response")
+        prompts: list[str] = []
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         for mark in markers:
             prompt, found, rest = rest.partition(mark)
             if not found:
-                raise UnfitConversation("the chat template changes the order of the responses")
-            rest = rest.removeprefix(" ").removeprefix(eos) if rest.lstrip(" ").startswith(eos) else rest
-            prompts.append(prompt.replace(bos, "") if bos else prompt)
+                raise UnfitConversationError("the chat template changes the order of the responses")
+            if rest.lstrip(" ").startswith(eos):
+                rest = rest.lstrip(" ").removeprefix(eos)
+            opens_with_bos = bool(bos) and not prompts and prompt.startswith(bos)
+            prompt = prompt.replace(bos, "") if bos else prompt
+            prompts.append(bos + prompt if opens_with_bos else prompt)
         return prompts
 
     def _refuse_special_text(self, conversation: Conversation) -> None:
@@ -173,4 +155,21 @@ class ChatTemplate:
             return
         for text in (conversation.system or "", *(user for user, _ in conversation.turns)):
             if found := self._special.search(text):
-                raise UnfitConversation(f"a prompt holds {found.group()}, which the chat template would read as a control token")
+                raise UnfitConversationError(
+                    f"the user's text holds {found.group()}, which would be read as a control token"
+                )
+
+
+Template = PaperTemplate | ChatTemplate
+
+
+def load_template(name: str, tokenizer: Any, folder: str) -> Template:
+    """The template called ``name`` for a transformers tokenizer (read from ``folder``, for messages).
+
+    Raises InputError for an unknown name and for a chat template that is missing or loses responses.
+    """
+    if name in PAPER_TEMPLATES:
+        return PAPER_TEMPLATES[name]
+    if name == "hf":
+        return ChatTemplate(tokenizer, folder)
+    raise InputError(f'template "{name}" is not known; expected one of {", ".join(TEMPLATE_NAMES)}')

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
 from ultrafuser_mega.models.hf_folder import Architecture
 from ultrafuser_mega.models.specialist import SpecialistStage, transformer_config
@@ -36,6 +36,7 @@ class FusedStage(MegatronModule):
     ) -> None:
         # Megatron's schedules read pipeline settings, which all local specialists share, from one config.
         super().__init__(config=next(iter(stages.values())).config)
+        self.model_type = ModelType.encoder_or_decoder
         self.specialists = nn.ModuleDict(stages)
         self.fusion = fusion
         self.exchange = exchange
@@ -45,24 +46,28 @@ class FusedStage(MegatronModule):
         """Called by Megatron's schedules with what the previous stage sent, or [None] on a first stage."""
         self._received = input_tensor[0]
 
-    def forward(self, batch: MicroBatch) -> Tensor | dict[str, Tensor]:
+    def forward(self, tokens: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """One stage.
 
+        Args:
+            tokens: name -> (b, s_j) ids of this rank's specialists; beyond the first stage only their shape counts.
+            rows: name -> (N,) which of the s_j * b hidden states, sequence first, predict the response tokens.
+
         Returns:
-            On a last stage, name -> (N, d_j): this rank's specialists' hidden states at the rows that predict the
-            microbatch's N response tokens. Before it, what the next stage needs: (total, 1, 1).
+            On a last stage, name -> (N, d_j): this rank's specialists' hidden states at ``rows``.
+            Before it, what the next stage needs: (total, 1, 1).
         """
         if self._received is not None:
-            self._hand_over(self._received, batch)
-        hidden = {name: stage(batch.tokens[name]) for name, stage in self.specialists.items()}
+            self._hand_over(self._received, tokens)
+        hidden = {name: stage(tokens[name]) for name, stage in self.specialists.items()}
         if self.fusion is not None:
-            return {name: h.flatten(0, 1).index_select(0, batch.rows[name]) for name, h in hidden.items()}
+            return {name: h.flatten(0, 1).index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
 
-    def _hand_over(self, packed: Tensor, batch: MicroBatch) -> None:
+    def _hand_over(self, packed: Tensor, tokens: Mapping[str, Tensor]) -> None:
         offset = 0
         for name, stage in self.specialists.items():
-            b, s = batch.tokens[name].shape
+            b, s = tokens[name].shape
             if stage.config.sequence_parallel:
                 s //= stage.pg_collection.tp.size()
             numel = s * b * stage.arch.hidden_size

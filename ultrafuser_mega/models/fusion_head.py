@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ultrafuser_mega.models.gate import Gate, mark_sharded, shard_rows
 from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights
-from ultrafuser_mega.ops import mixture_cross_entropy
+from ultrafuser_mega.ops import mixture_cross_entropy, mixture_cross_entropy_with_rows
 
 _ROW_MULTIPLE = 8  # rows per rank: keeps every shard's GEMM aligned for tensor cores
 
@@ -87,47 +88,53 @@ class FusionHead(nn.Module):
             if name in self.tails:
                 self.tails[name].copy_(weights.head(slice(self.vocab_size, arch.vocab_rows)))
 
-    def row_losses(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-        """Training loss of every row, and the gate weights.
+    def loss(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training loss summed over the rows (paper, eq. 2).
 
         Args:
             hidden: name -> (N, d_j), every specialist's rows (after the exchange).
             target: (N,) next-token ids.
 
         Returns:
-            losses (N,) float32, with gradients; weights (N, n) float32, detached.
+            loss () float32, with gradients; loss of every row (N,) and gate weights (N, n), detached.
         """
         gate_logits = self.gate(hidden)
-        losses = self._mix(hidden, list(self.heads), gate_logits, target, self.loss_options)
-        return losses, gate_logits.detach().softmax(dim=1)
+        total, rows = mixture_cross_entropy_with_rows(
+            *self._mixture(hidden, list(self.heads), gate_logits),
+            target,
+            reduction="sum",
+            label_smoothing=self.loss_options.label_smoothing,
+            z_loss=self.loss_options.z_loss,
+            **self._shard,
+        )
+        return total, rows, gate_logits.detach().softmax(dim=1)
 
     @torch.no_grad()
     def evaluate(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Plain cross-entropy (N,) of the fused model (under "fused") and of every specialist alone; gate weights."""
-        plain = LossOptions(backend=self.loss_options.backend)
         gate_logits = self.gate(hidden)
-        losses = {"fused": self._mix(hidden, list(self.heads), gate_logits, target, plain)}
-        alone = gate_logits.new_zeros((target.shape[0], 1))
-        for name in self.heads:
-            losses[name] = self._mix(hidden, [name], alone, target, plain)
+        certain = gate_logits.new_zeros((target.shape[0], 1))
+        models = {"fused": self._mixture(hidden, list(self.heads), gate_logits)}
+        models |= {name: self._mixture(hidden, [name], certain) for name in self.heads}
+        losses = {
+            model: mixture_cross_entropy(*mixture, target, reduction="none", **self._shard)
+            for model, mixture in models.items()
+        }
         return losses, gate_logits.softmax(dim=1)
 
-    def _mix(
-        self, hidden: Mapping[str, Tensor], names: list[str], gate_logits: Tensor, target: Tensor, options: LossOptions
-    ) -> Tensor:
-        return mixture_cross_entropy(
-            [hidden[name] for name in names],
-            [self.heads[name] for name in names],
-            gate_logits,
-            target,
-            group=self.group if self.group.size() > 1 else None,
-            vocab_start=self.vocab_start,
-            vocab_size=self.vocab_size,
-            reduction="none",
-            label_smoothing=options.label_smoothing,
-            z_loss=options.z_loss,
-            backend=options.backend,
-        )
+    def _mixture(
+        self, hidden: Mapping[str, Tensor], names: list[str], gate_logits: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        return [hidden[name] for name in names], [self.heads[name] for name in names], gate_logits
+
+    @property
+    def _shard(self) -> dict[str, Any]:
+        return {
+            "group": self.group if self.group.size() > 1 else None,
+            "vocab_start": self.vocab_start,
+            "vocab_size": self.vocab_size,
+            "backend": self.loss_options.backend,
+        }
 
     def sharded_state_dict(self, replica: int) -> dict[str, ShardedTensor]:
         """Heads, tails and gate under their global names; ``replica`` is this rank's data-parallel index."""

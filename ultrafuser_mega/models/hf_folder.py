@@ -199,7 +199,7 @@ def _share(size: int, rank: int, parts: int) -> slice:
     return slice(size // parts * rank, size // parts * (rank + 1))
 
 
-def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int, sequence_parallel: bool) -> None:
+def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int) -> None:
     """Refuse tp and pp that do not divide the specialist's sizes.
 
     Raises:

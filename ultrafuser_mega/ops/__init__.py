@@ -1,1 +1,14 @@
-"""TBD"""
+"""Fused, gated, vocab-parallel linear cross-entropy, usable without the rest of the project.
+
+    from ultrafuser_mega.ops import mixture_cross_entropy
+
+Imports neither Megatron nor any other folder of the package. Triton is loaded when a CUDA tensor first comes in.
+"""
+
+from ultrafuser_mega.ops.loss import (
+    LossWithRows,
+    mixture_cross_entropy,
+    mixture_cross_entropy_with_rows,
+)
+
+__all__ = ["LossWithRows", "mixture_cross_entropy", "mixture_cross_entropy_with_rows"]

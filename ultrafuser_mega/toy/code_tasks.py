@@ -64,7 +64,11 @@ OPERATIONS = (("adds", "add", "+"), ("subtracts", "subtract", "-"), ("multiplies
 
 
 def _aggregate(rng: Random) -> tuple[str, str]:
-    (kind, condition), (name, expression), source = rng.choice(CONDITIONS), rng.choice(AGGREGATES), rng.choice(LIST_NAMES)
+    (kind, condition), (name, expression), source = (
+        rng.choice(CONDITIONS),
+        rng.choice(AGGREGATES),
+        rng.choice(LIST_NAMES),
+    )
     instruction = rng.choice(
         (f"Write a Python function that returns the {name} of all {kind} numbers in a list called {source}.",
          f"In Python, get the {name} of the {kind} {source}.",
@@ -78,7 +82,11 @@ def _aggregate(rng: Random) -> tuple[str, str]:
 
 
 def _mapping(rng: Random) -> tuple[str, str]:
-    (change, expression), (kind, condition), source = rng.choice(MAPPINGS), rng.choice(CONDITIONS), rng.choice(LIST_NAMES)
+    (change, expression), (kind, condition), source = (
+        rng.choice(MAPPINGS),
+        rng.choice(CONDITIONS),
+        rng.choice(LIST_NAMES),
+    )
     if rng.random() < 0.5:
         return (
             f"Turn this Python loop into a list comprehension:\nresult = []\nfor x in {source}:\n    if {condition}:\n"
@@ -95,7 +103,9 @@ def _mapping(rng: Random) -> tuple[str, str]:
 
 def _string(rng: Random) -> tuple[str, str]:
     (what, name, expression), (extra, lines) = rng.choice(STRING_JOBS), rng.choice(GUARDS)
-    opening = rng.choice(("Write a Python function that", "Create a function in Python which", "I need Python code that"))
+    opening = rng.choice(
+        ("Write a Python function that", "Create a function in Python which", "I need Python code that")
+    )
     body = "\n".join((f"def {name}(text):", f'    """A function that {what}."""', *lines, f"    return {expression}"))
     return f"{opening} {what}.{extra}", body
 
@@ -182,7 +192,11 @@ def _fix(rng: Random) -> tuple[str, str]:
 
 
 def _explain(rng: Random) -> tuple[str, str]:
-    (kind, condition), (name, expression), source = rng.choice(CONDITIONS), rng.choice(AGGREGATES), rng.choice(LIST_NAMES)
+    (kind, condition), (name, expression), source = (
+        rng.choice(CONDITIONS),
+        rng.choice(AGGREGATES),
+        rng.choice(LIST_NAMES),
+    )
     code = expression.format(f"[x for x in {source} if {condition}]")
     return (
         rng.choice((f"What does this Python code do?\n{code}", f"Explain in one sentence:\n{code}")),

@@ -131,9 +131,7 @@ def _percent(rng: Random) -> tuple[str, str]:
     percent, base, (one, _) = 10 * rng.randint(1, 9), 10 * rng.randint(2, 20), rng.choice(GOODS)
     tenth = base // 10
     part = tenth * percent // 10
-    steps = (
-        f"Ten percent of {base} is {base} / 10 = {tenth}.\nThen {percent} percent is {percent // 10} * {tenth} = {part}."
-    )
+    steps = f"Ten percent of {base} is {base} / 10 = {tenth}.\nThen {percent} percent is {percent // 10} * {tenth} = {part}."
     if rng.random() < 0.5:
         return f"What is {percent} percent of {base}?", f"{steps}\nThe answer is {part}."
     return (
@@ -161,7 +159,12 @@ def _convert(rng: Random) -> tuple[str, str]:
 
 
 def _fraction(rng: Random) -> tuple[str, str]:
-    (words, parts), each, (_, many), name = rng.choice(FRACTIONS), rng.randint(2, 12), rng.choice(GOODS), rng.choice(NAMES)
+    (words, parts), each, (_, many), name = (
+        rng.choice(FRACTIONS),
+        rng.randint(2, 12),
+        rng.choice(GOODS),
+        rng.choice(NAMES),
+    )
     total = parts * each
     question, steps = f"{name} has {total} {many} and sells {words} of them. ", f"{total} / {parts} = {each}"
     if rng.random() < 0.5:
@@ -199,7 +202,10 @@ def _week(rng: Random) -> tuple[str, str]:
     high, low = max(a, b), min(a, b)
     given = f"{name} sold {a} {many} on {day1} and {b} {many} on {day2}. "
     if rng.random() < 0.5 or a == b:
-        return given + "How many is that in all?", f"In all {name} sold {a} + {b} = {a + b} {many}.\nThe answer is {a + b}."
+        return (
+            given + "How many is that in all?",
+            f"In all {name} sold {a} + {b} = {a + b} {many}.\nThe answer is {a + b}.",
+        )
     return given + "How many more were sold on the better day?", (
         f"The better day was {day1 if a > b else day2}.\nThe difference is {high} - {low} = {high - low} {many}.\n"
         f"The answer is {high - low}."

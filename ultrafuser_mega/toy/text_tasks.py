@@ -216,7 +216,9 @@ def _letter(rng: Random) -> tuple[str, str]:
     kind = rng.randrange(3)
     if kind == 0:
         excuse = rng.choice(EXCUSES)
-        instruction = f"Write a short note from {writer} to {reader}: no time for the {event} on {day}, because {excuse}."
+        instruction = (
+            f"Write a short note from {writer} to {reader}: no time for the {event} on {day}, because {excuse}."
+        )
         body = f"I am sorry, but I cannot come to the {event} on {day} because {excuse}. I hope we can meet soon."
     elif kind == 1:
         instruction = f"Write an invitation from {writer} to {reader} for a {event} on {day}."

@@ -98,7 +98,9 @@ def _fast_tokenizer(model: bytes) -> Tokenizer:
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
     unk, bos, eos = SPECIALS
     fast = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=_merges(processor, vocabulary), unk_token=unk, fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=vocabulary, merges=_merges(processor, vocabulary), unk_token=unk, fuse_unk=True, byte_fallback=True
+        )
     )
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     fast.decoder = decoders.Sequence(

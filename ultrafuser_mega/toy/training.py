@@ -57,7 +57,9 @@ def train(
     warmup = max(1, round(WARMUP_PART * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))),
+        lambda step: min(
+            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+        ),
     )
     batches = _batches(samples, batch_size, Random(seed))
     for step in range(1, steps + 1):

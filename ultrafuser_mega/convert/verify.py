@@ -1,0 +1,113 @@
+"""Does a sharded specialist compute what transformers computes? Full-sequence logits, both in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
+from ultrafuser_mega.models.fusion_head import LossOptions
+from ultrafuser_mega.models.hf_folder import TensorFolder, check_parallel_sizes, read_architecture
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.layout import plan_disjoint
+from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.engine import Engine
+
+_NAME = "specialist"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far apart two models' logits are on one batch of sequences."""
+
+    what: str
+    max_abs: float
+    top1: float  # share of positions with the same most likely token
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """A microbatch for the engine: every position of every sequence is a row."""
+
+    tokens: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> _Sequences:
+        return _Sequences(*({name: t.to(device) for name, t in part.items()} for part in (self.tokens, self.rows)))
+
+
+def verify_specialist(
+    folder: Path, tp: int, pp: int, batches: dict[str, Tensor], *, sequence_parallel: bool = False
+) -> list[Difference]:
+    """Compare on ``tp * pp`` gloo ranks of this machine.
+
+    Args:
+        folder: Hugging Face folder of a specialist.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        batches: what to call it -> token ids (b, s).
+        sequence_parallel: also shard the sequence; every s must then be a multiple of tp.
+
+    Raises:
+        InputError: the folder is unusable, or tp or pp does not fit it.
+    """
+    arch = read_architecture(folder)
+    TensorFolder(folder)
+    check_parallel_sizes(folder.name, arch, tp, pp)
+    names, tokens = list(batches), list(batches.values())
+    results = run_ranks(_logits, tp * pp, folder, tp, pp, tokens, sequence_parallel, timeout_s=600.0)
+    ours = next(result for result in results if result is not None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    differences = []
+    for name, ids, mine in zip(names, tokens, ours, strict=True):
+        with torch.no_grad():
+            theirs = model(ids).logits
+        same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean()
+        differences.append(Difference(name, (mine - theirs).abs().max().item(), same.item()))
+    return differences
+
+
+def _logits(
+    rank: int, folder: Path, tp: int, pp: int, batches: Sequence[Tensor], sequence_parallel: bool
+) -> list[Tensor] | None:
+    """Logits (b, s, V) of every batch, on the reporting rank."""
+    device = torch.device("cpu")
+    arch = read_architecture(folder)
+    groups = make_groups(plan_disjoint({_NAME: (tp, pp, None)}, dp=1))
+    with megatron_scope(device):
+        model = build_fused_stage(
+            groups,
+            {_NAME: arch},
+            vocab_size=arch.vocab_rows,
+            gate_units=1,
+            dtype=torch.float32,
+            device=device,
+            sequence_parallel=sequence_parallel,
+            loss=LossOptions(),
+            seed=0,
+        ).eval()
+    load_hf_weights(model, {_NAME: folder})
+    collected: list[Tensor] = []
+
+    def keep_logits(hidden: dict[str, Tensor], batch: _Sequences) -> Tensor:
+        fusion = model.fusion
+        assert fusion is not None
+        shard = hidden[_NAME] @ fusion.heads[_NAME].t()
+        shards = [torch.empty_like(shard) for _ in range(fusion.group.size())]
+        dist.all_gather(shards, shard, group=fusion.group)
+        b, s = batch.tokens[_NAME].shape
+        whole = torch.cat(shards, dim=1)[:, : arch.vocab_rows]
+        collected.append(whole.view(s, b, -1).transpose(0, 1).contiguous())
+        return torch.zeros(())
+
+    sequences = [_Sequences({_NAME: ids}, {_NAME: torch.arange(ids.numel())}) for ids in batches]
+    with torch.no_grad():
+        Engine(model, groups, device).forward(sequences, keep_logits)
+    return collected if groups.is_reporter else None

@@ -1,0 +1,215 @@
+"""Source files to a token store: what ``ultrafuser prepare`` does.
+
+The files are read once to identify them and once to tokenise them (build.py). The store is written
+beside its target and renamed when it is complete; nobody ever sees half of one. A finished store made
+from the same inputs is used again.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ultrafuser_mega.data.align import Aligner
+from ultrafuser_mega.data.build import Source, write_splits
+from ultrafuser_mega.data.report import PrepareReport
+from ultrafuser_mega.data.store import FORMAT_VERSION, MANIFEST, TokenStore, digest, hash_file, read_manifest
+from ultrafuser_mega.data.store_writer import token_dtype, write_manifest
+from ultrafuser_mega.data.templates import load_template
+from ultrafuser_mega.data.tokenizer import check_tokenizers
+from ultrafuser_mega.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def prepare_store(
+    out_dir: str | Path,
+    sources: Mapping[str, Sequence[str | Path]],
+    specialists: Mapping[str, tuple[str | Path, str]],
+    *,
+    vocab_size: int,
+    max_length: int,
+    holdout_rows: Mapping[str | Path, int] | None = None,
+    holdout_files: Mapping[str, Sequence[str | Path]] | None = None,
+    on_malformed: Literal["skip", "fail"] = "skip",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> PrepareReport:
+    """Tokenise the files of every class for every specialist into the store ``out_dir``.
+
+    sources        class name -> its JSON or JSONL files
+    specialists    name -> (folder of its tokenizer, template name: see templates.TEMPLATE_NAMES)
+    vocab_size     rows of the shared vocabulary (tokenizer.shared_vocab_size gives the usual choice)
+    max_length     tokens of the longest specialist's sequence
+    holdout_rows   file (one of ``sources``) -> how many of its first rows are held out; rows are counted
+                   as they stand in the file, those that are dropped included
+    holdout_files  class name -> further files, held out as a whole
+    on_malformed   "skip" counts and names malformed rows, "fail" stops at the first
+    overwrite      rebuild where ``out_dir`` holds a store made from other inputs
+    progress       show a bar on stderr
+
+    Raises InputError for bad arguments and files, tokenizers that disagree, a class without a single
+    training row (or held-out row, where some were asked for), and a target in the way.
+    """
+    out = Path(out_dir)
+    if on_malformed not in ("skip", "fail"):
+        raise InputError(f'on_malformed is "{on_malformed}"; expected "skip" or "fail"')
+    planned = _plan(sources, holdout_rows or {}, holdout_files or {})
+    _check_names("specialist", specialists)
+    encoders = check_tokenizers({name: folder for name, (folder, _) in specialists.items()}, vocab_size)
+    templates = {
+        name: load_template(template, encoders[name].tokenizer, encoders[name].folder)
+        for name, (_, template) in specialists.items()
+    }
+    inputs = {
+        "vocab_size": vocab_size,
+        "max_length": max_length,
+        "on_malformed": on_malformed,
+        "classes": list(sources),
+        "specialists": {
+            name: {
+                "template": template.name,
+                "template_text": template.text,
+                "template_hash": digest(template.text),
+                "tokenizer": encoders[name].fingerprint(),
+            }
+            for name, template in templates.items()
+        },
+        "sources": [
+            {
+                "class": source.class_name,
+                "file": source.path.name,
+                "holdout": source.holdout,
+                "bytes": source.path.stat().st_size,
+                "blake2b": hash_file(source.path),
+            }
+            for source in planned
+        ],
+    }
+    if _finished_before(out, inputs, overwrite):
+        return PrepareReport(out, read_manifest(out), reused=True)
+
+    aligner = Aligner(encoders, templates, vocab_size, max_length)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        work.chmod(0o755)  # mkdtemp is for private files; a store is for a team
+        splits = write_splits(work, planned, aligner, on_malformed, progress)
+        _refuse_empty(splits, planned)
+        encoder = next(iter(encoders.values()))
+        manifest = {
+            "format": FORMAT_VERSION,
+            "fingerprint": _fingerprint(inputs),
+            "inputs": inputs,
+            "classes": list(sources),
+            "specialists": inputs["specialists"],
+            "vocab_size": vocab_size,
+            "max_length": max_length,
+            "bos_id": encoder.bos_id,
+            "eos_id": encoder.eos_id,
+            "token_dtype": token_dtype(vocab_size).str,
+            "response_lead": aligner.response_lead,
+            "splits": splits,
+        }
+        write_manifest(work, manifest)
+        _move_into_place(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return PrepareReport(out, manifest, reused=False)
+
+
+def _plan(
+    sources: Mapping[str, Sequence[str | Path]],
+    holdout_rows: Mapping[str | Path, int],
+    holdout_files: Mapping[str, Sequence[str | Path]],
+) -> list[Source]:
+    """The files in the order in which they are read; raises InputError for every way to get them wrong."""
+    _check_names("class", sources)
+    held = {Path(file).resolve(): (file, count) for file, count in holdout_rows.items()}
+    planned: list[Source] = []
+    seen: set[Path] = set()
+    for class_name, path, is_heldout in (
+        *((name, Path(file), False) for name, files in sources.items() for file in files),
+        *((name, Path(file), True) for name, files in holdout_files.items() for file in files),
+    ):
+        if class_name not in sources:
+            raise InputError(f'held-out class "{class_name}" has no training files; classes are {", ".join(sources)}')
+        if not path.is_file():
+            raise InputError(f'class "{class_name}": {path}: no such file; expected a JSON or JSONL file')
+        resolved = path.resolve()
+        if resolved in seen:
+            raise InputError(f'class "{class_name}": {path} is listed twice; a file may serve once, in one class')
+        seen.add(resolved)
+        _, count = held.pop(resolved, (None, 0)) if not is_heldout else (None, None)
+        planned.append(Source(class_name, path, count))
+    for file, count in held.values():
+        raise InputError(f"holdout_rows: {file} (first {count} rows) is not one of the training files")
+    for file, count in holdout_rows.items():
+        if not isinstance(count, int) or count < 0:
+            raise InputError(f"holdout_rows: {file}: {count!r}; expected how many of its first rows to hold out")
+    return planned
+
+
+def _check_names(kind: str, names: Iterable[str]) -> None:
+    names = list(names)
+    if not names:
+        raise InputError(f"no {kind} was given; expected at least one")
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise InputError(f'{kind} "{name}": names serve as file names; use letters, digits, "-" and "_"')
+
+
+def _fingerprint(inputs: dict[str, Any]) -> str:
+    """Of contents, not of file names: moving or renaming the sources changes nothing."""
+    sources = [{key: value for key, value in source.items() if key != "file"} for source in inputs["sources"]]
+    return digest({**inputs, "format": FORMAT_VERSION, "sources": sources})
+
+
+def _finished_before(out: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
+    """Whether ``out`` holds a whole store of the same inputs; raises InputError if it is in the way."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / MANIFEST).is_file():
+        raise InputError(f"{out}: exists and is no token store; it is left alone, choose another folder")
+    try:
+        store = TokenStore.open(out, verify=False)
+    except InputError as error:
+        if overwrite:
+            return False
+        raise InputError(f"{error}; choose another folder or overwrite it") from None
+    if store.manifest["fingerprint"] == _fingerprint(inputs):
+        return True
+    if overwrite:
+        return False
+    before = store.manifest["inputs"]
+    changed = ", ".join(key for key in inputs if before.get(key) != inputs[key]) or "format"
+    raise InputError(f"{out}: holds a store made from other inputs ({changed}); choose another folder or overwrite it")
+
+
+def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:
+    for class_name, of_class in splits.items():
+        asks_heldout = any(source.holdout != 0 for source in planned if source.class_name == class_name)
+        for split in ("train", "heldout") if asks_heldout else ("train",):
+            if of_class[split]["kept"] == 0:
+                dropped = ", ".join(f"{count} {reason}" for reason, count in of_class[split]["dropped"].items())
+                raise InputError(
+                    f'class "{class_name}" is left without {split} rows: {of_class[split]["rows"]} read, '
+                    f"dropped: {dropped or 'none'}"
+                )
+
+
+def _move_into_place(work: Path, out: Path) -> None:
+    """Rename the finished store; an older one steps aside first and is deleted last."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    try:
+        out.rename(old / "store")
+        work.rename(out)
+    finally:
+        shutil.rmtree(old)

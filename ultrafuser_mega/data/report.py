@@ -1,0 +1,57 @@
+"""What preparing a store did, for people: rows kept and dropped, why, and token counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ultrafuser_mega.data.store import DROPPED, SPLITS
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """``manifest`` is the store's; ``reused`` says that the store was there already, from the same inputs."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    reused: bool
+
+    def counts(self, class_name: str, split: str) -> dict[str, Any]:
+        """rows, kept, cut, dropped {reason: count}, response_tokens, prompt_tokens {specialist: count}."""
+        return self.manifest["splits"][class_name][split]
+
+    def table(self) -> Table:
+        """A rich table, one row per class and split."""
+        title = f"{self.folder}" + (" (made before from the same inputs)" if self.reused else "")
+        table = Table(title=title)
+        for heading in ("class", "split"):
+            table.add_column(heading)
+        for heading in ("rows", "kept", "cut at max_length", "response tokens"):
+            table.add_column(heading, justify="right")
+        for name in self.manifest["specialists"]:
+            table.add_column(f"prompt tokens {name}", justify="right")
+        table.add_column("dropped")
+        for class_name in self.manifest["classes"]:
+            for split in SPLITS:
+                counts = self.counts(class_name, split)
+                numbers = [counts[key] for key in ("rows", "kept", "cut", "response_tokens")]
+                numbers += counts["prompt_tokens"].values()
+                dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
+                table.add_row(class_name, split, *(f"{number:,}" for number in numbers), dropped)
+        return table
+
+    def problems(self) -> list[str]:
+        """The first rows dropped under each reason, and where all of them are named; [] if none was."""
+        lines = []
+        for class_name in self.manifest["classes"]:
+            for split in SPLITS:
+                counts = self.counts(class_name, split)
+                for reason, examples in counts["dropped_examples"].items():
+                    lines += [f"{reason}: {example}" for example in examples]
+                    unnamed = counts["dropped"][reason] - len(examples)
+                    if unnamed:
+                        lines.append(f"{reason}: {unnamed} more in {class_name} {split}")
+        return [*lines, f"all dropped rows: {self.folder / DROPPED}"] if lines else []

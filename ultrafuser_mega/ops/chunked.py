@@ -1,0 +1,286 @@
+"""The mixture cross-entropy in row chunks: vendor GEMMs, one reused logit buffer, gradients formed in the forward.
+
+Per chunk of C rows, with x_j = w_j h_j and all n heads read in place:
+    z = sum_j x_j W_j^T            n GEMMs into one fp32 buffer (C, R): the segments are added unrounded
+    row statistics                 epilogue.py, in one sweep; under a group one collective of 20 bytes per row
+    dz over z                      epilogue.py, in place
+    dx_j = dz W_j                  then dh_j = w_j dx_j,  dw_j = <h_j, dx_j>
+    dW_j += dz^T x_j
+which is 3 GEMM passes where forward-then-backward needs 4 without keeping the logits. Only what requires a gradient
+is computed: 2 passes with frozen heads, 1 under no_grad.
+
+The upstream gradient is not known in the forward. It is one scalar for "sum" and "mean", and one factor per row of dh
+and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
+the statistics alone and the backward runs the sweep again with the upstream factors as row weights (4 passes in all).
+
+Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs. Chunk sizes
+derive from numbers every rank shares, since each chunk is a collective.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ultrafuser_mega.ops import gemm
+from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
+from ultrafuser_mega.ops.problem import Problem
+from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
+
+DEFAULT_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 768 << 20}
+ROW_MULTIPLE = 128  # rows of a chunk: whole GEMM tiles
+PITCH_MULTIPLE = 64  # columns: every row of the buffer starts on a cache line, also when it holds 16-bit numbers
+FP16_SCALE = 256.0  # fp16 probabilities below 6e-5 would be subnormal: dz is stored scaled, its GEMMs scale back
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted."""
+
+    gate: bool
+    hidden: tuple[bool, ...]
+    heads: tuple[bool, ...]
+
+    @property
+    def any(self) -> bool:
+        return self.gate or any(self.hidden) or any(self.heads)
+
+    @classmethod
+    def nothing(cls, n: int) -> Needs:
+        return cls(False, (False,) * n, (False,) * n)
+
+
+def mixture_loss(
+    problem: Problem, *, buffer_bytes: int | None = None, epilogue: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss, row losses (N,) without gradient).
+
+    ``buffer_bytes`` bounds the logit buffers, all together; the default suits the device.
+    """
+    plan = Plan(problem, buffer_bytes, epilogue)
+    return _ChunkedLoss.apply(plan, problem.target, problem.gate_logits, *problem.hidden, *problem.heads)
+
+
+class Plan:
+    """How a problem is cut into chunks, together with what its autograd node carries besides tensors."""
+
+    def __init__(self, problem: Problem, buffer_bytes: int | None = None, epilogue: Epilogue | None = None) -> None:
+        hidden = problem.hidden[0]
+        self.settings = problem.settings
+        self.grad_enabled = torch.is_grad_enabled()
+        self.epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
+        self.buffers = 1 if problem.settings.group is None else 2
+        budget = buffer_bytes or DEFAULT_BUFFER_BYTES.get(hidden.device.type, DEFAULT_BUFFER_BYTES["cuda"])
+        shard = -(-problem.settings.vocab_size // problem.settings.shards)
+        limit = max(1, budget // (self.buffers * shard * problem.accumulate_dtype.itemsize))
+        chunks = max(1, -(-problem.rows // limit))
+        even = -(-problem.rows // chunks)
+        self.chunk_rows = max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, problem.rows))
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        for start in range(0, rows, self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, rows))
+
+    def problem(self, target: Tensor, gate_logits: Tensor, tensors: Sequence[Tensor]) -> Problem:
+        n = len(tensors) // 2
+        return Problem(tuple(tensors[:n]), tuple(tensors[n:]), gate_logits, target, self.settings)
+
+
+@dataclass
+class _Chunk:
+    """A chunk between its two halves: its logits are computed, its statistics are on their way to all ranks."""
+
+    rows: slice
+    logits: Tensor  # (C, R), a view of a buffer; the epilogue's from here on
+    inputs: list[Tensor]  # n x (C, d_j): x_j = w_j h_j
+    scratch: Any  # the epilogue's
+    pending: PendingStatistics | None  # None: the statistics were known before
+
+
+class Sweep:
+    """One pass over all chunks. ``statistics`` given: they are taken as the truth and no collective is needed.
+
+    After run(): statistics (N, 4) of the whole vocabulary; gate (N, n), summed over the group; hidden n x (N, d_j),
+    this shard's part; heads n x (V_local, d_j). What is not needed is None.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: Plan, needs: Needs, weight: Tensor, statistics: Tensor | None = None
+    ) -> None:  # weight (N,): 0 on ignored rows
+        self.problem, self.plan, self.needs, self.weight = problem, plan, needs, weight
+        self.known = statistics is not None
+        wide = problem.accumulate_dtype
+        n, rows = len(problem.hidden), problem.rows
+        self.target = problem.local_target()
+        self.ignored = ~problem.kept()[:, None]
+        self.gate_weights = torch.softmax(problem.gate_logits.masked_fill(self.ignored, 0.0), dim=1)  # (N, n)
+        self.real_heads = [head[: problem.real_rows] for head in problem.heads]  # n x (R, d_j)
+        self.scale = FP16_SCALE if plan.epilogue.operand_dtype == torch.float16 else 1.0
+
+        self.statistics = weight.new_empty((rows, COLUMNS)) if statistics is None else statistics
+        self.gate = weight.new_zeros((rows, n)) if needs.gate else None
+        self.hidden = [
+            torch.empty_like(states, dtype=_held(states.dtype)) if need else None
+            for states, need in zip(problem.hidden, needs.hidden, strict=True)
+        ]
+        # several chunks add up in the wide type; a single one may let its GEMM round to the result at once
+        single = plan.chunk_rows >= rows > 0 and self.scale == 1.0
+        self.heads = [
+            self._head_sum(head, plan.epilogue.operand_dtype if single else wide) if need else None
+            for head, need in zip(problem.heads, needs.heads, strict=True)
+        ]
+
+    def _head_sum(self, head: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.problem.rows == 0:
+            return torch.zeros_like(head)
+        total = torch.empty_like(head, dtype=dtype, memory_format=torch.contiguous_format)
+        total[self.problem.real_rows :].zero_()  # padding
+        return total
+
+    def run(self) -> None:
+        plan, problem = self.plan, self.problem
+        pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
+        buffers = self.weight.new_empty((plan.buffers, plan.chunk_rows, pitch))
+        started: deque[_Chunk] = deque()
+        for index, rows in enumerate(plan.chunks(problem.rows)):
+            buffer = buffers[index % plan.buffers]
+            started.append(self._begin(rows, buffer[: rows.stop - rows.start, : problem.real_rows]))
+            while len(started) >= plan.buffers:
+                self._finish(started.popleft())
+        while started:
+            self._finish(started.popleft())
+        if self.gate is not None and problem.settings.group is not None and problem.rows:
+            dist.all_reduce(self.gate, group=problem.settings.group)
+
+    def _begin(self, rows: slice, logits: Tensor) -> _Chunk:
+        inputs = []
+        for j, states in enumerate(self.problem.hidden):
+            x = torch.empty_like(states[rows], dtype=self.plan.epilogue.operand_dtype)
+            torch.mul(states[rows], self.gate_weights[rows, j, None], out=x)
+            x.masked_fill_(self.ignored[rows], 0.0)  # what an ignored row holds, even NaN, must not matter
+            inputs.append(x)
+        for j, (x, head) in enumerate(zip(inputs, self.real_heads, strict=True)):
+            gemm.accumulate(logits, x, head.t(), add=j > 0)
+        local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=self.needs.any)
+        pending = None if self.known else PendingStatistics(local, self.problem.real_rows, self.problem.settings)
+        return _Chunk(rows, logits, inputs, scratch, pending)
+
+    def _finish(self, chunk: _Chunk) -> None:
+        rows, needs = chunk.rows, self.needs
+        if chunk.pending is not None:
+            self.statistics[rows] = chunk.pending.wait()
+        if not needs.any:
+            return
+        statistics = self.statistics[rows]
+        coefficients = dlogit_coefficients(statistics, self.weight[rows] * self.scale, self.problem.settings)
+        dz = self.plan.epilogue.dlogits(
+            chunk.logits, chunk.scratch, self.target[rows], statistics[:, MAX], coefficients
+        )
+        weight_gradients = []  # n x (C,): dw_j
+        for j, head in enumerate(self.real_heads):
+            total, hidden = self.heads[j], self.hidden[j]
+            if total is not None:
+                real = total[: self.problem.real_rows]
+                gemm.accumulate(real, dz.t(), chunk.inputs[j], add=rows.start > 0, alpha=1.0 / self.scale)
+            if hidden is None and self.gate is None:
+                continue
+            dx = self.weight.new_empty((dz.shape[0], head.shape[1]))
+            gemm.accumulate(dx, dz, head, add=False, alpha=1.0 / self.scale)
+            if self.gate is not None:
+                weight_gradients.append((self.problem.hidden[j][rows] * dx).sum(1))
+            if hidden is not None:
+                torch.mul(dx, self.gate_weights[rows, j, None], out=hidden[rows])
+        if self.gate is not None:
+            dw = torch.stack(weight_gradients, dim=1).masked_fill_(self.ignored[rows], 0.0)  # (C, n)
+            w = self.gate_weights[rows]
+            self.gate[rows] = w * (dw - (w * dw).sum(1, keepdim=True))
+
+
+def _held(dtype: torch.dtype) -> torch.dtype:
+    """Type a per-row gradient waits in for its upstream factor: fp16 would lose small ones before they are scaled up."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, target: Tensor, gate_logits: Tensor, *tensors: Tensor):
+        problem = plan.problem(target, gate_logits, tensors)
+        n = len(problem.hidden)
+        wanted = ctx.needs_input_grad[2:] if plan.grad_enabled else (False,) * (1 + 2 * n)
+        needs = Needs(wanted[0], tuple(wanted[1 : 1 + n]), tuple(wanted[1 + n :]))
+        kept = problem.kept()
+        weight = kept.to(problem.accumulate_dtype)
+        share = weight.sum().clamp(min=1.0).reciprocal() if plan.settings.reduction == "mean" else None  # ()
+        # fp16 has no room for probabilities divided by the number of rows: there the backward multiplies by the share
+        late_share = share if share is not None and problem.hidden[0].dtype == torch.float16 else None
+        per_row = plan.settings.reduction == "none"
+        ctx.plan, ctx.needs = plan, needs
+        ctx.dtypes = [tensor.dtype for tensor in (gate_logits, *tensors)]
+        ctx.deferred = per_row and any(needs.heads)
+
+        sweep = Sweep(
+            problem,
+            plan,
+            Needs.nothing(n) if ctx.deferred else needs,
+            weight if share is None or late_share is not None else weight * share,
+        )
+        sweep.run()
+        if ctx.deferred:
+            ctx.save_for_backward(sweep.statistics, target, gate_logits, *tensors)
+        else:
+            ctx.save_for_backward(late_share, sweep.gate, *sweep.hidden, *sweep.heads)
+        row_losses = row_loss(sweep.statistics, kept, plan.settings)
+        loss = row_losses.clone() if per_row else row_losses.sum()
+        if share is not None:
+            loss = loss * share
+        ctx.mark_non_differentiable(row_losses)
+        ctx.set_materialize_grads(False)
+        return loss, row_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor | None, _row_losses: None):
+        if upstream is None:
+            return (None,) * (2 + len(ctx.dtypes))
+        if ctx.deferred:
+            gradients, factor = _deferred_gradients(ctx, upstream)
+            reuse = True
+        else:
+            late_share, *gradients = ctx.saved_tensors
+            factor = upstream if late_share is None else upstream * late_share
+            # with retain_graph the saved gradients serve again
+            reuse = not torch._C._autograd._get_current_graph_task_keep_graph()
+        return None, None, *(
+            None if gradient is None else _scaled(gradient, factor, dtype, reuse)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+
+
+def _deferred_gradients(ctx, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    """The gradients of reduction="none" with trainable heads, up to one common factor (): a second sweep."""
+    statistics, target, gate_logits, *tensors = ctx.saved_tensors
+    problem = ctx.plan.problem(target, gate_logits, tensors)
+    weight = torch.where(problem.kept(), upstream, 0.0)
+    factor = weight.new_ones(())
+    if problem.hidden[0].dtype == torch.float16 and problem.rows:  # a loss scale of 2^16 does not fit fp16
+        factor = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
+        weight = weight / factor
+    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, statistics)
+    sweep.run()
+    return [sweep.gate, *sweep.hidden, *sweep.heads], factor
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
+    """gradient (rows, columns) times factor, () or (rows,), in ``dtype``; within its own memory where it may be."""
+    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient.to(dtype)
+    # two dimensions keep the factor in fp32: PyTorch would round a 0-dimensional one to the gradient's 16 bits
+    out = gradient if reuse and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.reshape(-1, 1), out=out)

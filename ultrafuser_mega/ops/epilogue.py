@@ -1,0 +1,74 @@
+"""The softmax work between the GEMMs of the chunked backend, in three interchangeable forms.
+
+An epilogue reads a chunk of fused logits and later turns the same memory into their gradient:
+
+    statistics(logits (C, R), target (C,), keep)  ->  ((C, 4) row statistics, scratch)
+    dlogits(logits, scratch, target, row_max (C,), (a, b, c) each (C,))  ->  (C, R) gradient, in the logits' memory
+
+``operand_dtype`` is the type of that gradient and of the other operand of its GEMMs. ``target`` is the local column or -1. With keep=False the chunk is only looked at. Between the two calls the buffer's
+contents belong to the epilogue (the CPU's holds scaled exponentials there). See statistics.py for the algebra.
+
+TorchEpilogue is the twin the compiled ones are tested against, and serves what they do not (fp64 on a GPU).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ultrafuser_mega.ops.epilogue_cpu import CpuEpilogue
+from ultrafuser_mega.ops.problem import accumulate_dtype
+
+Coefficients = tuple[Tensor, Tensor, Tensor]  # a, b, c: each (C,)
+
+
+class Epilogue(Protocol):
+    operand_dtype: torch.dtype
+
+    def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, Any]: ...
+
+    def dlogits(
+        self, logits: Tensor, scratch: Any, target: Tensor, row_max: Tensor, coefficients: Coefficients
+    ) -> Tensor: ...
+
+
+class TorchEpilogue:
+    """Plain PyTorch on any device; logits and gradients of one type."""
+
+    def __init__(self, operand_dtype: torch.dtype) -> None:
+        self.operand_dtype = operand_dtype
+
+    def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, None]:
+        rows, columns = logits.shape
+        if columns == 0:
+            identity = logits.new_tensor([float("-inf"), 0.0, float("-inf"), 0.0])
+            return identity.expand(rows, 4), None
+        top = logits.amax(1)  # (C,)
+        shifted = logits - top[:, None]
+        column = target.clamp(min=0)[:, None]
+        at_target = torch.where(target >= 0, shifted.gather(1, column).squeeze(1), float("-inf"))
+        return torch.stack((top, shifted.exp().sum(1), at_target, shifted.sum(1)), dim=1), None
+
+    def dlogits(
+        self, logits: Tensor, scratch: None, target: Tensor, row_max: Tensor, coefficients: Coefficients
+    ) -> Tensor:
+        a, b, c = (coefficient[:, None] for coefficient in coefficients)
+        dead = (a == 0) & (b == 0) & (c == 0)
+        logits.sub_(row_max[:, None]).exp_().mul_(a).sub_(c)
+        if logits.shape[1]:
+            column = target.clamp(min=0)[:, None]
+            logits.scatter_add_(1, column, torch.where(target[:, None] >= 0, -b, 0.0))  # one element per row: exact
+        return logits.masked_fill_(dead, 0.0)
+
+
+def epilogue_for(device: torch.device, dtype: torch.dtype) -> Epilogue:
+    """The epilogue that serves ``device`` for hidden states and heads of type ``dtype``."""
+    if device.type == "cpu":
+        return CpuEpilogue(accumulate_dtype(dtype))  # 16-bit operands are upcast there anyway, see gemm.py
+    if device.type == "cuda" and dtype != torch.float64:
+        from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue  # the one place that needs triton
+
+        return TritonEpilogue(dtype)
+    return TorchEpilogue(accumulate_dtype(dtype))

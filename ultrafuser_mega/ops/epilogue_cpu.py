@@ -1,0 +1,72 @@
+"""The chunked backend's epilogue on the CPU: csrc/cpu_epilogue.cpp behind the interface of epilogue.py.
+
+Two sweeps over the chunk with one exponential per logit, on torch.get_num_threads() threads; fp32 and fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from ultrafuser_mega.ops import _cpu_epilogue
+except ImportError as error:
+    raise ImportError(
+        "ultrafuser_mega.ops: its C++ extension is not built;"
+        " run `pip install .`, or `python setup.py build_ext --inplace` in a checkout"
+        f" ({error})"
+    ) from None
+
+STATISTICS = {torch.float32: _cpu_epilogue.row_statistics_f32, torch.float64: _cpu_epilogue.row_statistics_f64}
+DLOGITS = {torch.float32: _cpu_epilogue.dlogits_f32, torch.float64: _cpu_epilogue.dlogits_f64}
+
+
+class CpuEpilogue:
+    """fp32 or fp64 logits; their gradient has the same type."""
+
+    def __init__(self, operand_dtype: torch.dtype) -> None:
+        self.operand_dtype = operand_dtype
+
+    def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        rows, columns = logits.shape
+        out = logits.new_empty((rows, 4))
+        blocks = -(-columns // _cpu_epilogue.BLOCK_COLUMNS)
+        block_max = logits.new_empty((rows, max(1, blocks))) if keep else None
+        target = target.contiguous()
+        STATISTICS[logits.dtype](
+            logits.data_ptr(),
+            target.data_ptr(),
+            rows,
+            columns,
+            logits.stride(0),
+            out.data_ptr(),
+            0 if block_max is None else block_max.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out, block_max
+
+    def dlogits(
+        self,
+        logits: Tensor,
+        scratch: Tensor,
+        target: Tensor,
+        row_max: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        rows, columns = logits.shape
+        # names keep the contiguous copies alive until the kernel has read them
+        target, row_max, a, b, c = (tensor.contiguous() for tensor in (target, row_max, *coefficients))
+        DLOGITS[logits.dtype](
+            logits.data_ptr(),
+            target.data_ptr(),
+            rows,
+            columns,
+            logits.stride(0),
+            scratch.data_ptr(),
+            row_max.data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            c.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits

@@ -1,0 +1,142 @@
+"""The chunked backend's epilogue on a GPU: two Triton kernels behind the interface of epilogue.py.
+
+One program per row. The chunk holds fp32 logits (the GEMMs accumulate the specialists' segments there without
+rounding). Their gradient is written over them in the GEMM's operand type: a 16-bit row starts where its fp32 row
+started and fills its first half, so one buffer serves both and the GEMM reads it with twice the leading dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+WARPS = 8
+
+
+@triton.jit
+def row_statistics_kernel(
+    logits,  # (C, R) fp32
+    target,  # (C,) int64: local column or -1
+    statistics,  # (C, 4) fp32 out
+    columns,
+    row_stride,
+    BLOCK: tl.constexpr,
+):
+    """max, sum-exp, target and shifted sum of one row in one sweep, rescaled whenever the maximum grows."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * row_stride
+    top = -float("inf")
+    total = 0.0
+    shifted = 0.0
+    seen = 0.0  # columns counted so far, as the factor that moves `shifted` to a new maximum
+    for start in range(0, columns, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = v < columns
+        z = tl.load(base + v, mask=inside, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(z, 0))
+        origin = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf is NaN
+        total = total * tl.exp(top - origin) + tl.sum(tl.exp(z - origin), 0)
+        moved = tl.where(seen > 0, seen * (top - origin), 0.0)
+        shifted = shifted + moved + tl.sum(tl.where(inside, z - origin, 0.0), 0)
+        seen += tl.minimum(columns - start, BLOCK).to(tl.float32)
+        top = new_top
+    y = tl.load(target + row)
+    z_y = tl.load(base + tl.maximum(y, 0), mask=(y >= 0) & (y < columns), other=-float("inf"))
+    out = statistics + row * 4
+    tl.store(out + 0, top)
+    tl.store(out + 1, total)
+    tl.store(out + 2, tl.where(z_y == -float("inf"), -float("inf"), z_y - top))
+    tl.store(out + 3, shifted)
+
+
+@triton.jit
+def dlogits_kernel(
+    logits,  # (C, R) fp32 in
+    gradient,  # (C, R) out, the same memory: row stride doubled if 16-bit
+    target,  # (C,) int64: local column or -1
+    row_max,  # (C,) fp32
+    coefficient_a,  # (C,) fp32
+    coefficient_b,  # (C,) fp32
+    coefficient_c,  # (C,) fp32
+    columns,
+    row_stride,
+    gradient_stride,
+    BLOCK: tl.constexpr,
+):
+    """z -> a exp(z - M) - b [v = y] - c in place; exactly 0 where a = b = c = 0."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target + row)
+    top = tl.load(row_max + row)
+    a = tl.load(coefficient_a + row)
+    b = tl.load(coefficient_b + row)
+    c = tl.load(coefficient_c + row)
+    dead = (a == 0) & (b == 0) & (c == 0)
+    for start in range(0, columns, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = v < columns
+        z = tl.load(logits + row * row_stride + v, mask=inside, other=-float("inf"))
+        # 16-bit results land on fp32 logits of this or an earlier block: all threads must have read theirs
+        tl.debug_barrier()
+        dz = a * tl.exp(z - top) - c - tl.where(v == y, b, 0.0)
+        dz = tl.where(dead, 0.0, dz)
+        tl.store(gradient + row * gradient_stride + v, dz.to(gradient.dtype.element_ty), mask=inside)
+
+
+class TritonEpilogue:
+    """fp32 logits in; gradients in ``operand_dtype`` (bf16, fp16 or fp32)."""
+
+    def __init__(self, operand_dtype: torch.dtype) -> None:
+        self.operand_dtype = operand_dtype
+
+    def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, None]:
+        rows, columns = logits.shape
+        out = logits.new_empty((rows, 4))
+        row_statistics_kernel[(rows,)](
+            logits, target.contiguous(), out, columns, logits.stride(0), BLOCK=BLOCK, num_warps=WARPS
+        )
+        return out, None
+
+    def dlogits(
+        self,
+        logits: Tensor,
+        scratch: None,
+        target: Tensor,
+        row_max: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        rows, columns = logits.shape
+        gradient = in_place_view(logits, self.operand_dtype)
+        a, b, c = (coefficient.contiguous() for coefficient in coefficients)
+        dlogits_kernel[(rows,)](
+            logits,
+            gradient,
+            target.contiguous(),
+            row_max.contiguous(),
+            a,
+            b,
+            c,
+            columns,
+            logits.stride(0),
+            gradient.stride(0),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+        return gradient
+
+
+def in_place_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C, R) of ``dtype`` whose row i starts at the same address as row i of the fp32 ``logits``."""
+    if dtype == logits.dtype:
+        return logits
+    narrower = logits.element_size() // dtype.itemsize
+    rows, columns = logits.shape
+    flat = torch.empty(0, dtype=dtype, device=logits.device)
+    return flat.set_(
+        logits.untyped_storage(),
+        logits.storage_offset() * narrower,
+        (rows, columns),
+        (logits.stride(0) * narrower, 1),
+    )

@@ -1,0 +1,148 @@
+"""The public loss: cross-entropy of a gated mixture of n heads, without ever holding n logit tensors.
+
+For one response token, specialist j gives its last hidden state h_j; the gate weighs the specialists by
+w = softmax(a_1 .. a_n) and the fused logits are z = sum_j w_j W_j h_j (paper, equation 1). The loss is the
+cross-entropy of z against the token (equation 2), optionally with label smoothing and z-loss.
+
+Backends: ``reference`` (plain PyTorch, the definition) and ``chunked`` (row chunks, gradients formed in the forward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.ops import chunked, reference
+from ultrafuser_mega.ops.problem import Problem, checked_problem
+
+BACKENDS = ("auto", "reference", "chunked")
+
+
+class LossWithRows(NamedTuple):
+    loss: Tensor  # () or (N,) for reduction="none"; differentiable
+    row_losses: Tensor  # (N,) fp32 (fp64 for fp64 inputs), without gradient; 0 on ignored rows
+
+
+def mixture_cross_entropy(
+    hidden: Sequence[Tensor],  # n x (N, d_j)
+    head_weight: Sequence[Tensor],  # n x (V_local, d_j)
+    gate_logits: Tensor,  # (N, n)
+    target: Tensor,  # (N,)
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of z = sum_j softmax(gate_logits)_j W_j h_j against ``target``.
+
+    Per kept row, with lse = log sum_v exp(z_v) and the mean over the ``vocab_size`` real rows of the vocabulary:
+        (1 - label_smoothing) (lse - z_y) + label_smoothing (lse - mean_v z_v) + z_loss lse^2
+
+    Args:
+        hidden: n tensors (N, d_j), all bf16, fp16, fp32 or fp64; the widths d_j may differ.
+        head_weight: n tensors (V_local, d_j) of the same type: rows vocab_start .. vocab_start + V_local of each head.
+        gate_logits: (N, n), before the softmax; fp32 (fp64 when everything else is).
+        target: (N,) int64, GLOBAL vocabulary ids. Rows that hold ``ignore_index`` count nothing and receive gradients
+            of exactly zero, whatever their hidden states hold.
+        group: the ranks the vocabulary is sharded over; None for one rank that holds it all.
+        vocab_start: first vocabulary id of this rank's rows. Shards may be uneven and may be empty.
+        vocab_size: real rows of the whole vocabulary; head rows beyond it are padding: masked, with zero gradient.
+            Default: all rows given; required under a group.
+        reduction: "mean" over the kept rows (0 if there are none), "sum", or "none" for a loss per row.
+        label_smoothing: in [0, 1], over the GLOBAL vocabulary.
+        z_loss: weight of lse^2, >= 0.
+        backend: "auto", "reference" or "chunked".
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs): (), or (N,) for reduction="none".
+
+    Gradients are computed for the arguments that require them and only for those.
+
+    UNDER A GROUP, hidden, gate_logits and target are replicated and every rank calls this with the same settings and
+    the same pattern of requires_grad. The loss is the same on every rank, and so must be its upstream gradient. Then
+        gate_logits.grad   is complete: already summed over the group, the same on every rank;
+        head_weight.grad   belongs to this rank's rows;
+        hidden.grad        IS ONLY THIS SHARD'S PART, accumulated in fp32 and rounded once to the type of ``hidden``:
+                           the caller sums the parts, and may do so towards the owner of the hidden state alone.
+
+    Raises:
+        InputError: shapes, types, devices or settings that do not fit; on the CPU also a target outside the vocabulary
+            (on a GPU such a row's loss is inf, since looking would stall the device).
+    """
+    return mixture_cross_entropy_with_rows(
+        hidden,
+        head_weight,
+        gate_logits,
+        target,
+        group=group,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        backend=backend,
+    ).loss
+
+
+def mixture_cross_entropy_with_rows(
+    hidden: Sequence[Tensor],  # n x (N, d_j)
+    head_weight: Sequence[Tensor],  # n x (V_local, d_j)
+    gate_logits: Tensor,  # (N, n)
+    target: Tensor,  # (N,)
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backend: str = "auto",
+) -> LossWithRows:
+    """:func:`mixture_cross_entropy` together with every row's loss, detached, at no extra cost.
+
+    This is what a trainer wants: the scalar of reduction="sum" or "mean" takes 3 GEMM passes where "none" with
+    trainable heads takes 4, and the rows are there for logging per class.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}")
+    problem = checked_problem(
+        hidden,
+        head_weight,
+        gate_logits,
+        target,
+        group=group,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    with torch.autocast(target.device.type, enabled=False):  # the types are chosen here
+        if backend == "reference":
+            return _reference_loss(problem)
+        return LossWithRows(*chunked.mixture_loss(problem))
+
+
+def _reference_loss(problem: Problem) -> LossWithRows:
+    rows = reference.row_losses(problem)
+    detached = rows.detach()
+    match problem.settings.reduction:
+        case "none":
+            return LossWithRows(rows, detached.clone())
+        case "sum":
+            return LossWithRows(rows.sum(), detached)
+        case _:
+            return LossWithRows(rows.sum() / problem.kept().sum().clamp(min=1), detached)

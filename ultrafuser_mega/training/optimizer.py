@@ -1,0 +1,126 @@
+"""Megatron's data parallelism, optimizer and learning-rate schedule around the parameters a stage trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from ultrafuser_mega.config import Optimizer as OptimizerOptions
+from ultrafuser_mega.config import Stage
+from ultrafuser_mega.runtime.mcore import megatron_scope
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A module being trained on this rank: gradients over replicas, one optimizer, one schedule."""
+
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    distributed: bool
+    device: torch.device
+
+    def zero_grad(self) -> None:
+        """Clear gradients before a step."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def reduce_gradients(self) -> None:
+        """Sum gradients over replicas, for a backward that ran outside Megatron's schedule."""
+        with megatron_scope(self.device):
+            self.wrapped.finish_grad_sync()
+
+    def step(self) -> tuple[float, float]:
+        """Clip by the one global norm, update, advance the schedule; returns (gradient norm, lr used)."""
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        with megatron_scope(self.device):
+            _, norm, _ = self.optimizer.step()
+            if norm is None:  # clipping is off
+                norm = self.optimizer.get_grad_norm()
+        self.schedule.step(1)
+        return float(norm), float(lr)
+
+
+def make_trainable(
+    module: nn.Module,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    stage: Stage,
+    options: OptimizerOptions,
+    *,
+    distributed_optimizer: bool,
+    device: torch.device,
+) -> Trainable:
+    """Wrap ``module`` for training its parameters that require gradients.
+
+    Args:
+        module: this rank's module; every rank of ``groups.mp`` must make one.
+        config: Megatron's model configuration; its gradient hooks are set here.
+        groups: ``dp`` reduces gradients, ``mp`` (``intra_dist_opt``) sums the squared gradient norm.
+        stage: steps and learning rate.
+        options: AdamW's.
+        distributed_optimizer: shard optimizer state over ``groups.dp``.
+    """
+    _fresh_parameters(module)
+    with megatron_scope(device):
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+        )
+        wrapped = DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
+        config.no_sync_func = wrapped.no_sync
+        config.finalize_model_grads_func = finalize_model_grads
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=stage.lr,
+            min_lr=stage.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip_grad,
+            bf16=config.params_dtype == torch.bfloat16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        optimizer = get_megatron_optimizer(
+            optimizer_config, [wrapped], use_gloo_process_groups=False, pg_collection=groups
+        )
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=stage.lr,
+        min_lr=min(stage.min_lr, stage.lr) if stage.schedule == "cosine" else stage.lr,
+        lr_warmup_steps=min(stage.warmup_steps, max(stage.steps - 1, 0)),
+        lr_decay_steps=max(stage.steps, 1),
+        lr_decay_style=stage.schedule,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return Trainable(wrapped, optimizer, schedule, distributed_optimizer, device)
+
+
+def _fresh_parameters(module: nn.Module) -> None:
+    """Replace parameters by new ones over the same storage, so that no hook of an earlier stage is left on them."""
+    for child in module.modules():
+        for name, old in child.named_parameters(recurse=False):
+            new = nn.Parameter(old.data, requires_grad=old.requires_grad)
+            marks = {key: value for key, value in vars(old).items() if key not in ("main_grad", "main_param")}
+            new.__dict__.update(marks)
+            if isinstance(child, nn.ParameterDict):
+                child[name] = new
+            else:
+                setattr(child, name, new)
