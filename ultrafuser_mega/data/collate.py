@@ -36,6 +36,16 @@ class MicroBatch:
     row_class: Tensor
     row_sample: Tensor
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same microbatch on ``device``."""
+        return MicroBatch(
+            tokens={name: ids.to(device) for name, ids in self.tokens.items()},
+            rows={name: at.to(device) for name, at in self.rows.items()},
+            targets=self.targets.to(device),
+            row_class=self.row_class.to(device),
+            row_sample=self.row_sample.to(device),
+        )
+
 
 def collate(
     samples: Sequence[Sample],

@@ -62,8 +62,8 @@ class PaperTemplate:
         return filled + [self.later.replace("{instruction}", user) for user, _ in rest]
 
 
-# Table 9. It shows one turn; the texts between turns follow the same form, as the three models' own
-# multi-turn data does. Its "<s>" in front of CodeLlama's is the one BOS that every sequence has.
+# Table 9. It shows one turn; later turns take the same form here, WizardMath's preamble once. The "<s>"
+# that it shows in front of CodeLlama's is the one BOS that every sequence has.
 PAPER_TEMPLATES = {
     template.name: template
     for template in (

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from ultrafuser_mega.errors import InputError
 
-_ANCHORS = (":", "\n", "a", "0", ")")
+_ANCHORS = ("\n", ":", "a", "0", ")")  # a line break first: few tokenizers let it melt into a word
 _AFTER_EOS_PROBES = ("\nUser", "[INST] x", " x", "User")
 _PROBES = (
     "Hello world",

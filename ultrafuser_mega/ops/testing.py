@@ -161,6 +161,6 @@ def answer_of(loss_function: Any, case: Case, needs: tuple[bool, bool, bool] = (
 
 def relative_error(value: Tensor, true: Tensor) -> float:
     """||value - true|| / ||true||, or ||value|| where the truth is zero. NaN if anything is NaN."""
-    value, true = value.double().cpu(), true.double().cpu()
+    value, true = value.detach().double().cpu(), true.detach().double().cpu()
     scale = float(true.norm()) if true.numel() else 0.0
     return float((value - true).norm()) / (scale or 1.0)

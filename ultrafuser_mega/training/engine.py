@@ -6,7 +6,7 @@ last stages meet in the fusion group: earlier stages run ahead of each other und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -63,7 +63,7 @@ class Engine:
             else schedules.forward_backward_no_pipelining
         )
 
-    def train(self, wrapped: DistributedDataParallel, microbatches: Sequence[B], loss: LossFunction[B]) -> None:
+    def train(self, wrapped: DistributedDataParallel, microbatches: Collection[B], loss: LossFunction[B]) -> None:
         """Forward and backward of everything; gradients end up reduced in ``wrapped``'s buffers.
 
         ``loss`` must return its microbatch's share of the replica's loss times the number of microbatches:
@@ -71,11 +71,11 @@ class Engine:
         """
         self._run(wrapped, microbatches, loss, forward_only=False)
 
-    def forward(self, microbatches: Sequence[B], loss: LossFunction[B]) -> None:
+    def forward(self, microbatches: Collection[B], loss: LossFunction[B]) -> None:
         """Forward only, with the specialists under no_grad; ``loss`` may run a backward of its own."""
         self._run(self.model, microbatches, loss, forward_only=True)
 
-    def _run(self, model: Any, microbatches: Sequence[B], loss: LossFunction[B], forward_only: bool) -> None:
+    def _run(self, model: Any, microbatches: Collection[B], loss: LossFunction[B], forward_only: bool) -> None:
         def forward_step(batches: Any, stage: Any) -> tuple[Any, Callable]:
             batch = next(batches).to(self.device)
             with torch.set_grad_enabled(not forward_only):

@@ -41,3 +41,7 @@ class ClassTotals:
         counts = self._sums[:, -1:].clamp(min=1)
         means = (self._sums[:, :-1] / counts).tolist()
         return {name: dict(zip(self.columns, row, strict=True)) for name, row in zip(self.classes, means, strict=True)}
+
+    def counts(self) -> dict[str, int]:
+        """class -> rows of the job; after :meth:`reduce`."""
+        return {name: int(count) for name, count in zip(self.classes, self._sums[:, -1].tolist(), strict=True)}

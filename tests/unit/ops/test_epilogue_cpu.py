@@ -1,0 +1,109 @@
+"""The C++ epilogue against its plain PyTorch twin, its exponential against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ultrafuser_mega.ops import _cpu_epilogue
+from ultrafuser_mega.ops.epilogue import TorchEpilogue
+from ultrafuser_mega.ops.epilogue_cpu import CpuEpilogue
+
+BLOCK = _cpu_epilogue.BLOCK_COLUMNS
+
+
+def chunk(rows, columns, dtype, scale=4.0, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    wide = torch.randn(rows, columns + 5, generator=draw, dtype=dtype) * scale  # rows are longer than the logits
+    target = torch.randint(-1, columns, (rows,), generator=draw)
+    coefficients = tuple(torch.rand(3, rows, generator=draw, dtype=dtype))
+    return wide[:, :columns], target, coefficients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [1, 15, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_statistics_and_gradient_equal_the_twins(rows, columns, dtype):
+    logits, target, coefficients = chunk(rows, columns, dtype)
+    mine, twins = logits.clone(), logits.clone()
+    cpu, twin = CpuEpilogue(dtype), TorchEpilogue(dtype)
+    statistics, scratch = cpu.statistics(mine, target, keep=True)
+    expected, _ = twin.statistics(twins, target, keep=True)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
+    torch.testing.assert_close(statistics, expected, **tolerance)
+    global_max = statistics[:, 0] + 1.5  # another rank's shard may hold the maximum
+    torch.testing.assert_close(
+        cpu.dlogits(mine, scratch, target, global_max, coefficients),
+        twin.dlogits(twins, None, target, global_max, coefficients),
+        **tolerance,
+    )
+
+
+def test_looking_leaves_the_logits_alone_and_sees_the_same():
+    logits, target, _ = chunk(7, 2 * BLOCK + 3, torch.float32)
+    looked_at = logits.clone()
+    looked, scratch = CpuEpilogue(torch.float32).statistics(looked_at, target, keep=False)
+    kept, _ = CpuEpilogue(torch.float32).statistics(logits.clone(), target, keep=True)
+    assert scratch is None and torch.equal(looked_at, logits) and torch.equal(looked, kept)
+
+
+def test_an_empty_shard_is_the_identity_of_the_combination():
+    statistics, _ = CpuEpilogue(torch.float32).statistics(torch.empty(2, 0), torch.tensor([-1, -1]), keep=True)
+    assert statistics.tolist() == [[-math.inf, 0.0, -math.inf, 0.0]] * 2
+
+
+def test_blocks_of_minus_infinity_contribute_nothing():
+    logits, target, (a, b, c) = chunk(3, 2 * BLOCK, torch.float32)
+    logits[:, :BLOCK] = -math.inf
+    target[:] = BLOCK + 1
+    cpu = CpuEpilogue(torch.float32)
+    statistics, scratch = cpu.statistics(logits, target, keep=True)
+    assert torch.isfinite(statistics[:, :3]).all()
+    gradient = cpu.dlogits(logits, scratch, target, statistics[:, 0], (a, b, torch.zeros_like(c)))
+    assert torch.count_nonzero(gradient[:, :BLOCK]) == 0 and torch.isfinite(gradient).all()
+
+
+def test_a_row_without_weight_becomes_exactly_zero_even_from_nan():
+    logits, target, _ = chunk(2, 40, torch.float32)
+    logits[0] = math.nan
+    zero = torch.zeros(2)
+    cpu = CpuEpilogue(torch.float32)
+    statistics, scratch = cpu.statistics(logits, target, keep=True)
+    assert torch.count_nonzero(cpu.dlogits(logits, scratch, target, statistics[:, 0], (zero, zero, zero))) == 0
+
+
+def test_nan_is_not_swallowed():
+    logits, target, _ = chunk(1, 40, torch.float32)
+    logits[0, 17] = math.nan
+    statistics, _ = CpuEpilogue(torch.float32).statistics(logits, target, keep=False)
+    assert math.isnan(statistics[0, 1])
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    logits, target, coefficients = chunk(64, 2 * BLOCK, torch.float32)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 4):
+            torch.set_num_threads(count)
+            mine = logits.clone()
+            statistics, scratch = CpuEpilogue(torch.float32).statistics(mine, target, keep=True)
+            CpuEpilogue(torch.float32).dlogits(mine, scratch, target, statistics[:, 0], coefficients)
+            results.append((statistics, mine))
+    finally:
+        torch.set_num_threads(threads)
+    for statistics, gradient in results[1:]:
+        assert torch.equal(statistics, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_the_exponential_is_within_two_ulp_down_to_the_smallest_normal_number():
+    """2 ulp (1 ulp <= 2^-23 relative) without fused multiply-add as well; below 2^-126 it is 0 or exact enough."""
+    x = torch.cat((-torch.linspace(0, 87.33, 1 << 20), torch.tensor([-0.0, -87.4, -104.0, -1e30, -math.inf])))
+    y = torch.empty_like(x)
+    _cpu_epilogue.exp_nonpositive_f32(x.data_ptr(), y.data_ptr(), x.numel())
+    true = x.double().exp()
+    normal = x > -87.33
+    assert float(((y - true).abs() / true)[normal].max()) <= 2 * 2**-23
+    assert y[-5:].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]

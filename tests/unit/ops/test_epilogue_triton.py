@@ -1,0 +1,137 @@
+"""The Triton epilogue without a GPU: interpreted against its twin, and compiled ahead of time for three generations.
+
+Triton decides at import whether kernels are interpreted, so both kinds run in worker processes of their own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ultrafuser_mega.ops.epilogue import TorchEpilogue
+from ultrafuser_mega.ops.testing import answer_of, make_case, plain_loss, relative_error, truth
+
+
+def _set_interpreter(value: str) -> None:
+    os.environ["TRITON_INTERPRET"] = value
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with _worker("1") as worker:
+        yield lambda function, *args: worker.submit(function, *args).result()
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    with _worker("0") as worker:
+        yield lambda function, *args: worker.submit(function, *args).result()
+
+
+def _worker(interpret: str) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_set_interpreter, initargs=(interpret,))
+
+
+def kernels_on(logits, target, row_max, coefficients, dtype):
+    from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
+
+    epilogue = TritonEpilogue(dtype)
+    statistics, scratch = epilogue.statistics(logits, target, keep=True)
+    return statistics, epilogue.dlogits(logits, scratch, target, row_max, coefficients).clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 333, 4096, 9000])
+def test_kernels_equal_the_twin(columns, dtype, interpreted):
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, columns + 7, generator=draw) * 4)[:, :columns]
+    target = torch.tensor([-1, 0, columns - 1])
+    coefficients = tuple(torch.rand(3, 3, generator=draw))
+    twin = TorchEpilogue(torch.float32)
+    expected, _ = twin.statistics(logits, target, keep=True)
+    row_max = expected[:, 0] + 0.5
+    statistics, gradient = interpreted(kernels_on, logits.clone(), target, row_max, coefficients, dtype)
+    torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=1e-6)
+    expected_gradient = twin.dlogits(logits.clone(), None, target, row_max, coefficients)
+    rounding = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.float(), expected_gradient, rtol=rounding, atol=1e-6)
+
+
+def test_ignored_rows_and_masked_words_are_exact(interpreted):
+    logits = torch.randn(2, 50)
+    logits[0] = torch.nan
+    logits[1, :20] = -torch.inf
+    zero_one = torch.tensor([0.0, 1.0])
+    statistics, gradient = interpreted(
+        kernels_on, logits, torch.tensor([-1, 30]), torch.tensor([0.0, 3.0]), (zero_one, zero_one, 0 * zero_one), torch.bfloat16
+    )
+    assert torch.count_nonzero(gradient[0]) == 0 and torch.count_nonzero(gradient[1, :20]) == 0
+    assert torch.isfinite(gradient).all() and torch.isfinite(statistics[1, :3]).all()
+
+
+def chunked_answer(case):
+    from ultrafuser_mega.ops import chunked
+    from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
+    from ultrafuser_mega.ops.problem import checked_problem
+
+    def loss(hidden, heads, gate_logits, target, *, reduction="mean", **options):
+        defaults = {"group": None, "vocab_start": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
+        problem = checked_problem(
+            hidden, heads, gate_logits, target, reduction=reduction, **(defaults | options)
+        )
+        return chunked.mixture_loss(problem, epilogue=TritonEpilogue(hidden[0].dtype), buffer_bytes=16 << 10)[0]
+
+    return answer_of(loss, case)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_whole_gpu_path_stays_within_the_rule_of_plain_pytorch(dtype, reduction, interpreted):
+    """As on a GPU: 16-bit operands, fp32 logits and sums, dz written in place in 16 bits (rule: test_mixture_backends)."""
+    case = make_case(
+        41, rows=40, vocab=333, widths=(16, 24), dtype=dtype, reduction=reduction, label_smoothing=0.1, z_loss=1e-3
+    )
+    answer, plain, expected = interpreted(chunked_answer, case), answer_of(plain_loss, case), truth(case)
+    assert relative_error(answer.loss, expected.loss) <= 3 * relative_error(plain.loss, expected.loss) + 1e-5
+    for name, gradient in answer.gradients().items():
+        allowed = 2 * relative_error(plain.gradients()[name], expected.gradients()[name]) + 1e-4
+        assert relative_error(gradient, expected.gradients()[name]) <= allowed, name
+
+
+def compiled_resources(capability: int, dtype: str) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ultrafuser_mega.ops import epilogue_triton as kernels
+
+    sources = {
+        kernels.row_statistics_kernel: {
+            "logits": "*fp32", "target": "*i64", "statistics": "*fp32", "columns": "i32", "row_stride": "i64",
+        },
+        kernels.dlogits_kernel: {
+            "logits": "*fp32", "gradient": f"*{dtype}", "target": "*i64", "row_max": "*fp32", "coefficient_a": "*fp32",
+            "coefficient_b": "*fp32", "coefficient_c": "*fp32", "columns": "i32", "row_stride": "i64",
+            "gradient_stride": "i64",
+        },
+    }  # fmt: skip
+    sizes = {}
+    for kernel, signature in sources.items():
+        blocks = {"BLOCK": kernels.BLOCK}
+        source = ASTSource(kernel, signature | dict.fromkeys(blocks, "constexpr"), constexprs=blocks)
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": kernels.WARPS})
+        sizes[kernel.fn.__name__] = len(compiled.asm["cubin"])
+    return sizes
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_for_every_supported_gpu(capability, compiling):
+    assert all(size > 0 for size in compiling(compiled_resources, capability, "bf16").values())

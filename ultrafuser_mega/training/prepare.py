@@ -1,0 +1,39 @@
+"""The run's token store: made by one rank when it is missing, opened by all."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.data.prepare import prepare_store
+from ultrafuser_mega.data.report import PrepareReport
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.runtime.groups import RankGroups
+from ultrafuser_mega.training.preflight import RunPlan
+
+
+def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) -> PrepareReport:
+    """Tokenise the configured data into ``config.store_dir``, or find that this was done."""
+    root = config.data.root
+    holdout = {root / path: rows for part in config.data.classes.values() for path, rows in part.heldout_first.items()}
+    return prepare_store(
+        config.store_dir,
+        {name: [root / path for path in part.train] for name, part in config.data.classes.items()},
+        {name: (config.folders[name], specialist.template) for name, specialist in config.specialists.items()},
+        vocab_size=vocab_size,
+        max_length=config.data.max_length,
+        holdout_rows=holdout,
+        holdout_files={name: [root / path for path in part.heldout] for name, part in config.data.classes.items()},
+        on_malformed=config.data.on_malformed,
+        overwrite=overwrite,
+        progress=True,
+    )
+
+
+def open_store(plan: RunPlan, groups: RankGroups) -> TokenStore:
+    """Rank 0 prepares the store if need be and checks every byte; then all ranks map it."""
+    if groups.rank == 0:
+        prepare(plan.config, plan.vocab_size)
+        TokenStore.open(plan.config.store_dir, verify=True)
+    dist.barrier()
+    return TokenStore.open(plan.config.store_dir, verify=False)

@@ -1,0 +1,212 @@
+"""The whole run: prepare, stage 1 (gate only), stage 2 (everything), evaluate, checkpoint, report.
+
+Algorithm 1 of the paper. Read :func:`run` first: it is the table of contents.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ultrafuser_mega.analysis.records import StepRecord
+from ultrafuser_mega.config import Stage
+from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
+from ultrafuser_mega.data.collate import MicroBatch
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.data.tokenizer import TextEncoder
+from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
+from ultrafuser_mega.models.fusion_head import LossOptions
+from ultrafuser_mega.runtime.groups import RankGroups, make_groups
+from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
+from ultrafuser_mega.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ultrafuser_mega.training.engine import Engine
+from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
+from ultrafuser_mega.training.optimizer import Trainable, make_trainable
+from ultrafuser_mega.training.preflight import DTYPES, RunPlan
+from ultrafuser_mega.training.prepare import open_store
+from ultrafuser_mega.training.report import RunReport
+from ultrafuser_mega.training.totals import ClassTotals
+
+STAGE_TITLES = {1: "gate only", 2: "everything"}
+
+
+def run(plan: RunPlan, device: torch.device) -> None:
+    """Train and report as ``plan`` says; collective over the job, which must be joined already."""
+    groups = make_groups(plan.layout)
+    store = open_store(plan, groups)
+    trainer = Trainer(plan, groups, store, device)
+    done = plan.resume[0] if plan.resume else Progress(1, 0)
+    with RunReport(plan, store, device, enabled=groups.rank == 0, done_steps=trainer.global_step(done)) as report:
+        if plan.resume is None:
+            report.evaluated(trainer.evaluate(), done.stage, 0)
+        for stage in (1, 2):
+            if done.stage <= stage:
+                trainer.train_stage(stage, done.step if done.stage == stage else 0, report)
+        report.finish(trainer.evaluate())
+
+
+class Trainer:
+    """One rank's model and data, and the steps that train it."""
+
+    def __init__(self, plan: RunPlan, groups: RankGroups, store: TokenStore, device: torch.device) -> None:
+        config = plan.config
+        self.plan, self.groups, self.store, self.device = plan, groups, store, device
+        if device.type == "cuda":
+            prepare_cuda(config.seed)
+        self.model = build_model(plan, groups, device)
+        if plan.resume is None:
+            load_hf_weights(self.model, config.folders)
+        self.engine = Engine(self.model, groups, device)
+        self.shard = make_shard(plan, groups, config.micro_batch_size)
+
+    def stage(self, number: int) -> Stage:
+        """Configuration of stage 1 or 2."""
+        return self.plan.config.stage1 if number == 1 else self.plan.config.stage2
+
+    def global_step(self, progress: Progress) -> int:
+        """Steps done since the start of stage 1."""
+        return progress.step + (self.stage(1).steps if progress.stage == 2 else 0)
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluate the model as it is."""
+        options = self.plan.config.evaluation
+        return evaluate(
+            self.engine, self.store, replace(self.shard, micro_batch_size=options.micro_batch_size), options
+        )
+
+    def train_stage(self, number: int, done: int, report: RunReport) -> None:
+        """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way."""
+        config, stage = self.plan.config, self.stage(number)
+        batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
+        trainable = self._make_trainable(number)
+        if self.plan.resume is not None and self.plan.resume[0] == Progress(number, done):
+            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done)
+        first = self.global_step(Progress(number, 0))
+        report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
+        for step in range(done, stage.steps):
+            record = self._step(number, trainable, batches.step(step), first + step + 1)
+            report.step(record)
+            finished = step + 1 == stage.steps
+            if finished or _due(step + 1, config.checkpoint.every):
+                self._save(Progress(number, step + 1), trainable, report)
+            if (finished and number == 1) or (not finished and _due(step + 1, config.evaluation.every)):
+                report.evaluated(self.evaluate(), number, first + step + 1)
+
+    def _make_trainable(self, number: int) -> Trainable:
+        """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""
+        config = self.plan.config
+        self.model.requires_grad_(number == 2)
+        module: nn.Module = self.model
+        if number == 1:
+            module = self.model.fusion.gate if self.model.fusion is not None else nn.Module()
+            module.requires_grad_(True)
+        return make_trainable(
+            module,
+            self.model.config,
+            self.groups.megatron,
+            self.stage(number),
+            config.optimizer,
+            distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
+            device=self.device,
+        )
+
+    def _step(self, number: int, trainable: Trainable, batch: StepBatch, global_step: int) -> StepRecord:
+        started = time.perf_counter()
+        config = self.plan.config
+        specialists = list(config.specialists)
+        totals = ClassTotals(self.store.class_names, ["loss", *specialists], self.device)
+        terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
+        # Data parallelism averages over replicas: their number makes that a sum. Megatron's schedule likewise
+        # divides by the number of microbatches; stage 1 runs its own backward, without that division.
+        scale = self.groups.plan.dp / terms * (len(batch.microbatches) if number == 2 else 1)
+
+        def loss_of(hidden: dict[str, Tensor], microbatch: MicroBatch) -> Tensor:
+            fusion, exchange = self.model.fusion, self.model.exchange
+            assert fusion is not None and exchange is not None
+            with torch.enable_grad():
+                loss, rows, weights = fusion.loss(exchange(hidden), microbatch.targets)
+                loss = loss * scale
+            if number == 1:
+                loss.backward()
+            totals.add(microbatch.row_class, torch.cat([rows[:, None].to(weights.dtype), weights], dim=1))
+            return loss
+
+        trainable.zero_grad()
+        if number == 1:
+            self.engine.forward(batch.microbatches, loss_of)
+            trainable.reduce_gradients()
+        else:
+            self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
+        grad_norm, lr = trainable.step()
+        means = totals.reduce(self.groups)
+        tokens = totals.counts()
+        loss = sum(means[name]["loss"] * tokens[name] for name in means) / terms
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss} at step {global_step}; gradient norm {grad_norm}")
+        seconds = time.perf_counter() - started
+        return StepRecord(
+            stage=number,
+            step=global_step,
+            loss=loss,
+            class_loss={name: row["loss"] for name, row in means.items()},
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=batch.response_tokens,
+            tokens_per_s=batch.response_tokens / seconds,
+            gate={name: {other: row[other] for other in specialists} for name, row in means.items()},
+            seconds=seconds,
+        )
+
+    def _save(self, progress: Progress, trainable: Trainable, report: RunReport) -> None:
+        config = self.plan.config
+        path = save_checkpoint(
+            config.run_dir / "checkpoints",
+            progress,
+            self.model,
+            trainable,
+            self.groups,
+            self.plan.identity,
+            config.checkpoint.keep,
+        )
+        report.note(f"checkpoint {path}")
+
+
+def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> FusedStage:
+    """This rank's share of the fused model of ``plan``, weights not loaded."""
+    config = plan.config
+    with megatron_scope(device):
+        return build_fused_stage(
+            groups,
+            plan.architectures,
+            vocab_size=plan.vocab_size,
+            gate_units=plan.gate_units,
+            dtype=DTYPES[config.dtype],
+            device=device,
+            sequence_parallel=config.parallel.sequence_parallel,
+            loss=LossOptions(config.loss.backend, config.loss.label_smoothing, config.loss.z_loss),
+            seed=config.seed,
+        )
+
+
+def make_shard(plan: RunPlan, groups: RankGroups, micro_batch_size: int) -> Shard:
+    """This rank's part of the data-parallel work."""
+    local = groups.local_specialists
+    multiple = math.lcm(*(plan.layout.placements[name].tp for name in local))
+    first = TextEncoder(next(iter(plan.config.folders.values())))
+    return Shard(
+        dp_rank=groups.replica_index,
+        dp_size=plan.layout.dp,
+        micro_batch_size=micro_batch_size,
+        specialists=tuple(local),
+        pad_id=first.eos_id,
+        pad_to_multiple=multiple if plan.config.parallel.sequence_parallel else 1,
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
