@@ -22,6 +22,7 @@ setup(
     description="A distributed trainer that fuses specialised language models through a token-level gate",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["ultrafuser_mega", "ultrafuser_mega.*"]),
+    package_data={"ultrafuser_mega.ops": ["*.pyi"]},
     ext_modules=[cpu_epilogue],
     cmdclass={"build_ext": build_ext},
     install_requires=["torch>=2.11", "numpy"],

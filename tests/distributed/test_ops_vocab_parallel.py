@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import chunked, mixture_cross_entropy
-from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error, truth
+from ultrafuser_mega.ops.testing import Answer, Case, answer_of, make_case, relative_error, truth
 from ultrafuser_mega.runtime.spawn import run_ranks
 
 BACKENDS = ["reference", "chunked"]
@@ -24,26 +24,10 @@ SHARDS = {
     "four, the last all padding": [20, 20, 13, 7],
     "four, one without rows": [0, 30, 20, 3],
 }
+NEEDS = [(True, True, True), (True, False, False)]  # gate, hidden, heads
 
 
-def on_shard(case: Case, rank: int, rows: list[int]) -> Case:
-    start = sum(rows[:rank])
-    heads = [head[start : start + rows[rank]] for head in case.heads]
-    return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": start})
-
-
-def all_answers(rank: int, rows: list[int], backend: str, dtype: torch.dtype) -> list:
-    group = dist.group.WORLD
-    chunked.DEFAULT_BUFFER_BYTES["cpu"] = 2 * 27 * 8 * 5  # several chunks, so that collectives are in flight
-    answers = []
-    for case in cases(dtype):
-        for needs in ((True, True, True), (True, False, False)):
-            local = on_shard(case, rank, rows)
-            answers.append(answer_of(mixture_cross_entropy, local, needs, group=group, backend=backend))
-    return answers
-
-
-def cases(dtype: torch.dtype = torch.float64) -> list[Case]:
+def cases(dtype: torch.dtype) -> list[Case]:
     common = {"widths": (4, 6, 3), "vocab": VOCAB, "padding": 8, "dtype": dtype}
     return [
         make_case(31, rows=23, reduction="mean", **common),
@@ -55,69 +39,102 @@ def cases(dtype: torch.dtype = torch.float64) -> list[Case]:
     ]
 
 
+def on_shard(case: Case, rank: int, rows: list[int]) -> Case:
+    start = sum(rows[:rank])
+    heads = [head[start : start + rows[rank]] for head in case.heads]
+    return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": start})
+
+
+def as_lists(answer: Answer) -> dict:
+    """Tensors cannot outlive the rank that made them; nested lists can, bit for bit."""
+    return {"loss": answer.loss.tolist()} | {name: g.double().tolist() for name, g in answer.gradients().items()}
+
+
+def rank_answers(rank: int) -> dict:
+    """(layout, backend, dtype, case, needs) -> answer, for the layouts this rank takes part in."""
+    chunked.DEFAULT_BUFFER_BYTES["cpu"] = 2 * 27 * 8 * 5  # several chunks, so that collectives are in flight
+    answers = {}
+    for layout, rows in SHARDS.items():
+        group = dist.new_group(list(range(len(rows))))
+        if rank >= len(rows):
+            continue
+        for dtype in (torch.float64, torch.bfloat16):
+            for backend in BACKENDS:
+                for index, case in enumerate(cases(dtype)):
+                    for needs in NEEDS:
+                        answer = answer_of(
+                            mixture_cross_entropy, on_shard(case, rank, rows), needs, group=group, backend=backend
+                        )
+                        answers[layout, backend, dtype, index, needs] = as_lists(answer)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict]:
+    return run_ranks(rank_answers, 4)
+
+
+def parts_of(ranks: list[dict], *key: object) -> list[dict[str, torch.Tensor]]:
+    """Every participating rank's answer."""
+    return [
+        {name: torch.tensor(value, dtype=torch.float64) for name, value in answers[key].items()}
+        for answers in ranks
+        if key in answers
+    ]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=["everything trains", "gate only"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", SHARDS)
-def test_shards_equal_one_process(layout, backend):
-    rows = SHARDS[layout]
-    ranks = run_ranks(all_answers, len(rows), rows, backend, torch.float64)
-    expected = [truth(case) for case in cases() for _ in range(2)]
-    for index, true in enumerate(expected):
-        parts = [answers[index] for answers in ranks]
+def test_shards_equal_one_process(layout, backend, needs, ranks):
+    for index, case in enumerate(cases(torch.float64)):
+        true = truth(case)
+        parts = parts_of(ranks, layout, backend, torch.float64, index, needs)
+        assert len(parts) == len(SHARDS[layout])
         for part in parts:
-            assert torch.equal(part.loss, parts[0].loss)
-            assert torch.equal(part.gate, parts[0].gate)
-        assert relative_error(parts[0].loss, true.loss) <= 1e-12
-        assert relative_error(parts[0].gate, true.gate) <= 1e-11
+            assert torch.equal(part["loss"], parts[0]["loss"])
+            assert torch.equal(part["gate"], parts[0]["gate"])
+        assert relative_error(parts[0]["loss"], true.loss) <= 1e-12
+        assert relative_error(parts[0]["gate"].view_as(true.gate), true.gate) <= 1e-11
+        if needs == NEEDS[1]:
+            assert parts[0].keys() == {"loss", "gate"}
+            continue
         for j in range(3):
-            if parts[0].hidden[j] is None:
-                continue
-            assert relative_error(sum(part.hidden[j] for part in parts), true.hidden[j]) <= 1e-11
-            heads = torch.cat([part.heads[j] for part in parts])
+            total = sum(part[f"hidden[{j}]"] for part in parts).view_as(true.hidden[j])
+            assert relative_error(total, true.hidden[j]) <= 1e-11
+            heads = torch.cat([part[f"heads[{j}]"] for part in parts if part[f"heads[{j}]"].numel()])
             assert relative_error(heads, true.heads[j][: heads.shape[0]]) <= 1e-11
 
 
-def test_bf16_shards_keep_the_precision_of_one_process():
-    """Parts are rounded to bf16 once (2^-9 relative), so their sum errs by no more than a few roundings."""
-    rows = SHARDS["three uneven"]
-    ranks = run_ranks(all_answers, len(rows), rows, "chunked", torch.bfloat16)
+@pytest.mark.parametrize("layout", SHARDS)
+def test_bf16_shards_keep_the_precision_of_one_process(layout, ranks):
+    """Each part is rounded to bf16 once or twice (2^-9 relative), so their sum errs by a few roundings at most."""
     for index, case in enumerate(cases(torch.bfloat16)[:3]):
         true = truth(case)
-        parts = [answers[2 * index] for answers in ranks]
-        assert relative_error(parts[0].loss, true.loss) <= 1e-5
+        parts = parts_of(ranks, layout, "chunked", torch.bfloat16, index, NEEDS[0])
+        assert relative_error(parts[0]["loss"], true.loss) <= 1e-5
         for j in range(3):
-            total = sum(part.hidden[j].float() for part in parts)
-            assert relative_error(total, true.hidden[j]) <= 4 * 2**-9
+            assert relative_error(sum(part[f"hidden[{j}]"] for part in parts), true.hidden[j]) <= 4 * 2**-9
 
 
-def same_bits_twice(rank: int) -> bool:
+def refusals_and_repeats(rank: int) -> tuple[list[str], bool]:
     case = on_shard(cases(torch.float32)[1], rank, SHARDS["two even"])
-    first, second = (answer_of(mixture_cross_entropy, case, group=dist.group.WORLD) for _ in range(2))
-    return all(torch.equal(gradient, second.gradients()[name]) for name, gradient in first.gradients().items())
-
-
-def test_repeating_a_sharded_call_repeats_every_bit():
-    assert all(run_ranks(same_bits_twice, 2))
-
-
-def refused_messages(rank: int) -> list[str]:
-    case = on_shard(cases()[0], rank, SHARDS["two even"])
+    group = dist.group.WORLD
     messages = []
     for change in ({"vocab_size": None}, {"vocab_start": -1}):
+        options = case.options | change
         try:
-            mixture_cross_entropy(
-                case.hidden,
-                case.heads,
-                case.gate_logits,
-                case.target,
-                group=dist.group.WORLD,
-                **(case.options | change),
-            )
+            mixture_cross_entropy(case.hidden, case.heads, case.gate_logits, case.target, group=group, **options)
         except InputError as error:
             messages.append(str(error))
-    return messages
+    first, second = (as_lists(answer_of(mixture_cross_entropy, case, group=group)) for _ in range(2))
+    return messages, first == second
 
 
-def test_a_sharded_call_must_say_how_large_the_vocabulary_is():
-    for messages in run_ranks(refused_messages, 2):
-        assert messages[0].startswith("vocab_size: needed when the heads are sharded over a group (this one has 2 ranks)")
+def test_a_sharded_call_repeats_every_bit_and_must_say_how_large_the_vocabulary_is():
+    for messages, same_bits in run_ranks(refusals_and_repeats, 2):
+        assert same_bits
+        assert messages[0].startswith(
+            "vocab_size: needed when the heads are sharded over a group (this one has 2 ranks)"
+        )
         assert messages[1].startswith("vocab_start: -1")

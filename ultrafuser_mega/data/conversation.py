@@ -106,9 +106,7 @@ def _from_messages(messages: Any, field: str, role_key: str, text_key: str, syst
             user = text
         else:
             if user is None:
-                raise MalformedRowError(
-                    f"odd role order: {at} is an assistant message without a user message before it"
-                )
+                raise MalformedRowError(f"odd role order: {at} is an assistant message that no user message precedes")
             turns.append((user, text))
             user = None
     if user is not None:

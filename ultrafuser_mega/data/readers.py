@@ -63,9 +63,8 @@ def _line_rows(path: Path) -> Iterator[Row]:
             read += len(raw)
             if len(raw) > LARGEST_ROW:
                 raise InputError(f"{path}:{line}: the line is longer than {LARGEST_ROW >> 20} MiB; is this JSONL?")
-            if line == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.strip():
+            raw = (raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw).rstrip()
+            if not raw:
                 continue
             number += 1
             value, problem = None, None
@@ -159,7 +158,8 @@ class _Window:
         while True:
             try:
                 value, end = self.json.raw_decode(self.text, self.position)
-                if end < len(self.text) or self.at_end:  # a number at the very end of the window may go on
+                may_go_on = isinstance(value, (int, float)) and end + _LONGEST_TOKEN > len(self.text)  # "0" of "0.5"
+                if self.at_end or not may_go_on:
                     self.advance(end)
                     return value
             except json.JSONDecodeError as error:

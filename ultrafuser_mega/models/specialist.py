@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -85,6 +91,13 @@ class SpecialistStage(GPTModel):
         if self.is_last:
             # GPTModel ties the final norm to the output layer, which this model does not have.
             self.decoder.final_layernorm = RMSNorm(config, arch.hidden_size, eps=arch.norm_eps)
+
+        # Megatron marks shards while it initialises them, which is skipped here; without the mark its gradient norm
+        # would take a shard for a copy and count one rank's only.
+        for module in self.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+                dim = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
     def forward(self, tokens: Tensor | None) -> Tensor:  # (b, s) -> (s, b, d); (s / tp, b, d) under sp between stages
         """Hidden states leaving this stage; on the last stage after the final norm and over the whole sequence."""

@@ -204,7 +204,7 @@ class Sweep:
 
 
 def _held(dtype: torch.dtype) -> torch.dtype:
-    """Type a per-row gradient waits in for its upstream factor: fp16 would lose small ones before they are scaled up."""
+    """Type in which a per-row gradient awaits its upstream factor: small ones would not survive the wait in fp16."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -257,9 +257,13 @@ class _ChunkedLoss(torch.autograd.Function):
             factor = upstream if late_share is None else upstream * late_share
             # with retain_graph the saved gradients serve again
             reuse = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return None, None, *(
-            None if gradient is None else _scaled(gradient, factor, dtype, reuse)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        return (
+            None,
+            None,
+            *(
+                None if gradient is None else _scaled(gradient, factor, dtype, reuse)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
         )
 
 

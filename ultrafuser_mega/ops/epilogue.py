@@ -5,8 +5,9 @@ An epilogue reads a chunk of fused logits and later turns the same memory into t
     statistics(logits (C, R), target (C,), keep)  ->  ((C, 4) row statistics, scratch)
     dlogits(logits, scratch, target, row_max (C,), (a, b, c) each (C,))  ->  (C, R) gradient, in the logits' memory
 
-``operand_dtype`` is the type of that gradient and of the other operand of its GEMMs. ``target`` is the local column or -1. With keep=False the chunk is only looked at. Between the two calls the buffer's
-contents belong to the epilogue (the CPU's holds scaled exponentials there). See statistics.py for the algebra.
+``operand_dtype`` is the type of that gradient and of the other operand of its GEMMs; ``target`` is the local column or
+-1. With keep=False the chunk is only looked at. Between the two calls the buffer's contents belong to the epilogue (the
+CPU's holds scaled exponentials there). See statistics.py for the algebra.
 
 TorchEpilogue is the twin the compiled ones are tested against, and serves what they do not (fp64 on a GPU).
 """

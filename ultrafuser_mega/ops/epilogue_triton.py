@@ -31,7 +31,6 @@ def row_statistics_kernel(
     top = -float("inf")
     total = 0.0
     shifted = 0.0
-    seen = 0.0  # columns counted so far, as the factor that moves `shifted` to a new maximum
     for start in range(0, columns, BLOCK):
         v = start + tl.arange(0, BLOCK)
         inside = v < columns
@@ -39,9 +38,8 @@ def row_statistics_kernel(
         new_top = tl.maximum(top, tl.max(z, 0))
         origin = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf is NaN
         total = total * tl.exp(top - origin) + tl.sum(tl.exp(z - origin), 0)
-        moved = tl.where(seen > 0, seen * (top - origin), 0.0)
-        shifted = shifted + moved + tl.sum(tl.where(inside, z - origin, 0.0), 0)
-        seen += tl.minimum(columns - start, BLOCK).to(tl.float32)
+        old = tl.where(start == 0, origin, top)  # the origin of what was summed so far: `start` columns
+        shifted = shifted + start * (old - origin) + tl.sum(tl.where(inside, z - origin, 0.0), 0)
         top = new_top
     y = tl.load(target + row)
     z_y = tl.load(base + tl.maximum(y, 0), mask=(y >= 0) & (y < columns), other=-float("inf"))

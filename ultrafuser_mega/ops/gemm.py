@@ -12,7 +12,7 @@ UPCAST_BLOCK = 4096  # vocabulary rows of a head converted at once on the CPU
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1.0) -> None:
-    """out = alpha a b, plus out if ``add``; in place. out (M, P), a (M, K), b (K, P); operands no wider than ``out``."""
+    """out (M, P) = alpha a (M, K) b (K, P), plus out if ``add``; operands are no wider than ``out``."""
     beta = 1 if add else 0
     if a.dtype == b.dtype == out.dtype:
         out.addmm_(a, b, beta=beta, alpha=alpha)

@@ -102,7 +102,9 @@ def checked_problem(
     shards = 1 if group is None else dist.get_world_size(group)
     if vocab_size is None:
         if shards > 1:
-            raise InputError(f"vocab_size: needed when the heads are sharded over a group (this one has {shards} ranks)")
+            raise InputError(
+                f"vocab_size: needed when the heads are sharded over a group (this one has {shards} ranks)"
+            )
         vocab_size = held
     if vocab_size < 1:
         raise InputError(f"vocab_size: {vocab_size} must be at least 1")
@@ -124,7 +126,9 @@ def checked_problem(
     return Problem(tuple(hidden), tuple(head_weight), gate_logits, target, settings)
 
 
-def _check_tensors(hidden: Sequence[Tensor], head_weight: Sequence[Tensor], gate_logits: Tensor, target: Tensor) -> None:
+def _check_tensors(
+    hidden: Sequence[Tensor], head_weight: Sequence[Tensor], gate_logits: Tensor, target: Tensor
+) -> None:
     n = len(hidden)
     if n == 0 or len(head_weight) != n:
         raise InputError(f"hidden, head_weight: {n} and {len(head_weight)} tensors, needed one of each per specialist")
@@ -135,7 +139,9 @@ def _check_tensors(hidden: Sequence[Tensor], head_weight: Sequence[Tensor], gate
     held = head_weight[0].shape[0] if head_weight[0].dim() else 0
     for j, (states, weight) in enumerate(zip(hidden, head_weight, strict=True)):
         if states.dim() != 2 or states.shape[0] != rows:
-            raise InputError(f"hidden[{j}]: shape {tuple(states.shape)}, needed (N, d_j) with N = {rows} as in hidden[0]")
+            raise InputError(
+                f"hidden[{j}]: shape {tuple(states.shape)}, needed (N, d_j) with N = {rows} as in hidden[0]"
+            )
         if weight.dim() != 2 or weight.shape != (held, states.shape[1]):
             raise InputError(
                 f"head_weight[{j}]: shape {tuple(weight.shape)}, needed ({held}, {states.shape[1]}):"

@@ -1,6 +1,7 @@
 """The softmax of one row as four numbers, and everything that follows from them: loss and logit gradient.
 
-A row's statistics over a set of vocabulary columns are (max m, s = sum_v exp(z_v - m), t = z_y - m, q = sum_v (z_v - m)),
+A row's statistics over a set of vocabulary columns are
+    m = max_v z_v,   s = sum_v exp(z_v - m),   t = z_y - m,   q = sum_v (z_v - m),
 all but the first relative to the maximum, so that a large common offset of the logits costs no precision. The set may
 be one rank's shard (t = -inf where y lies elsewhere; m = -inf, s = 0 for a shard without real rows) or the vocabulary.
 
@@ -48,17 +49,15 @@ class PendingStatistics:
         if settings.group is not None:
             columns = local.new_full((local.shape[0], 1), real_rows)
             payload = torch.cat((local, columns), dim=1)  # (C, 5)
-            self._gathered = payload.new_empty((settings.shards * payload.shape[0], payload.shape[1]))
-            self._shape = (settings.shards, *payload.shape)
-            self._work = dist.all_gather_into_tensor(self._gathered, payload, group=settings.group, async_op=True)
+            self._gathered = payload.new_empty((settings.shards, *payload.shape))
+            self._work = dist.all_gather(list(self._gathered), payload, group=settings.group, async_op=True)
 
     def wait(self) -> Tensor:  # (C, 4)
         """Statistics of the whole vocabulary. On a GPU the stream waits, not the host."""
         if self._work is None:
             return self._local
         self._work.wait()
-        gathered = self._gathered.view(self._shape)  # (S, C, 5)
-        return combine(gathered[:, :, :COLUMNS], gathered[:, :1, COLUMNS])
+        return combine(self._gathered[:, :, :COLUMNS], self._gathered[:, :1, COLUMNS])
 
 
 def row_loss(statistics: Tensor, kept: Tensor, settings: Settings) -> Tensor:

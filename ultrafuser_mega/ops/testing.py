@@ -78,7 +78,7 @@ def make_case(
             head[:, 0] = common_offset / root
     heads = [torch.cat((head, torch.full((padding, head.shape[1]), 99.0, dtype=torch.float64))) for head in heads]
     target = torch.randint(0, vocab, (rows,), generator=draw)
-    target[torch.rand(rows, generator=draw) < ignored] = IGNORE
+    target[torch.rand(rows, generator=draw, dtype=torch.float64) < ignored] = IGNORE
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return Case(
         [states.to(dtype).to(device) for states in hidden],
@@ -133,7 +133,9 @@ def truth(case: Case) -> Answer:
     )
 
 
-def plain_loss(hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+def plain_loss(
+    hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, target: Tensor, **options: Any
+) -> Tensor:
     """What one writes without this library: n logit tensors in the model's dtype, mixed in fp32, F.cross_entropy."""
     vocab = options["vocab_size"]
     weights = torch.softmax(gate_logits, 1)
@@ -148,7 +150,9 @@ def plain_loss(hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, t
     return rows.sum() if reduction == "sum" else rows.sum() / (target != IGNORE).sum().clamp(min=1)
 
 
-def answer_of(loss_function: Any, case: Case, needs: tuple[bool, bool, bool] = (True, True, True), **more: Any) -> Answer:
+def answer_of(
+    loss_function: Any, case: Case, needs: tuple[bool, bool, bool] = (True, True, True), **more: Any
+) -> Answer:
     """Loss and gradients of ``loss_function`` on ``case``; needs: gate, hidden, heads."""
     gate = case.gate_logits.clone().requires_grad_(needs[0])
     hidden = [states.clone().requires_grad_(needs[1]) for states in case.hidden]
@@ -157,6 +161,23 @@ def answer_of(loss_function: Any, case: Case, needs: tuple[bool, bool, bool] = (
     if any(needs):
         loss.backward(upstream_of(case).to(loss.dtype))
     return Answer(loss.detach(), gate.grad, [states.grad for states in hidden], [head.grad for head in heads])
+
+
+def rule_violations(answer: Answer, case: Case) -> list[str]:
+    """Where ``answer`` is further from the truth than plain PyTorch in the same type allows; [] is a pass.
+
+    The rule (QuACK's): loss error at most 3x plain PyTorch's + 1e-5, gradient errors at most 2x + 1e-4; the constants
+    cover what plain PyTorch gets exact by luck. The yardstick of a scalar loss is the error of the row losses it is
+    made of, because in a sum errors cancel by luck, too.
+    """
+    expected, plain = truth(case), answer_of(plain_loss, case)
+    row_case = case.with_options(reduction="none")
+    row_error = relative_error(answer_of(plain_loss, row_case, (False, False, False)).loss, truth(row_case).loss)
+    checks = [("loss", relative_error(answer.loss, expected.loss), 3 * row_error + 1e-5)]
+    for name, gradient in answer.gradients().items():
+        allowed = 2 * relative_error(plain.gradients()[name], expected.gradients()[name]) + 1e-4
+        checks.append((name, relative_error(gradient, expected.gradients()[name]), allowed))
+    return [f"{name}: error {error:.3g} > {allowed:.3g}" for name, error, allowed in checks if not error <= allowed]
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:

@@ -12,10 +12,14 @@ from pathlib import Path
 from random import Random
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.toy import code_tasks, math_tasks, text_tasks
+from ultrafuser_mega.toy import code_tasks, crossing_tasks, math_tasks, text_tasks
 
 CLASSES = ("text", "code", "math")
-_TASKS = {"text": text_tasks.TASKS, "code": code_tasks.TASKS, "math": math_tasks.TASKS}
+_TASKS = {
+    "text": text_tasks.TASKS + crossing_tasks.TASKS["text"],
+    "code": code_tasks.TASKS + crossing_tasks.TASKS["code"],
+    "math": math_tasks.TASKS + crossing_tasks.TASKS["math"],
+}
 _TRIES_PER_ROW = 50
 
 

@@ -1,8 +1,7 @@
 """Every backend against the float64 closed form, over shapes, values and types that break naive ones.
 
 Errors are ||value - truth|| / ||truth||. fp64 must agree to rounding (1e-12). In fp32 and below the yardstick is plain
-PyTorch in the same type on the same numbers: at most 3x its loss error + 1e-5 and 2x its gradient error + 1e-4 (the
-rule QuACK uses); the constants cover cases where plain PyTorch is exact by luck.
+PyTorch in the same type on the same numbers: see rule_violations.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from ultrafuser_mega.ops import mixture_cross_entropy, mixture_cross_entropy_with_rows
-from ultrafuser_mega.ops.testing import IGNORE, answer_of, make_case, plain_loss, relative_error, truth
+from ultrafuser_mega.ops.testing import IGNORE, answer_of, make_case, relative_error, rule_violations, truth
 
 TRAINABLE_BACKENDS = ["reference", "chunked"]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -83,13 +82,7 @@ def test_error_stays_within_the_rule_of_plain_pytorch(reduction, values, dtype, 
         z_loss=1e-4,
         **VALUES[values],
     )
-    expected = truth(case)
-    plain = answer_of(plain_loss, case)
-    answer = answer_of(mixture_cross_entropy, case, backend=backend)
-    assert relative_error(answer.loss, expected.loss) <= 3 * relative_error(plain.loss, expected.loss) + 1e-5
-    for name, gradient in answer.gradients().items():
-        allowed = 2 * relative_error(plain.gradients()[name], expected.gradients()[name]) + 1e-4
-        assert relative_error(gradient, expected.gradients()[name]) <= allowed, name
+    assert rule_violations(answer_of(mixture_cross_entropy, case, backend=backend), case) == []
 
 
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
@@ -157,7 +150,9 @@ def test_a_word_masked_by_minus_infinity_has_no_probability_and_no_gradient(back
 
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
 def test_only_required_gradients_are_computed_and_they_are_the_same(needs, reduction, backend):
     case = make_case(7, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction=reduction)
     answer = answer_of(mixture_cross_entropy, case, needs, backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,7 +106,7 @@ def test_statistics_of_any_split_of_the_vocabulary_combine_to_those_of_the_whole
     epilogue = CpuEpilogue(torch.float64)
     edges = [0, *sorted(min(cut, vocab) for cut in cuts), vocab]
     shards, columns = [], []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         here = (target >= start) & (target < stop)
         local = torch.where(here, target - start, -1)
         shards.append(epilogue.statistics(logits[:, start:stop].contiguous(), local, keep=False)[0])

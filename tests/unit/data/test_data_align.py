@@ -1,0 +1,129 @@
+"""The response tokens of all specialists are the same tokens, whatever stands between them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from ultrafuser_mega.data.align import BEYOND_VOCABULARY, TOO_LONG, UNFIT, Aligned, Aligner, Dropped
+from ultrafuser_mega.data.conversation import Conversation
+from ultrafuser_mega.data.templates import load_template
+from ultrafuser_mega.data.tokenizer import check_tokenizers
+from ultrafuser_mega.errors import InputError
+
+TEXTS = st.text(st.sampled_from("aParis 12\n\t<s></s>[INST]é😀.:"), min_size=1, max_size=30).filter(str.strip)
+CONVERSATIONS = st.builds(
+    Conversation,
+    st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4).map(tuple),
+    st.none() | TEXTS,
+)
+
+
+def aligner_of(specialists, vocab_size: int, max_length: int = 10_000) -> Aligner:
+    encoders = check_tokenizers({name: folder for name, (folder, _) in specialists.items()}, vocab_size)
+    templates = {
+        name: load_template(template, encoders[name].tokenizer, str(folder))
+        for name, (folder, template) in specialists.items()
+    }
+    return Aligner(encoders, templates, vocab_size, max_length)
+
+
+@pytest.fixture(scope="module")
+def aligner(specialists, vocab_size) -> Aligner:
+    return aligner_of(specialists, vocab_size)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(CONVERSATIONS, min_size=1, max_size=5), st.integers(2, 300))
+def test_sequences_share_responses_hold_one_bos_and_never_pass_max_length(aligner, conversations, max_length):
+    short = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, max_length)
+    eos, bos = aligner.encoders["text"].eos_id, aligner.encoders["text"].bos_id
+    for whole, cut in zip(aligner.align(conversations), short.align(conversations), strict=True):
+        assert isinstance(whole, Aligned) and not whole.was_cut
+        assert all(response[-1] == eos and response.count(eos) == 1 for response in whole.responses)
+        for prompts in whole.prompts.values():
+            flat = [token for ids in prompts for token in ids]
+            assert flat[0] == bos and flat.count(bos) == 1 and eos not in flat
+            assert len(prompts) == len(whole.responses)
+
+        first_prompt = max(len(prompts[0]) for prompts in whole.prompts.values())
+        if isinstance(cut, Dropped):
+            assert cut.reason == TOO_LONG and first_prompt >= max_length
+            continue
+        lengths = [sum(map(len, prompts)) + sum(map(len, cut.responses)) for prompts in cut.prompts.values()]
+        assert max(lengths) <= max_length
+        assert cut.responses[:-1] == whole.responses[: len(cut.responses) - 1]
+        last, full = cut.responses[-1], whole.responses[len(cut.responses) - 1]
+        assert last == full[: len(last)] and last
+        assert cut.prompts == {name: prompts[: len(cut.responses)] for name, prompts in whole.prompts.items()}
+        assert cut.was_cut == (cut.responses != whole.responses)
+        if len(last) < len(full):
+            assert max(lengths) == max_length, "a response is cut no shorter than it must be"
+
+
+@pytest.mark.parametrize("kind", ["first", "bytelevel"])
+def test_a_chat_templates_sequence_is_what_the_tokenizer_makes_of_the_rendered_conversation(kind, request):
+    folder = request.getfixturevalue(kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    conversation = Conversation((("What is 2+2?", "The answer is 4."), ("Print it.", "def add(a, b):\n    return 4")))
+    aligner = aligner_of({"one": (folder, "hf")}, len(tokenizer))
+    (aligned,) = aligner.align([conversation])
+    ours = [t for turn in zip(aligned.prompts["one"], aligned.responses, strict=True) for ids in turn for t in ids]
+
+    messages = []
+    for user, assistant in conversation.turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    # The two departures that the documentation names: one BOS only, and no space between response and EOS.
+    text = text[:3] + text[3:].replace("<s>", "").replace(" </s>", "</s>") if kind == "first" else text.rstrip("\n")
+    assert ours == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_specialists_whose_templates_differ_on_the_space_share_one_answer(bytelevel):
+    size = len(AutoTokenizer.from_pretrained(bytelevel, local_files_only=True))
+    both = aligner_of({"chat": (bytelevel, "hf"), "plain": (bytelevel, "ultralm")}, size)
+    (aligned,) = both.align([Conversation((("Hi", "Paris"),))])
+    piece = both.encoders["chat"].pieces()[aligned.responses[0][0]]
+    assert piece.startswith("Ġ"), "a space, since one of them expects it"
+
+
+def test_a_conversation_that_one_template_cannot_render_is_dropped_and_the_others_stay(first, prepend, vocab_size):
+    aligner = aligner_of({"text": (first, "ultralm"), "code": (prepend, "hf")}, vocab_size)
+    with_system = Conversation((("a", "b"),), system="Be brief.")
+    dropped, kept = aligner.align([with_system, Conversation((("a", "b"),))])
+    assert isinstance(kept, Aligned)
+    assert dropped.reason == UNFIT and dropped.detail.startswith("code: the chat template refuses")
+
+
+def test_a_token_beyond_the_shared_vocabulary_drops_the_conversation(with_pad, vocab_size):
+    conversation = Conversation((("a [PAD]", "b"),))
+    aligner = aligner_of({"math": (with_pad, "ultralm")}, vocab_size)
+    (kept,) = aligner.align([conversation])
+    assert isinstance(kept, Aligned), "a special token's text is ordinary text to a table 9 template"
+    small = Aligner(aligner.encoders, aligner.templates, max(kept.prompts["math"][0]), 100)
+    (dropped,) = small.align([conversation])
+    assert dropped == Dropped(
+        BEYOND_VOCABULARY,
+        f"prompt of math: id {small.vocab_size}, shared vocabulary {small.vocab_size}",
+    )
+    tiny = Aligner(aligner.encoders, aligner.templates, max(kept.responses[0]), 100)
+    (dropped,) = tiny.align([conversation])
+    assert dropped.reason == BEYOND_VOCABULARY and dropped.detail.startswith("response: id")
+
+
+def test_without_room_for_one_response_token_the_longest_specialist_is_named(aligner):
+    conversation = Conversation((("a", "b"),))
+    (whole,) = aligner.align([conversation])
+    longest = len(whole.prompts["math"][0])
+    assert longest == max(len(prompts[0]) for prompts in whole.prompts.values())
+    (dropped,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest).align([conversation])
+    assert dropped == Dropped(TOO_LONG, f"math: {longest} prompt tokens, max_length {longest}")
+    (cut,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest + 1).align([conversation])
+    assert cut.responses == [whole.responses[0][:1]] and cut.was_cut
+
+
+def test_max_length_must_leave_room_for_a_prompt_and_a_response(aligner):
+    with pytest.raises(InputError, match="max_length is 1; expected at least 2"):
+        Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, 1)

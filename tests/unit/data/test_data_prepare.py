@@ -1,0 +1,256 @@
+"""Preparing a store: every row ends in a sample or in the report, and the store appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from ultrafuser_mega.data import build
+from ultrafuser_mega.data.prepare import prepare_store
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.errors import InputError
+
+
+def write_rows(path: Path, rows: list, *, as_array: bool = False) -> Path:
+    path.write_text(json.dumps(rows, indent=1) if as_array else "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def sources(tmp_path) -> dict[str, list[Path]]:
+    text = [{"instruction": f"Name city {i}.", "input": "", "output": f"Paris {i}"} for i in range(7)]
+    code = [{"prompt": f"add {i}", "completion": f"return {i}"} for i in range(5)]
+    math = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} + 1?"},
+                {"role": "assistant", "content": str(i + 1)},
+                {"role": "user", "content": "And twice that?"},
+                {"role": "assistant", "content": str(2 * i + 2)},
+            ]
+        }
+        for i in range(6)
+    ]
+    return {
+        "text": [write_rows(tmp_path / "text.json", text, as_array=True)],
+        "code": [write_rows(tmp_path / "code.jsonl", code)],
+        "math": [write_rows(tmp_path / "math.jsonl", math)],
+    }
+
+
+@pytest.fixture
+def prepare(tmp_path, sources, specialists, vocab_size):
+    def call(**changes):
+        arguments = {"sources": sources, "specialists": specialists, "vocab_size": vocab_size, "max_length": 400}
+        return prepare_store(tmp_path / "store", **{**arguments, **changes})
+
+    return call
+
+
+def decode(store: TokenStore, folder: Path, ids) -> str:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids.tolist())
+
+
+def test_samples_come_back_as_they_were_written_in_the_order_of_the_files(prepare, first, tmp_path):
+    report = prepare()
+    assert not report.reused
+    store = TokenStore.open(tmp_path / "store")
+    assert store.class_names == ("text", "code", "math") and store.specialists == ("text", "code", "math")
+    text = store.split("text", "train")
+    assert len(text) == 7 and len(store.split("text", "heldout")) == 0
+    for index, sample in enumerate(text):
+        assert decode(store, first, sample.prompts["text"][0]) == f"<s> User: Name city {index}.\nAssistant:"
+        assert decode(store, first, sample.prompts["code"][0]) == f"<s> [INST] Name city {index}. [/INST]"
+        assert decode(store, first, sample.responses[0]) == f"Paris {index}</s>"
+    sample = store.split("math", "train")[-1]
+    assert len(sample.responses) == len(sample.prompts["math"]) == 2
+    assert decode(store, first, sample.responses[1]) == "12</s>"
+    for name in store.specialists:
+        whole = sum(map(len, sample.prompts[name])) + sum(map(len, sample.responses))
+        assert sample.length(name) == whole
+    assert sample.response_tokens == sum(map(len, sample.responses))
+
+
+def test_counts_add_up_and_hold_every_reason(prepare, sources, tmp_path):
+    with sources["code"][0].open("a") as file:
+        file.write('{"prompt": "no answer"}\nnot json\n{"prompt": "%s", "completion": "b"}\n' % ("long " * 400))
+    report = prepare()
+    counts = report.counts("code", "train")
+    assert (counts["rows"], counts["kept"], counts["cut"]) == (8, 5, 0)
+    assert counts["dropped"] == {"malformed": 2, "prompt too long": 1}
+    code = TokenStore.open(tmp_path / "store").split("code", "train")
+    assert counts["response_tokens"] == code.response_tokens(range(5)).sum()
+    assert counts["prompt_tokens"]["math"] == sum(len(s.prompts["math"][0]) for s in code)
+
+    dropped = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
+    file = str(sources["code"][0])
+    assert [(entry["file"], entry["line"], entry["row"], entry["reason"]) for entry in dropped] == [
+        (file, 6, 6, "malformed"),
+        (file, 7, 7, "malformed"),
+        (file, 8, 8, "prompt too long"),
+    ]
+    lines = report.problems()
+    assert lines[0] == f'malformed: {file}:6 (row 6): missing field "completion" (or "response") beside "prompt"'
+    assert lines[1] == f"malformed: {file}:7 (row 7): bad JSON at column 1: Expecting value"
+    assert lines[2].startswith(f"prompt too long: {file}:8 (row 8): math:")
+    assert lines[3] == f"all dropped rows: {tmp_path / 'store' / 'dropped.jsonl'}"
+    assert report.table().row_count == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "reason"),
+    [
+        ('{"prompt": "a"}', 6, 'missing field "completion"'),
+        ('{"prompt": "a", "completion": 3}', 6, '"completion" must be text, found a number'),
+        ('{"prompt": "a", "completion": ""}', 6, '"completion" is empty'),
+        ('\n{"prompt": ', 7, "bad JSON at column"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', 6, "odd role order"),
+        ('{"words": 1}', 6, "unknown shape"),
+    ],
+)
+def test_on_malformed_fail_stops_at_the_first_such_row_by_file_and_line(prepare, sources, tmp_path, row, line, reason):
+    with sources["code"][0].open("a") as file:
+        file.write(row + "\n")
+    with pytest.raises(InputError) as raised:
+        prepare(on_malformed="fail")
+    assert str(raised.value).startswith(f"{sources['code'][0]}:{line} (row 6): {reason}")
+    assert not (tmp_path / "store").exists()
+
+
+def test_malformed_rows_of_an_array_are_named_by_row_and_line(prepare, sources):
+    write_rows(sources["text"][0], [{"instruction": "a", "output": "b"}, {"instruction": "a"}], as_array=True)
+    report = prepare()
+    assert report.problems()[0].startswith(f"malformed: {sources['text'][0]}:6 (row 2): missing field")
+
+
+def test_only_some_dropped_rows_are_shown_and_the_rest_counted(prepare, sources):
+    with sources["code"][0].open("a") as file:
+        file.write("{}\n" * 9)
+    lines = prepare().problems()
+    assert len(lines) == 3 + 2 and lines[3] == "malformed: 6 more in code train"
+
+
+def test_the_first_rows_of_a_file_and_whole_files_can_be_held_out(prepare, sources, tmp_path):
+    extra = write_rows(tmp_path / "extra.jsonl", [{"question": "1+1?", "answer": "2"}])
+    write_rows(sources["code"][0], [{"prompt": "bad"}] + [{"prompt": f"{i}", "completion": "x"} for i in range(4)])
+    prepare(holdout_rows={sources["text"][0]: 3, str(sources["code"][0]): 2}, holdout_files={"math": [extra]})
+    store = TokenStore.open(tmp_path / "store")
+    sizes = {name: (len(store.split(name, "train")), len(store.split(name, "heldout"))) for name in store.class_names}
+    assert sizes == {"text": (4, 3), "code": (3, 1), "math": (6, 1)}, "a dropped row counts among the first rows"
+
+
+def test_batches_smaller_than_the_data_change_nothing(prepare, tmp_path):
+    prepare()
+    whole = TokenStore.open(tmp_path / "store").manifest
+    with patch.object(build, "_BATCH_ROWS", 2):
+        (tmp_path / "store").rename(tmp_path / "before")
+        prepare()
+    assert TokenStore.open(tmp_path / "store").manifest == whole
+
+
+def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_renamed(prepare, sources, tmp_path):
+    prepare()
+    written = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
+    moved = sources["code"][0].rename(tmp_path / "renamed.jsonl")
+    report = prepare(sources={**sources, "code": [moved]})
+    assert report.reused and report.counts("code", "train")["kept"] == 5
+    assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("change", ["max_length", "content", "template"])
+def test_a_store_of_other_inputs_is_refused_unless_overwritten(prepare, sources, specialists, tmp_path, change):
+    prepare()
+    changes: dict = {}
+    if change == "max_length":
+        changes["max_length"] = 300
+    elif change == "template":
+        changes["specialists"] = {**specialists, "math": (specialists["math"][0], "ultralm")}
+    else:
+        with sources["text"][0].open("a") as file:
+            file.write("\n")
+    word = {"max_length": "max_length", "template": "specialists", "content": "sources"}[change]
+    with pytest.raises(InputError, match=rf"holds a store made from other inputs \({word}\)"):
+        prepare(**changes)
+    assert not prepare(**changes, overwrite=True).reused
+    assert prepare(**changes).reused
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare, tmp_path):
+    prepare()
+    (tmp_path / "store" / "text" / "train" / "responses.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"responses.bin: damaged: 0 bytes.*overwrite it"):
+        prepare()
+    assert not prepare(overwrite=True).reused
+    TokenStore.open(tmp_path / "store")
+
+
+def test_a_folder_that_is_no_store_is_left_alone(prepare, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="exists and is no token store; it is left alone"):
+        prepare(overwrite=True)
+    assert (tmp_path / "store" / "thesis.txt").read_text() == "precious"
+
+
+def test_nothing_is_left_behind_when_preparing_fails_half_way(prepare, sources, tmp_path):
+    sources["math"][0].write_text('[{"question": "a", "answer": "b"}, {oops}]')
+    before = set(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"math.jsonl:1: row 2: bad JSON"):
+        prepare()
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_empty_class_is_refused_with_the_reason(prepare, sources, tmp_path):
+    write_rows(sources["code"][0], [{"prompt": "a"}])
+    with pytest.raises(InputError, match='class "code" is left without train rows: 1 read, dropped: 1 malformed'):
+        prepare()
+    write_rows(sources["code"][0], [])
+    with pytest.raises(InputError, match='class "code" is left without train rows: 0 read, dropped: none'):
+        prepare()
+    write_rows(sources["code"][0], [{"prompt": "a"}, {"prompt": "a", "completion": "b"}])
+    with pytest.raises(InputError, match='class "code" is left without heldout rows: 1 read'):
+        prepare(holdout_rows={sources["code"][0]: 1})
+
+
+def test_files_that_are_missing_or_listed_twice_are_named(prepare, sources, tmp_path):
+    with pytest.raises(InputError, match=r'class "code": .*nowhere.json: no such file'):
+        prepare(sources={**sources, "code": [tmp_path / "nowhere.json"]})
+    with pytest.raises(InputError, match=r'class "math": .*text.json is listed twice'):
+        prepare(sources={**sources, "math": sources["text"]})
+    with pytest.raises(InputError, match=r'class "math": .*math.jsonl is listed twice'):
+        prepare(holdout_files={"math": sources["math"]})
+    with pytest.raises(
+        InputError, match=r"holdout_rows: .*other.json \(first 3 rows\) is not one of the training files"
+    ):
+        prepare(holdout_rows={tmp_path / "other.json": 3})
+    with pytest.raises(InputError, match=r"holdout_rows: .*text.json: -1; expected how many"):
+        prepare(holdout_rows={sources["text"][0]: -1})
+    with pytest.raises(InputError, match='held-out class "law" has no training files; classes are text, code, math'):
+        prepare(holdout_files={"law": sources["text"]})
+
+
+def test_bad_names_and_choices_are_refused(prepare, sources, specialists):
+    with pytest.raises(InputError, match='class "a/b": names serve as file names'):
+        prepare(sources={"a/b": sources["text"]})
+    with pytest.raises(InputError, match="no class was given"):
+        prepare(sources={})
+    with pytest.raises(InputError, match="no specialist was given"):
+        prepare(specialists={})
+    with pytest.raises(InputError, match='on_malformed is "ignore"; expected "skip" or "fail"'):
+        prepare(on_malformed="ignore")
+    with pytest.raises(InputError, match='template "alpaca" is not known'):
+        prepare(specialists={"text": (specialists["text"][0], "alpaca")})
+
+
+def test_a_progress_bar_goes_to_stderr_only_when_asked_for(prepare, tmp_path, capfd):
+    prepare()
+    assert capfd.readouterr() == ("", "")
+    prepare(progress=True, max_length=300, overwrite=True)
+    captured = capfd.readouterr()
+    assert captured.out == "" and "tokenising" in captured.err

@@ -1,0 +1,105 @@
+"""The class-balance sampler and the split of a global batch: pure functions in which no sample is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ultrafuser_mega.data.sampler import ClassBalanceSampler, shuffled, split_batch
+from ultrafuser_mega.errors import InputError
+
+SIZES = st.dictionaries(st.sampled_from(["text", "code", "math", "law"]), st.integers(1, 40), min_size=1)
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 10**6))
+def test_every_global_batch_holds_the_same_number_of_each_class_in_order(sizes, n, seed, step):
+    batch = ClassBalanceSampler(sizes, n, seed).batch(step)
+    assert [name for name, _ in batch] == [name for name in sizes for _ in range(n)]
+    assert all(0 <= index < sizes[name] for name, index in batch)
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, st.integers(1, 12), st.integers(0, 100), st.permutations(range(8)))
+def test_a_batch_depends_on_seed_and_step_alone_not_on_what_was_asked_before(sizes, n, seed, order):
+    used = ClassBalanceSampler(sizes, n, seed)
+    for step in order:
+        assert used.batch(step) == ClassBalanceSampler(sizes, n, seed).batch(step)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 100), st.integers(1, 3))
+def test_each_class_is_gone_through_once_before_it_starts_again(size, n, seed, epochs):
+    sampler = ClassBalanceSampler({"text": 7, "code": size}, n, seed)
+    steps = -(-size * epochs // n)
+    drawn = [index for step in range(steps) for name, index in sampler.batch(step) if name == "code"]
+    for epoch in range(epochs):
+        assert sorted(drawn[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ():
+    alone = ClassBalanceSampler({"text": 100}, 10, 3)
+    joined = ClassBalanceSampler({"code": 5, "text": 100}, 10, 3)
+    assert alone.batch(7) == joined.batch(7)[10:]
+    orders = {tuple(shuffled(100, seed, name, epoch)) for seed in range(3) for name in "ab" for epoch in range(3)}
+    assert len(orders) == 18
+
+
+def test_the_order_is_the_same_in_every_version():
+    """Golden: a resumed run must go on in the order it began with, after any upgrade."""
+    assert shuffled(8, 1234, "text", 0).tolist() == [7, 0, 3, 5, 2, 1, 4, 6]
+
+
+def test_shuffling_is_uniform():
+    counts = Counter(int(shuffled(4, seed, "text", 0)[0]) for seed in range(4000))
+    # each place is binomial(4000, 1/4): standard deviation 27; five of them never happen by chance
+    assert all(abs(counts[place] - 1000) < 5 * 27.4 for place in range(4))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data(), st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
+def test_every_sample_lands_on_one_rank_once_whatever_the_layout(data, micro, dp, slots):
+    lengths = data.draw(st.lists(st.integers(1, 1000), min_size=micro * dp * slots, max_size=micro * dp * slots))
+    plan = split_batch(lengths, micro, dp)
+    assert [len(rank) for rank in plan] == [slots] * dp
+    assert all(len(microbatch) == micro for rank in plan for microbatch in rank)
+    assert sorted(place for rank in plan for microbatch in rank for place in microbatch) == list(range(len(lengths)))
+    assert plan == split_batch(np.array(lengths), micro, dp)
+    for slot in range(slots - 1):  # slots go from long to short: similar lengths share a slot
+        here = [lengths[place] for rank in plan for place in rank[slot]]
+        after = [lengths[place] for rank in plan for place in rank[slot + 1]]
+        assert min(here) >= max(after)
+
+
+def test_ranks_of_one_slot_get_nearly_the_same_work():
+    plan = split_batch(np.arange(1, 33), micro_batch_size=4, dp_size=4)
+    for slot in range(2):
+        sums = [sum(place + 1 for place in rank[slot]) for rank in plan]
+        assert max(sums) == min(sums), "dealt back and forth, evenly spaced lengths balance exactly"
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "dp", "hint"),
+    [
+        (12, 5, 2, "with dp 2 a micro batch of 1, 2, 3, 6 works"),
+        (12, 8, 2, "with dp 2 a micro batch of 1, 2, 3, 6 works"),
+        (12, 0, 1, "with dp 1 a micro batch of 1, 2, 3, 4, 6, 12 works"),
+        (9, 1, 2, "no micro batch works with dp 2: make the global batch a multiple of 2"),
+        (240, 7, 1, r"a micro batch of 1, 2, 3, 4, \.\.\., 80, 120, 240 works"),
+    ],
+)
+def test_a_batch_that_does_not_divide_says_what_would(total, micro, dp, hint):
+    wanted = f"batch of {total} samples does not divide by micro batch {micro} x dp {dp}; .*{hint}"
+    with pytest.raises(InputError, match=wanted):
+        split_batch([1] * total, micro, dp)
+
+
+def test_empty_classes_and_batches_are_refused():
+    with pytest.raises(InputError, match='class "code" has no training samples'):
+        ClassBalanceSampler({"text": 3, "code": 0}, 2, 0)
+    with pytest.raises(InputError, match="samples_per_class is 0; expected at least 1"):
+        ClassBalanceSampler({"text": 3}, 0, 0)

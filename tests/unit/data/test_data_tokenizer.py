@@ -1,0 +1,141 @@
+"""Tokenizers with different habits give the same ids, or are refused with the first difference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers, shared_vocab_size
+from ultrafuser_mega.errors import InputError
+
+
+def pieces(encoder: TextEncoder, ids: list[int]) -> list[str]:
+    names = encoder.pieces()
+    return [names[token] for token in ids]
+
+
+@pytest.mark.parametrize("kind", ["first", "prepend"])
+def test_a_response_behind_a_sentencepiece_prompt_starts_with_one_spaced_piece(kind, request):
+    encoder = TextEncoder(request.getfixturevalue(kind))
+    texts = ["Paris", " Paris", "\nParis", "    return a", "<s>"]
+    encoded = [pieces(encoder, ids) for ids in encoder.encode_responses(texts, " ")]
+    assert encoded[0] == encoded[1] == ["▁Paris"]
+    assert encoded[2][0] == "<0x0A>" and "".join(encoded[2][1:]) == "Paris"
+    assert "".join(encoded[3]) == "▁▁▁▁return▁a"
+    assert encoded[4] == ["▁", "<0x3C>", "s", "<0x3E>"], "a control token typed in a response stays text"
+    assert all("▁" not in row[:-1] for row in encoded[:3]), "no lone ▁"
+
+
+@pytest.mark.parametrize("kind", ["first", "prepend"])
+def test_without_a_space_before_it_a_sentencepiece_response_has_none(kind, request):
+    encoder = TextEncoder(request.getfixturevalue(kind))
+    (ids,) = encoder.encode_responses(["Paris"], "")
+    assert "".join(pieces(encoder, ids)) == "Paris"
+
+
+def test_a_bytelevel_response_carries_the_space_only_where_the_template_has_one(bytelevel):
+    encoder = TextEncoder(bytelevel)
+    (spaced,), (bare,) = encoder.encode_responses(["Paris"], " "), encoder.encode_responses(["Paris"], "")
+    assert "".join(pieces(encoder, spaced)) == "ĠParis"
+    assert "".join(pieces(encoder, bare)) == "Paris"
+
+
+def test_every_first_prompt_has_exactly_one_bos_whatever_the_tokenizer_adds_or_the_text_holds(
+    first, prepend, bytelevel
+):
+    for folder in (first, prepend):
+        encoder = TextEncoder(folder)
+        for text in ("User: hi", "<s>User: hi", "<s><s>User: hi"):
+            (ids,) = encoder.encode_first_prompts([text], specials=True)
+            assert ids[0] == encoder.bos_id and ids.count(encoder.bos_id) == 1
+        (ids,) = encoder.encode_first_prompts(["User: <s>hi</s>"], specials=False)
+        assert ids.count(encoder.bos_id) == 1 and encoder.eos_id not in ids
+    encoder = TextEncoder(bytelevel)
+    assert encoder.bos_id is None
+    (ids,) = encoder.encode_first_prompts(["User"], specials=True)
+    assert "".join(pieces(encoder, ids)) == "User"
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("first", ["<0x0A>"]), ("prepend", ["▁", "<0x0A>"])])
+@pytest.mark.parametrize("specials", [True, False])
+def test_a_later_prompt_is_split_as_the_tokenizer_itself_does_after_eos(kind, expected, specials, request):
+    encoder = TextEncoder(request.getfixturevalue(kind))
+    (ids,) = encoder.encode_later_prompts(["\nUser: hi"], specials=specials)
+    whole = encoder.tokenizer("</s>\nUser: hi", add_special_tokens=False).input_ids
+    assert ids == whole[1:]
+    assert pieces(encoder, ids)[: len(expected)] == expected
+
+
+def test_specialists_of_one_family_agree_and_come_back_loaded(first, prepend, with_pad, vocab_size):
+    encoders = check_tokenizers({"text": first, "code": prepend, "math": with_pad}, vocab_size)
+    assert list(encoders) == ["text", "code", "math"]
+    assert encoders["text"].fingerprint() != encoders["math"].fingerprint()
+    assert encoders["text"].fingerprint() == TextEncoder(first).fingerprint()
+
+
+def test_swapped_pieces_are_refused_with_both_names_and_the_first_of_them(first, altered, vocab_size):
+    names = TextEncoder(first).pieces()
+    place = next(token for token in range(vocab_size) if TextEncoder(altered).pieces()[token] != names[token])
+    with pytest.raises(InputError) as raised:
+        check_tokenizers({"text": first, "math": altered}, vocab_size)
+    message = str(raised.value)
+    assert f"the piece of id {place} is {names[place]!r} for text" in message
+    assert str(altered) in message and "\n" not in message
+
+
+def test_another_family_is_refused(first, bytelevel):
+    with pytest.raises(
+        InputError, match=r"tokenizers of text .* and code .* disagree: the BOS id is 1 for text and None"
+    ):
+        check_tokenizers({"text": first, "code": bytelevel}, 400)
+
+
+def test_a_normaliser_that_rewrites_text_is_refused_with_the_text(first, tmp_path, vocab_size):
+    folder = tmp_path / "folds"
+    shutil.copytree(first, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "NFKC"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # LlamaTokenizer would bring a normaliser of its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"disagree: token \d+ of 'naïve café.* is .* for text and .* for math"):
+        check_tokenizers({"text": first, "math": folder}, vocab_size)
+
+
+def test_a_control_id_beyond_the_shared_vocabulary_is_refused(first):
+    with pytest.raises(InputError, match="text's EOS id 2 lies beyond the shared vocabulary of 2"):
+        check_tokenizers({"text": first}, 2)
+
+
+def test_folders_without_a_usable_tokenizer_are_named(tmp_path, first):
+    with pytest.raises(InputError, match=r"nowhere: no such folder; expected one with tokenizer.json"):
+        TextEncoder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no tokenizer can be loaded from here") as raised:
+        TextEncoder(tmp_path)
+    assert "\n" not in str(raised.value)
+    folder = tmp_path / "no_eos"
+    shutil.copytree(first, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="the tokenizer has no EOS token; set eos_token"):
+        TextEncoder(folder)
+
+
+def test_the_shared_vocabulary_is_the_smallest_of_the_models(tmp_path):
+    for name, rows in (("text", 32000), ("code", 32016), ("math", 32001)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    folders = {name: tmp_path / name for name in ("text", "code", "math")}
+    assert shared_vocab_size(folders) == 32000
+    (tmp_path / "math" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"math/config.json: holds no vocab_size for math"):
+        shared_vocab_size(folders)
+    (tmp_path / "math" / "config.json").write_text('{"vocab_size": "many"}')
+    with pytest.raises(InputError, match="vocab_size is 'many'; expected a positive whole number"):
+        shared_vocab_size(folders)

@@ -1,0 +1,38 @@
+"""Types of the C++ module built from csrc/cpu_epilogue_module.cpp. Tensors cross as addresses (tensor.data_ptr())."""
+
+BLOCK_COLUMNS: int
+
+def row_statistics_f32(
+    logits: int, target: int, rows: int, cols: int, row_stride: int, statistics: int, block_max: int, threads: int
+) -> None: ...
+def row_statistics_f64(
+    logits: int, target: int, rows: int, cols: int, row_stride: int, statistics: int, block_max: int, threads: int
+) -> None: ...
+def dlogits_f32(
+    logits: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    block_max: int,
+    row_max: int,
+    a: int,
+    b: int,
+    c: int,
+    threads: int,
+) -> None: ...
+def dlogits_f64(
+    logits: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    block_max: int,
+    row_max: int,
+    a: int,
+    b: int,
+    c: int,
+    threads: int,
+) -> None: ...
+def exp_nonpositive_f32(x: int, y: int, count: int) -> None: ...
+def exp_nonpositive_f64(x: int, y: int, count: int) -> None: ...
