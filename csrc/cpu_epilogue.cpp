@@ -103,7 +103,7 @@ UFM_INLINE void some_rows(const Chunk<T>& chunk, int64_t begin, int64_t end, T* 
     std::vector<T> scratch(static_cast<size_t>(3 * blocks));
     for (int64_t i = begin; i < end; ++i) {
         T* const block_max = kKeep ? kept_max + i * blocks : scratch.data() + 2 * blocks;
-        one_row<T, kKeep>(chunk.logits + i * chunk.row_stride, chunk.cols, chunk.target[i], statistics + 4 * i,
+        one_row<T, kKeep>(chunk.logits + i * chunk.row_stride, chunk.cols, chunk.target[i], statistics + kColumns * i,
                           block_max, scratch.data(), scratch.data() + blocks);
     }
 }
@@ -133,6 +133,89 @@ UFM_INLINE void some_dlogits(const Chunk<T>& chunk, int64_t begin, int64_t end, 
     }
 }
 
+// One block of z = sum_j w_j o_j.
+template <typename T>
+UFM_INLINE void mix_block(const T* logits, int64_t plane_stride, int64_t specialists, const T* weights, int64_t count,
+                          T* z) {
+    for (int64_t j = 0; j < specialists; ++j) {
+        const T* const o = logits + j * plane_stride;
+        const T w = weights[j];
+        if (j == 0) {
+#pragma omp simd
+            for (int64_t v = 0; v < count; ++v) z[v] = w * o[v];
+        } else {
+#pragma omp simd
+            for (int64_t v = 0; v < count; ++v) z[v] += w * o[v];
+        }
+    }
+}
+
+// The mixture's statistics of one row. Sums over blocks are kept in double, relative to the largest z so far.
+template <typename T>
+UFM_INLINE void one_mixture_row(const T* logits, int64_t plane_stride, int64_t specialists, int64_t cols,
+                                const T* weights, int64_t target, T* statistics, T* z, T* e, double* sums) {
+    const T minus_infinity = -std::numeric_limits<T>::infinity();
+    const int64_t width = kColumns + 3 * specialists;
+    double* const expectation = sums + kColumns;  // then the target's and the plain sums, per specialist
+    double* const at_target = expectation + specialists;
+    double* const plain = at_target + specialists;
+    std::fill(sums, sums + width, 0.0);
+    T row_max = minus_infinity, target_logit = minus_infinity;
+    for (int64_t begin = 0; begin < cols; begin += kBlock) {
+        const int64_t count = std::min(kBlock, cols - begin);
+        mix_block(logits + begin, plane_stride, specialists, weights, count, z);
+        const T top = block_maximum(z, count);
+        const bool grows = top > row_max;
+        const T origin = grows ? top : row_max;
+        const T reference = origin == minus_infinity ? T(0) : origin;
+        const double rescale = grows && row_max != minus_infinity ? double(exp_nonpositive_one(row_max - top)) : 1.0;
+        const double moved = grows && row_max != minus_infinity ? double(row_max) - double(top) : 0.0;
+        T sum = 0, shift = 0;
+#pragma omp simd reduction(+ : sum, shift)
+        for (int64_t v = 0; v < count; ++v) {
+            const T difference = z[v] - reference;
+            e[v] = exp_nonpositive_one(difference);
+            sum += e[v];
+            shift += difference;
+        }
+        sums[1] = sums[1] * rescale + double(sum);
+        sums[3] = sums[3] + double(begin) * moved + double(shift);
+        for (int64_t j = 0; j < specialists; ++j) {
+            const T* const o = logits + j * plane_stride + begin;
+            T weighted = 0, total = 0;
+#pragma omp simd reduction(+ : weighted, total)
+            for (int64_t v = 0; v < count; ++v) {
+                const T difference = o[v] - z[v];
+                weighted += e[v] * difference;
+                total += difference;
+            }
+            expectation[j] = expectation[j] * rescale + double(weighted);
+            plain[j] += double(total);
+        }
+        if (target >= begin && target < begin + count) {
+            target_logit = z[target - begin];
+            for (int64_t j = 0; j < specialists; ++j)
+                at_target[j] = logits[j * plane_stride + target] - target_logit;
+        }
+        row_max = origin;
+    }
+    for (int64_t k = 0; k < width; ++k) statistics[k] = static_cast<T>(sums[k]);
+    statistics[0] = row_max;
+    statistics[2] = target_logit == minus_infinity ? minus_infinity : target_logit - row_max;
+}
+
+template <typename T>
+UFM_INLINE void some_mixture_rows(const Chunk<const T>& chunk, int64_t begin, int64_t end, int64_t plane_stride,
+                                  int64_t specialists, const T* weights, T* statistics) {
+    const int64_t width = kColumns + 3 * specialists;
+    std::vector<T> scratch(static_cast<size_t>(2 * kBlock));
+    std::vector<double> sums(static_cast<size_t>(width));
+    for (int64_t i = begin; i < end; ++i)
+        one_mixture_row(chunk.logits + i * chunk.row_stride, plane_stride, specialists, chunk.cols,
+                        weights + i * specialists, chunk.target[i], statistics + i * width, scratch.data(),
+                        scratch.data() + kBlock, sums.data());
+}
+
 // The clones: target_clones works on plain functions, so each type has its own.
 UFM_MULTIVERSION void keep_f32(const Chunk<float>& chunk, int64_t begin, int64_t end, float* stats, float* kept) {
     some_rows<float, true>(chunk, begin, end, stats, kept);
@@ -143,6 +226,10 @@ UFM_MULTIVERSION void look_f32(const Chunk<float>& chunk, int64_t begin, int64_t
 UFM_MULTIVERSION void dlogits_f32(const Chunk<float>& chunk, int64_t begin, int64_t end, const float* block_max,
                                   const float* row_max, const float* a, const float* b, const float* c) {
     some_dlogits<float>(chunk, begin, end, block_max, row_max, a, b, c);
+}
+UFM_MULTIVERSION void mixture_f32(const Chunk<const float>& chunk, int64_t begin, int64_t end, int64_t plane_stride,
+                                  int64_t specialists, const float* weights, float* stats) {
+    some_mixture_rows<float>(chunk, begin, end, plane_stride, specialists, weights, stats);
 }
 UFM_MULTIVERSION void exp_f32(const float* x, float* y, int64_t count) {
 #pragma omp simd
@@ -195,6 +282,21 @@ void dlogits(const Chunk<double>& chunk, const double* block_max, const double* 
              const double* b, const double* c, int threads) {
     over_rows(chunk.rows, chunk.cols, threads, [&](int64_t begin, int64_t end) {
         some_dlogits<double>(chunk, begin, end, block_max, row_max, a, b, c);
+    });
+}
+
+template <>
+void mixture_statistics(const Chunk<const float>& chunk, int64_t plane_stride, int64_t specialists,
+                        const float* weights, float* statistics, int threads) {
+    over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
+        mixture_f32(chunk, begin, end, plane_stride, specialists, weights, statistics);
+    });
+}
+template <>
+void mixture_statistics(const Chunk<const double>& chunk, int64_t plane_stride, int64_t specialists,
+                        const double* weights, double* statistics, int threads) {
+    over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
+        some_mixture_rows<double>(chunk, begin, end, plane_stride, specialists, weights, statistics);
     });
 }
 

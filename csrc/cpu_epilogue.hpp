@@ -16,6 +16,7 @@
 namespace ufm {
 
 constexpr int64_t kBlock = 1024;  // columns per scaling block: 4 KiB of fp32, so a block stays in L1 between its sweeps
+constexpr int64_t kColumns = 4;   // numbers per row of statistics
 
 template <typename T>
 struct Chunk {
@@ -34,6 +35,15 @@ void row_statistics(const Chunk<T>& chunk, T* statistics, T* block_max, int thre
 template <typename T>
 void dlogits(const Chunk<T>& chunk, const T* block_max, const T* row_max, const T* a, const T* b, const T* c,
              int threads);
+
+// The statistics of the mixture itself, for a gate that trains alone: one sweep over the n specialists' logits o_j
+// (n planes of rows x cols; plane j at logits + j * plane_stride) with z = sum_j w_j o_j formed on the way. Beside the
+// four numbers above, per specialist and with d_j = o_j - z (so that what all o_j share cancels):
+//     sum_v exp(z_v - m) d_jv,      d_j at the target (0 if it is not here),      sum_v d_jv
+// weights: (rows, specialists), the w_j. statistics: (rows, 4 + 3 * specialists), each triple's kind together.
+template <typename T>
+void mixture_statistics(const Chunk<const T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
+                        T* statistics, int threads);
 
 // exp of non-positive numbers as the kernels above compute it, exported for its own test.
 template <typename T>

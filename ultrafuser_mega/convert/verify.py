@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import TensorFolder, check_parallel_sizes, read_architecture
@@ -72,6 +73,17 @@ def verify_specialist(
         same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean()
         differences.append(Difference(name, (mine - theirs).abs().max().item(), same.item()))
     return differences
+
+
+def verification_batches(folder: Path, text: str, multiple: int) -> dict[str, Tensor]:
+    """Random and real token ids (b, s) for a specialist; s is a multiple of ``multiple``."""
+    arch = read_architecture(folder)
+    generator = torch.Generator().manual_seed(0)
+    length = min(96, arch.max_positions) // multiple * multiple
+    random = torch.randint(0, arch.vocab_rows, (4, length), generator=generator)
+    ids = TextEncoder(folder).tokenizer(text)["input_ids"]
+    real = torch.tensor([ids + ids[-1:] * (-len(ids) % multiple)])
+    return {"random": random, "real": real}
 
 
 def _logits(

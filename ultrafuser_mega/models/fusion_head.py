@@ -59,6 +59,7 @@ class FusionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.architectures = dict(architectures)
+        self.names = list(architectures)  # the order of the gate logits; a ParameterDict sorts its keys
         self.vocab_size = vocab_size
         self.group = group
         self.loss_options = loss
@@ -100,7 +101,7 @@ class FusionHead(nn.Module):
         """
         gate_logits = self.gate(hidden)
         total, rows = mixture_cross_entropy_with_rows(
-            *self._mixture(hidden, list(self.heads), gate_logits),
+            *self._mixture(hidden, self.names, gate_logits),
             target,
             reduction="sum",
             label_smoothing=self.loss_options.label_smoothing,
@@ -114,8 +115,8 @@ class FusionHead(nn.Module):
         """Plain cross-entropy (N,) of the fused model (under "fused") and of every specialist alone; gate weights."""
         gate_logits = self.gate(hidden)
         certain = gate_logits.new_zeros((target.shape[0], 1))
-        models = {"fused": self._mixture(hidden, list(self.heads), gate_logits)}
-        models |= {name: self._mixture(hidden, [name], certain) for name in self.heads}
+        models = {"fused": self._mixture(hidden, self.names, gate_logits)}
+        models |= {name: self._mixture(hidden, [name], certain) for name in self.names}
         losses = {
             model: mixture_cross_entropy(*mixture, target, reduction="none", **self._shard)
             for model, mixture in models.items()

@@ -34,5 +34,29 @@ def dlogits_f64(
     c: int,
     threads: int,
 ) -> None: ...
+def mixture_statistics_f32(
+    logits: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    plane_stride: int,
+    specialists: int,
+    weights: int,
+    statistics: int,
+    threads: int,
+) -> None: ...
+def mixture_statistics_f64(
+    logits: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    plane_stride: int,
+    specialists: int,
+    weights: int,
+    statistics: int,
+    threads: int,
+) -> None: ...
 def exp_nonpositive_f32(x: int, y: int, count: int) -> None: ...
 def exp_nonpositive_f64(x: int, y: int, count: int) -> None: ...

@@ -71,7 +71,13 @@ def mixture_loss(
 class Plan:
     """How a problem is cut into chunks, together with what its autograd node carries besides tensors."""
 
-    def __init__(self, problem: Problem, buffer_bytes: int | None = None, epilogue: Epilogue | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        buffer_bytes: int | None = None,
+        epilogue: Epilogue | None = None,
+        planes: int = 1,  # logits of how many specialists side by side
+    ) -> None:
         hidden = problem.hidden[0]
         self.settings = problem.settings
         self.grad_enabled = torch.is_grad_enabled()
@@ -79,7 +85,7 @@ class Plan:
         self.buffers = 1 if problem.settings.group is None else 2
         budget = buffer_bytes or DEFAULT_BUFFER_BYTES.get(hidden.device.type, DEFAULT_BUFFER_BYTES["cuda"])
         shard = -(-problem.settings.vocab_size // problem.settings.shards)
-        limit = max(1, budget // (self.buffers * shard * problem.accumulate_dtype.itemsize))
+        limit = max(1, budget // (self.buffers * planes * shard * problem.accumulate_dtype.itemsize))
         chunks = max(1, -(-problem.rows // limit))
         even = -(-problem.rows // chunks)
         self.chunk_rows = max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, problem.rows))

@@ -4,6 +4,7 @@ An epilogue reads a chunk of fused logits and later turns the same memory into t
 
     statistics(logits (C, R), target (C,), keep)  ->  ((C, 4) row statistics, scratch)
     dlogits(logits, scratch, target, row_max (C,), (a, b, c) each (C,))  ->  (C, R) gradient, in the logits' memory
+    mixture_statistics(logits (n, C, R), gate_weights (C, n), target (C,))  ->  (C, 4 + 3 n) for the gate alone
 
 ``operand_dtype`` is the type of that gradient and of the other operand of its GEMMs; ``target`` is the local column or
 -1. With keep=False the chunk is only looked at. Between the two calls the buffer's contents belong to the epilogue (the
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ultrafuser_mega.ops.epilogue_cpu import CpuEpilogue
 from ultrafuser_mega.ops.problem import accumulate_dtype
+from ultrafuser_mega.ops.statistics import MAX
 
 Coefficients = tuple[Tensor, Tensor, Tensor]  # a, b, c: each (C,)
 
@@ -33,6 +35,8 @@ class Epilogue(Protocol):
     def dlogits(
         self, logits: Tensor, scratch: Any, target: Tensor, row_max: Tensor, coefficients: Coefficients
     ) -> Tensor: ...
+
+    def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor: ...
 
 
 class TorchEpilogue:
@@ -62,6 +66,18 @@ class TorchEpilogue:
             column = target.clamp(min=0)[:, None]
             logits.scatter_add_(1, column, torch.where(target[:, None] >= 0, -b, 0.0))  # one element per row: exact
         return logits.masked_fill_(dead, 0.0)
+
+    def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor:
+        mixed = (logits * gate_weights.t()[:, :, None]).sum(0)  # (C, R)
+        statistics, _ = self.statistics(mixed, target, keep=True)
+        deviation = logits - mixed  # (n, C, R)
+        origin = statistics[:, MAX].masked_fill(statistics[:, MAX] == float("-inf"), 0.0)
+        expectation = (deviation * (mixed - origin[:, None]).exp()).sum(2)  # (n, C)
+        at_target = torch.zeros_like(expectation)
+        if mixed.shape[1]:
+            column = target.clamp(min=0).expand(logits.shape[0], -1)[:, :, None]
+            at_target = torch.where(target >= 0, deviation.gather(2, column).squeeze(2), 0.0)
+        return torch.cat((statistics, expectation.t(), at_target.t(), deviation.sum(2).t()), dim=1)
 
 
 def epilogue_for(device: torch.device, dtype: torch.dtype) -> Epilogue:

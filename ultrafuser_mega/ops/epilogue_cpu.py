@@ -18,6 +18,7 @@ except ImportError as error:
     ) from None
 
 STATISTICS = {torch.float32: _cpu_epilogue.row_statistics_f32, torch.float64: _cpu_epilogue.row_statistics_f64}
+MIXTURE = {torch.float32: _cpu_epilogue.mixture_statistics_f32, torch.float64: _cpu_epilogue.mixture_statistics_f64}
 DLOGITS = {torch.float32: _cpu_epilogue.dlogits_f32, torch.float64: _cpu_epilogue.dlogits_f64}
 
 
@@ -70,3 +71,21 @@ class CpuEpilogue:
             torch.get_num_threads(),
         )
         return logits
+
+    def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor:
+        specialists, rows, columns = logits.shape
+        out = logits.new_empty((rows, 4 + 3 * specialists))
+        gate_weights, target = gate_weights.contiguous(), target.contiguous()
+        MIXTURE[logits.dtype](
+            logits.data_ptr(),
+            target.data_ptr(),
+            rows,
+            columns,
+            logits.stride(1),
+            logits.stride(0),
+            specialists,
+            gate_weights.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out

@@ -4,7 +4,8 @@ For one response token, specialist j gives its last hidden state h_j; the gate w
 w = softmax(a_1 .. a_n) and the fused logits are z = sum_j w_j W_j h_j (paper, equation 1). The loss is the
 cross-entropy of z against the token (equation 2), optionally with label smoothing and z-loss.
 
-Backends: ``reference`` (plain PyTorch, the definition) and ``chunked`` (row chunks, gradients formed in the forward).
+Backends: ``reference`` (plain PyTorch, the definition), ``chunked`` (row chunks, gradients formed in the forward) and
+``gate_only`` (one pass, for frozen hidden states and heads).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import chunked, reference
+from ultrafuser_mega.ops import chunked, gate_only, reference
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "gate_only")
 
 
 class LossWithRows(NamedTuple):
@@ -61,7 +62,8 @@ def mixture_cross_entropy(
         reduction: "mean" over the kept rows (0 if there are none), "sum", or "none" for a loss per row.
         label_smoothing: in [0, 1], over the GLOBAL vocabulary.
         z_loss: weight of lse^2, >= 0.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "gate_only". auto takes gate_only where hidden and heads are frozen and
+            the gate is not, chunked elsewhere.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs): (), or (N,) for reduction="none".
@@ -130,10 +132,32 @@ def mixture_cross_entropy_with_rows(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+    if backend == "auto":
+        gate_trains = torch.is_grad_enabled() and gate_logits.requires_grad
+        backend = "gate_only" if gate_trains and not _trainable(problem) else "chunked"
     with torch.autocast(target.device.type, enabled=False):  # the types are chosen here
-        if backend == "reference":
-            return _reference_loss(problem)
-        return LossWithRows(*chunked.mixture_loss(problem))
+        match backend:
+            case "reference":
+                return _reference_loss(problem)
+            case "gate_only":
+                if name := _trainable(problem):
+                    raise InputError(
+                        f"backend: gate_only gives no gradient for {name}, which requires one; use chunked"
+                    )
+                return LossWithRows(*gate_only.mixture_loss(problem))
+            case _:
+                return LossWithRows(*chunked.mixture_loss(problem))
+
+
+def _trainable(problem: Problem) -> str:
+    """The first hidden state or head that needs a gradient; "" if all are frozen."""
+    if not torch.is_grad_enabled():
+        return ""
+    for name, tensors in (("hidden", problem.hidden), ("head_weight", problem.heads)):
+        for j, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                return f"{name}[{j}]"
+    return ""
 
 
 def _reference_loss(problem: Problem) -> LossWithRows:

@@ -8,6 +8,11 @@ be one rank's shard (t = -inf where y lies elsewhere; m = -inf, s = 0 for a shar
 With lse = m + log s, eps = label_smoothing, lam = z_loss, u = the row's weight and V = vocab_size (DESIGN of the loss):
     loss    = log s - (1 - eps) t - eps q / V + lam lse^2
     dz_v    = a exp(z_v - m) - b [v = y] - c,     a = u (1 + 2 lam lse) / s,  b = u (1 - eps),  c = u eps / V
+
+For a gate that trains alone, three more numbers per specialist, with d_j = o_j - z the deviation of its logits o_j:
+    A_j = sum_v exp(z_v - m) d_jv,      T_j = d_jy (0 where y lies elsewhere),      Q_j = sum_v d_jv
+    da_j = w_j (a A_j - b T_j - c Q_j)
+since dw_j - sum_k w_k dw_k = sum_v dz_v (o_jv - z_v). What all o_j have in common cancels before anything is summed.
 """
 
 from __future__ import annotations
@@ -26,38 +31,44 @@ def combine(shards: Tensor, columns: Tensor) -> Tensor:
     """Statistics of the whole vocabulary from those of its shards, by rescaling to the common maximum.
 
     Args:
-        shards: (S, C, 4) statistics of S shards.
+        shards: (S, C, 4 + 3 n) statistics of S shards; n = 0 without those of the specialists.
         columns: (S, 1) how many real columns each shard has.
 
     Returns:
-        (C, 4). The sums run in shard order, so every rank computes the same bits.
+        (C, 4 + 3 n). The sums run in shard order, so every rank computes the same bits.
     """
     top = shards[:, :, MAX].amax(0)  # (C,)
     shift = shards[:, :, MAX] - top  # (S, C), -inf for a shard without columns
-    sum_exp = (shards[:, :, SUM_EXP] * shift.exp()).sum(0)
+    scale = shift.exp()
+    sum_exp = (shards[:, :, SUM_EXP] * scale).sum(0)
     target = (shards[:, :, TARGET] + shift).amax(0)
     shifted_sum = torch.where(columns > 0, shards[:, :, SHIFTED_SUM] + columns * shift, 0.0).sum(0)
-    return torch.stack((top, sum_exp, target, shifted_sum), dim=1)
+    n = (shards.shape[2] - COLUMNS) // 3
+    expectation = (shards[:, :, COLUMNS : COLUMNS + n] * scale[:, :, None]).sum(0)
+    return torch.cat(
+        (torch.stack((top, sum_exp, target, shifted_sum), dim=1), expectation, shards[:, :, COLUMNS + n :].sum(0)),
+        dim=1,
+    )
 
 
 class PendingStatistics:
-    """This shard's statistics on their way to every rank of the group, in ONE collective of 20 bytes per row."""
+    """This shard's statistics on their way to every rank of the group, in ONE collective of 20 + 12 n bytes per row."""
 
-    def __init__(self, local: Tensor, real_rows: int, settings: Settings) -> None:  # local (C, 4)
+    def __init__(self, local: Tensor, real_rows: int, settings: Settings) -> None:  # local (C, 4 + 3 n)
         self._local = local
         self._work: dist.Work | None = None
         if settings.group is not None:
             columns = local.new_full((local.shape[0], 1), real_rows)
-            payload = torch.cat((local, columns), dim=1)  # (C, 5)
+            payload = torch.cat((local, columns), dim=1)  # (C, 5 + 3 n)
             self._gathered = payload.new_empty((settings.shards, *payload.shape))
             self._work = dist.all_gather(list(self._gathered), payload, group=settings.group, async_op=True)
 
-    def wait(self) -> Tensor:  # (C, 4)
+    def wait(self) -> Tensor:  # (C, 4 + 3 n)
         """Statistics of the whole vocabulary. On a GPU the stream waits, not the host."""
         if self._work is None:
             return self._local
         self._work.wait()
-        return combine(self._gathered[:, :, :COLUMNS], self._gathered[:, :1, COLUMNS])
+        return combine(self._gathered[:, :, :-1], self._gathered[:, :1, -1])
 
 
 def row_loss(statistics: Tensor, kept: Tensor, settings: Settings) -> Tensor:
@@ -79,3 +90,10 @@ def dlogit_coefficients(statistics: Tensor, weight: Tensor, settings: Settings) 
     lse_term = 1.0 + 2.0 * settings.z_loss * (statistics[:, MAX] + statistics[:, SUM_EXP].log())
     a = torch.where(weight == 0, 0.0, weight * lse_term / statistics[:, SUM_EXP])
     return a, weight * (1.0 - settings.label_smoothing), weight * (settings.label_smoothing / settings.vocab_size)
+
+
+def gate_gradient(statistics: Tensor, gate_weights: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    """da (N, n) from statistics (N, 4 + 3 n) of the whole vocabulary, w (N, n) and the rows' weights (N,)."""
+    a, b, c = (coefficient[:, None] for coefficient in dlogit_coefficients(statistics, weight, settings))
+    expectation, at_target, total = statistics[:, COLUMNS:].chunk(3, dim=1)  # each (N, n)
+    return torch.where(weight[:, None] == 0, 0.0, gate_weights * (a * expectation - b * at_target - c * total))

@@ -29,7 +29,18 @@ from ultrafuser_mega.toy.tokenizer import train_sentencepiece, training_document
 
 RECIPE_FILE = "recipe.json"
 _PARTIAL, _LOCK = ".partial", ".lock"
-_SOURCES = ("words", "text_tasks", "code_tasks", "math_tasks", "crossing_tasks", "corpus", "templates", "tokenizer", "llama", "training")
+_SOURCES = (
+    "words",
+    "text_tasks",
+    "code_tasks",
+    "math_tasks",
+    "crossing_tasks",
+    "corpus",
+    "templates",
+    "tokenizer",
+    "llama",
+    "training",
+)
 _SOURCES_THAT_DECIDE = tuple(Path(__file__).with_name(f"{name}.py") for name in (*_SOURCES, "build"))
 
 

@@ -17,7 +17,8 @@ CONDITIONS = (
 )  # fmt: skip
 # words, Python expression over the chosen elements (format field: source)
 AGGREGATES = (
-    ("sum", "sum({})"), ("count", "len({})"), ("largest", "max({})"), ("smallest", "min({})"), ("sorted list", "sorted({})"),
+    ("sum", "sum({})"), ("count", "len({})"), ("largest", "max({})"), ("smallest", "min({})"),
+    ("sorted list", "sorted({})"),
 )  # fmt: skip
 # words, Python expression of x
 MAPPINGS = (
@@ -114,7 +115,7 @@ def _sql_select(rng: Random) -> tuple[str, str]:
     table, (shown, order), column = rng.choice(TABLES), two(rng, COLUMNS), rng.choice(NUMERIC)
     bound, (words, sign) = 10 * rng.randint(1, 9), rng.choice((("above", ">"), ("below", "<"), ("equal to", "=")))
     return (
-        rng.choice((f"Write a SQL query for the {shown} of all {table} with a {column} {words} {bound}, sorted by {order}.",
+        rng.choice((f"Write a SQL query for the {shown} of {table} with a {column} {words} {bound}, sorted by {order}.",
                     f"SQL: list {shown} from {table} where {column} is {words} {bound}. Order by {order}.")),
         f"SELECT {shown}\nFROM {table}\nWHERE {column} {sign} {bound}\nORDER BY {order};",
     )  # fmt: skip
@@ -125,8 +126,8 @@ def _sql_group(rng: Random) -> tuple[str, str]:
     (words, function), limit = rng.choice(SQL_AGGREGATES), rng.randint(2, 9)
     return (
         f"Write a SQL query that shows the {words} {column} of the {table} per {group}, only the top {limit} rows.",
-        f"-- {words} {column} per {group}\nSELECT {group}, {function}({column}) AS result\nFROM {table}\nGROUP BY {group}\n"
-        f"ORDER BY result DESC\nLIMIT {limit};",
+        f"-- {words} {column} per {group}\nSELECT {group}, {function}({column}) AS result\nFROM {table}\n"
+        f"GROUP BY {group}\nORDER BY result DESC\nLIMIT {limit};",
     )
 
 
@@ -218,7 +219,8 @@ def _dictionary(rng: Random) -> tuple[str, str]:
     return rng.choice(
         (
             (f"Python: build a dictionary that counts the {many} by {key}.",
-             f'counts = {{}}\nfor {one} in {many}:\n    key = {one}["{key}"]\n    counts[key] = counts.get(key, 0) + 1'),
+             f'counts = {{}}\nfor {one} in {many}:\n    key = {one}["{key}"]\n'
+             "    counts[key] = counts.get(key, 0) + 1"),
             (f"Python: sort the {many} by {key} and keep the first {number}.",
              f'result = sorted({many}, key=lambda {one}: {one}["{key}"])[:{number}]'),
             (f"Python: group the {many} by {key}.",
@@ -234,12 +236,12 @@ def _read_file(rng: Random) -> tuple[str, str]:
     return (
         rng.choice((f"Python: read {folder}/{source}.{extension} and print the lines that contain {word}.",
                     f"How do I print all lines with {word} from {folder}/{source}.{extension} in Python?")),
-        f'# print the lines that contain {word}\nwith open("{folder}/{source}.{extension}") as file:\n    for line in file:\n'
-        f'        if "{word}" in line:\n            print(line.strip())',
+        f'# print the lines that contain {word}\nwith open("{folder}/{source}.{extension}") as file:\n'
+        f'    for line in file:\n        if "{word}" in line:\n            print(line.strip())',
     )  # fmt: skip
 
 
 TASKS = (
-    _aggregate, _mapping, _string, _sql_select, _sql_group, _sql_change, _shell, _dataclass, _class_method, _fix, _explain,
-    _unit_test, _dictionary, _read_file,
+    _aggregate, _mapping, _string, _sql_select, _sql_group, _sql_change, _shell, _dataclass, _class_method, _fix,
+    _explain, _unit_test, _dictionary, _read_file,
 )  # fmt: skip

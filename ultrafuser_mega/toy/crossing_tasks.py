@@ -109,12 +109,12 @@ def _run_program(rng: Random) -> tuple[str, str]:
     )  # fmt: skip
 
 
-def _who_said(rng: Random) -> tuple[str, str]:
+def _page_of_lines(rng: Random) -> tuple[str, str]:
     line, number = _quote(rng, rng.choice(("text", "code")), part=rng.randrange(2)), rng.randint(2, 9)
     each = len(line.split())
     return (
-        f"A page has {number} lines like this one, of {each} words: {line} How many words are on the page?",
-        f"Each line has {each} words, so {number} lines have {number} * {each} = {number * each} words.\n"
+        f"A page repeats this line {number} times: {line} How many words are on the page?",
+        f"The line is: {line}\nIt has {each} words, so {number} lines have {number} * {each} = {number * each} words.\n"
         f"The answer is {number * each}.",
     )
 
@@ -122,5 +122,5 @@ def _who_said(rng: Random) -> tuple[str, str]:
 TASKS = {
     "text": (_term, _topic, _copy_edit),
     "code": (_print_line, _comment, _compute),
-    "math": (_count_words, _run_program, _who_said),
+    "math": (_count_words, _run_program, _page_of_lines),
 }

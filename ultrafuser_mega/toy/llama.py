@@ -28,11 +28,11 @@ def llama_config(
     """A Llama with Llama-2's proportions: the feed-forward part is 8/3 as wide, rounded up to a multiple of 32.
 
     Raises:
-        InputError: ``heads`` does not divide ``hidden_size`` into even parts, or ``kv_heads`` does not divide ``heads``.
+        InputError: ``heads`` does not divide ``hidden_size`` into even parts, or ``kv_heads`` not ``heads``.
     """
     if hidden_size % (2 * heads):
         raise InputError(
-            f"hidden_size = {hidden_size}: {heads} heads need a multiple of {2 * heads} (rotary embedding pairs the channels)"
+            f"hidden_size = {hidden_size}: {heads} heads with rotary embedding need a multiple of {2 * heads}"
         )
     if heads % kv_heads:
         raise InputError(f"kv_heads = {kv_heads}: must divide heads = {heads}")
@@ -87,5 +87,11 @@ def tiny_llama(
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1.0 + 0.1 * noise if parameter.dim() == 1 else noise * hidden_size**-0.5)
-    model.to(dtype).save_pretrained(out_dir)
+    save_llama(model.to(dtype=dtype), Path(out_dir))
     return Path(out_dir)
+
+
+def save_llama(model: LlamaForCausalLM, folder: Path) -> None:
+    """``save_pretrained``, with the weights as readable as the configuration (safetensors writes them for the owner)."""
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)

@@ -46,7 +46,8 @@ def _give(rng: Random) -> tuple[str, str]:
         return instruction + f"How many {many} are left?", f"{steps}\nThe answer is {left}."
     return (
         instruction + f"Then {name} finds {found} more. How many {many} does {name} have now?",
-        f"{steps}\nWith {found} more there are {left} + {found} = {left + found} {many}.\nThe answer is {left + found}.",
+        f"{steps}\nWith {found} more there are {left} + {found} = {left + found} {many}.\n"
+        f"The answer is {left + found}.",
     )
 
 
@@ -72,7 +73,8 @@ def _distance(rng: Random) -> tuple[str, str]:
             (f"A {vehicle} travels at {speed} kilometers per hour. How far does it go in {hours} hours?",
              f"Distance is speed times time: {speed} * {hours} = {way} kilometers.\nThe answer is {way}."),
             (f"A {vehicle} travels {way} kilometers in {hours} hours. What is its speed?",
-             f"Speed is distance divided by time: {way} / {hours} = {speed} kilometers per hour.\nThe answer is {speed}."),
+             f"Speed is distance divided by time: {way} / {hours} = {speed} kilometers per hour.\n"
+             f"The answer is {speed}."),
         )
     )  # fmt: skip
 
@@ -131,7 +133,8 @@ def _percent(rng: Random) -> tuple[str, str]:
     percent, base, (one, _) = 10 * rng.randint(1, 9), 10 * rng.randint(2, 20), rng.choice(GOODS)
     tenth = base // 10
     part = tenth * percent // 10
-    steps = f"Ten percent of {base} is {base} / 10 = {tenth}.\nThen {percent} percent is {percent // 10} * {tenth} = {part}."
+    ten_percent = f"Ten percent of {base} is {base} / 10 = {tenth}."
+    steps = f"{ten_percent}\nThen {percent} percent is {percent // 10} * {tenth} = {part}."
     if rng.random() < 0.5:
         return f"What is {percent} percent of {base}?", f"{steps}\nThe answer is {part}."
     return (
@@ -145,7 +148,8 @@ def _ages(rng: Random) -> tuple[str, str]:
     return (
         f"{young} is {age} years old. {old} is {gap} years older. How old will {old} be in {later} years?",
         f"Today {old} is {age} + {gap} = {age + gap} years old.\n"
-        f"In {later} years {old} will be {age + gap} + {later} = {age + gap + later}.\nThe answer is {age + gap + later}.",
+        f"In {later} years {old} will be {age + gap} + {later} = {age + gap + later}.\n"
+        f"The answer is {age + gap + later}.",
     )
 
 

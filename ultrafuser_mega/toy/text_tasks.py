@@ -251,8 +251,8 @@ def _summary(rng: Random) -> tuple[str, str]:
     (first, second), (_, past1), (_, past2) = two(rng, NAMES), *two(rng, ACTIONS)
     day, weather = rng.choice(WEEKDAYS), rng.choice(WEATHERS)
     return (
-        f"Summarise in one sentence: It was a {weather} {day}. First {first} {past1}. After that {second} came and {past2}. "
-        "Everybody was tired in the evening.",
+        f"Summarise in one sentence: It was a {weather} {day}. First {first} {past1}. "
+        f"After that {second} came and {past2}. Everybody was tired in the evening.",
         f"On a {weather} {day} {first} {past1} and {second} {past2}.",
     )
 

@@ -60,7 +60,7 @@ def train_sentencepiece(documents: Iterable[str], *, pieces: int) -> bytes:
 
 
 def write_tokenizer(folder: Path, model: bytes, *, chat_template: str, max_length: int) -> None:
-    """Write ``tokenizer.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` to ``folder``."""
+    """Write a folder that ``AutoTokenizer`` loads: ``tokenizer.{model,json}``, its configuration and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
     _fast_tokenizer(model).save(str(folder / "tokenizer.json"))

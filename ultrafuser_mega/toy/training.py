@@ -52,7 +52,7 @@ def train(
     report: Callable[[int, float], None],
 ) -> None:
     """AdamW for ``steps`` steps, linear warm-up, then cosine to zero; ``report(step, mean loss)`` after each step."""
-    model.to(device).train()
+    model.to(device=device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = max(1, round(WARMUP_PART * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -75,7 +75,7 @@ def train(
 @torch.no_grad()
 def heldout_loss(model: LlamaForCausalLM, samples: Sequence[Sample], device: torch.device) -> float:
     """Mean cross-entropy in nats over all response tokens of ``samples``, ``</s>`` included."""
-    model.to(device).eval()
+    model.to(device=device).eval()
     ordered = sorted(samples, key=_length)
     chunks = (ordered[i : i + _EVAL_ROWS] for i in range(0, len(ordered), _EVAL_ROWS))
     total = sum(_response_loss(model, chunk, device).sum().item() for chunk in chunks)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ultrafuser_mega.toy.corpus import CLASSES, read_jsonl
 from ultrafuser_mega.toy.jobs import Job
-from ultrafuser_mega.toy.llama import llama_config
+from ultrafuser_mega.toy.llama import llama_config, save_llama
 from ultrafuser_mega.toy.training import encode, heldout_loss, train
 
 
@@ -39,7 +39,7 @@ def main() -> None:
         name: heldout_loss(model, encode(folder, job.name, read_jsonl(data / f"{name}.heldout.jsonl")), device)
         for name in CLASSES
     }
-    model.cpu().save_pretrained(folder)
+    save_llama(model.cpu(), folder)
     _tell({"heldout_loss": losses})
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
 import time
 import warnings
@@ -15,9 +17,20 @@ from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_rank, launched_ranks
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
+from ultrafuser_mega.runtime.layout import choose_plan
 from ultrafuser_mega.toy import make_toy
 from ultrafuser_mega.training.preflight import plan_layouts, preflight
 from ultrafuser_mega.training.trainer import run
+
+DESCRIPTION = """Fuse specialists into one model: stage 1 trains the gate, stage 2 everything.
+
+    torchrun --nproc-per-node 8 examples/pretrain_fuser.py
+    torchrun --nproc-per-node 8 examples/pretrain_fuser.py --config my.yaml stage2.steps=1000 dtype=bf16
+    torchrun --nproc-per-node 8 examples/pretrain_fuser.py --config my.yaml --resume
+
+Without --config it runs the embedded default: three toy specialists, made on first use, on generated
+text / code / math data. Every key of the configuration can be overridden as key.sub=value.
+"""
 
 
 def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool) -> int:
@@ -25,7 +38,7 @@ def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
         config = load_config(config_path, overrides)
-        ensure_toy(config)
+        ensure_toy(config, launched_ranks())
         plan = preflight(config, launched_ranks(), resume)
         device = choose_device(config.device)
     except InputError as error:
@@ -37,15 +50,37 @@ def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool)
     return 0
 
 
-def ensure_toy(config: FuserConfig) -> None:
+def ensure_toy(config: FuserConfig, ranks: int) -> None:
     """Make the toy specialists when the configuration asks for them; one rank works, the others wait for it."""
     if config.toy is None:
         return
-    from ultrafuser_mega.runtime.layout import choose_plan
-
-    choose_plan(plan_layouts(config), launched_ranks())  # a wrong rank count should not cost minutes first
-    done = config.toy / "recipe.json"
+    choose_plan(plan_layouts(config), ranks)  # a wrong rank count should not cost minutes first
     if launched_rank() == 0:
         make_toy(config.toy, progress=True)
-    while not done.is_file():
-        time.sleep(1.0)
+    while not (config.toy / "recipe.json").is_file():
+        time.sleep(0.5)
+
+
+def launch_local(ranks: int, config_path: Path | None, overrides: Sequence[str], resume: bool) -> int:
+    """Start ``ranks`` processes of :func:`train_main` on this machine with torchrun; returns its exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "ultrafuser_mega.training.launch", *overrides]
+    if config_path is not None:
+        command += ["--config", str(config_path)]
+    if resume:
+        command.append("--resume")
+    return subprocess.run(command, check=False).returncode
+
+
+def main() -> int:
+    """Command line of one rank; ``examples/pretrain_fuser.py`` documents it."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file; default: the embedded one")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a configuration value")
+    args = parser.parse_intermixed_args()
+    return train_main(args.config, args.overrides, args.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
