@@ -133,27 +133,79 @@ UFM_INLINE void some_dlogits(const Chunk<T>& chunk, int64_t begin, int64_t end, 
     }
 }
 
-// One block of z = sum_j w_j o_j.
+// The steps of a mixture's block, in templates for both types and clones for the one that must be fast. Each clone is
+// a function of its own with restricted pointers: inlined into the loop over blocks, GCC 12 leaves them scalar.
+
+// z = w o, or z += w o.
 template <typename T>
-UFM_INLINE void mix_block(const T* logits, int64_t plane_stride, int64_t specialists, const T* weights, int64_t count,
-                          T* z) {
-    for (int64_t j = 0; j < specialists; ++j) {
-        const T* const o = logits + j * plane_stride;
-        const T w = weights[j];
-        if (j == 0) {
+UFM_INLINE void mix(const T* __restrict o, T w, bool first, int64_t count, T* __restrict z) {
+    if (first) {
 #pragma omp simd
-            for (int64_t v = 0; v < count; ++v) z[v] = w * o[v];
-        } else {
+        for (int64_t v = 0; v < count; ++v) z[v] = w * o[v];
+    } else {
 #pragma omp simd
-            for (int64_t v = 0; v < count; ++v) z[v] += w * o[v];
-        }
+        for (int64_t v = 0; v < count; ++v) z[v] += w * o[v];
     }
 }
+UFM_MULTIVERSION void mix_block(const float* o, float w, bool first, int64_t count, float* z) {
+    mix(o, w, first, count, z);
+}
+void mix_block(const double* o, double w, bool first, int64_t count, double* z) { mix(o, w, first, count, z); }
+
+template <typename T>
+struct Pair {
+    T first, second;
+};
+
+// e = exp(z - reference); returns the sums of e and of z - reference.
+template <typename T>
+UFM_INLINE Pair<T> exponentials(const T* __restrict z, T reference, int64_t count, T* __restrict e) {
+    T sum = 0, shift = 0;
+#pragma omp simd reduction(+ : sum, shift)
+    for (int64_t v = 0; v < count; ++v) {
+        const T difference = z[v] - reference;
+        const T value = exp_nonpositive_one(difference);
+        e[v] = value;
+        sum += value;
+        shift += difference;
+    }
+    return {sum, shift};
+}
+UFM_MULTIVERSION Pair<float> exp_block(const float* z, float reference, int64_t count, float* e) {
+    return exponentials(z, reference, count, e);
+}
+Pair<double> exp_block(const double* z, double reference, int64_t count, double* e) {
+    return exponentials(z, reference, count, e);
+}
+
+// The sums of e (o - z) and of o - z.
+template <typename T>
+UFM_INLINE Pair<T> deviations(const T* __restrict o, const T* __restrict z, const T* __restrict e, int64_t count) {
+    T weighted = 0, total = 0;
+#pragma omp simd reduction(+ : weighted, total)
+    for (int64_t v = 0; v < count; ++v) {
+        const T difference = o[v] - z[v];
+        weighted += e[v] * difference;
+        total += difference;
+    }
+    return {weighted, total};
+}
+UFM_MULTIVERSION Pair<float> deviation_block(const float* o, const float* z, const float* e, int64_t count) {
+    return deviations(o, z, e, count);
+}
+Pair<double> deviation_block(const double* o, const double* z, const double* e, int64_t count) {
+    return deviations(o, z, e, count);
+}
+
+UFM_MULTIVERSION float max_block(const float* z, int64_t count) { return block_maximum(z, count); }
+double max_block(const double* z, int64_t count) { return block_maximum(z, count); }
 
 // The mixture's statistics of one row. Sums over blocks are kept in double, relative to the largest z so far.
 template <typename T>
-UFM_INLINE void one_mixture_row(const T* logits, int64_t plane_stride, int64_t specialists, int64_t cols,
-                                const T* weights, int64_t target, T* statistics, T* z, T* e, double* sums) {
+void one_mixture_row(const T* logits, int64_t plane_stride, int64_t specialists, int64_t cols,
+                                const T* weights, int64_t target, T* statistics, double* sums) {
+    alignas(64) T z[kBlock];
+    alignas(64) T e[kBlock];
     const T minus_infinity = -std::numeric_limits<T>::infinity();
     const int64_t width = kColumns + 3 * specialists;
     double* const expectation = sums + kColumns;  // then the target's and the plain sums, per specialist
@@ -163,32 +215,18 @@ UFM_INLINE void one_mixture_row(const T* logits, int64_t plane_stride, int64_t s
     T row_max = minus_infinity, target_logit = minus_infinity;
     for (int64_t begin = 0; begin < cols; begin += kBlock) {
         const int64_t count = std::min(kBlock, cols - begin);
-        mix_block(logits + begin, plane_stride, specialists, weights, count, z);
-        const T top = block_maximum(z, count);
-        const bool grows = top > row_max;
-        const T origin = grows ? top : row_max;
-        const T reference = origin == minus_infinity ? T(0) : origin;
-        const double rescale = grows && row_max != minus_infinity ? double(exp_nonpositive_one(row_max - top)) : 1.0;
-        const double moved = grows && row_max != minus_infinity ? double(row_max) - double(top) : 0.0;
-        T sum = 0, shift = 0;
-#pragma omp simd reduction(+ : sum, shift)
-        for (int64_t v = 0; v < count; ++v) {
-            const T difference = z[v] - reference;
-            e[v] = exp_nonpositive_one(difference);
-            sum += e[v];
-            shift += difference;
-        }
+        const T* const o = logits + begin;
+        for (int64_t j = 0; j < specialists; ++j) mix_block(o + j * plane_stride, weights[j], j == 0, count, z);
+        const T top = max_block(z, count);
+        const T origin = top > row_max ? top : row_max;
+        const bool grows = top > row_max && row_max != minus_infinity;
+        const double rescale = grows ? double(exp_nonpositive_one(row_max - top)) : 1.0;
+        const double moved = grows ? double(row_max) - double(top) : 0.0;
+        const auto [sum, shift] = exp_block(z, origin == minus_infinity ? T(0) : origin, count, e);
         sums[1] = sums[1] * rescale + double(sum);
         sums[3] = sums[3] + double(begin) * moved + double(shift);
         for (int64_t j = 0; j < specialists; ++j) {
-            const T* const o = logits + j * plane_stride + begin;
-            T weighted = 0, total = 0;
-#pragma omp simd reduction(+ : weighted, total)
-            for (int64_t v = 0; v < count; ++v) {
-                const T difference = o[v] - z[v];
-                weighted += e[v] * difference;
-                total += difference;
-            }
+            const auto [weighted, total] = deviation_block(o + j * plane_stride, z, e, count);
             expectation[j] = expectation[j] * rescale + double(weighted);
             plain[j] += double(total);
         }
@@ -205,15 +243,13 @@ UFM_INLINE void one_mixture_row(const T* logits, int64_t plane_stride, int64_t s
 }
 
 template <typename T>
-UFM_INLINE void some_mixture_rows(const Chunk<const T>& chunk, int64_t begin, int64_t end, int64_t plane_stride,
+void some_mixture_rows(const Chunk<const T>& chunk, int64_t begin, int64_t end, int64_t plane_stride,
                                   int64_t specialists, const T* weights, T* statistics) {
     const int64_t width = kColumns + 3 * specialists;
-    std::vector<T> scratch(static_cast<size_t>(2 * kBlock));
     std::vector<double> sums(static_cast<size_t>(width));
     for (int64_t i = begin; i < end; ++i)
         one_mixture_row(chunk.logits + i * chunk.row_stride, plane_stride, specialists, chunk.cols,
-                        weights + i * specialists, chunk.target[i], statistics + i * width, scratch.data(),
-                        scratch.data() + kBlock, sums.data());
+                        weights + i * specialists, chunk.target[i], statistics + i * width, sums.data());
 }
 
 // The clones: target_clones works on plain functions, so each type has its own.
@@ -226,10 +262,6 @@ UFM_MULTIVERSION void look_f32(const Chunk<float>& chunk, int64_t begin, int64_t
 UFM_MULTIVERSION void dlogits_f32(const Chunk<float>& chunk, int64_t begin, int64_t end, const float* block_max,
                                   const float* row_max, const float* a, const float* b, const float* c) {
     some_dlogits<float>(chunk, begin, end, block_max, row_max, a, b, c);
-}
-UFM_MULTIVERSION void mixture_f32(const Chunk<const float>& chunk, int64_t begin, int64_t end, int64_t plane_stride,
-                                  int64_t specialists, const float* weights, float* stats) {
-    some_mixture_rows<float>(chunk, begin, end, plane_stride, specialists, weights, stats);
 }
 UFM_MULTIVERSION void exp_f32(const float* x, float* y, int64_t count) {
 #pragma omp simd
@@ -285,18 +317,11 @@ void dlogits(const Chunk<double>& chunk, const double* block_max, const double* 
     });
 }
 
-template <>
-void mixture_statistics(const Chunk<const float>& chunk, int64_t plane_stride, int64_t specialists,
-                        const float* weights, float* statistics, int threads) {
+template <typename T>
+void mixture_statistics(const Chunk<const T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
+                        T* statistics, int threads) {
     over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
-        mixture_f32(chunk, begin, end, plane_stride, specialists, weights, statistics);
-    });
-}
-template <>
-void mixture_statistics(const Chunk<const double>& chunk, int64_t plane_stride, int64_t specialists,
-                        const double* weights, double* statistics, int threads) {
-    over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
-        some_mixture_rows<double>(chunk, begin, end, plane_stride, specialists, weights, statistics);
+        some_mixture_rows(chunk, begin, end, plane_stride, specialists, weights, statistics);
     });
 }
 
@@ -311,5 +336,7 @@ void exp_nonpositive(const double* x, double* y, int64_t count) {
 
 template void row_statistics<float>(const Chunk<float>&, float*, float*, int);
 template void row_statistics<double>(const Chunk<double>&, double*, double*, int);
+template void mixture_statistics<float>(const Chunk<const float>&, int64_t, int64_t, const float*, float*, int);
+template void mixture_statistics<double>(const Chunk<const double>&, int64_t, int64_t, const double*, double*, int);
 
 }  // namespace ufm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,10 +49,12 @@ def write_splits(
     """
     classes = dict.fromkeys(source.class_name for source in sources)
     dtype = token_dtype(aligner.vocab_size)
-    with (folder / DROPPED).open("w", encoding="utf-8") as dropped, _progress_bar(sources, progress) as show:
+    with ExitStack() as stack:
+        dropped = stack.enter_context((folder / DROPPED).open("w", encoding="utf-8"))
+        show = stack.enter_context(_progress_bar(sources, progress))
         parts = {}
         for name, split in ((name, split) for name in classes for split in SPLITS):
-            writer = SplitWriter(folder / name / split, list(aligner.encoders), dtype)
+            writer = stack.enter_context(SplitWriter(folder / name / split, list(aligner.encoders), dtype))
             parts[name, split] = _Part(name, split, writer, dropped)
         for source in sources:
             batch: list[tuple[Row, Conversation]] = []

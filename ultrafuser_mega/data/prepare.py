@@ -129,6 +129,9 @@ def _plan(
 ) -> list[Source]:
     """The files in the order in which they are read; raises InputError for every way to get them wrong."""
     _check_names("class", sources)
+    for name, files in sources.items():
+        if not files:
+            raise InputError(f'class "{name}" has no training files; expected at least one JSON or JSONL file')
     held = {Path(file).resolve(): (file, count) for file, count in holdout_rows.items()}
     planned: list[Source] = []
     seen: set[Path] = set()

@@ -33,7 +33,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class SplitWriter:
-    """Appends aligned samples to the arrays of one class and split."""
+    """Appends aligned samples to the arrays of one class and split; as a context, closes them in the end."""
 
     def __init__(self, folder: Path, specialists: Sequence[str], dtype: np.dtype) -> None:
         folder.mkdir(parents=True)
@@ -45,6 +45,14 @@ class SplitWriter:
             name: _Ragged(folder / f"prompts.{name}.bin", folder / f"prompt_offsets.{name}.bin", dtype)
             for name in specialists
         }
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ragged = (self._responses, *self._prompts.values())
+        for file in chain([self._turns], *(one.parts for one in ragged)):
+            file.file.close()
 
     def add(self, samples: Sequence[Aligned]) -> None:
         self.samples += len(samples)
@@ -122,6 +130,10 @@ class _Ragged:
         self._dtype = dtype
 
     @property
+    def parts(self) -> tuple[_HashedFile, _HashedFile]:
+        return self._tokens, self._offsets
+
+    @property
     def tokens(self) -> int:
         return self._offsets.end
 
@@ -131,4 +143,4 @@ class _Ragged:
         self._offsets.add([len(ids) for ids in lists])
 
     def close(self) -> Iterable[tuple[str, dict[str, Any]]]:
-        return self._tokens.close(), self._offsets.close()
+        return [part.close() for part in self.parts]

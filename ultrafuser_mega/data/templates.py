@@ -134,7 +134,8 @@ class ChatTemplate:
         try:
             rest = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except TemplateError as error:
-            raise UnfitConversationError(f"the chat template refuses the conversation: {error}") from None
+            reason = str(error).split("\n")[0]
+            raise UnfitConversationError(f"the chat template refuses the conversation: {reason}") from None
         if any(rest.count(mark) != 1 for mark in markers):
             raise UnfitConversationError("the chat template drops, repeats or alters the response")
         prompts: list[str] = []

@@ -1,4 +1,4 @@
-"""The chunked backend's epilogue on a GPU: two Triton kernels behind the interface of epilogue.py.
+"""The chunked backend's epilogue on a GPU: three Triton kernels behind the interface of epilogue.py.
 
 One program per row. The chunk holds fp32 logits (the GEMMs accumulate the specialists' segments there without
 rounding). Their gradient is written over them in the GEMM's operand type: a 16-bit row starts where its fp32 row
@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
+
 BLOCK = 4096
+MIXTURE_BLOCK = 1024  # columns of each of the n logit planes
 WARPS = 8
 
 
@@ -83,6 +86,61 @@ def dlogits_kernel(
         tl.store(gradient + row * gradient_stride + v, dz.to(gradient.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def mixture_statistics_kernel(
+    logits,  # (n, C, R) fp32
+    gate_weights,  # (C, n) fp32
+    target,  # (C,) int64: local column or -1
+    statistics,  # (C, 4 + 3 n) fp32 out
+    columns,
+    row_stride,
+    plane_stride,
+    specialists: tl.constexpr,
+    PADDED: tl.constexpr,  # specialists rounded up to a power of two
+    BLOCK: tl.constexpr,
+):
+    """The four numbers of z = sum_j w_j o_j and, per specialist, its expectation, target and sum relative to z."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, PADDED)
+    real = j < specialists
+    weight = tl.load(gate_weights + row * specialists + j, mask=real, other=0.0)  # (PADDED,)
+    base = logits + j[:, None] * plane_stride + row * row_stride
+    top = -float("inf")
+    total = 0.0
+    shifted = 0.0
+    expectation = tl.zeros((PADDED,), tl.float32)
+    deviation_sum = tl.zeros((PADDED,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = v < columns
+        o = tl.load(base + v[None, :], mask=real[:, None] & inside[None, :], other=0.0)  # (PADDED, BLOCK)
+        z = tl.sum(weight[:, None] * o, 0)  # (BLOCK,)
+        new_top = tl.maximum(top, tl.max(tl.where(inside, z, -float("inf")), 0))
+        origin = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf is NaN
+        scale = tl.exp(top - origin)
+        e = tl.where(inside, tl.exp(z - origin), 0.0)
+        deviation = tl.where(inside[None, :], o - z[None, :], 0.0)
+        total = total * scale + tl.sum(e, 0)
+        old = tl.where(start == 0, origin, top)
+        shifted = shifted + start * (old - origin) + tl.sum(tl.where(inside, z - origin, 0.0), 0)
+        expectation = expectation * scale + tl.sum(e[None, :] * deviation, 1)
+        deviation_sum = deviation_sum + tl.sum(deviation, 1)
+        top = new_top
+    y = tl.load(target + row)
+    here = (y >= 0) & (y < columns)
+    column = tl.where(here, y, 0)
+    o_y = tl.load(logits + j * plane_stride + row * row_stride + column, mask=real, other=0.0)
+    z_y = tl.sum(weight * o_y, 0)
+    out = statistics + row * (4 + 3 * specialists)
+    tl.store(out + 0, top)
+    tl.store(out + 1, total)
+    tl.store(out + 2, tl.where(here, z_y - top, -float("inf")))
+    tl.store(out + 3, shifted)
+    tl.store(out + 4 + j, expectation, mask=real)
+    tl.store(out + 4 + specialists + j, tl.where(here, o_y - z_y, 0.0), mask=real)
+    tl.store(out + 4 + 2 * specialists + j, deviation_sum, mask=real)
+
+
 class TritonEpilogue:
     """fp32 logits in; gradients in ``operand_dtype`` (bf16, fp16 or fp32)."""
 
@@ -123,6 +181,26 @@ class TritonEpilogue:
             num_warps=WARPS,
         )
         return gradient
+
+    def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor:
+        specialists, rows, columns = logits.shape
+        if columns == 0:  # a shard without real rows
+            return TorchEpilogue(torch.float32).mixture_statistics(logits, gate_weights, target)
+        out = logits.new_empty((rows, 4 + 3 * specialists))
+        mixture_statistics_kernel[(rows,)](
+            logits,
+            gate_weights.contiguous(),
+            target.contiguous(),
+            out,
+            columns,
+            logits.stride(1),
+            logits.stride(0),
+            specialists=specialists,
+            PADDED=triton.next_power_of_2(specialists),
+            BLOCK=MIXTURE_BLOCK,
+            num_warps=WARPS,
+        )
+        return out
 
 
 def in_place_view(logits: Tensor, dtype: torch.dtype) -> Tensor:

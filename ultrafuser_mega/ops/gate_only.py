@@ -1,8 +1,8 @@
 """Stage 1 of the paper: the specialists are frozen, only the gate trains. Loss and gate gradient in ONE GEMM pass.
 
 Since dw_j = sum_v dz_v o_jv is an expectation of specialist j's own logits, it comes out of the same sweep over the
-vocabulary as the softmax, as a running sum beside the sum-exp (statistics.py has the algebra). No backward GEMM: 2 N V K
-FLOPs instead of 6. The gradient is linear in the upstream gradient row by row, so every reduction is exact and free.
+vocabulary as the softmax, as a running sum beside the sum-exp (statistics.py has the algebra). No backward GEMM:
+2 N V K FLOPs instead of 6. The gradient is linear in the upstream gradient row by row, so every reduction is exact.
 
 In row chunks as in chunked.py, but with n logit planes side by side: the mixture needs each specialist's logits.
 """

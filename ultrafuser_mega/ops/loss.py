@@ -62,8 +62,8 @@ def mixture_cross_entropy(
         reduction: "mean" over the kept rows (0 if there are none), "sum", or "none" for a loss per row.
         label_smoothing: in [0, 1], over the GLOBAL vocabulary.
         z_loss: weight of lse^2, >= 0.
-        backend: "auto", "reference", "chunked" or "gate_only". auto takes gate_only where hidden and heads are frozen and
-            the gate is not, chunked elsewhere.
+        backend: "auto", "reference", "chunked" or "gate_only". auto takes gate_only where hidden and heads are frozen
+            and the gate is not, chunked elsewhere.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs): (), or (N,) for reduction="none".

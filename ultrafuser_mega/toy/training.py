@@ -48,11 +48,10 @@ def train(
     batch_size: int,
     lr: float,
     seed: int,
-    device: torch.device,
     report: Callable[[int, float], None],
 ) -> None:
-    """AdamW for ``steps`` steps, linear warm-up, then cosine to zero; ``report(step, mean loss)`` after each step."""
-    model.to(device=device).train()
+    """AdamW on the model's device, linear warm-up, then cosine to zero; calls ``report(step, mean loss)`` each step."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = max(1, round(WARMUP_PART * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -63,7 +62,7 @@ def train(
     )
     batches = _batches(samples, batch_size, Random(seed))
     for step in range(1, steps + 1):
-        loss = _response_loss(model, next(batches), device).mean()
+        loss = _response_loss(model, next(batches)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
@@ -73,16 +72,16 @@ def train(
 
 
 @torch.no_grad()
-def heldout_loss(model: LlamaForCausalLM, samples: Sequence[Sample], device: torch.device) -> float:
+def heldout_loss(model: LlamaForCausalLM, samples: Sequence[Sample]) -> float:
     """Mean cross-entropy in nats over all response tokens of ``samples``, ``</s>`` included."""
-    model.to(device=device).eval()
+    model.eval()
     ordered = sorted(samples, key=_length)
     chunks = (ordered[i : i + _EVAL_ROWS] for i in range(0, len(ordered), _EVAL_ROWS))
-    total = sum(_response_loss(model, chunk, device).sum().item() for chunk in chunks)
+    total = sum(_response_loss(model, chunk).sum().item() for chunk in chunks)
     return total / sum(len(sample.response) for sample in samples)
 
 
-def _response_loss(model: LlamaForCausalLM, batch: Sequence[Sample], device: torch.device) -> torch.Tensor:
+def _response_loss(model: LlamaForCausalLM, batch: Sequence[Sample]) -> torch.Tensor:
     """Cross-entropy of every response token of ``batch``, concatenated: (sum of response lengths,)."""
     longest = max(map(_length, batch))
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -90,10 +89,10 @@ def _response_loss(model: LlamaForCausalLM, batch: Sequence[Sample], device: tor
     for i, sample in enumerate(batch):
         ids[i, : _length(sample)] = torch.tensor(sample.prompt + sample.response)
         predicts[i, len(sample.prompt) - 1 : _length(sample) - 1] = True
-    targets = ids.roll(-1, dims=1)[predicts].to(device)  # (R,)
+    targets = ids.roll(-1, dims=1)[predicts].to(model.device)  # (R,)
     # Padding is on the right, where a causal model never looks: no attention mask is needed.
-    hidden = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, d)
-    logits = model.lm_head(hidden[predicts.to(device)])  # (R, V): the prompt's rows never reach the head
+    hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, d)
+    logits = model.lm_head(hidden[predicts.to(model.device)])  # (R, V): the prompt's rows never reach the head
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 

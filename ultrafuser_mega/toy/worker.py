@@ -22,9 +22,10 @@ from ultrafuser_mega.toy.training import encode, heldout_loss, train
 def main() -> None:
     logging.disable_progress_bar()
     job = Job(**json.loads(sys.argv[1]))
-    folder, data, device = Path(job.folder), Path(job.data), torch.device(job.device)
+    folder, data = Path(job.folder), Path(job.data)
     torch.manual_seed(job.seed)
-    model = LlamaForCausalLM(llama_config(**job.shape))
+    with torch.device(job.device):
+        model = LlamaForCausalLM(llama_config(**job.shape))
     train(
         model,
         encode(folder, job.name, read_jsonl(data / f"{job.name}.train.jsonl")),
@@ -32,14 +33,13 @@ def main() -> None:
         batch_size=job.batch_size,
         lr=job.lr,
         seed=job.seed,
-        device=device,
         report=lambda step, loss: _tell({"step": step, "loss": loss}),
     )
     losses = {
-        name: heldout_loss(model, encode(folder, job.name, read_jsonl(data / f"{name}.heldout.jsonl")), device)
+        name: heldout_loss(model, encode(folder, job.name, read_jsonl(data / f"{name}.heldout.jsonl")))
         for name in CLASSES
     }
-    save_llama(model.cpu(), folder)
+    save_llama(model, folder)
     _tell({"heldout_loss": losses})
 
 

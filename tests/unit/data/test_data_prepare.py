@@ -219,6 +219,8 @@ def test_an_empty_class_is_refused_with_the_reason(prepare, sources, tmp_path):
 
 
 def test_files_that_are_missing_or_listed_twice_are_named(prepare, sources, tmp_path):
+    with pytest.raises(InputError, match='class "code" has no training files; expected at least one'):
+        prepare(sources={**sources, "code": []})
     with pytest.raises(InputError, match=r'class "code": .*nowhere.json: no such file'):
         prepare(sources={**sources, "code": [tmp_path / "nowhere.json"]})
     with pytest.raises(InputError, match=r'class "math": .*text.json is listed twice'):

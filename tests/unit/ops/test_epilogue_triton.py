@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ultrafuser_mega.ops.epilogue import TorchEpilogue
+from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.testing import answer_of, make_case, rule_violations
 
 
@@ -62,6 +62,22 @@ def test_kernels_equal_the_twin(columns, dtype, interpreted):
     expected_gradient = twin.dlogits(logits.clone(), None, target, row_max, coefficients)
     rounding = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(gradient.float(), expected_gradient, rtol=rounding, atol=1e-6)
+
+
+def mixture_kernel_on(logits, weights, target):
+    from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
+
+    return TritonEpilogue(torch.bfloat16).mixture_statistics(logits, weights, target)
+
+
+@pytest.mark.parametrize(("specialists", "columns"), [(1, 333), (2, 1), (3, 2500), (5, 1024)])
+def test_mixture_kernel_equals_the_twin(specialists, columns, interpreted):
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(specialists, 3, columns + 7, generator=draw)[:, :, :columns] * 4
+    weights = torch.softmax(torch.randn(3, specialists, generator=draw), 1)
+    target = torch.tensor([-1, 0, columns - 1])
+    expected = TorchEpilogue(torch.float32).mixture_statistics(logits, weights, target)
+    torch.testing.assert_close(interpreted(mixture_kernel_on, logits, weights, target), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_ignored_rows_and_masked_words_are_exact(interpreted):
@@ -120,10 +136,16 @@ def compiled_resources(capability: int, dtype: str) -> dict[str, int]:
             "coefficient_b": "*fp32", "coefficient_c": "*fp32", "columns": "i32", "row_stride": "i64",
             "gradient_stride": "i64",
         },
+        kernels.mixture_statistics_kernel: {
+            "logits": "*fp32", "gate_weights": "*fp32", "target": "*i64", "statistics": "*fp32", "columns": "i32",
+            "row_stride": "i64", "plane_stride": "i64",
+        },
     }  # fmt: skip
     sizes = {}
     for kernel, signature in sources.items():
         blocks = {"BLOCK": kernels.BLOCK}
+        if kernel is kernels.mixture_statistics_kernel:
+            blocks = {"BLOCK": kernels.MIXTURE_BLOCK, "specialists": 3, "PADDED": 4}
         source = ASTSource(kernel, signature | dict.fromkeys(blocks, "constexpr"), constexprs=blocks)
         compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": kernels.WARPS})
         sizes[kernel.fn.__name__] = len(compiled.asm["cubin"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultrafuser_mega.ops import chunked
-from ultrafuser_mega.ops.epilogue import TorchEpilogue
+from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
 from ultrafuser_mega.ops.testing import answer_of, make_case, relative_error, truth
 

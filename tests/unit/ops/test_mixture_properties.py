@@ -106,11 +106,16 @@ def test_statistics_of_any_split_of_the_vocabulary_combine_to_those_of_the_whole
     epilogue = CpuEpilogue(torch.float64)
     edges = [0, *sorted(min(cut, vocab) for cut in cuts), vocab]
     shards, columns = [], []
+    specialists = torch.stack((logits, logits.flip(1), torch.randn(5, vocab, generator=draw, dtype=torch.float64)))
+    weights = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).expand(5, 3)  # z is `logits`
     for start, stop in itertools.pairwise(edges):
         here = (target >= start) & (target < stop)
         local = torch.where(here, target - start, -1)
-        shards.append(epilogue.statistics(logits[:, start:stop].contiguous(), local, keep=False)[0])
+        shards.append(epilogue.mixture_statistics(specialists[:, :, start:stop].contiguous(), weights, local))
         columns.append(float(stop - start))
     combined = combine(torch.stack(shards), torch.tensor(columns, dtype=torch.float64)[:, None])
-    whole, _ = epilogue.statistics(logits, target, keep=False)
-    torch.testing.assert_close(combined, whole, rtol=1e-9, atol=1e-8)
+    torch.testing.assert_close(
+        combined, epilogue.mixture_statistics(specialists, weights, target), rtol=1e-9, atol=1e-6
+    )
+    softmax_alone, _ = epilogue.statistics(logits, target, keep=False)
+    torch.testing.assert_close(combined[:, :4], softmax_alone, rtol=1e-9, atol=1e-8)

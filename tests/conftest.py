@@ -1,0 +1,18 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from trio import write_trio
+
+# Ranks of multi-process tests start with everything imported (see runtime/spawn.py).
+multiprocessing.set_forkserver_preload(["ultrafuser_mega.training.trainer", "ultrafuser_mega.toy"])
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of three tiny specialists and their data (see trio.py); read only."""
+    return write_trio(tmp_path_factory.mktemp("trio"))

@@ -1,0 +1,290 @@
+"""Time and peak memory of the mixture cross-entropy beside what else computes it, interleaved in one run.
+
+A task is what one wants of the loss; a variant is one way to get it. Every task has a floor: the bare matrix products
+that no exact implementation can avoid, measured in the same rounds, so that ratios survive a machine whose clock
+drifts. This file measures; tools/bench_mixture_ce.py prints, plots and stores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultrafuser_mega.ops.loss import mixture_cross_entropy
+from ultrafuser_mega.ops.testing import plain_loss
+
+TASKS = {  # task: (needs gate, hidden, heads), GEMM passes of the floor
+    "forward": ((False, False, False), 1),
+    "gate_only": ((True, False, False), 1),
+    "train": ((True, True, True), 3),
+}
+FLOOR = "bare GEMMs"
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    vocab: int
+    widths: tuple[int, ...]
+    dtype: torch.dtype
+
+    def flops(self, passes: int) -> float:
+        return 2.0 * passes * self.tokens * self.vocab * sum(self.widths)
+
+
+@dataclass
+class Result:
+    task: str
+    variant: str
+    seconds: list[float] = field(default_factory=list)  # one per round
+    peak_extra_bytes: int = 0  # most memory beyond what was held before the call, gradients included
+    gradient_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Inputs:
+    """One case on the device: random hidden states and heads whose logits look like a language model's.
+
+    Under a group (``shard`` of ``shards``) the heads hold that shard's rows of the vocabulary.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, shard: int = 0, shards: int = 1) -> None:
+        draw = torch.Generator(device).manual_seed(0)
+        self.shape, self.device = shape, device
+        self.group = dist.group.WORLD if shards > 1 else None
+        per_shard = -(-shape.vocab // shards)
+        self.vocab_start = shard * per_shard
+        held = min(per_shard, shape.vocab - self.vocab_start)
+
+        def normal(rows: int, columns: int, scale: float) -> Tensor:
+            values = torch.randn(rows, columns, generator=draw, device=device, dtype=torch.float32)
+            return (values * scale).to(shape.dtype)
+
+        self.hidden = [normal(shape.tokens, d, 1.0) for d in shape.widths]
+        self.heads = [normal(held, d, 3.0 / d**0.5) for d in shape.widths]
+        self.gate_logits = torch.randn(shape.tokens, len(shape.widths), generator=draw, device=device)
+        self.target = torch.randint(0, shape.vocab, (shape.tokens,), generator=draw, device=device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.gate_logits, *self.hidden, *self.heads]
+
+    def require(self, needs: tuple[bool, bool, bool]) -> int:
+        """Say which gradients are wanted; returns their bytes."""
+        gate, hidden, heads = needs
+        self.gate_logits.requires_grad_(gate)
+        for tensor in self.hidden:
+            tensor.requires_grad_(hidden)
+        for tensor in self.heads:
+            tensor.requires_grad_(heads)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors if tensor.requires_grad)
+
+    def drop_gradients(self) -> None:
+        for tensor in self.tensors:
+            tensor.grad = None
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+def ours(backend: str) -> Loss:
+    def loss(inputs: Inputs) -> Tensor:
+        return mixture_cross_entropy(
+            inputs.hidden,
+            inputs.heads,
+            inputs.gate_logits,
+            inputs.target,
+            group=inputs.group,
+            vocab_start=inputs.vocab_start,
+            vocab_size=inputs.shape.vocab,
+            backend=backend,
+        )
+
+    return loss
+
+
+def plain(inputs: Inputs) -> Tensor:
+    return plain_loss(
+        inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, vocab_size=inputs.shape.vocab, reduction="mean"
+    )
+
+
+def compiled() -> Loss:
+    """Plain PyTorch under torch.compile."""
+
+    def logits_to_loss(hidden, heads, gate_logits, target):
+        weights = torch.softmax(gate_logits, 1)
+        z = sum(weights[:, j, None] * (states @ heads[j].t()) for j, states in enumerate(hidden))
+        return F.cross_entropy(z, target)
+
+    function = torch.compile(logits_to_loss)
+    return lambda inputs: function(inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target)
+
+
+def concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The mixture as ONE linear layer, what a single-head kernel needs: (N, K) scaled inputs and (V, K) heads."""
+    weights = torch.softmax(inputs.gate_logits, 1)
+    scaled = [(weights[:, j, None] * states).to(states.dtype) for j, states in enumerate(inputs.hidden)]
+    return torch.cat(scaled, 1), torch.cat(inputs.heads, 1)
+
+
+def liger() -> Loss:
+    function = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+
+    def loss(inputs: Inputs) -> Tensor:
+        x, head = concatenated(inputs)
+        return function(head, x, inputs.target)
+
+    return loss
+
+
+def cut_cross_entropy() -> Loss:
+    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+    def loss(inputs: Inputs) -> Tensor:
+        x, head = concatenated(inputs)
+        return function(x, head, inputs.target)
+
+    return loss
+
+
+def megatron() -> Loss:
+    """Megatron-LM's way: fp32 logits in memory, then its vocab-parallel cross-entropy. Needs a process group."""
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    function = importlib.import_module("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
+    if not dist.is_initialized():
+        raise ImportError("needs torch.distributed; run under torchrun or with --vocab-shards 1 through it")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+
+    def loss(inputs: Inputs) -> Tensor:
+        weights = torch.softmax(inputs.gate_logits, 1)
+        z = sum(weights[:, j, None] * (states @ inputs.heads[j].t()) for j, states in enumerate(inputs.hidden))
+        return function(z, inputs.target).mean()
+
+    return loss
+
+
+PEERS: dict[str, Callable[[], Loss]] = {
+    "torch.compile": compiled,
+    "megatron": megatron,
+    "liger-kernel": liger,
+    "cut-cross-entropy": cut_cross_entropy,
+}
+BACKENDS = {"forward": ("chunked",), "gate_only": ("gate_only", "chunked"), "train": ("chunked",)}
+
+
+def floor(inputs: Inputs, task: str) -> Callable[[], None]:
+    """The task's bare matrix products, outputs allocated once: x_j W_j^T, and for training dz W_j and dz^T x_j."""
+    logits = inputs.hidden[0].new_empty((inputs.shape.tokens, inputs.heads[0].shape[0]))
+    d_hidden = [torch.empty_like(states) for states in inputs.hidden]
+    d_heads = [torch.empty_like(head) for head in inputs.heads]
+
+    @torch.no_grad()
+    def products() -> None:
+        for states, head in zip(inputs.hidden, inputs.heads, strict=True):
+            torch.mm(states, head.t(), out=logits)
+        if task == "train":
+            for j, (states, head) in enumerate(zip(inputs.hidden, inputs.heads, strict=True)):
+                torch.mm(logits, head, out=d_hidden[j])
+                torch.mm(logits.t(), states, out=d_heads[j])
+
+    return products
+
+
+def step(inputs: Inputs, loss: Loss, task: str) -> Callable[[], None]:
+    """One call as a trainer makes it: forward, and backward where something needs it."""
+
+    def run() -> None:
+        value = loss(inputs)
+        if task != "forward":
+            value.backward()
+
+    return run
+
+
+def measure(
+    inputs: Inputs, task: str, losses: dict[str, Loss], repeats: int, failed: dict[str, str] | None = None
+) -> list[Result]:
+    """Median times over ``repeats`` rounds in which the variants take turns, then each one's peak memory.
+
+    A variant that raises (out of memory, say) is left out and its reason put in ``failed``.
+    """
+    gradient_bytes = inputs.require(TASKS[task][0])
+    results: dict[str, Result] = {}
+    calls: dict[str, Callable[[], None]] = {}
+    for name, loss in losses.items():
+        call = step(inputs, loss, task)
+        try:
+            _timed(inputs, call)  # warm up: compile, autotune, page in
+        except (RuntimeError, TypeError, ImportError, NotImplementedError) as error:
+            if failed is None:
+                raise
+            failed[f"{task}: {name}"] = str(error).splitlines()[0][:200]
+            continue
+        results[name] = Result(task, name, gradient_bytes=gradient_bytes)
+        calls[name] = call
+    for name, call in calls.items():
+        results[name].peak_extra_bytes = _peak(inputs, call)
+    calls = {FLOOR: floor(inputs, task)} | calls
+    results = {FLOOR: Result(task, FLOOR)} | results
+    _timed(inputs, calls[FLOOR])
+    for _ in range(repeats):
+        for name, call in calls.items():
+            results[name].seconds.append(_timed(inputs, call))
+    return list(results.values())
+
+
+def _timed(inputs: Inputs, call: Callable[[], None]) -> float:
+    inputs.drop_gradients()
+    if inputs.group is not None:
+        dist.barrier()
+    if inputs.device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _peak(inputs: Inputs, call: Callable[[], None]) -> int:
+    """Bytes held at the worst moment of ``call`` beyond those held before it. Linux, or CUDA's own counter."""
+    inputs.drop_gradients()
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(what: str) -> int:
+    with contextlib.suppress(OSError):
+        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    return 0
