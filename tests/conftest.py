@@ -6,8 +6,11 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 from trio import write_trio
 
+# Small tensors: more threads only wait for each other, and the ranks of one test share the cores anyway.
+torch.set_num_threads(1)
 # Ranks of multi-process tests start with everything imported (see runtime/spawn.py).
 multiprocessing.set_forkserver_preload(["ultrafuser_mega.training.trainer", "ultrafuser_mega.toy"])
 

@@ -88,7 +88,7 @@ def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> di
     """Every task and variant on one shape."""
     inputs = Inputs(shape, torch.device(arguments.device), shard, arguments.vocab_shards)
     absent: dict[str, str] = {}
-    peers = {"plain PyTorch": benchmark.plain} if inputs.group is None else {}
+    peers = {}
     for name, build in benchmark.PEERS.items():
         if name in arguments.skip or inputs.group is not None:
             continue
@@ -119,9 +119,8 @@ def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> dict:
 def slowest(ranks: list[dict]) -> dict:
     """Of several ranks' reports: every variant as its slowest rank saw it."""
     report = dict(ranks[0])
-    report["results"] = [
-        max(same, key=lambda record: record["median_s"]) for same in zip(*(r["results"] for r in ranks), strict=True)
-    ]
+    per_variant = zip(*(rank["results"] for rank in ranks), strict=True)
+    report["results"] = [max(same, key=lambda record: record["median_s"]) for same in per_variant]
     add_ratios(report["results"])
     return report
 
@@ -141,7 +140,7 @@ def as_record(result: Result, shape: Shape) -> dict:
 
 
 def add_ratios(results: list[dict]) -> None:
-    """Ratios to the floor and to plain PyTorch of the same task: medians of the rounds' own ratios."""
+    """Ratios of medians to the floor and to plain PyTorch of the same task; None where that was not measured."""
     for record in results:
         for key, variant in (("ratio_to_floor", FLOOR), ("ratio_to_plain", "plain PyTorch")):
             other = next((r for r in results if r["task"] == record["task"] and r["variant"] == variant), None)
@@ -150,16 +149,18 @@ def add_ratios(results: list[dict]) -> None:
 
 def print_table(run: dict) -> None:
     print(f"\n{run['tokens']} tokens, vocabulary {run['vocab']}, hidden {run['widths']}, {run['dtype']}")
-    print(
-        f"{'task':10} {'variant':18} {'ms':>10} {'x floor':>8} {'x plain':>8} {'TFLOP/s':>8} {'peak MiB':>9} {'- grads':>8}"
-    )
+    columns = ("ms", "x floor", "x plain", "TFLOP/s", "peak MiB", "- grads")
+    print(f"{'task':10} {'variant':18}" + "".join(f"{column:>10}" for column in columns))
     for r in run["results"]:
-        ratios = (f"{r[key]:8.2f}" if r[key] else f"{'':8}" for key in ("ratio_to_floor", "ratio_to_plain"))
-        peak, workspace = r["peak_extra_bytes"] / 2**20, (r["peak_extra_bytes"] - r["gradient_bytes"]) / 2**20
-        memory = f"{'':9} {'':8}" if r["variant"] == FLOOR else f"{peak:9.0f} {workspace:8.0f}"
-        print(
-            f"{r['task']:10} {r['variant']:18} {r['median_s'] * 1e3:10.2f} {' '.join(ratios)} {r['tflops']:8.2f} {memory}"
-        )
+        ratios = [f"{r[key]:.2f}" if r[key] else "" for key in ("ratio_to_floor", "ratio_to_plain")]
+        memory = [
+            f"{r['peak_extra_bytes'] / 2**20:.0f}",
+            f"{(r['peak_extra_bytes'] - r['gradient_bytes']) / 2**20:.0f}",
+        ]
+        if r["variant"] == FLOOR:
+            memory = ["", ""]
+        cells = [f"{r['median_s'] * 1e3:.2f}", *ratios, f"{r['tflops']:.2f}", *memory]
+        print(f"{r['task']:10} {r['variant']:18}" + "".join(f"{cell:>10}" for cell in cells))
     for name, reason in run["absent"].items():
         print(f"absent: {name} ({reason})")
 

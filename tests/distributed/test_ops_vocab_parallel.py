@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import chunked, mixture_cross_entropy
+from ultrafuser_mega.ops import chunked, gate_only, mixture_cross_entropy
 from ultrafuser_mega.ops.testing import Answer, Case, answer_of, make_case, relative_error, truth
 from ultrafuser_mega.runtime.spawn import run_ranks
 
@@ -52,7 +52,7 @@ def as_lists(answer: Answer) -> dict:
 
 def rank_answers(rank: int) -> dict:
     """(layout, backend, dtype, case, needs) -> answer, for the layouts this rank takes part in."""
-    chunked.DEFAULT_BUFFER_BYTES["cpu"] = 2 * 27 * 8 * 5  # several chunks, so that collectives are in flight
+    chunked.buffer_budget = gate_only.buffer_budget = lambda device: 2 * 27 * 8 * 5  # so that there are several chunks
     answers = {}
     for layout, rows in SHARDS.items():
         group = dist.new_group(list(range(len(rows))))

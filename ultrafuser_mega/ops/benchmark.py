@@ -117,7 +117,12 @@ def ours(backend: str) -> Loss:
     return loss
 
 
-def plain(inputs: Inputs) -> Tensor:
+def plain() -> Loss:
+    """Plain PyTorch: n logit tensors, mixed, F.cross_entropy."""
+    return _plain
+
+
+def _plain(inputs: Inputs) -> Tensor:
     return plain_loss(
         inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, vocab_size=inputs.shape.vocab, reduction="mean"
     )
@@ -180,6 +185,7 @@ def megatron() -> Loss:
 
 
 PEERS: dict[str, Callable[[], Loss]] = {
+    "plain PyTorch": plain,
     "torch.compile": compiled,
     "megatron": megatron,
     "liger-kernel": liger,

@@ -7,7 +7,7 @@ Per chunk of C rows, with x_j = w_j h_j and all n heads read in place:
     dx_j = dz W_j                  then dh_j = w_j dx_j,  dw_j = <h_j, dx_j>
     dW_j += dz^T x_j
 which is 3 GEMM passes where forward-then-backward needs 4 without keeping the logits. Only what requires a gradient
-is computed: 2 passes with frozen heads, 1 under no_grad.
+is computed: 2 passes with frozen heads, 1 under no_grad (forward.py).
 
 The upstream gradient is not known in the forward. It is one scalar for "sum" and "mean", and one factor per row of dh
 and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
@@ -31,10 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.ops import gemm
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
+from ultrafuser_mega.ops.forward import buffer_budget, forward_statistics
 from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
 
-DEFAULT_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 768 << 20}
 ROW_MULTIPLE = 128  # rows of a chunk: whole GEMM tiles
 PITCH_MULTIPLE = 64  # columns: every row of the buffer starts on a cache line, also when it holds 16-bit numbers
 FP16_SCALE = 256.0  # fp16 probabilities below 6e-5 would be subnormal: dz is stored scaled, its GEMMs scale back
@@ -52,10 +52,6 @@ class Needs:
     def any(self) -> bool:
         return self.gate or any(self.hidden) or any(self.heads)
 
-    @classmethod
-    def nothing(cls, n: int) -> Needs:
-        return cls(False, (False,) * n, (False,) * n)
-
 
 def mixture_loss(
     problem: Problem, *, buffer_bytes: int | None = None, epilogue: Epilogue | None = None
@@ -71,21 +67,15 @@ def mixture_loss(
 class Plan:
     """How a problem is cut into chunks, together with what its autograd node carries besides tensors."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        buffer_bytes: int | None = None,
-        epilogue: Epilogue | None = None,
-        planes: int = 1,  # logits of how many specialists side by side
-    ) -> None:
+    def __init__(self, problem: Problem, buffer_bytes: int | None = None, epilogue: Epilogue | None = None) -> None:
         hidden = problem.hidden[0]
         self.settings = problem.settings
         self.grad_enabled = torch.is_grad_enabled()
         self.epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
         self.buffers = 1 if problem.settings.group is None else 2
-        budget = buffer_bytes or DEFAULT_BUFFER_BYTES.get(hidden.device.type, DEFAULT_BUFFER_BYTES["cuda"])
+        self.buffer_bytes = buffer_bytes or buffer_budget(hidden.device)
         shard = -(-problem.settings.vocab_size // problem.settings.shards)
-        limit = max(1, budget // (self.buffers * planes * shard * problem.accumulate_dtype.itemsize))
+        limit = max(1, self.buffer_bytes // (self.buffers * shard * problem.accumulate_dtype.itemsize))
         chunks = max(1, -(-problem.rows // limit))
         even = -(-problem.rows // chunks)
         self.chunk_rows = max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, problem.rows))
@@ -174,16 +164,14 @@ class Sweep:
             inputs.append(x)
         for j, (x, head) in enumerate(zip(inputs, self.real_heads, strict=True)):
             gemm.accumulate(logits, x, head.t(), add=j > 0)
-        local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=self.needs.any)
+        local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=True)
         pending = None if self.known else PendingStatistics(local, self.problem.real_rows, self.problem.settings)
         return _Chunk(rows, logits, inputs, scratch, pending)
 
     def _finish(self, chunk: _Chunk) -> None:
-        rows, needs = chunk.rows, self.needs
+        rows = chunk.rows
         if chunk.pending is not None:
             self.statistics[rows] = chunk.pending.wait()
-        if not needs.any:
-            return
         statistics = self.statistics[rows]
         coefficients = dlogit_coefficients(statistics, self.weight[rows] * self.scale, self.problem.settings)
         dz = self.plan.epilogue.dlogits(
@@ -231,18 +219,18 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.dtypes = [tensor.dtype for tensor in (gate_logits, *tensors)]
         ctx.deferred = per_row and any(needs.heads)
 
-        sweep = Sweep(
-            problem,
-            plan,
-            Needs.nothing(n) if ctx.deferred else needs,
-            weight if share is None or late_share is not None else weight * share,
-        )
-        sweep.run()
-        if ctx.deferred:
-            ctx.save_for_backward(sweep.statistics, target, gate_logits, *tensors)
+        if ctx.deferred or not needs.any:
+            gate_weights = torch.softmax(gate_logits.masked_fill(~kept[:, None], 0.0), dim=1)
+            statistics = forward_statistics(
+                problem, gate_weights, plan.epilogue, plan.buffer_bytes, per_specialist=False
+            )
+            ctx.save_for_backward(statistics, target, gate_logits, *tensors)
         else:
+            sweep = Sweep(problem, plan, needs, weight if share is None or late_share is not None else weight * share)
+            sweep.run()
+            statistics = sweep.statistics
             ctx.save_for_backward(late_share, sweep.gate, *sweep.hidden, *sweep.heads)
-        row_losses = row_loss(sweep.statistics, kept, plan.settings)
+        row_losses = row_loss(statistics, kept, plan.settings)
         loss = row_losses.clone() if per_row else row_losses.sum()
         if share is not None:
             loss = loss * share

@@ -20,8 +20,9 @@ class TorchEpilogue:
     def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, None]:
         rows, columns = logits.shape
         if columns == 0:
-            identity = logits.new_tensor([float("-inf"), 0.0, float("-inf"), 0.0])
-            return identity.expand(rows, 4), None
+            identity = logits.new_zeros((rows, 4))
+            identity[:, 0::2] = float("-inf")
+            return identity, None
         top = logits.amax(1)  # (C,)
         shifted = logits - top[:, None]
         column = target.clamp(min=0)[:, None]

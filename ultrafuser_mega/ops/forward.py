@@ -7,6 +7,7 @@ Under a group one collective at the end of all blocks.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ultrafuser_mega.ops import gemm
@@ -15,6 +16,11 @@ from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import COLUMNS, PendingStatistics, combine
 
 BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
+
+
+def buffer_budget(device: torch.device) -> int:
+    """Bytes of logits held at once, unless the caller says otherwise."""
+    return (768 << 20) if device.type == "cuda" else (64 << 20)
 
 
 def forward_statistics(
@@ -39,7 +45,6 @@ def forward_statistics(
         inputs = [states[rows].masked_fill(ignored[rows], 0.0) for states in problem.hidden]  # NaN must not matter
         if not per_specialist:
             inputs = [(x * weights[:, j, None]).to(epilogue.operand_dtype) for j, x in enumerate(inputs)]
-        whole: Tensor | None = None
         for first in range(0, max(real, 1), columns):
             last = min(first + columns, real)
             logits = buffer[:, : rows.stop - rows.start, : last - first]  # (planes, C, B)
@@ -52,8 +57,7 @@ def forward_statistics(
                 block = epilogue.mixture_statistics(logits, weights, column)
             else:
                 block, _ = epilogue.statistics(logits[0], column, keep=False)
-            whole = block if whole is None else combine_two(whole, first, block, last - first)
-        statistics[rows] = whole
+            statistics[rows] = block if first == 0 else combine_two(statistics[rows], first, block, last - first)
     return PendingStatistics(statistics, real, problem.settings).wait()
 
 
@@ -61,5 +65,6 @@ def combine_two(first: Tensor, first_columns: int, second: Tensor, second_column
     """Statistics of the union of two sets of columns."""
     stacked = first.new_empty((2, *first.shape))
     stacked[0], stacked[1] = first, second
-    columns = first.new_tensor([[first_columns], [second_columns]])
+    columns = first.new_full((2, 1), float(second_columns))
+    columns[0] = first_columns
     return combine(stacked, columns)

@@ -43,7 +43,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         port = probe.getsockname()[1]
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
-        context.Process(target=_rank_main, args=(function, rank, world_size, port, timeout_s, pipes[rank][1], args), daemon=True)
+        context.Process(target=_rank_main, args=(function, rank, world_size, port, timeout_s, pipes[rank][1], args))
         for rank in range(world_size)
     ]
     for process in ranks:
