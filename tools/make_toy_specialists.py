@@ -22,18 +22,19 @@ def main(
 ) -> None:
     """Make three small specialists to fuse: text, code and math.
 
-    Each is a Llama of about a million parameters, trained from nothing on generated instructions of ONE
-    class (about 75 seconds for all three on two cores). They differ as Llama-2, CodeLlama and WizardMath
-    do: prompt template, vocabulary rows (V, V+16, V+1), rope theta (1e4, 1e6, 1e4).
+    Each is a Llama of 0.4 million parameters, really trained on generated
+    instructions of ONE class (about a minute for all three on two cores).
+    They differ as Llama-2, CodeLlama and WizardMath do: prompt template,
+    vocabulary rows (V, V+16, V+1), rope theta (1e4, 1e6, 1e4).
 
     \b
-    OUT/text, OUT/code, OUT/math          Hugging Face folders: AutoModelForCausalLM and AutoTokenizer load them
-    OUT/data/CLASS.train.jsonl            what each was trained on; fuse with the train files of all classes
-    OUT/data/CLASS.heldout.jsonl          rows that no training file holds; the table below is their loss
-    OUT/recipe.json                       seed, sizes and losses
+    OUT/text  OUT/code  OUT/math    Hugging Face folders, for AutoModel...
+    OUT/data/CLASS.train.jsonl      what each was trained on
+    OUT/data/CLASS.heldout.jsonl    rows of no training file: the table's
+    OUT/recipe.json                 seed, sizes and losses
 
-    The table that is printed shows why there is something to fuse: every specialist is good at its own
-    class and worse than guessing at the others.
+    The table at the end shows why there is something to fuse: every
+    specialist knows its own class and is lost in the others.
     """
     start = time.monotonic()
     try:

@@ -7,6 +7,8 @@ vocabulary as the softmax, as a running sum beside the sum-exp (statistics.py ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,15 +28,22 @@ def mixture_loss(
     """
     hidden = problem.hidden[0]
     epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
-    return _GateOnlyLoss.apply(problem, epilogue, buffer_bytes or buffer_budget(hidden.device), problem.gate_logits)
+    budget = buffer_bytes or buffer_budget(hidden.device)
+
+    def statistics_of(problem: Problem, gate_weights: Tensor) -> Tensor:
+        return forward_statistics(problem, gate_weights, epilogue, budget, per_specialist=True)
+
+    return GateOnlyLoss.apply(problem, statistics_of, problem.gate_logits)
 
 
-class _GateOnlyLoss(torch.autograd.Function):
+class GateOnlyLoss(torch.autograd.Function):
+    """(loss, row losses) from statistics_of(problem, gate_weights (N, n)) -> (N, 4 + 3 n), in chunks or streamed."""
+
     @staticmethod
-    def forward(ctx, problem: Problem, epilogue: Epilogue, buffer_bytes: int, gate_logits: Tensor):
+    def forward(ctx, problem: Problem, statistics_of: Callable[[Problem, Tensor], Tensor], gate_logits: Tensor):
         kept = problem.kept()
         gate_weights = torch.softmax(gate_logits.masked_fill(~kept[:, None], 0.0), dim=1)
-        statistics = forward_statistics(problem, gate_weights, epilogue, buffer_bytes, per_specialist=True)
+        statistics = statistics_of(problem, gate_weights)
         row_losses = row_loss(statistics, kept, problem.settings)
         weight = kept.to(row_losses.dtype)
         loss = row_losses.clone() if problem.settings.reduction == "none" else row_losses.sum()
@@ -50,6 +59,6 @@ class _GateOnlyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor | None, _row_losses: None):
         if upstream is None:
-            return None, None, None, None
+            return None, None, None
         (gradient,) = ctx.saved_tensors
-        return None, None, None, gradient * upstream.reshape(-1, 1)
+        return None, None, gradient * upstream.reshape(-1, 1)

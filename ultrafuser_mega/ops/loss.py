@@ -5,7 +5,7 @@ w = softmax(a_1 .. a_n) and the fused logits are z = sum_j w_j W_j h_j (paper, e
 cross-entropy of z against the token (equation 2), optionally with label smoothing and z-loss.
 
 Backends: ``reference`` (plain PyTorch, the definition), ``chunked`` (row chunks, gradients formed in the forward) and
-``gate_only`` (one pass, for frozen hidden states and heads).
+``gate_only`` (one pass, for frozen hidden states and heads), ``streaming`` (GPU: no logits in memory at all).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import chunked, gate_only, reference
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 
-BACKENDS = ("auto", "reference", "chunked", "gate_only")
+BACKENDS = ("auto", "reference", "chunked", "gate_only", "streaming")
 
 
 class LossWithRows(NamedTuple):
@@ -62,8 +62,8 @@ def mixture_cross_entropy(
         reduction: "mean" over the kept rows (0 if there are none), "sum", or "none" for a loss per row.
         label_smoothing: in [0, 1], over the GLOBAL vocabulary.
         z_loss: weight of lse^2, >= 0.
-        backend: "auto", "reference", "chunked" or "gate_only". auto takes gate_only where hidden and heads are frozen
-            and the gate is not, chunked elsewhere.
+        backend: "auto", "reference", "chunked", "gate_only" or "streaming". auto takes gate_only where hidden and heads
+            are frozen and the gate is not, chunked elsewhere.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs): (), or (N,) for reduction="none".
@@ -145,6 +145,13 @@ def mixture_cross_entropy_with_rows(
                         f"backend: gate_only gives no gradient for {name}, which requires one; use chunked"
                     )
                 return LossWithRows(*gate_only.mixture_loss(problem))
+            case "streaming":
+                if target.device.type != "cuda" or hidden[0].dtype == torch.float64:
+                    found = f"{hidden[0].dtype} on {target.device.type}"
+                    raise InputError(f"backend: streaming runs bf16, fp16 and fp32 on a GPU, not {found}; use chunked")
+                from ultrafuser_mega.ops import streaming  # needs triton
+
+                return LossWithRows(*streaming.mixture_loss(problem))
             case _:
                 return LossWithRows(*chunked.mixture_loss(problem))
 

@@ -30,8 +30,9 @@ def train_sentencepiece(documents: Iterable[str], *, pieces: int) -> bytes:
     Raises:
         InputError: ``pieces`` is too small for the characters of ``documents`` or larger than they support.
     """
-    # A newline is a byte piece, as in Llama-2, so every line is a sentence of its own.
-    lines = [line for document in documents for line in document.split("\n") if line]
+    # A newline is a byte piece, as in Llama-2, so every line is a sentence of its own. Each sentence gets a
+    # dummy prefix; taking one space off an indented line leaves the run of spaces that encoding will meet.
+    lines = [line.removeprefix(" ") for document in documents for line in document.split("\n") if line]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

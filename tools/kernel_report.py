@@ -1,0 +1,26 @@
+"""Print what the compiler made of every Triton kernel, per GPU generation; needs no GPU.
+
+python tools/kernel_report.py [--capability 80 90 100] [--dtype bf16]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ultrafuser_mega.ops.kernel_report import CAPABILITIES, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80, 90, 100")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    arguments = parser.parse_args()
+    print(f"{'kernel':36} {'sm':>4} {'registers':>9} {'shared B':>9} {'local B':>8}  tensor cores")
+    for capability in arguments.capability:
+        for r in report(capability, arguments.dtype):
+            cores = ", ".join(f"{name} x{count}" for name, count in sorted(r.tensor_core.items())) or "-"
+            print(f"{r.kernel:36} {r.capability:4} {r.registers:9} {r.shared_bytes:9} {r.local_bytes:8}  {cores}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What the compiler made of every Triton kernel, for a GPU that need not be there.
+
+Kernels are compiled ahead of time; registers, local memory and tensor-core instructions are read out of the cubin with
+the cuobjdump that ships with Triton. tools/kernel_report.py prints this; a test holds it to "nothing spills".
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ultrafuser_mega.ops import epilogue_triton, streaming, streaming_kernels
+
+CAPABILITIES = (80, 90, 100)
+TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
+SPECIALISTS = 3
+
+
+@dataclass(frozen=True)
+class Resources:
+    kernel: str
+    capability: int
+    registers: int  # per thread
+    shared_bytes: int  # per program
+    local_bytes: int  # per thread: spilled registers
+    tensor_core: dict[str, int]  # instruction: how often it stands in the code
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+
+
+def report(capability: int, dtype: str = "bf16") -> list[Resources]:
+    """Every kernel compiled for sm_<capability> with heads of ``dtype``."""
+    return [_compile(source, capability) for source in _sources(capability, dtype)]
+
+
+def _sources(capability: int, dtype: str) -> Iterator[_Source]:
+    rows = {"columns": "i32", "row_stride": "i64"}
+    coefficients = dict.fromkeys(("row_max", "coefficient_a", "coefficient_b", "coefficient_c"), "*fp32")
+    yield _Source(
+        "chunked: row_statistics",
+        epilogue_triton.row_statistics_kernel,
+        {"logits": "*fp32", "target": "*i64", "statistics": "*fp32"} | rows,
+        {"BLOCK": epilogue_triton.BLOCK},
+        epilogue_triton.WARPS,
+    )
+    yield _Source(
+        "chunked: dlogits",
+        epilogue_triton.dlogits_kernel,
+        {"logits": "*fp32", "gradient": f"*{dtype}", "target": "*i64"}
+        | coefficients
+        | rows
+        | {"gradient_stride": "i64"},
+        {"BLOCK": epilogue_triton.BLOCK},
+        epilogue_triton.WARPS,
+    )
+    yield _Source(
+        "gate_only: mixture_statistics",
+        epilogue_triton.mixture_statistics_kernel,
+        {"logits": "*fp32", "gate_weights": "*fp32", "target": "*i64", "statistics": "*fp32"}
+        | rows
+        | {"plane_stride": "i64"},
+        {
+            "specialists": SPECIALISTS,
+            "PADDED": triton.next_power_of_2(SPECIALISTS),
+            "BLOCK": epilogue_triton.MIXTURE_BLOCK,
+        },
+        epilogue_triton.WARPS,
+    )
+    operands = {
+        "hidden": (f"*{dtype}",) * SPECIALISTS,
+        "heads": (f"*{dtype}",) * SPECIALISTS,
+        "hidden_strides": ("i32",) * SPECIALISTS,
+        "head_strides": ("i32",) * SPECIALISTS,
+        "widths": ("i32",) * SPECIALISTS,
+        "gate_weights": "*fp32",
+        "target": "*i64",
+    }
+    for per_specialist in (False, True):
+        block_m, block_n, block_k, warps, stages = streaming.tile(capability, per_specialist)
+        blocks = {"n": SPECIALISTS, "EVEN_K": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        yield _Source(
+            "streaming: statistics" + (" for the gate" if per_specialist else ""),
+            streaming_kernels.statistics_kernel,
+            operands | {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"},
+            blocks | {"PER_SPECIALIST": per_specialist},
+            warps,
+            stages,
+        )
+        if not per_specialist:
+            yield _Source(
+                "streaming: dlogits",
+                streaming_kernels.dlogits_kernel,
+                operands
+                | coefficients
+                | {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"},
+                blocks,
+                warps,
+                stages,
+            )
+
+
+def _compile(source: _Source, capability: int) -> Resources:
+    signature = source.signature | dict.fromkeys(source.constants, "constexpr")
+    ast = ASTSource(source.kernel, signature, constexprs=source.constants, attrs=_aligned(signature))
+    options = {"num_warps": source.warps, "num_stages": source.stages}
+    compiled = triton.compile(ast, GPUTarget("cuda", capability, 32), options)
+    usage, code = _cuobjdump(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers for {source.name} on sm_{capability}: {usage[:200]}")
+    counts: dict[str, int] = {}
+    for instruction in re.findall(TENSOR_CORE, code):
+        counts[instruction] = counts.get(instruction, 0) + 1
+    return Resources(source.name, capability, int(found[1]), compiled.metadata.shared, int(found[2]) + int(found[3]), counts)
+
+
+def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:
+    """What the launcher would find out by itself: pointers, strides and widths are multiples of 16."""
+    hint = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], list] = {}
+    for index, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            attributes |= {(index, j): hint for j in range(len(kind))}
+        elif kind.startswith("*") or name.endswith("stride"):
+            attributes[(index,)] = hint
+    return attributes
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, machine code) as text."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    return usage, code
