@@ -98,7 +98,8 @@ def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> di
             absent[name] = str(error)
     results = []
     for task in arguments.task or TASKS:
-        losses = {backend: benchmark.ours(backend) for backend in benchmark.BACKENDS[task]}
+        backends = benchmark.BACKENDS[task] + (benchmark.GPU_BACKENDS if arguments.device == "cuda" else ())
+        losses = {backend: benchmark.ours(backend) for backend in backends}
         chosen = {name: loss for name, loss in (losses | peers).items() if name not in arguments.skip}
         results += [as_record(r, shape) for r in benchmark.measure(inputs, task, chosen, arguments.repeats, absent)]
     add_ratios(results)

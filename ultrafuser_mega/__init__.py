@@ -15,3 +15,6 @@ import warnings
 # Megatron-core warns at import, once per rank, about every optional accelerator that is not installed, and later
 # about CUDA settings that mean nothing on a CPU. `ultrafuser doctor` tells what was found.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
+# What Megatron-core 0.16 uses of torch and newer torch versions announce to replace.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)

@@ -76,11 +76,11 @@ def ranks() -> list[dict]:
 
 def parts_of(ranks: list[dict], *key: object) -> list[dict[str, torch.Tensor]]:
     """Every participating rank's answer."""
-    return [
-        {name: torch.tensor(value, dtype=torch.float64) for name, value in answers[key].items()}
-        for answers in ranks
-        if key in answers
-    ]
+    return [tensors(answers[key]) for answers in ranks if key in answers]
+
+
+def tensors(answer: dict) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in answer.items()}
 
 
 @pytest.mark.parametrize(

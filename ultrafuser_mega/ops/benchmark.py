@@ -192,6 +192,7 @@ PEERS: dict[str, Callable[[], Loss]] = {
     "cut-cross-entropy": cut_cross_entropy,
 }
 BACKENDS = {"forward": ("chunked",), "gate_only": ("gate_only", "chunked"), "train": ("chunked",)}
+GPU_BACKENDS = ("streaming",)  # of every task
 
 
 def floor(inputs: Inputs, task: str) -> Callable[[], None]:

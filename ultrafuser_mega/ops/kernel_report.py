@@ -93,13 +93,13 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         "target": "*i64",
     }
     for per_specialist in (False, True):
-        block_m, block_n, block_k, warps, stages = streaming.tile(capability, per_specialist)
+        block_m, block_n, block_k, warps, stages = streaming.tile(capability, SPECIALISTS if per_specialist else 0)
         blocks = {"n": SPECIALISTS, "EVEN_K": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
         yield _Source(
             "streaming: statistics" + (" for the gate" if per_specialist else ""),
             streaming_kernels.statistics_kernel,
             operands | {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"},
-            blocks | {"PER_SPECIALIST": per_specialist},
+            blocks | {"PER_SPECIALIST": per_specialist, "SMOOTHING": False},
             warps,
             stages,
         )
@@ -128,7 +128,8 @@ def _compile(source: _Source, capability: int) -> Resources:
     counts: dict[str, int] = {}
     for instruction in re.findall(TENSOR_CORE, code):
         counts[instruction] = counts.get(instruction, 0) + 1
-    return Resources(source.name, capability, int(found[1]), compiled.metadata.shared, int(found[2]) + int(found[3]), counts)
+    registers, stack, local = (int(number) for number in found.groups())
+    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts)
 
 
 def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:

@@ -36,16 +36,25 @@ from ultrafuser_mega.ops.streaming_kernels import dlogits_kernel, statistics_ker
 SPLIT_COLUMNS = 4096  # fixed: a row's sums must not depend on how many rows come with it
 WORKSPACE_BYTES = 64 << 20
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), by compute capability and by whether the n specialists' tiles are all
-# alive at once. Chosen so that nothing spills (tests/unit/ops/test_streaming.py holds it); not yet timed on hardware.
-MIXED = {80: (128, 128, 32, 8, 4), 90: (128, 128, 64, 8, 3), 100: (128, 128, 64, 8, 3)}
-PER_SPECIALIST = {80: (64, 64, 32, 8, 4), 90: (64, 64, 64, 4, 4), 100: (64, 64, 64, 4, 4)}
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by compute capability: the largest found that do not spill registers
+# (tests/unit/ops/test_streaming.py holds it); compiled, not yet timed on hardware. With PER_SPECIALIST the tiles of
+# all specialists are alive at once: the table is for up to three.
+MIXED = {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
+PER_SPECIALIST = {80: (64, 64, 32, 8, 4), 90: (64, 128, 64, 8, 3), 100: (64, 64, 64, 8, 4)}
 
 
-def tile(capability: int, per_specialist: bool) -> tuple[int, int, int, int, int]:
-    """The entry of the newest generation that is not newer than ``capability`` (80, 86, 90, ...)."""
-    table = PER_SPECIALIST if per_specialist else MIXED
-    return table[max(known for known in table if known <= max(capability, min(table)))]
+def tile(capability: int, specialists_apart: int) -> tuple[int, int, int, int, int]:
+    """The table's entry for a GPU and the number of specialists whose tiles are kept apart (0: they are mixed).
+
+    A generation without an entry takes that of the newest older one.
+    """
+    table = PER_SPECIALIST if specialists_apart else MIXED
+    block_m, block_n, block_k, warps, stages = table[
+        max(known for known in table if known <= max(capability, min(table)))
+    ]
+    if specialists_apart > 3:
+        block_n = 32
+    return block_m, block_n, block_k, warps, stages
 
 
 def mixture_loss(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -72,7 +81,7 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     parts[:, :, MAX] = float("-inf")
     parts[:, :, 2] = float("-inf")
     if rows and real:
-        block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), per_specialist)
+        block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), n if per_specialist else 0)
         statistics_kernel[(triton.cdiv(rows, block_m), splits)](
             *_operands(problem),
             gate_weights,
@@ -83,6 +92,7 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
             SPLIT_COLUMNS,
             n=n,
             PER_SPECIALIST=per_specialist,
+            SMOOTHING=problem.settings.label_smoothing > 0,
             EVEN_K=_even(problem, block_k),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -105,7 +115,7 @@ def dlogits(
     out: Tensor,
 ) -> None:
     """dz of the local columns ``block`` into out (N, columns of the block)."""
-    block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), False)
+    block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), 0)
     grid = (triton.cdiv(problem.rows, block_m), triton.cdiv(block.stop - block.start, block_n))
     dlogits_kernel[grid](
         *_operands(problem),

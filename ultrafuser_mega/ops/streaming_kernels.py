@@ -1,7 +1,7 @@
 """Triton kernels of the streaming backend: fused logits live and die in registers, tile by tile.
 
 A tile of BLOCK_M rows x BLOCK_N vocabulary columns walks the specialists' K-segments in place (ragged widths, no
-concatenated copy): o_j = h_j W_j^T on tensor cores in fp32, z = sum_j w_j o_j. What happens to z differs:
+concatenated copy) on tensor cores: z = sum_j (w_j h_j) W_j^T in one fp32 accumulator. What happens to z differs:
 
     statistics_kernel  a program walks one split of the vocabulary with an online softmax and writes a few numbers per
                        row and split (statistics.py); with PER_SPECIALIST also the expectations the gate alone needs
@@ -32,16 +32,16 @@ def segment_tile(
     hidden_stride,
     head_stride,
     width,
+    weight,  # (BLOCK_M,) fp32 gate weights, used if SCALED
+    tile,  # (BLOCK_M, BLOCK_N) fp32, added to
+    SCALED: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One specialist's logits (BLOCK_M, BLOCK_N) fp32."""
+    """tile + h_j W_j^T, or tile + (w_j h_j) W_j^T with w_j h_j rounded to the operand's type if SCALED."""
     k = tl.arange(0, BLOCK_K)
     x_at = hidden + rows[:, None] * hidden_stride + k[None, :]
     w_at = head + columns[None, :] * head_stride + k[:, None]
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_at)
@@ -50,6 +50,8 @@ def segment_tile(
             inside = start + k < width
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
+        if SCALED:
+            x = (x * weight[:, None]).to(x.dtype)
         tile = tl.dot(x, w, tile, input_precision="ieee")  # matters for fp32 only
         x_at += BLOCK_K
         w_at += BLOCK_K
@@ -71,6 +73,7 @@ def statistics_kernel(
     split_columns,
     n: tl.constexpr,
     PER_SPECIALIST: tl.constexpr,
+    SMOOTHING: tl.constexpr,  # whether plain sums are wanted, too
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,7 +83,7 @@ def statistics_kernel(
     rows = tl.minimum(row, N - 1).to(tl.int64)
     begin = tl.program_id(1) * split_columns
     end = tl.minimum(begin + split_columns, R)
-    y = tl.load(target + rows)
+    y = tl.load(target + rows).to(tl.int32)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -102,24 +105,31 @@ def statistics_kernel(
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         tiles = ()
         for j in tl.static_range(n):
-            o = segment_tile(
-                hidden[j], heads[j], rows, columns, hidden_strides[j], head_strides[j], widths[j],
-                EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            z += tl.load(gate_weights + rows * n + j)[:, None] * o
+            weight = tl.load(gate_weights + rows * n + j)
             if PER_SPECIALIST:
+                o = segment_tile(
+                    hidden[j], heads[j], rows, columns, hidden_strides[j], head_strides[j], widths[j],
+                    weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), False, EVEN_K, BLOCK_K,
+                )  # fmt: skip
+                z += weight[:, None] * o
                 tiles = tiles + (o,)
-        new_top = tl.maximum(top, tl.max(tl.where(inside, z, -float("inf")), 1))
+            else:
+                z = segment_tile(
+                    hidden[j], heads[j], rows, columns, hidden_strides[j], head_strides[j], widths[j],
+                    weight, z, True, EVEN_K, BLOCK_K,
+                )  # fmt: skip
+        at_target += tl.sum(tl.where(column[None, :] == y[:, None], z, 0.0), 1)  # y lies outside other splits: `here`
+        z = tl.where(inside, z, -float("inf"))
+        new_top = tl.maximum(top, tl.max(z, 1))
         origin = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf is NaN
+        if SMOOTHING:
+            old = origin
+            if start > begin:
+                old = top
+            shifted += (start - begin) * (old - origin) + tl.sum(tl.where(inside, z - origin[:, None], 0.0), 1)
         scale = tl.exp(top - origin)
-        old = origin
-        if start > begin:
-            old = top
-        e = tl.where(inside, tl.exp(z - origin[:, None]), 0.0)
-        is_target = column[None, :] == y[:, None]
+        e = tl.exp(z - origin[:, None])  # 0 outside
         total = total * scale + tl.sum(e, 1)
-        shifted = shifted + (start - begin) * (old - origin) + tl.sum(tl.where(inside, z - origin[:, None], 0.0), 1)
-        at_target = at_target + tl.sum(tl.where(is_target & inside, z, 0.0), 1)
         top = new_top
         if PER_SPECIALIST:
             new_expectations = ()
@@ -128,8 +138,12 @@ def statistics_kernel(
             for j in tl.static_range(n):
                 deviation = tl.where(inside, tiles[j] - z, 0.0)
                 new_expectations = new_expectations + (expectations[j] * scale + tl.sum(e * deviation, 1),)
-                new_targets = new_targets + (targets[j] + tl.sum(tl.where(is_target, deviation, 0.0), 1),)
-                new_sums = new_sums + (sums[j] + tl.sum(deviation, 1),)
+                at_y = tl.where(column[None, :] == y[:, None], deviation, 0.0)
+                new_targets = new_targets + (targets[j] + tl.sum(at_y, 1),)
+                if SMOOTHING:
+                    new_sums = new_sums + (sums[j] + tl.sum(deviation, 1),)
+                else:
+                    new_sums = new_sums + (sums[j],)
             expectations = new_expectations
             targets = new_targets
             sums = new_sums
@@ -180,12 +194,11 @@ def dlogits_kernel(
     columns = tl.minimum(column, end - 1).to(tl.int64)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in tl.static_range(n):
-        o = segment_tile(
+        z = segment_tile(
             hidden[j], heads[j], rows, columns, hidden_strides[j], head_strides[j], widths[j],
-            EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            tl.load(gate_weights + rows * n + j), z, True, EVEN_K, BLOCK_K,
         )  # fmt: skip
-        z += tl.load(gate_weights + rows * n + j)[:, None] * o
-    y = tl.load(target + rows)
+    y = tl.load(target + rows).to(tl.int32)
     a = tl.load(coefficient_a + rows)
     b = tl.load(coefficient_b + rows)
     c = tl.load(coefficient_c + rows)

@@ -102,7 +102,7 @@ def save_checkpoint(
     dist.barrier()
     with megatron_scope(trainable.device):
         state = _model_state(model, groups)
-        state["optimizer"] = _optimizer_state(trainable, state)
+        state |= _optimizer_state(trainable, state)
         dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if groups.rank == 0:
@@ -132,13 +132,14 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         parameters = {key: shard.data for key, shard in state.items()}
         if trainable is not None:
             _create_moments(trainable, steps)
-            state["optimizer"] = _optimizer_state(trainable, state)
+            state |= _optimizer_state(trainable, state)
         loaded = dist_checkpointing.load(state, str(path))
         for key, parameter in parameters.items():
             parameter.copy_(loaded[key])
         if trainable is not None:
-            trainable.optimizer.reload_model_params()
-            _restore_moments(trainable, loaded["optimizer"], parameters)
+            if not any(key.startswith("optimizer.param.") for key in loaded):
+                trainable.optimizer.reload_model_params()  # the model's own weights are the master weights
+            _restore_moments(trainable, loaded, parameters)
             trainable.schedule.step(steps)
 
 
@@ -192,7 +193,7 @@ def _create_moments(trainable: Trainable, steps: int) -> None:
 
 
 def _optimizer_state(trainable: Trainable, model_state: Mapping[str, Any]) -> dict[str, Any]:
-    """Model-space optimizer tensors: "<kind>.<parameter name>" -> sharded like the parameter."""
+    """Model-space optimizer tensors: "optimizer.<kind>.<parameter name>" -> sharded like the parameter."""
     names = {id(shard.data): key for key, shard in model_state.items()}
     inner = _inner(trainable)
     result = {}
@@ -207,7 +208,8 @@ def _optimizer_state(trainable: Trainable, model_state: Mapping[str, Any]) -> di
         if parameter.dtype == torch.float32:
             del tensors["param"]  # the model's own weights already say it
         for kind, tensor in tensors.items():
-            result[f"{kind}.{key}"] = make_sharded_optimizer_tensor(model_state[key], tensor, f"optimizer.{kind}")
+            prefix = f"optimizer.{kind}"
+            result[f"{prefix}.{key}"] = make_sharded_optimizer_tensor(model_state[key], tensor, prefix)
     return result
 
 
@@ -235,7 +237,7 @@ def _restore_moments(trainable: Trainable, loaded: Mapping[str, Tensor], paramet
             local = inner._get_model_param_range_map(parameter)["param"]
             part = slice(local.start, local.end)
         for kind, target in (("param", main.data), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
-            if (source := loaded.get(f"{kind}.{key}")) is not None:
+            if (source := loaded.get(f"optimizer.{kind}.{key}")) is not None:
                 target.copy_(source.reshape(-1)[part].view_as(target))
 
 

@@ -9,7 +9,6 @@ import argparse
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,6 @@ text / code / math data. Every key of the configuration can be overridden as key
 
 def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool) -> int:
     """Run one rank of a training job; returns the exit code (2: bad input, said in one line by one rank)."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
         config = load_config(config_path, overrides)
         ensure_toy(config, launched_ranks())

@@ -1,0 +1,123 @@
+"""Checkpoints: resuming is exact, layouts may change, a cut-off write leaves nothing that looks whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, read_steps, train
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
+from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.training.preflight import preflight
+from ultrafuser_mega.training.trainer import build_model
+
+TIMES = ("seconds", "tokens_per_s")
+
+
+def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:
+    tree = config_tree(trio, runs, layout) | {"parallel": parallel, "dtype": dtype, "micro_batch_size": 2}
+    tree["stage1"] |= {"steps": 4}
+    tree["stage2"] |= {"steps": 6}
+    tree["checkpoint"] = {"every": 2, "keep": 20}
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "parallel", "dtype"),
+    [
+        pytest.param(DISJOINT_8, 8, {}, "fp32", id="disjoint_8_fp32"),
+        pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", id="colocated_4_bf16"),
+        pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", id="dp2_distributed_bf16"),
+    ],
+)
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    trio: Path, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool], dtype: str
+) -> None:
+    tree = _tree(trio, tmp_path / "whole", layout, parallel, dtype)
+    whole = train(tree, ranks)
+    for cut in (Progress(1, 2), Progress(1, 4), Progress(2, 2)):
+        resumed_tree = tree | {"runs": str(tmp_path / cut.folder)}
+        resumed = FuserConfig.model_validate(resumed_tree).run_dir
+        shutil.copytree(whole, resumed)
+        for progress, path in list_checkpoints(resumed / "checkpoints"):
+            if progress > cut:
+                shutil.rmtree(path)
+        train(resumed_tree, ranks, resume=True)
+        again, before = ([_untimed(step) for step in read_steps(run)] for run in (resumed, whole))
+        assert again == before
+        assert _result(resumed) == _result(whole)
+
+
+def test_another_layout_and_optimizer_go_on_from_a_checkpoint(trio: Path, tmp_path: Path) -> None:
+    whole = train(_tree(trio, tmp_path / "whole", DISJOINT_8, {}, "fp32"), 8)
+    tree = _tree(trio, tmp_path / "other", {**DISJOINT_3, "dp": 2}, {"distributed_optimizer": True}, "fp32")
+    other = FuserConfig.model_validate(tree).run_dir
+    shutil.copytree(whole, other)
+    for progress, path in list_checkpoints(other / "checkpoints"):
+        if progress > Progress(2, 2):
+            shutil.rmtree(path)
+    train(tree, 6, resume=True)
+    for mine, theirs in zip(read_steps(other), read_steps(whole), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_rows_beyond_the_shared_vocabulary_survive_unchanged(trio: Path, tmp_path: Path) -> None:
+    tree = _tree(trio, tmp_path, DISJOINT_3, {}, "fp32")
+    train(tree, 3)
+    (same,) = run_ranks(_tails_equal_their_source, 1, tree)
+    assert same == {"code": True, "math": True}
+
+
+def _tails_equal_their_source(rank: int, tree: dict[str, Any]) -> dict[str, bool]:
+    plan = preflight(FuserConfig.model_validate({**tree, "layouts": [ONE]}), 1, resume=False)
+    groups = make_groups(plan.layout)
+    model, source = build_model(plan, groups, CPU), build_model(plan, groups, CPU)
+    source.fusion.load_hf(plan.config.folders)
+    load_checkpoint(list_checkpoints(plan.config.run_dir / "checkpoints")[-1][1], model, groups, None, 0)
+    return {name: torch.equal(tail, source.fusion.tails[name]) for name, tail in model.fusion.tails.items()}
+
+
+def test_only_the_newest_checkpoints_are_kept(trio: Path, tmp_path: Path) -> None:
+    tree = _tree(trio, tmp_path, ONE, {}, "fp32") | {"checkpoint": {"every": 1, "keep": 2}}
+    run = train(tree, 1)
+    assert [progress for progress, _ in list_checkpoints(run / "checkpoints")] == [Progress(2, 5), Progress(2, 6)]
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_checkpoint_of_another_model_is_refused_by_name(trio: Path, tmp_path: Path) -> None:
+    run = train(_tree(trio, tmp_path, ONE, {}, "fp32"), 1)
+    path = list_checkpoints(run / "checkpoints")[-1][1]
+    identity = json.loads((path / "progress.json").read_text())["identity"]
+    assert read_progress(path, identity) == Progress(2, 6)
+    identity["specialists"]["math"]["layers"] = 8
+    with pytest.raises(InputError, match=r"another model: specialists\.math\.layers is 4 there and 8 here"):
+        read_progress(path, identity)
+
+
+def test_write_that_fails_midway_leaves_no_checkpoint(trio: Path, tmp_path: Path) -> None:
+    tree = _tree(trio, tmp_path, ONE, {}, "fp32")
+    run = FuserConfig.model_validate(tree).run_dir
+    (run / "checkpoints").mkdir(parents=True)
+    # A plain file where the partial folder has to be made: the write cannot even begin.
+    (run / "checkpoints" / ".stage1-step0000002.partial").write_text("in the way")
+    with pytest.raises(RankFailure):
+        train(tree, 1)
+    assert list_checkpoints(run / "checkpoints") == []
+
+
+def _untimed(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+def _result(run: Path) -> Any:
+    summary = json.loads((run / "summary.json").read_text())
+    return {key: summary[key] for key in ("eval", "gate", "steps")}

@@ -1,0 +1,99 @@
+"""The streaming backend through Triton's interpreter: small splits and a small workspace, so that there are several.
+
+bf16 is left to the tests that need a GPU: the interpreter's dot product takes bf16 numbers for integers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.ops import mixture_cross_entropy
+from ultrafuser_mega.ops.testing import IGNORE, Case, answer_of, make_case, rule_violations
+
+EVERYTHING, GATE = (True, True, True), (True, False, False)
+
+
+def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING):
+    from ultrafuser_mega.ops import streaming
+    from ultrafuser_mega.ops.problem import checked_problem
+
+    streaming.SPLIT_COLUMNS = 256
+    streaming.WORKSPACE_BYTES = case.target.shape[0] * 128 * case.hidden[0].element_size()
+
+    def loss(hidden, heads, gate_logits, target, **options):
+        defaults = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
+        defaults |= {"label_smoothing": 0.0, "z_loss": 0.0}
+        return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **(defaults | options)))[0]
+
+    return answer_of(loss, case, needs)
+
+
+@pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate only"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_error_stays_within_the_rule_of_plain_pytorch(dtype, reduction, needs, interpreted):
+    case = make_case(
+        71,
+        rows=20,
+        vocab=333,
+        widths=(16, 24, 5),
+        dtype=dtype,
+        padding=3,
+        reduction=reduction,
+        label_smoothing=0.1,
+        z_loss=1e-3,
+    )
+    assert rule_violations(interpreted(streamed, case, needs), case) == []
+
+
+@pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate only"])
+@pytest.mark.parametrize(
+    ("widths", "vocab", "rows", "values"),
+    [
+        ((8,), 300, 5, {}),
+        ((16, 7), 7, 1, {}),
+        ((4, 6, 8, 3, 5), 40, 5, {}),
+        ((8, 6), 1, 3, {}),
+        ((8, 6), 40, 0, {}),
+        ((8, 6), 300, 5, {"logit_scale": 1e4}),
+        ((8, 6), 300, 5, {"common_offset": 1e6, "label_smoothing": 0.1}),
+        ((8, 6), 40, 4, {"ignored": 2.0}),
+    ],
+    ids=str,
+)
+def test_shapes_and_values_that_break_naive_kernels(widths, vocab, rows, values, needs, interpreted):
+    case = make_case(72, rows=rows, vocab=vocab, widths=widths, **values)
+    assert rule_violations(interpreted(streamed, case, needs), case) == []
+
+
+def test_what_an_ignored_row_holds_does_not_matter(interpreted):
+    case = make_case(73, rows=10, vocab=50, widths=(4, 3), reduction="sum")
+    clean = interpreted(streamed, case)
+    ignored = case.target == IGNORE
+    for states in case.hidden:
+        states[ignored] = torch.nan
+    dirty = interpreted(streamed, case)
+    assert torch.equal(dirty.loss, clean.loss)
+    for name, gradient in dirty.gradients().items():
+        assert torch.equal(gradient, clean.gradients()[name]), name
+
+
+def test_the_loss_of_a_row_is_the_same_to_the_bit_in_any_batch(interpreted):
+    case = make_case(74, rows=150, vocab=300, widths=(16, 8), reduction="none")
+    alone = Case(
+        [states[130:133] for states in case.hidden],
+        case.heads,
+        case.gate_logits[130:133],
+        case.target[130:133],
+        case.options,
+    )
+    together = interpreted(streamed, case, (False, False, False)).loss
+    assert torch.equal(interpreted(streamed, alone, (False, False, False)).loss, together[130:133])
+
+
+def test_tensors_it_cannot_serve_are_refused():
+    case = make_case(75, rows=4, vocab=5, widths=(3, 2))
+    with pytest.raises(InputError, match=r"backend: streaming runs bf16, fp16 and fp32 on a GPU, not .*float32 on cpu"):
+        mixture_cross_entropy(case.hidden, case.heads, case.gate_logits, case.target, backend="streaming")
