@@ -1,6 +1,6 @@
 """Fuse specialists into one model; see --help, the README and examples/configs/.
 
-    torchrun --nproc-per-node 8 examples/pretrain_fuser.py [--config FILE] [--resume] [key.sub=value ...]
+torchrun --nproc-per-node 8 examples/pretrain_fuser.py [--config FILE] [--resume] [key.sub=value ...]
 """
 
 import sys

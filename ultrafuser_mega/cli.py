@@ -26,7 +26,8 @@ Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; default: the embedded toy run", show_default=False)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="override configuration values", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[key.sub=value]...", help="override configuration values", show_default=False),
 ]
 
 

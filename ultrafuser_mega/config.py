@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ultrafuser_mega.errors import InputError
 
@@ -70,7 +79,9 @@ class Parallel(_Section):
 class GateOptions(_Section):
     """The gating MLP (paper, appendix C)."""
 
-    hidden_size: PositiveInt | None = Field(None, description="hidden units; default: the largest specialist's hidden size")
+    hidden_size: PositiveInt | None = Field(
+        None, description="hidden units; default: the largest specialist's hidden size"
+    )
 
 
 class Loss(_Section):
@@ -184,7 +195,9 @@ class FuserConfig(_Section):
     def _consistent(self) -> FuserConfig:
         for name in [*self.specialists, *self.data.classes]:
             if not name.isidentifier() or name in ("fused", "mean", "shared"):
-                raise ValueError(f"{name!r} cannot name a specialist or class; use a plain word other than fused, mean, shared")
+                raise ValueError(
+                    f"{name!r} cannot name a specialist or class; use a plain word other than fused, mean, shared"
+                )
         for index, layout in enumerate(self.layouts):
             if isinstance(layout, DisjointLayout) and set(layout.specialists) != set(self.specialists):
                 raise ValueError(
@@ -277,4 +290,3 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     shown = f" (found {value!r})" if where and not isinstance(value, dict | list) else ""
     return f"{where}: {message}{shown}" if where else message
-

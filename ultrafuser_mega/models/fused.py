@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from megatron.core.transformer.enums import ModelType
@@ -42,6 +43,11 @@ class FusedStage(MegatronModule):
         self.exchange = exchange
         self._received: Tensor | None = None
 
+    @property
+    def stages(self) -> dict[str, SpecialistStage]:
+        """Name -> this rank's stage of that specialist."""
+        return cast(dict[str, SpecialistStage], dict(self.specialists.items()))
+
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Called by Megatron's schedules with what the previous stage sent, or [None] on a first stage."""
         self._received = input_tensor[0]
@@ -59,14 +65,14 @@ class FusedStage(MegatronModule):
         """
         if self._received is not None:
             self._hand_over(self._received, tokens)
-        hidden = {name: stage(tokens[name]) for name, stage in self.specialists.items()}
+        hidden = {name: stage(tokens[name]) for name, stage in self.stages.items()}
         if self.fusion is not None:
             return {name: h.flatten(0, 1).index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
 
     def _hand_over(self, packed: Tensor, tokens: Mapping[str, Tensor]) -> None:
         offset = 0
-        for name, stage in self.specialists.items():
+        for name, stage in self.stages.items():
             b, s = tokens[name].shape
             if stage.config.sequence_parallel:
                 s //= stage.pg_collection.tp.size()
@@ -114,7 +120,7 @@ def build_fused_stage(
 
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path]) -> None:
     """Fill this rank's share from the specialists' Hugging Face folders."""
-    for name, stage in model.specialists.items():
+    for name, stage in model.stages.items():
         stage.load_hf(folders[name])
     if model.fusion is not None:
         model.fusion.load_hf(folders)

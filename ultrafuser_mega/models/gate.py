@@ -82,7 +82,7 @@ def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
 
 def mark_sharded(parameter: nn.Parameter) -> nn.Parameter:
     """Tell Megatron's gradient norm that no other rank holds a copy of this parameter."""
-    parameter.tensor_model_parallel = True
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     return parameter
 
 

@@ -46,7 +46,9 @@ def read_architecture(folder: Path) -> Architecture:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a Hugging Face model folder with config.json and safetensors")
+        raise InputError(
+            f"{folder}: no such folder; expected a Hugging Face model folder with config.json and safetensors"
+        )
     if not path.is_file():
         raise InputError(f"{folder}: has no config.json; expected a Hugging Face model folder")
     try:
@@ -130,7 +132,9 @@ class TensorFolder:
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._file_of
 
-    def read(self, tensor: str, shape: tuple[int, ...], rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+    def read(
+        self, tensor: str, shape: tuple[int, ...], rows: slice = slice(None), columns: slice | None = None
+    ) -> Tensor:
         """``tensor[rows]`` or ``tensor[rows, columns]``, checked to come from a tensor of ``shape``."""
         if tensor not in self._file_of:
             raise InputError(f"{self.folder}: tensor {tensor} is missing from the safetensors files")
@@ -205,10 +209,20 @@ def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int) -> Non
     Raises:
         InputError: names the specialist, the size and the values that would work.
     """
-    for what, size in (("attention heads", arch.heads), ("key/value heads", arch.kv_heads), ("MLP width", arch.ffn_size)):
+    for what, size in (
+        ("attention heads", arch.heads),
+        ("key/value heads", arch.kv_heads),
+        ("MLP width", arch.ffn_size),
+    ):
         if size % tp:
-            works = ", ".join(str(t) for t in range(1, arch.kv_heads + 1) if arch.kv_heads % t == 0 and arch.ffn_size % t == 0)
-            raise InputError(f"layout: tp = {tp} does not divide the {size} {what} of specialist {name}; tp of {works} would")
+            works = ", ".join(
+                str(t) for t in range(1, arch.kv_heads + 1) if arch.kv_heads % t == 0 and arch.ffn_size % t == 0
+            )
+            raise InputError(
+                f"layout: tp = {tp} does not divide the {size} {what} of specialist {name}; tp of {works} would"
+            )
     if arch.layers % pp:
         works = ", ".join(str(p) for p in range(1, arch.layers + 1) if arch.layers % p == 0)
-        raise InputError(f"layout: pp = {pp} does not divide the {arch.layers} layers of specialist {name}; pp of {works} would")
+        raise InputError(
+            f"layout: pp = {pp} does not divide the {arch.layers} layers of specialist {name}; pp of {works} would"
+        )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import chunked, gate_only, reference
+from ultrafuser_mega.ops import reference, registered
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 
 BACKENDS = ("auto", "reference", "chunked", "gate_only", "streaming")
@@ -135,25 +135,17 @@ def mixture_cross_entropy_with_rows(
     if backend == "auto":
         gate_trains = torch.is_grad_enabled() and gate_logits.requires_grad
         backend = "gate_only" if gate_trains and not _trainable(problem) else "chunked"
+    if backend == "gate_only" and (name := _trainable(problem)):
+        raise InputError(f"backend: gate_only gives no gradient for {name}, which requires one; use chunked")
+    if backend == "streaming" and (target.device.type != "cuda" or hidden[0].dtype == torch.float64):
+        found = f"{hidden[0].dtype} on {target.device.type}"
+        raise InputError(f"backend: streaming runs bf16, fp16 and fp32 on a GPU, not {found}; use chunked")
     with torch.autocast(target.device.type, enabled=False):  # the types are chosen here
-        match backend:
-            case "reference":
-                return _reference_loss(problem)
-            case "gate_only":
-                if name := _trainable(problem):
-                    raise InputError(
-                        f"backend: gate_only gives no gradient for {name}, which requires one; use chunked"
-                    )
-                return LossWithRows(*gate_only.mixture_loss(problem))
-            case "streaming":
-                if target.device.type != "cuda" or hidden[0].dtype == torch.float64:
-                    found = f"{hidden[0].dtype} on {target.device.type}"
-                    raise InputError(f"backend: streaming runs bf16, fp16 and fp32 on a GPU, not {found}; use chunked")
-                from ultrafuser_mega.ops import streaming  # needs triton
-
-                return LossWithRows(*streaming.mixture_loss(problem))
-            case _:
-                return LossWithRows(*chunked.mixture_loss(problem))
+        if backend == "reference":
+            return _reference_loss(problem)
+        if torch.compiler.is_compiling():
+            return LossWithRows(*registered.mixture_loss(problem, backend))
+        return LossWithRows(*registered.backend_loss(problem, backend))
 
 
 def _trainable(problem: Problem) -> str:

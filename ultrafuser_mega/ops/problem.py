@@ -112,7 +112,7 @@ def checked_problem(
         raise InputError(f"vocab_start: {vocab_start} must be {'0 without a group' if shards == 1 else '>= 0'}")
     if shards == 1 and vocab_size > held:
         raise InputError(f"vocab_size: {vocab_size} exceeds the {held} head rows given, and there is no group")
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():  # a graph cannot branch on values
         _check_target_range(target, vocab_size, ignore_index)
     settings = Settings(
         group=group if shards > 1 else None,

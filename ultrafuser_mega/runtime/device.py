@@ -32,7 +32,9 @@ def choose_device(wanted: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and local_rank >= gpus:
-        raise InputError(f"device = cuda: local rank {local_rank} needs a GPU of its own, this machine has {gpus}; use device=cpu")
+        raise InputError(
+            f"device = cuda: local rank {local_rank} needs a GPU of its own, this machine has {gpus}; use device=cpu"
+        )
     enough = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if wanted == "cpu" or (wanted == "auto" and not enough):
         return torch.device("cpu")

@@ -78,6 +78,7 @@ def make_groups(plan: LayoutPlan) -> RankGroups:
     fusion = _mine(plan.fusion_groups(), "fusion")
     alone = _mine([[r] for r in range(plan.world_size)], "cp")
     world = dist.group.WORLD
+    assert tensor and pipeline and data and replica and alone and world  # every rank is in one of each
     megatron = ProcessGroupCollection(
         tp=tensor,
         pp=pipeline,

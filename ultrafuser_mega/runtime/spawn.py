@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-class RankFailure(RuntimeError):
+class RankFailure(RuntimeError):  # noqa: N818 (it is the rank that failed, not an error to handle)
     """A spawned rank raised or died; carries the first failing rank's own traceback."""
 
 
@@ -64,7 +64,7 @@ def _collect(receivers: list, timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
-        pending = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
+        pending: dict[Any, int] = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailure(f"ranks {sorted(pending.values())} did not finish within {timeout_s:.0f} s")

@@ -147,7 +147,7 @@ def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:
     """Flat name -> ShardedTensor (or factory of several) of everything this rank holds of the model."""
     state: dict[str, Any] = {}
     metadata = {"dp_cp_group": groups.data}
-    for name, stage in model.specialists.items():
+    for name, stage in model.stages.items():
         shards = stage.sharded_state_dict(prefix=f"specialists.{name}.", metadata=metadata)
         state |= {key: shard for key, shard in shards.items() if isinstance(getattr(shard, "data", None), Tensor)}
     if model.fusion is not None:
@@ -245,4 +245,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
-

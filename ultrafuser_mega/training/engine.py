@@ -6,7 +6,7 @@ last stages meet in the fusion group: earlier stages run ahead of each other und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -36,6 +36,16 @@ class Batch(Protocol):
 
 
 B = TypeVar("B", bound=Batch)
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
+
+
+class Batches(Protocol[B_co]):
+    """Microbatches, made as they are asked for; their number is known."""
+
+    def __iter__(self) -> Iterator[B_co]: ...
+
+    def __len__(self) -> int: ...
+
 
 #: (hidden states of this rank's specialists at the rows, the microbatch) -> loss of the microbatch
 LossFunction = Callable[[dict[str, Tensor], B], Tensor]
@@ -63,7 +73,7 @@ class Engine:
             else schedules.forward_backward_no_pipelining
         )
 
-    def train(self, wrapped: DistributedDataParallel, microbatches: Collection[B], loss: LossFunction[B]) -> None:
+    def train(self, wrapped: DistributedDataParallel, microbatches: Batches[B], loss: LossFunction[B]) -> None:
         """Forward and backward of everything; gradients end up reduced in ``wrapped``'s buffers.
 
         ``loss`` must return its microbatch's share of the replica's loss times the number of microbatches:
@@ -71,11 +81,11 @@ class Engine:
         """
         self._run(wrapped, microbatches, loss, forward_only=False)
 
-    def forward(self, microbatches: Collection[B], loss: LossFunction[B]) -> None:
+    def forward(self, microbatches: Batches[B], loss: LossFunction[B]) -> None:
         """Forward only, with the specialists under no_grad; ``loss`` may run a backward of its own."""
         self._run(self.model, microbatches, loss, forward_only=True)
 
-    def _run(self, model: Any, microbatches: Collection[B], loss: LossFunction[B], forward_only: bool) -> None:
+    def _run(self, model: Any, microbatches: Batches[B], loss: LossFunction[B], forward_only: bool) -> None:
         def forward_step(batches: Any, stage: Any) -> tuple[Any, Callable]:
             batch = next(batches).to(self.device)
             with torch.set_grad_enabled(not forward_only):

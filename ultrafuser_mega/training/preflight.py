@@ -59,7 +59,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     for name, specialist in config.specialists.items():
         if specialist.template not in TEMPLATE_NAMES:
             raise InputError(
-                f"specialists.{name}.template: {specialist.template!r} is not known; use one of {', '.join(TEMPLATE_NAMES)}"
+                f"specialists.{name}.template: {specialist.template!r} is not known; "
+                f"use one of {', '.join(TEMPLATE_NAMES)}"
             )
     architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
     for name, arch in architectures.items():
@@ -78,8 +79,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         if batch % share:
             raise InputError(
                 f"{stage_name}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
-                f"{batch} samples do not split into microbatches of {config.micro_batch_size} on {layout.dp} replica(s); "
-                f"make the product a multiple of {share}"
+                f"{batch} samples do not split into microbatches of {config.micro_batch_size} "
+                f"on {layout.dp} replica(s); make the product a multiple of {share}"
             )
     plan = RunPlan(
         config=config,
@@ -93,7 +94,9 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
     if not checkpoints:
-        raise InputError(f"--resume: {config.run_dir / 'checkpoints'} holds no complete checkpoint; start without --resume")
+        raise InputError(
+            f"--resume: {config.run_dir / 'checkpoints'} holds no complete checkpoint; start without --resume"
+        )
     path = checkpoints[-1][1]
     return RunPlan(**{**vars(plan), "resume": (read_progress(path, plan.identity), path)})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.distributed as dist
 
 from ultrafuser_mega.config import FuserConfig
@@ -15,7 +17,10 @@ from ultrafuser_mega.training.preflight import RunPlan
 def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) -> PrepareReport:
     """Tokenise the configured data into ``config.store_dir``, or find that this was done."""
     root = config.data.root
-    holdout = {root / path: rows for part in config.data.classes.values() for path, rows in part.heldout_first.items()}
+    classes = config.data.classes.values()
+    holdout: dict[str | Path, int] = {
+        root / path: rows for part in classes for path, rows in part.heldout_first.items()
+    }
     return prepare_store(
         config.store_dir,
         {name: [root / path for path in part.train] for name, part in config.data.classes.items()},

@@ -36,10 +36,12 @@ class RunReport:
         store: its token store, for the texts of the samples shown.
         device: for the summary.
         enabled: whether this rank reports.
-        done_steps: steps that an earlier part of this run did; None-like 0 for a fresh run.
+        done_steps: steps that an earlier part of this run did.
     """
 
-    def __init__(self, plan: RunPlan, store: TokenStore, device: torch.device, *, enabled: bool, done_steps: int) -> None:
+    def __init__(
+        self, plan: RunPlan, store: TokenStore, device: torch.device, *, enabled: bool, done_steps: int
+    ) -> None:
         self.plan, self.store, self.device, self.enabled = plan, store, device, enabled
         self.run_dir = plan.config.run_dir
         self._resumed_at = done_steps if plan.resume else None
@@ -137,14 +139,18 @@ class RunReport:
     def _token_samples(self, final: EvaluationResult) -> list[TokenSample]:
         name, folder = next(iter(self.plan.config.folders.items()))
         tokenizer = TextEncoder(folder).tokenizer
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=False))
+
         views = []
         for class_name in self.store.class_names:
             of_class = [sample for sample in final.samples if sample.class_name == class_name]
             for gate in of_class[: self.plan.config.evaluation.token_views]:
                 sample = self.store.split(class_name, "heldout")[gate.index]
-                prompt = tokenizer.decode(sample.prompts_of(name)[0].tolist(), skip_special_tokens=True)
+                prompt = decode(sample.prompts_of(name)[0].tolist())
                 ids = [int(token) for response in sample.responses for token in response]
-                tokens = token_texts(ids, tokenizer.decode)
+                tokens = token_texts(ids, decode)
                 views.append(
                     TokenSample(
                         class_name=class_name, prompt=prompt, tokens=tokens, weights=gate.weights, losses=gate.losses

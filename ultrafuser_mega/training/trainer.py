@@ -209,4 +209,3 @@ def make_shard(plan: RunPlan, groups: RankGroups, micro_batch_size: int) -> Shar
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-

@@ -1,0 +1,39 @@
+# make demo   fuse three toy specialists on 8 processes and show the result
+# make test   all tests that need no GPU
+# make lint   style, types, import rules
+# Each makes the environment it needs in .venv (Python 3.11+ and a C++ compiler are enough).
+
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 8
+# Keys of the configuration, as in: make demo ARGS="stage2.steps=300 name=longer"
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python tools/make_toy_specialists.py --out toy
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain_fuser.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ultrafuser_mega
+	$(BIN)/lint-imports
+
+# torch first and pinned: every other package then finds it in place. pip picks the CUDA build where it is the default.
+$(READY): setup.py pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs toy
