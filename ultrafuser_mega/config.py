@@ -7,12 +7,11 @@ impossible values are refused in one line that names the key. What needs the out
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -31,7 +30,7 @@ from ultrafuser_mega.errors import InputError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Specialist(_Section):
@@ -221,7 +220,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FuserConfig
     if path is None:
         source, text = "the embedded default", default_config_text()
     elif path.is_file():
-        source, text = str(path), path.read_text()
+        source, text = str(path), path.read_text(encoding="utf-8", errors="replace")
     else:
         raise InputError(f"--config {path}: no such file")
     try:
@@ -251,42 +250,74 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 2e-3 as a word
-            value = float(value)
     node: Any = tree
     *parents, last = key.split(".")
-    for part in parents:
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict | list):
-            raise InputError(f"override {override!r}: {part} is a value, not a section")
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    else:
-        node[last] = value
+    for depth, part in enumerate(parents):
+        step = _step(node, parents[:depth], part, override)
+        if isinstance(node, dict) and node.get(step) is None:
+            node[step] = {}
+        node = node[step]
+    node[_step(node, parents, last, override)] = value
 
 
-def _index(node: list[Any], part: str, override: str) -> int:
+def _step(node: Any, parents: list[str], part: str, override: str) -> str | int:
+    """The key of a section or the index of a list that ``part`` means in ``node``."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise InputError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
     if not part.isdigit() or int(part) >= len(node):
         raise InputError(f"override {override!r}: {part} is not an index below {len(node)}")
     return int(part)
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    # A misspelt key usually comes with "missing" for the right one; the spelling is what to mend.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    kind, value = problem["type"], problem.get("input")
     where = ".".join(str(part) for part in problem["loc"] if part not in ("disjoint", "colocated"))
-    value = problem.get("input")
-    if problem["type"] == "extra_forbidden":
-        known = {field for section in _Section.__subclasses__() for field in section.model_fields}
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=3)
-        return f"unknown key {where}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-    if problem["type"] == "missing":
+    if kind == "extra_forbidden":
+        return f"unknown key {where}{_suggestion(where)}"
+    if kind == "missing":
         return f"{where} is missing; it has no default"
+    if kind == "union_tag_not_found":
+        return f"{where}.kind is missing; use disjoint or colocated"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where}: expected keys and values (found {value!r})"
     message = problem["msg"].removeprefix("Value error, ")
     shown = f" (found {value!r})" if where and not isinstance(value, dict | list) else ""
     return f"{where}: {message}{shown}" if where else message
+
+
+def _suggestion(unknown: str) -> str:
+    """The keys that were perhaps meant: of the nearest spelling, in the same section if it has one."""
+    known = [(section.split("."), name) for section, _, name in (key.rpartition(".") for key in _keys(FuserConfig))]
+    *section, last = unknown.split(".")
+    close = difflib.get_close_matches(last, {name for _, name in known}, n=1)
+    meant = [place for place, name in known if name in close]
+    here = ".".join([*section, *close])
+    if any(_is_section(place, section) for place in meant):
+        return f"; did you mean {here}?"
+    elsewhere = [".".join([*place, *close]).removeprefix(".") for place in meant]
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+
+
+def _is_section(pattern: list[str], section: list[str]) -> bool:
+    section = section or [""]
+    return len(pattern) == len(section) and all(p in ("*", s) for p, s in zip(pattern, section, strict=True))
+
+
+def _keys(section: type[_Section], prefix: str = "") -> Iterator[str]:
+    """Every key there is, as in stage1.steps; "*" stands for a name or an index."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner, many in _sections_in(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.*." if many else f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[_Section], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        yield annotation, many
+    for argument in get_args(annotation):
+        yield from _sections_in(argument, many=True)

@@ -138,7 +138,7 @@ def _deferred(reduction: str, needs: Sequence[bool]) -> bool:
 def _settings(
     group: str, start: int, size: int, ignore: int, reduction: str, smoothing: float, z_loss: float
 ) -> Settings:
-    ranks = dist.distributed_c10d._resolve_process_group(group) if group else None
+    ranks = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type]
     return Settings(ranks, start, size, ignore, smoothing, z_loss, reduction)
 
 

@@ -41,22 +41,31 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-@contextmanager
-def joined_job(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Join the process group the launcher prepared (alone when started by hand), and leave it at the end.
-
-    CPU tensors travel by gloo everywhere; on GPUs, CUDA tensors by NCCL.
-    """
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for key, value in defaults.items():
+def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:
+    """The key-value store that the ranks of this job share: the launcher's, or one of its own when started by hand."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in alone.items():
         os.environ.setdefault(key, value)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore("ultrafuser", store)
+
+
+@contextmanager
+def joined_job(
+    device: torch.device, store: dist.Store, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[None]:
+    """Join the job's process group through ``store`` (see :func:`launcher_store`), and leave it at a good end.
+
+    CPU tensors travel by gloo everywhere; on GPUs, CUDA tensors by NCCL. After an exception the process group is left
+    as it is: taking it down would make the other ranks fail too, before this one could say why.
+    """
+    backend, bound = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Binding the device makes NCCL communicators eagerly, in the same order on every rank.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        backend, bound = "cpu:gloo,cuda:nccl", device
+    dist.init_process_group(
+        backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, device_id=bound
+    )
+    yield
+    dist.destroy_process_group()

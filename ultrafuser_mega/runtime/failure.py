@@ -1,52 +1,59 @@
 """When one rank fails: show its error once, first, and end the job.
 
-The other ranks fail too, a moment later, because their peer is gone; what they would print is noise. All
-ranks share the store that the job was joined through, and the first to fail claims the right to speak.
+The other ranks fail too, either by the same cause or, a moment later, because their peer is gone; what they would
+print is noise. All ranks share the launcher's store, and the first to fail claims the right to speak.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
+from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
 
-_CLAIM = "ultrafuser/first_failure"
+_CLAIM, _SPOKEN = "first_failure/claim", "first_failure/spoken"
+_PATIENCE = timedelta(seconds=10)
 
 
 @contextmanager
-def first_failure_ends_job() -> Iterator[None]:
-    """Wrap what a rank does after joining the job; on an exception this does not return.
+def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
+    """Wrap everything a rank does; on an exception this does not return.
 
     The first failing rank prints its error, an InputError as one line and anything else with its
     traceback, and exits; the launcher then ends the others. Exit codes: 2 for bad input, 1 otherwise.
+
+    Args:
+        store: what the ranks of the job share, from :func:`ultrafuser_mega.runtime.device.launcher_store`.
     """
     try:
         yield
     except BaseException as error:
-        code = EXIT_BAD_INPUT if isinstance(error, InputError) else 1
-        if _is_first():
-            ranks = dist.get_world_size()
-            where = f" (rank {dist.get_rank()} of {ranks})" if ranks > 1 else ""
-            if isinstance(error, InputError):
-                print(f"error: {error}", file=sys.stderr)
-            elif isinstance(error, KeyboardInterrupt):
-                print(f"interrupted{where}", file=sys.stderr)
+        with contextlib.suppress(dist.DistError):  # the store's host is gone: it has failed, and spoken, before
+            if store.add(_CLAIM, 1) == 1:
+                _speak(error)
+                store.set(_SPOKEN, "")
             else:
-                print(f"failed{where}:\n{traceback.format_exc()}", file=sys.stderr)
+                store.wait([_SPOKEN], _PATIENCE)  # once one rank has exited, the launcher ends the others
         sys.stdout.flush()
-        sys.stderr.flush()
         # No orderly shutdown: collectives that peers still wait in would never end.
-        os._exit(code)
+        os._exit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1)
 
 
-def _is_first() -> bool:
-    try:
-        return dist.distributed_c10d._get_default_store().add(_CLAIM, 1) == 1
-    except Exception:  # the store's host is gone, so another rank failed before
-        return False
+def _speak(error: BaseException) -> None:
+    ranks = launched_ranks()
+    where = f" (rank {launched_rank()} of {ranks})" if ranks > 1 else ""
+    if isinstance(error, InputError):
+        message = f"error: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        message = f"interrupted{where}"
+    else:
+        message = f"failed{where}:\n{''.join(traceback.format_exception(error))}"
+    print(message, file=sys.stderr, flush=True)

@@ -60,12 +60,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.join()
 
 
-def _collect(receivers: list, timeout_s: float) -> list[Any]:
+def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         pending: dict[Any, int] = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
-        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        ready: list[Any] = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailure(f"ranks {sorted(pending.values())} did not finish within {timeout_s:.0f} s")
         for receiver in ready:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ultrafuser_mega.config import FuserConfig, load_config
-from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
-from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_rank, launched_ranks
+from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_ranks, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 from ultrafuser_mega.runtime.layout import choose_plan
 from ultrafuser_mega.toy import make_toy
+from ultrafuser_mega.training.checkpoint import list_checkpoints
 from ultrafuser_mega.training.preflight import plan_layouts, preflight
 from ultrafuser_mega.training.trainer import run
 
@@ -32,19 +32,18 @@ text / code / math data. Every key of the configuration can be overridden as key
 """
 
 
-def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool) -> int:
-    """Run one rank of a training job; returns the exit code (2: bad input, said in one line by one rank)."""
-    try:
+def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
+    """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    store = launcher_store()
+    with first_failure_ends_job(store):
         config = load_config(config_path, overrides)
         ensure_toy(config, launched_ranks())
+        resume = resume or (requeue and bool(list_checkpoints(config.run_dir / "checkpoints")))
         plan = preflight(config, launched_ranks(), resume)
         device = choose_device(config.device)
-    except InputError as error:
-        if launched_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    with joined_job(device), first_failure_ends_job():
-        run(plan, device)
+        with joined_job(device, store):
+            run(plan, device)
     return 0
 
 
@@ -53,10 +52,7 @@ def ensure_toy(config: FuserConfig, ranks: int) -> None:
     if config.toy is None:
         return
     choose_plan(plan_layouts(config), ranks)  # a wrong rank count should not cost minutes first
-    if launched_rank() == 0:
-        make_toy(config.toy, progress=True)
-    while not (config.toy / "recipe.json").is_file():
-        time.sleep(0.5)
+    make_toy(config.toy, progress=True)
 
 
 def launch_local(ranks: int, config_path: Path | None, overrides: Sequence[str], resume: bool) -> int:
@@ -75,9 +71,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file; default: the embedded one")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    parser.add_argument("--requeue", action="store_true", help="--resume if this run has a checkpoint, else start afresh")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a configuration value")
     args = parser.parse_intermixed_args()
-    return train_main(args.config, args.overrides, args.resume)
+    return train_main(args.config, args.overrides, args.resume, args.requeue)
 
 
 if __name__ == "__main__":
