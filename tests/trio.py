@@ -71,7 +71,7 @@ def config_tree(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any
         "micro_batch_size": 3,
         "stage1": {"steps": 8, "samples_per_class": 4, "lr": 5e-3, "warmup_steps": 2},
         "stage2": {"steps": 12, "samples_per_class": 4, "lr": 5e-4, "warmup_steps": 2},
-        "evaluation": {"samples_per_class": 6, "token_views": 1},
+        "evaluation": {"samples_per_class": 4, "token_views": 1},
     }
 
 

@@ -14,12 +14,23 @@ from rich.console import Console
 
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 
+_HELP = """Fuse specialised language models into one, token by token.
+
+Without --config every command works on the embedded default: three toy specialists, made on first use.
+
+\b
+  ultrafuser doctor                              is this machine ready?
+  ultrafuser verify FOLDER --tp 2                does a sharded specialist compute what transformers computes?
+  ultrafuser plan --config my.yaml --ranks 8     is everything there, does it fit, what goes where?
+  ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
+  ultrafuser train --config my.yaml --ranks 8    both stages, evaluation, checkpoints: runs/<name>/
+
+Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
+layouts.0.dp=2. Bad input ends a command with one line that begins "error:" and exit code 2.
+"""
+
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Fuse specialised language models into one, token by token.\n\n"
-    "plan what goes where, prepare the data once, then train; verify checks a specialist against transformers.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=_HELP
 )
 
 Config = Annotated[
@@ -33,7 +44,10 @@ Overrides = Annotated[
 
 @app.command()
 def doctor() -> None:
-    """Versions, device, backend, optional accelerators found, and what is missing for what."""
+    """Versions, device, accelerators; what is missing for what.
+
+    Exit code 1 when something that every run needs is missing.
+    """
     from ultrafuser_mega.doctor import report
 
     healthy = report(Console())
@@ -45,9 +59,14 @@ def plan(
     overrides: Overrides = None,
     config: Config = None,
     ranks: Annotated[int, typer.Option(help="ranks the job will be launched with")] = 8,
-    resume: Annotated[bool, typer.Option("--resume", help="also check the newest checkpoint of the run")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="also check the run's newest checkpoint")] = False,
 ) -> None:
-    """Check a configuration against its files and show what every rank would hold, without training."""
+    """Check everything without training, show what ranks hold.
+
+    Folders, tensors, tokenizers, sizes, batches and data files are checked as a training job checks them. The table
+    gives every rank's specialist and pipeline stage, its rows of the vocabulary, and the memory that weights,
+    gradients and optimizer take in either stage.
+    """
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.training.launch import ensure_toy
     from ultrafuser_mega.training.plan_table import plan_table
@@ -65,16 +84,20 @@ def prepare(
     config: Config = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="rebuild a store made from other inputs")] = False,
 ) -> None:
-    """Tokenise the data of a configuration into its memory-mapped store, and tell what was dropped and why."""
+    """Tokenise the data; tell what was dropped and why.
+
+    The memory-mapped store goes where data.store says, by default into the run's folder. A training job does this by
+    itself where it was not done before, and uses a store that was made from the same inputs.
+    """
     from ultrafuser_mega.config import load_config
-    from ultrafuser_mega.data.tokenizer import shared_vocab_size
     from ultrafuser_mega.toy import make_toy
+    from ultrafuser_mega.training.preflight import shared_vocabulary
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     loaded = load_config(config, overrides or [])
     if loaded.toy is not None:
         make_toy(loaded.toy, progress=True)
-    report = prepare_data(loaded, loaded.vocab_size or shared_vocab_size(loaded.folders), overwrite=overwrite)
+    report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)
     console = Console()
     console.print(report.table())
     for line in report.problems():
@@ -88,14 +111,21 @@ def train(
     ranks: Annotated[int, typer.Option(help="processes to start on this machine")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")] = False,
 ) -> None:
-    """Check everything, then train on this machine. (On several machines: torchrun or SLURM, see examples/.)"""
+    """Check everything, tokenise, then train on this machine.
+
+    Stage 1 trains the gate, stage 2 everything. runs/<name> receives config.yaml, metrics.jsonl, TensorBoard events,
+    checkpoints, plots and, at the end, summary.json and the tables in results.md.
+
+    On several machines: torchrun or SLURM with examples/pretrain_fuser.py, see examples/slurm.
+    """
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.training.launch import ensure_toy, launch_local
     from ultrafuser_mega.training.preflight import preflight
+    from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     loaded = load_config(config, overrides or [])
     ensure_toy(loaded, ranks)
-    preflight(loaded, ranks, resume)
+    prepare_data(loaded, preflight(loaded, ranks, resume).vocab_size)
     raise typer.Exit(launch_local(ranks, config, overrides or [], resume))
 
 
@@ -110,7 +140,11 @@ def verify(
     ),
     tolerance: Annotated[float, typer.Option(help="largest accepted difference of a float32 logit")] = 1e-4,
 ) -> None:
-    """Run a specialist sharded over tp x pp processes against transformers and compare float32 logits."""
+    """Compare a sharded specialist with transformers.
+
+    Runs it on tp x pp processes of this machine, on random and on real tokens, and prints the largest absolute
+    difference of a float32 logit. Exit code 1 when that is above the tolerance.
+    """
     from ultrafuser_mega.convert.verify import verification_batches, verify_specialist
 
     batches = verification_batches(hf_dir, text, multiple=tp)

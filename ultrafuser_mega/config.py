@@ -299,7 +299,7 @@ def _suggestion(unknown: str) -> str:
     here = ".".join([*section, *close])
     if any(_is_section(place, section) for place in meant):
         return f"; did you mean {here}?"
-    elsewhere = [".".join([*place, *close]).removeprefix(".") for place in meant]
+    elsewhere = dict.fromkeys(".".join([*place, *close]).removeprefix(".") for place in meant)
     return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
 
 

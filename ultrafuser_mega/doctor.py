@@ -26,9 +26,9 @@ class Accelerator:
 OPTIONAL = (
     Accelerator("triton", "triton", "the loss kernels on GPUs"),
     # The package called apex on PyPI is another project; NVIDIA's has this module.
-    Accelerator("apex", "apex.multi_tensor_apply", "fused AdamW and gradient clipping on GPUs"),
-    Accelerator("transformer-engine", "transformer_engine", "fused layers on GPUs"),
-    Accelerator("flash-attn", "flash_attn", "attention kernels on GPUs (torch's SDPA is used otherwise)"),
+    Accelerator("apex", "apex.multi_tensor_apply", "Megatron's fused AdamW and gradient norm on GPUs"),
+    Accelerator("transformer-engine", "transformer_engine", "the same, preferred to apex where both are there"),
+    Accelerator("flash-attn", "flash_attn", "nothing yet: attention runs in torch's SDPA, which has flash kernels"),
 )
 
 

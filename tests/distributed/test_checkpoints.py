@@ -27,24 +27,31 @@ def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bo
     tree["stage1"] |= {"steps": 4}
     tree["stage2"] |= {"steps": 6}
     tree["checkpoint"] = {"every": 2, "keep": 20}
+    tree["evaluation"] = {"samples_per_class": 3, "token_views": 0}
     return tree
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks", "parallel", "dtype"),
+    ("layout", "ranks", "parallel", "dtype", "cuts"),
     [
-        pytest.param(DISJOINT_8, 8, {}, "fp32", id="disjoint_8_fp32"),
-        pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", id="colocated_4_bf16"),
-        pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", id="dp2_distributed_bf16"),
+        pytest.param(DISJOINT_8, 8, {}, "fp32", [(1, 4), (2, 2)], id="disjoint_8_fp32"),
+        pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", [(1, 2)], id="colocated_4_bf16"),
+        pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", [(2, 2)], id="dp2_distributed"),
     ],
 )
 def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
-    trio: Path, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool], dtype: str
+    trio: Path,
+    tmp_path: Path,
+    layout: dict[str, Any],
+    ranks: int,
+    parallel: dict[str, bool],
+    dtype: str,
+    cuts: list[tuple[int, int]],
 ) -> None:
     tree = _tree(trio, tmp_path / "whole", layout, parallel, dtype)
     whole = train(tree, ranks)
-    for cut in (Progress(1, 2), Progress(1, 4), Progress(2, 2)):
-        resumed_tree = tree | {"runs": str(tmp_path / cut.folder)}
+    for cut in (Progress(*cut) for cut in cuts):
+        resumed_tree = tree | {"runs": str(tmp_path / cut.folder), "checkpoint": {"every": 0}}
         resumed = FuserConfig.model_validate(resumed_tree).run_dir
         shutil.copytree(whole, resumed)
         for progress, path in list_checkpoints(resumed / "checkpoints"):

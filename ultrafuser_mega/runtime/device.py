@@ -47,13 +47,12 @@ def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore("ultrafuser", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"ultrafuser/{attempt}", store)
 
 
 @contextmanager
-def joined_job(
-    device: torch.device, store: dist.Store, timeout: timedelta = timedelta(minutes=30)
-) -> Iterator[None]:
+def joined_job(device: torch.device, store: dist.Store, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Join the job's process group through ``store`` (see :func:`launcher_store`), and leave it at a good end.
 
     CPU tensors travel by gloo everywhere; on GPUs, CUDA tensors by NCCL. After an exception the process group is left

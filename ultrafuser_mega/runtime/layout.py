@@ -138,13 +138,13 @@ def plan_disjoint(sizes: Mapping[str, tuple[int, int, int | None]], dp: int) -> 
         clash = sorted(set(pa.ranks) & set(pb.ranks))
         if clash:
             raise InputError(
-                f"layout: specialists {a} and {b} both want rank(s) {', '.join(map(str, clash))}; "
+                f"specialists {a} and {b} both want rank(s) {', '.join(map(str, clash))}; "
                 "give them disjoint first_rank values, or use kind: colocated with one tp and pp for all"
             )
     used = {rank for p in placements.values() for rank in p.ranks}
     idle = sorted(set(range(max(used) + 1)) - used)
     if idle:
-        raise InputError(f"layout: rank(s) {', '.join(map(str, idle))} have no specialist; close the gap in first_rank")
+        raise InputError(f"rank(s) {', '.join(map(str, idle))} have no specialist; close the gap in first_rank")
     return LayoutPlan("disjoint", placements, dp)
 
 

@@ -185,9 +185,14 @@ def _owned(trainable: Trainable) -> list[nn.Parameter]:
 
 def _create_moments(trainable: Trainable, steps: int) -> None:
     """What AdamW would hold after ``steps`` steps, with zero moments, so that a checkpoint can be read into it."""
+    torch_counts = isinstance(_inner(trainable).optimizer, torch.optim.AdamW)
+    if not torch_counts:  # apex and TransformerEngine count steps per parameter group
+        for group in _inner(trainable).optimizer.param_groups:
+            group["step"] = steps
     for parameter in _owned(trainable):
         main, state = _moments_of(trainable, parameter)
-        state["step"] = torch.tensor(float(steps))
+        if torch_counts:
+            state["step"] = torch.tensor(float(steps))
         state["exp_avg"] = torch.zeros_like(main.data)
         state["exp_avg_sq"] = torch.zeros_like(main.data)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,12 +28,14 @@ DESCRIPTION = """Fuse specialists into one model: stage 1 trains the gate, stage
 
 Without --config it runs the embedded default: three toy specialists, made on first use, on generated
 text / code / math data. Every key of the configuration can be overridden as key.sub=value.
+
+Results go to runs/<name>: metrics.jsonl, TensorBoard events, checkpoints, plots, and at the end results.md and
+summary.json. `ultrafuser plan` checks a configuration and shows what every rank would hold, without training.
 """
 
 
 def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
     """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     store = launcher_store()
     with first_failure_ends_job(store):
         config = load_config(config_path, overrides)
@@ -71,7 +72,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file; default: the embedded one")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
-    parser.add_argument("--requeue", action="store_true", help="--resume if this run has a checkpoint, else start afresh")
+    parser.add_argument(
+        "--requeue", action="store_true", help="--resume if the run has a checkpoint, else start afresh"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a configuration value")
     args = parser.parse_intermixed_args()
     return train_main(args.config, args.overrides, args.resume, args.requeue)

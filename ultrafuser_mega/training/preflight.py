@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
-from ultrafuser_mega.data.tokenizer import check_tokenizers
+from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import Architecture, TensorFolder, check_parallel_sizes, read_architecture
+from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights, check_parallel_sizes, read_architecture
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, read_progress
 
@@ -46,7 +47,26 @@ class RunPlan:
 
 def plan_layouts(config: FuserConfig) -> list[LayoutPlan]:
     """All configured layouts, resolved; raises InputError for one that cannot be."""
-    return [_resolve(config, layout) for layout in config.layouts]
+    plans = []
+    for index, layout in enumerate(config.layouts):
+        try:
+            plans.append(_resolve(config, layout))
+        except InputError as error:
+            raise InputError(f"layouts.{index}: {error}") from None
+    return plans
+
+
+def shared_vocabulary(config: FuserConfig) -> int:
+    """Entries of the vocabulary that the specialists share: as configured, or all that the smallest head has.
+
+    Raises:
+        InputError: more are asked for than the smallest head has.
+    """
+    smallest = shared_vocab_size(config.folders)
+    wanted = config.vocab_size or smallest
+    if wanted > smallest:
+        raise InputError(f"vocab_size: {wanted} is more than the {smallest} rows of the smallest specialist head")
+    return wanted
 
 
 def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
@@ -56,32 +76,21 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         InputError: the first thing that is wrong.
     """
     layout = choose_plan(plan_layouts(config), world_size)
-    for name, specialist in config.specialists.items():
-        if specialist.template not in TEMPLATE_NAMES:
-            raise InputError(
-                f"specialists.{name}.template: {specialist.template!r} is not known; "
-                f"use one of {', '.join(TEMPLATE_NAMES)}"
-            )
+    _check_words(config)
     architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
     for name, arch in architectures.items():
         placement = layout.placements[name]
         check_parallel_sizes(name, arch, placement.tp, placement.pp)
-        TensorFolder(config.folders[name])
-    smallest = min(arch.vocab_rows for arch in architectures.values())
-    vocab_size = config.vocab_size or smallest
-    if vocab_size > smallest:
-        raise InputError(f"vocab_size: {vocab_size} is more than the {smallest} rows of the smallest specialist head")
-    check_tokenizers(config.folders, vocab_size)
-    for stage_name in ("stage1", "stage2"):
-        stage = getattr(config, stage_name)
-        batch = stage.samples_per_class * len(config.data.classes)
-        share = config.micro_batch_size * layout.dp
-        if batch % share:
+        LlamaWeights(config.folders[name], arch)
+        if config.data.max_length > arch.max_positions:
             raise InputError(
-                f"{stage_name}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
-                f"{batch} samples do not split into microbatches of {config.micro_batch_size} "
-                f"on {layout.dp} replica(s); make the product a multiple of {share}"
+                f"data.max_length: {config.data.max_length} tokens are more than the {arch.max_positions} positions "
+                f"of specialist {name}"
             )
+    vocab_size = shared_vocabulary(config)
+    check_tokenizers(config.folders, vocab_size)
+    _check_data_files(config)
+    _check_batches(config, layout)
     plan = RunPlan(
         config=config,
         architectures=architectures,
@@ -99,6 +108,39 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         )
     path = checkpoints[-1][1]
     return RunPlan(**{**vars(plan), "resume": (read_progress(path, plan.identity), path)})
+
+
+def _check_words(config: FuserConfig) -> None:
+    """Names and choices that the configuration's own types cannot judge."""
+    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+    for name, specialist in config.specialists.items():
+        if name in taken:
+            raise InputError(f"specialists.{name}: torch keeps the name {name!r} for itself; choose another")
+        if specialist.template not in TEMPLATE_NAMES:
+            known = ", ".join(TEMPLATE_NAMES)
+            raise InputError(f"specialists.{name}.template: {specialist.template!r} is not known; use one of {known}")
+    if config.loss.backend == "gate_only" and config.stage2.steps:
+        raise InputError("loss.backend: gate_only cannot train stage 2; use auto, which takes it in stage 1")
+
+
+def _check_data_files(config: FuserConfig) -> None:
+    for name, part in config.data.classes.items():
+        for kind in ("train", "heldout"):
+            for path in getattr(part, kind):
+                if not (config.data.root / path).is_file():
+                    raise InputError(f"data.classes.{name}.{kind}: {config.data.root / path}: no such file")
+
+
+def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
+    share = config.micro_batch_size * layout.dp
+    for stage_name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        batch = stage.samples_per_class * len(config.data.classes)
+        if batch % share:
+            raise InputError(
+                f"{stage_name}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
+                f"{batch} samples do not split into microbatches of {config.micro_batch_size} on {layout.dp} "
+                f"replica(s); make the product a multiple of {share}"
+            )
 
 
 def _resolve(config: FuserConfig, layout: Layout) -> LayoutPlan:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
 
-from ultrafuser_mega.ops import _cpu_epilogue
+import ultrafuser_mega.ops
+from ultrafuser_mega.ops import _cpu_epilogue, epilogue_cpu
 from ultrafuser_mega.ops.epilogue_cpu import CpuEpilogue
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 
@@ -122,3 +125,12 @@ def test_the_exponential_is_within_two_ulp_down_to_the_smallest_normal_number():
     normal = x > -87.33
     assert float(((y - true).abs() / true)[normal].max()) <= 2 * 2**-23
     assert y[-5:].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_missing_extension_is_reported_in_one_line_that_says_how_to_build_it(monkeypatch):
+    monkeypatch.delattr(ultrafuser_mega.ops, "_cpu_epilogue")
+    monkeypatch.setitem(sys.modules, "ultrafuser_mega.ops._cpu_epilogue", None)
+    spec = importlib.util.spec_from_file_location("without_extension", epilogue_cpu.__file__)
+    with pytest.raises(ImportError, match=r"C\+\+ extension is not built; run `pip install .`") as caught:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,280 @@
+"""Reading a Hugging Face folder: what config.json means, what is refused, and every slice against the whole tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import LlamaWeights, check_parallel_sizes, read_architecture
+from ultrafuser_mega.toy import tiny_llama
+
+# config.json as transformers 4 wrote it for CodeLlama (rope_theta on top, no head_dim).
+TRANSFORMERS_4 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "max_position_embeddings": 16384,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "vocab_size": 72,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 8 query heads in 4 groups; read only."""
+    folder = tmp_path_factory.mktemp("llama")
+    return tiny_llama(
+        folder, vocab_rows=72, hidden_size=96, layers=2, heads=8, kv_heads=4, rope_theta=1e6, seed=0, dtype=torch.float32
+    )
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(llama, tmp_path / "llama"))
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = {key: value for key, value in {**TRANSFORMERS_4, **changes}.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refusal(call: Callable[..., Any], *args: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_config_of_transformers_4(tmp_path: Path) -> None:
+    arch = read_architecture(write_config(tmp_path))
+    assert (arch.layers, arch.hidden_size, arch.ffn_size, arch.vocab_rows) == (2, 96, 256, 72)
+    assert (arch.heads, arch.kv_heads, arch.head_dim) == (6, 2, 16)
+    assert (arch.rope_theta, arch.norm_eps, arch.max_positions, arch.tied) == (1e6, 1e-5, 16384, False)
+
+
+def test_config_of_transformers_5(llama: Path) -> None:
+    """It keeps theta in rope_parameters and always writes head_dim."""
+    assert "rope_theta" not in json.loads((llama / "config.json").read_text())
+    arch = read_architecture(llama)
+    assert (arch.heads, arch.kv_heads, arch.head_dim, arch.rope_theta) == (8, 4, 12, 1e6)
+
+
+def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
+    """Llama-2 came before grouped queries, rope_theta and tying were written out."""
+    old = dict.fromkeys(("num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings"), "absent")
+    arch = read_architecture(write_config(tmp_path, **old))
+    assert (arch.kv_heads, arch.rope_theta, arch.tied) == (6, 1e4, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "qwen2"}, "model_type = 'qwen2' is not supported; supported: 'llama'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = {'type': 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type = 'llama3'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method': 'gptq'}"),
+        ({"hidden_size": "absent"}, "lacks the field hidden_size"),
+        ({"hidden_size": "96"}, "hidden_size = '96'; expected a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads = 4 does not divide num_attention_heads = 6"),
+    ],
+)
+def test_field_that_would_be_wrong_or_ignored_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    message = refusal(read_architecture, write_config(tmp_path, **changes))
+    assert message.startswith(f"{tmp_path / 'config.json'}: ")
+    assert named in message
+
+
+def test_default_rope_scaling_is_no_scaling(tmp_path: Path) -> None:
+    assert read_architecture(write_config(tmp_path, rope_scaling={"rope_type": "default"})).rope_theta == 1e6
+
+
+def test_folder_without_a_readable_config(tmp_path: Path) -> None:
+    assert refusal(read_architecture, tmp_path / "gone").startswith(f"{tmp_path / 'gone'}: no such folder")
+    assert refusal(read_architecture, tmp_path).startswith(f"{tmp_path}: has no config.json")
+    for content, reason in (("{", "not valid JSON"), ("[]", "holds a list")):
+        (tmp_path / "config.json").write_text(content)
+        assert reason in refusal(read_architecture, tmp_path)
+
+
+def open_weights(folder: Path) -> LlamaWeights:
+    return LlamaWeights(folder, read_architecture(folder))
+
+
+def keep_half(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def index(**changes: str) -> Callable[[Path], None]:
+    """An index over the one file there is, with ``changes`` (tensor -> file)."""
+
+    def spoil(folder: Path) -> None:
+        weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+        weight_map |= {name.replace("__", "."): file for name, file in changes.items()}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        pytest.param(keep_half, "model.safetensors: truncated or damaged", id="truncated"),
+        pytest.param(as_pickle, "pickle weights are not read, save the model as safetensors", id="pickle"),
+        pytest.param(
+            index(model__norm__weight="model-00002.safetensors"),
+            "model-00002.safetensors: named by the index but missing",
+            id="index names a missing file",
+        ),
+        pytest.param(
+            index(extra__weight="model.safetensors"),
+            "index.json: names extra.weight in model.safetensors, which does not hold it",
+            id="index names a missing tensor",
+        ),
+        pytest.param(
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            "index.json: holds no weight_map",
+            id="index without a map",
+        ),
+        pytest.param(
+            change_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+            "tensor model.layers.1.mlp.up_proj.weight is missing",
+            id="tensor missing",
+        ),
+        pytest.param(
+            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(95)})),
+            "tensor model.norm.weight has shape (95,), config.json calls for (96,)",
+            id="wrong shape",
+        ),
+        pytest.param(
+            change_tensors(lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(96)})),
+            "holds the tensor model.layers.2.input_layernorm.weight, which config.json does not call for",
+            id="layer beyond the configured ones",
+        ),
+    ],
+)
+def test_damaged_weights_are_found_on_opening(folder: Path, spoil: Callable[[Path], Any], named: str) -> None:
+    spoil(folder)
+    message = refusal(open_weights, folder)
+    assert message.startswith(str(folder))
+    assert named in message
+
+
+def test_rotary_buffer_of_old_files_is_no_surplus(folder: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(lambda t: t.update({name: torch.ones(6)}))(folder)
+    open_weights(folder)
+
+
+def test_sharded_folder_reads_like_a_single_file(llama: Path, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    for key, value in open_weights(llama).layer(1, 0, 2).items():
+        assert torch.equal(open_weights(folder).layer(1, 0, 2)[key], value)
+
+
+def test_embedding_head_and_norm_by_rows(llama: Path) -> None:
+    tensors, weights = load_file(llama / "model.safetensors"), open_weights(llama)
+    assert torch.equal(weights.embedding(slice(10, 20)), tensors["model.embed_tokens.weight"][10:20])
+    assert torch.equal(weights.head(slice(64, 72)), tensors["lm_head.weight"][64:])
+    assert torch.equal(weights.final_norm(), tensors["model.norm.weight"])
+
+
+def test_tied_model_uses_its_embedding_as_head(tmp_path: Path) -> None:
+    tiny_llama(
+        tmp_path,
+        vocab_rows=72,
+        hidden_size=32,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        rope_theta=1e4,
+        seed=0,
+        dtype=torch.float32,
+        tie=True,
+    )
+    tensors, weights = load_file(tmp_path / "model.safetensors"), open_weights(tmp_path)
+    assert "lm_head.weight" not in tensors
+    assert torch.equal(weights.head(slice(5, 9)), tensors["model.embed_tokens.weight"][5:9])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_shards_of_a_layer_make_up_the_whole(llama: Path, tp: int) -> None:
+    """With grouped queries (2 query heads to a key/value head), in Megatron's fused layout."""
+    tensors, weights = load_file(llama / "model.safetensors"), open_weights(llama)
+    hf = {name.removeprefix("model.layers.1."): t for name, t in tensors.items() if name.startswith("model.layers.1.")}
+    shards = [weights.layer(1, rank, tp) for rank in range(tp)]
+
+    def joined(name: str, dim: int) -> torch.Tensor:
+        return torch.cat([shard[name] for shard in shards], dim=dim)
+
+    # One block of q heads, k head, v head for each of the 4 groups.
+    fused = joined("self_attention.linear_qkv.weight", 0).view(4, 2 * 12 + 12 + 12, 96)
+    assert torch.equal(fused[:, :24].reshape(96, 96), hf["self_attn.q_proj.weight"])
+    assert torch.equal(fused[:, 24:36].reshape(48, 96), hf["self_attn.k_proj.weight"])
+    assert torch.equal(fused[:, 36:].reshape(48, 96), hf["self_attn.v_proj.weight"])
+    assert torch.equal(joined("self_attention.linear_proj.weight", 1), hf["self_attn.o_proj.weight"])
+    halves = [shard["mlp.linear_fc1.weight"].chunk(2) for shard in shards]  # every shard: its gate rows, its up rows
+    assert torch.equal(torch.cat([gate for gate, _ in halves]), hf["mlp.gate_proj.weight"])
+    assert torch.equal(torch.cat([up for _, up in halves]), hf["mlp.up_proj.weight"])
+    assert torch.equal(joined("mlp.linear_fc2.weight", 1), hf["mlp.down_proj.weight"])
+    for shard in shards:
+        assert torch.equal(shard["input_layernorm.weight"], hf["input_layernorm.weight"])
+        assert torch.equal(shard["pre_mlp_layernorm.weight"], hf["post_attention_layernorm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "message"),
+    [
+        (3, 1, "tp = 3 does not divide the 8 attention heads of specialist code; tp of 1, 2, 4 would"),
+        (8, 1, "tp = 8 does not divide the 4 key/value heads of specialist code; tp of 1, 2, 4 would"),
+        (1, 3, "pp = 3 does not divide the 2 layers of specialist code; pp of 1, 2 would"),
+    ],
+)
+def test_parallel_sizes_that_do_not_divide_say_which_would(llama: Path, tp: int, pp: int, message: str) -> None:
+    assert message in refusal(check_parallel_sizes, "code", read_architecture(llama), tp, pp)
