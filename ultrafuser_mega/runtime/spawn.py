@@ -7,6 +7,7 @@ launched with torchrun instead.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -71,7 +72,7 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
         for receiver in ready:
             rank = pending[receiver]
             try:
-                succeeded, value = receiver.recv()
+                succeeded, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 raise RankFailure(f"rank {rank} died without a word (killed?)") from None
             if not succeeded:
@@ -93,8 +94,15 @@ def _rank_main(function, rank, world_size, port, timeout_s, sender, args) -> Non
         )
         value = function(rank, *args)
         dist.barrier()
-        sender.send((True, value))
+        # As bytes: tensors sent as objects would stay in shared memory that dies with this process.
+        sender.send_bytes(pickle.dumps((True, value)))
         dist.destroy_process_group()
     except BaseException:
-        sender.send((False, traceback.format_exc()))
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
         raise SystemExit(1) from None
+
+
+def _send(sender: Any, succeeded: bool, value: Any) -> None:
+    # By value: Connection.send would pass tensors as handles to shared memory, which may be gone with this process
+    # before the receiver has opened them.
+    sender.send_bytes(pickle.dumps((succeeded, value)))
