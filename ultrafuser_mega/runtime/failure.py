@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
 
-_CLAIM, _SPOKEN = "first_failure/claim", "first_failure/spoken"
+_FAILED, _SPOKEN = "failure/ranks", "failure/spoken"
 _PATIENCE = timedelta(seconds=10)
 
 
@@ -37,11 +38,13 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(dist.DistError):  # the store's host is gone: it has failed, and spoken, before
-            if store.add(_CLAIM, 1) == 1:
+            if store.add(_FAILED, 1) == 1:
                 _speak(error)
                 store.set(_SPOKEN, "")
             else:
                 store.wait([_SPOKEN], _PATIENCE)  # once one rank has exited, the launcher ends the others
+            if launched_rank() == 0:
+                _stay_for_the_others(store)
         sys.stdout.flush()
         # No orderly shutdown: collectives that peers still wait in would never end.
         os._exit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1)
@@ -57,3 +60,10 @@ def _speak(error: BaseException) -> None:
     else:
         message = f"failed{where}:\n{''.join(traceback.format_exception(error))}"
     print(message, file=sys.stderr, flush=True)
+
+
+def _stay_for_the_others(store: dist.Store) -> None:
+    """Without torchrun, rank 0 hosts the store: give the ranks that fail by the same cause a second to ask it."""
+    until = time.monotonic() + 1.0
+    while store.add(_FAILED, 0) < launched_ranks() and time.monotonic() < until:
+        time.sleep(0.02)

@@ -100,9 +100,3 @@ def _rank_main(function, rank, world_size, port, timeout_s, sender, args) -> Non
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
         raise SystemExit(1) from None
-
-
-def _send(sender: Any, succeeded: bool, value: Any) -> None:
-    # By value: Connection.send would pass tensors as handles to shared memory, which may be gone with this process
-    # before the receiver has opened them.
-    sender.send_bytes(pickle.dumps((succeeded, value)))

@@ -103,7 +103,10 @@ def test_later_override_wins() -> None:
     ("override", "message"),
     [
         ("stage1.step=3", "unknown key stage1.step; did you mean stage1.steps?"),
-        ("specialists.text.templat=hf", "unknown key specialists.text.templat; did you mean specialists.text.template?"),
+        (
+            "specialists.text.templat=hf",
+            "unknown key specialists.text.templat; did you mean specialists.text.template?",
+        ),
         ("layouts.0.specialists.text.ttp=2", "unknown key layouts.0.specialists.text.ttp; did you mean layouts.0."),
         ("lr=1e-3", "unknown key lr; did you mean stage1.lr or stage2.lr?"),
         ("nothing_like_it=1", "unknown key nothing_like_it"),

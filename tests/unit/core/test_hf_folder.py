@@ -39,9 +39,16 @@ TRANSFORMERS_4 = {
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 8 query heads in 4 groups; read only."""
-    folder = tmp_path_factory.mktemp("llama")
     return tiny_llama(
-        folder, vocab_rows=72, hidden_size=96, layers=2, heads=8, kv_heads=4, rope_theta=1e6, seed=0, dtype=torch.float32
+        tmp_path_factory.mktemp("llama"),
+        vocab_rows=72,
+        hidden_size=96,
+        layers=2,
+        heads=8,
+        kv_heads=4,
+        rope_theta=1e6,
+        seed=0,
+        dtype=torch.float32,
     )
 
 

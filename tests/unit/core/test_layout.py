@@ -91,7 +91,9 @@ plans = st.one_of(
         st.lists(st.tuples(sizes, sizes), min_size=1, max_size=4),
         sizes,
     ),
-    st.builds(lambda n, tp, pp, dp: plan_colocated([f"s{i}" for i in range(n)], tp, pp, dp), sizes, sizes, sizes, sizes),
+    st.builds(
+        lambda n, tp, pp, dp: plan_colocated([f"s{i}" for i in range(n)], tp, pp, dp), sizes, sizes, sizes, sizes
+    ),
 )
 
 

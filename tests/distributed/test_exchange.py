@@ -1,0 +1,109 @@
+"""The exchange of hidden states: every rank of a fusion group gets all rows, every owner the whole gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ultrafuser_mega.runtime.exchange import HiddenExchange
+from ultrafuser_mega.runtime.groups import RankGroups, make_groups
+from ultrafuser_mega.runtime.layout import LayoutPlan, plan_colocated, plan_disjoint
+from ultrafuser_mega.runtime.spawn import run_ranks
+
+WIDTHS = {"wide": 5, "narrow": 3}
+PLANS = [
+    plan_disjoint({"wide": (1, 1, None), "narrow": (1, 1, None)}, dp=1),
+    plan_disjoint({"wide": (2, 1, None), "narrow": (1, 1, None)}, dp=1),
+    plan_disjoint({"wide": (1, 1, None), "narrow": (2, 2, None)}, dp=1),
+    plan_disjoint({"wide": (4, 1, None), "narrow": (3, 1, None)}, dp=1),  # of 7 rows: 2, 2, 2, 1 and 3, 3, 1
+    plan_disjoint({"wide": (1, 1, 2), "narrow": (2, 1, 0)}, dp=1),  # not in the order of the ranks
+    plan_disjoint({"wide": (2, 1, None), "narrow": (1, 1, None)}, dp=2),
+    plan_colocated(["wide", "narrow"], tp=1, pp=1, dp=1),
+    plan_colocated(["wide", "narrow"], tp=3, pp=1, dp=1),
+    plan_colocated(["wide", "narrow"], tp=2, pp=2, dp=1),
+]
+
+
+def make_exchange(groups: RankGroups) -> HiddenExchange:
+    start = groups.replica_index * groups.plan.replica_size
+    owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
+    return HiddenExchange(groups.fusion, groups.megatron.tp, owners, WIDTHS)
+
+
+def whole_states(rows: int, replica: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(replica)
+    return {name: torch.randn(rows, width, generator=generator) for name, width in WIDTHS.items()}
+
+
+def partial_gradient(name: str, rows: int, fusion_rank: int) -> Tensor:
+    """What the vocabulary rows of one rank of the fusion group contribute; whole numbers, so that sums are exact."""
+    generator = torch.Generator().manual_seed(100 * fusion_rank + len(name))
+    return torch.randint(-8, 9, (rows, WIDTHS[name]), generator=generator).float()
+
+
+def round_trip(rank: int, plan: LayoutPlan, rows: int) -> dict[str, Any] | None:
+    groups = make_groups(plan)
+    if groups.fusion is None:
+        return None
+    exchange = make_exchange(groups)
+    whole = whole_states(rows, groups.replica_index)
+    local = {name: whole[name].clone().requires_grad_() for name in exchange.local}
+    everything = exchange(local)
+    torch.autograd.backward(
+        list(everything.values()),
+        [partial_gradient(name, rows, groups.fusion.rank()) for name in everything],
+    )
+    return {
+        "local": exchange.local,
+        "received": {name: states.detach() for name, states in everything.items()},
+        "gradients": {name: states.grad for name, states in local.items()},
+    }
+
+
+@pytest.mark.parametrize("rows", [7, 1], ids=["7 rows", "1 row, fewer than tp"])
+@pytest.mark.parametrize("plan", PLANS, ids=LayoutPlan.describe)
+def test_states_reach_everyone_and_gradients_sum_at_their_owner(plan: LayoutPlan, rows: int) -> None:
+    results = run_ranks(round_trip, plan.world_size, plan, rows)
+    members = plan.fusion_size
+    expected = {name: sum(partial_gradient(name, rows, member) for member in range(members)) for name in WIDTHS}
+    in_fusion = {rank for group in plan.fusion_groups() for rank in group}
+    for rank, result in enumerate(results):
+        if rank not in in_fusion:
+            assert result is None
+            continue
+        assert result["local"] == plan.specialists_on(rank)
+        whole = whole_states(rows, plan.replica_of(rank))
+        assert list(result["received"]) == list(WIDTHS)  # in configuration order, whoever owns what
+        for name in WIDTHS:
+            assert torch.equal(result["received"][name], whole[name])
+        for name, gradient in result["gradients"].items():
+            assert torch.equal(gradient, expected[name])
+
+
+def sixteen_bit_sum(rank: int, plan: LayoutPlan) -> dict[str, Tensor]:
+    groups = make_groups(plan)
+    exchange = make_exchange(groups)
+    local = {name: torch.ones(4, WIDTHS[name], dtype=torch.bfloat16, requires_grad=True) for name in exchange.local}
+    everything = exchange(local)
+    part = 256.0 if groups.fusion.rank() == 0 else 1.0
+    sum((states * part).sum() for states in everything.values()).backward()
+    return {name: states.grad for name, states in local.items()}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_disjoint({"wide": (2, 1, None), "narrow": (1, 1, None)}, dp=1),
+        plan_colocated(["wide", "narrow"], tp=3, pp=1, dp=1),
+    ],
+    ids=LayoutPlan.describe,
+)
+def test_bf16_gradients_are_summed_in_float32(plan: LayoutPlan) -> None:
+    """bf16 has 8 bits: 256 + 1 is 256 again, so three ranks' 256 + 1 + 1 only comes to 258 in float32."""
+    for gradients in run_ranks(sixteen_bit_sum, 3, plan):
+        for gradient in gradients.values():
+            assert gradient.dtype == torch.bfloat16
+            assert (gradient == 258).all()

@@ -1,0 +1,114 @@
+"""One rank fails: its error is shown once, the others stay silent, the job ends at once with the right exit codes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.device import joined_job, launched_rank, launcher_store
+from ultrafuser_mega.runtime.failure import first_failure_ends_job
+from ultrafuser_mega.training.launch import train_main
+
+RANKS = 3
+# Generous: a job that hangs would wait for half an hour. None of what runs here takes more than a few seconds.
+DEADLINE_S = 60.0
+
+
+def launch(function: Callable[..., Any], folder: Path, *args: Any) -> tuple[list[int | None], str]:
+    """Start RANKS processes as a launcher like srun does; returns their exit codes and what they wrote to stderr."""
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    errors = folder / "stderr"
+    ranks: list[BaseProcess] = [
+        context.Process(target=_rank_main, args=(function, rank, port, errors, args)) for rank in range(RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + DEADLINE_S
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()  # does nothing to one that has ended
+    return codes, errors.read_text()
+
+
+def _rank_main(function: Callable[..., Any], rank: int, port: int, errors: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with errors.open("a") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.exit(function(*args))
+
+
+def fail_while_others_wait(failing: int, error: Exception) -> int:
+    """A job in which one rank raises and the others wait for it in a collective."""
+    store = launcher_store()
+    with first_failure_ends_job(store), joined_job(torch.device("cpu"), store):
+        dist.barrier()
+        if launched_rank() == failing:
+            raise error
+        dist.all_reduce(torch.ones(1))
+    return 0
+
+
+@pytest.mark.parametrize("failing", [0, 2])  # rank 0 hosts the store that the ranks share
+def test_defect_of_one_rank_shows_one_traceback(tmp_path: Path, failing: int) -> None:
+    codes, errors = launch(fail_while_others_wait, tmp_path, failing, RuntimeError("out of cheese"))
+    assert codes == [1, 1, 1]
+    assert errors.count("Traceback (most recent call last)") == 1
+    assert errors.count("RuntimeError: out of cheese") == 1
+    assert f"failed (rank {failing} of 3):" in errors
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_bad_input_of_one_rank_is_one_line_without_a_traceback(tmp_path: Path, failing: int) -> None:
+    codes, errors = launch(fail_while_others_wait, tmp_path, failing, InputError("data.root: 'x' is not there"))
+    assert codes[failing] == 2
+    assert 0 not in codes
+    assert errors.count("error: data.root: 'x' is not there\n") == 1
+    assert "Traceback" not in errors
+
+
+def fail_together() -> int:
+    with first_failure_ends_job(launcher_store()):
+        raise InputError("everyone reads the same file")
+
+
+def test_what_every_rank_finds_is_said_once(tmp_path: Path) -> None:
+    codes, errors = launch(fail_together, tmp_path)
+    assert codes == [2, 2, 2]
+    assert errors == "error: everyone reads the same file\n"
+
+
+def work_together() -> int:
+    store = launcher_store()
+    with first_failure_ends_job(store), joined_job(torch.device("cpu"), store):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+    return 0 if total == RANKS else 3
+
+
+def test_good_job_ends_in_silence(tmp_path: Path) -> None:
+    assert launch(work_together, tmp_path) == ([0, 0, 0], "")
+
+
+def test_training_processes_agree_on_one_line_about_a_bad_configuration(tmp_path: Path) -> None:
+    codes, errors = launch(train_main, tmp_path, None, [f"runs={tmp_path}", "stage1.step=5"], False)
+    assert codes == [2, 2, 2]
+    assert errors == "error: the embedded default: unknown key stage1.step; did you mean stage1.steps?\n"

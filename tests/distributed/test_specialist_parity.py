@@ -1,0 +1,89 @@
+"""A sharded specialist computes what transformers computes, and the check that says so can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ultrafuser_mega.convert.verify import Difference, verification_batches, verify_specialist
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.toy import tiny_llama, tiny_tokenizer
+
+# Logits of order 1 to 10 after two layers in float32: rounding leaves differences of some 1e-6 to 1e-5.
+TOLERANCE = 1e-4
+PIECES = 400
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight query heads in four groups, rows that tp = 4 does not divide."""
+    return make_specialist(tmp_path_factory.mktemp("grouped"), kv_heads=4, vocab_rows=PIECES + 1, tie=False)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedding serves as output head; one head per group."""
+    return make_specialist(tmp_path_factory.mktemp("tied"), kv_heads=8, vocab_rows=PIECES, tie=True)
+
+
+def make_specialist(folder: Path, *, kv_heads: int, vocab_rows: int, tie: bool) -> Path:
+    tiny_llama(
+        folder,
+        vocab_rows=vocab_rows,
+        hidden_size=64,
+        layers=2,
+        heads=8,
+        kv_heads=kv_heads,
+        rope_theta=1e6,
+        seed=5,
+        dtype=torch.float32,
+        tie=tie,
+    )
+    return tiny_tokenizer(folder, pieces=PIECES)
+
+
+def batches(folder: Path) -> dict[str, Tensor]:
+    return verification_batches(folder, "def add(a, b): return a + b", multiple=4)
+
+
+def worst(differences: list[Difference]) -> float:
+    return max(difference.max_abs for difference in differences)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_sharded_specialist_equals_transformers(grouped: Path, tp: int, pp: int) -> None:
+    differences = verify_specialist(grouped, tp, pp, batches(grouped))
+    assert {difference.what for difference in differences} == {"random", "real"}
+    assert worst(differences) <= TOLERANCE
+    assert all(difference.top1 == 1.0 for difference in differences)
+
+
+def test_sequence_parallel_specialist_equals_transformers(grouped: Path) -> None:
+    assert worst(verify_specialist(grouped, 4, 2, batches(grouped), sequence_parallel=True)) <= TOLERANCE
+
+
+def test_specialist_with_tied_embeddings_equals_transformers(tied: Path) -> None:
+    assert worst(verify_specialist(tied, 2, 2, batches(tied), sequence_parallel=True)) <= TOLERANCE
+
+
+def test_wrong_rope_theta_shows(grouped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads theta 1e6 from the intact folder, the sharded model 1e4 from one that was tampered with."""
+    spoilt = Path(shutil.copytree(grouped, tmp_path / "spoilt"))
+    config = json.loads((spoilt / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 1e4
+    (spoilt / "config.json").write_text(json.dumps(config))
+    intact = AutoModelForCausalLM.from_pretrained(grouped, dtype=torch.float32, local_files_only=True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: intact)
+    assert worst(verify_specialist(spoilt, 2, 1, batches(spoilt))) > 1000 * TOLERANCE
+
+
+def test_sizes_that_do_not_fit_are_refused_before_any_rank_starts(grouped: Path) -> None:
+    with pytest.raises(InputError, match="tp = 3 does not divide the 8 attention heads"):
+        verify_specialist(grouped, 3, 1, {})

@@ -1,0 +1,221 @@
+"""Everything of a release folder but the weights: configuration, code, tokenizers, templates, licences, model card.
+
+The weights are written by whoever holds them, as safetensors whose tensors are called
+
+    specialists.<name>.<the name in that specialist's own folder>     all rows, also those beyond the shared vocabulary
+    gate.w1.<shared or name> (m, d_j)    gate.b1 (m,)    gate.w2 (m,)
+
+Fused training unties a specialist's head from its embedding, so ``lm_head.weight`` is there for every specialist and
+its ``tie_word_embeddings`` becomes false; nothing else in its configuration changes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from ultrafuser_mega.data.templates import PaperTemplate, Template, load_template
+from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.release.card import CardFacts, SpecialistFacts, licence_files, write_card
+from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
+
+CODE = ("configuration_ultrafuser.py", "modeling_ultrafuser.py", "chat_ultrafuser.py")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
+    "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
+}
+
+
+def assemble_release(
+    out_dir: Path,
+    specialists: Mapping[str, tuple[Path, str]],
+    vocab_size: int,
+    gate_units: int,
+    gate_shared: bool,
+    dtype: torch.dtype,
+    card: CardFacts,
+) -> UltraFuserConfig:
+    """Write a release folder without its weights; files that are there already are written anew.
+
+    Args:
+        out_dir: the folder; made if missing.
+        specialists: name -> its Hugging Face folder and the name of its template, in the order of the gate weights.
+        vocab_size: entries of the shared vocabulary.
+        gate_units: hidden units of the gate.
+        gate_shared: whether all specialists share the gate's first layer.
+        dtype: of the weights, which is what ``dtype="auto"`` loads.
+        card: what the training run tells about the model.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        InputError: a specialist's folder, template or family cannot be released, or the specialists do not fit.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folders = {name: folder for name, (folder, _) in specialists.items()}
+    raw = {name: _read_config(folder) for name, folder in folders.items()}
+    encoders = check_tokenizers(folders, vocab_size)
+    templates = {
+        name: load_template(template, encoders[name].tokenizer, str(folders[name]))
+        for name, (_, template) in specialists.items()
+    }
+    first, *others = specialists
+    own_tokenizer = {name for name in others if encoders[name].fingerprint() != encoders[first].fingerprint()}
+    entries: dict[str, dict[str, Any]] = {}
+    for name in specialists:
+        entries[name] = {
+            "config": raw[name] | {"tie_word_embeddings": False},
+            "template": _template_fields(templates[name]),
+        }
+        if name in own_tokenizer:
+            entries[name]["tokenizer"] = f"tokenizers/{name}"
+    config = _make_config(entries, vocab_size, gate_units, gate_shared, dtype, templates, encoders[first])
+
+    config.to_json_file(out_dir / "config.json")
+    for file in CODE:
+        shutil.copyfile(Path(__file__).with_name(file), out_dir / file)
+    _write_tokenizer(out_dir, encoders[first], _as_jinja(templates[first]))
+    (out_dir / "chat_templates").mkdir(exist_ok=True)
+    for name, template in templates.items():
+        (out_dir / "chat_templates" / f"{name}.jinja").write_text(_as_jinja(template))
+        if name in own_tokenizer:
+            _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], _as_jinja(template))
+    _write_generation_config(out_dir, folders, config)
+    for name, folder in folders.items():
+        _copy_licences(folder, out_dir / "licenses" / name)
+    facts = [
+        SpecialistFacts.read(name, folder, template, config.specialist_config(name))
+        for name, (folder, template) in specialists.items()
+    ]
+    write_card(out_dir / "README.md", card, facts, config)
+    return config
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected an object, found {type(fields).__name__}")
+    return fields
+
+
+def _make_config(
+    entries: dict[str, dict[str, Any]],
+    vocab_size: int,
+    gate_units: int,
+    gate_shared: bool,
+    dtype: torch.dtype,
+    templates: Mapping[str, Template],
+    first: TextEncoder,
+) -> UltraFuserConfig:
+    try:
+        config = UltraFuserConfig(
+            specialists=entries,
+            vocab_size=vocab_size,
+            gate_units=gate_units,
+            gate_shared=gate_shared,
+            response_lead=" " if any(template.response_lead for template in templates.values()) else "",
+            bos_token_id=first.bos_id,
+            eos_token_id=first.eos_id,
+            pad_token_id=_pad_id(first, vocab_size),
+            dtype=dtype,
+            architectures=["UltraFuserForCausalLM"],
+        )
+    except ValueError as error:
+        raise InputError(f"release: {error}") from None
+    widths = {name: config.specialist_config(name).hidden_size for name in entries}
+    if gate_shared and len(set(widths.values())) > 1:
+        raise InputError(f"gate_shared: hidden sizes differ ({widths}); each specialist needs its own first layer")
+    for name in entries:
+        if hasattr(torch.nn.ModuleDict(), name):
+            raise InputError(f"specialists.{name}: PyTorch keeps this name for itself; call the specialist otherwise")
+    config.auto_map = dict(_AUTO_MAP)
+    return config
+
+
+def _pad_id(encoder: TextEncoder, vocab_size: int) -> int:
+    pad = encoder.tokenizer.pad_token_id
+    return pad if pad is not None and pad < vocab_size else encoder.eos_id
+
+
+def _template_fields(template: Template) -> dict[str, str]:
+    if isinstance(template, PaperTemplate):
+        return {"first": template.first, "later": template.later}
+    return {"chat_template": template.text}
+
+
+def _as_jinja(template: Template) -> str:
+    """The template as tools other than ``chat`` read it, BOS, responses and EOS included."""
+    if not isinstance(template, PaperTemplate):
+        return template.text
+    before, after = (json.dumps(part) for part in template.first.split("{instruction}"))
+    later_before, later_after = (json.dumps(part) for part in template.later.split("{instruction}"))
+    lead = json.dumps(template.response_lead)
+    return (
+        "{{ bos_token }}{% set state = namespace(system='', opened=false) %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{% set state.system = message['content'] + '\\n\\n' %}"
+        "{% elif message['role'] == 'user' and state.opened %}"
+        f"{{{{ {later_before} + message['content'] + {later_after} }}}}"
+        "{% elif message['role'] == 'user' %}{% set state.opened = true %}"
+        f"{{{{ {before} + state.system + message['content'] + {after} }}}}"
+        f"{{% else %}}{{{{ {lead} + message['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str) -> None:
+    """The tokenizer exactly as training loaded it.
+
+    What ``AutoTokenizer`` makes of a folder depends on the model type beside it and on class names in it, and a Llama
+    tokenizer that changes its mind about spaces changes every prompt. So the loaded one is written down as it is,
+    under the class that reads tokenizer.json and nothing else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    model = Path(encoder.folder) / "tokenizer.model"
+    if model.is_file():
+        shutil.copyfile(model, folder / "tokenizer.model")
+    written = FastTokenizer.from_pretrained(str(folder))
+    if written.backend_tokenizer.to_str() != encoder.tokenizer.backend_tokenizer.to_str():
+        raise InputError(f"{encoder.folder}: its tokenizer does not survive being saved; save it as tokenizer.json")
+
+
+def _write_generation_config(out_dir: Path, folders: Mapping[str, Path], config: UltraFuserConfig) -> None:
+    """EOS of training first, then whatever else ends a specialist's answers; nothing of their sampling settings."""
+    ends = [config.eos_token_id]
+    for folder in folders.values():
+        path = folder / "generation_config.json"
+        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        for token in found if isinstance(found, list) else [found]:
+            if isinstance(token, int) and token < config.vocab_size and token not in ends:
+                ends.append(token)
+    generation = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=config.pad_token_id,
+    )
+    generation.save_pretrained(out_dir)
+
+
+def _copy_licences(folder: Path, target: Path) -> None:
+    for path in licence_files(folder):
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / path.name)

@@ -1,0 +1,249 @@
+"""The model card of a release folder, written from the training run and from what the specialists' folders say.
+
+Nothing here is judged or guessed: a licence that a folder does not state is "not stated", a run without a summary has
+no tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedConfig
+
+from ultrafuser_mega.analysis.records import MEAN, SUMMARY_FILE, EvalRecord
+from ultrafuser_mega.analysis.tables import gate_table, loss_table, to_markdown
+from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.errors import InputError
+
+NOT_STATED = "not stated"
+_LICENCE_FILES = ("license*", "licence*", "copying*", "notice*", "use_policy*")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the training run tells.
+
+    Attributes:
+        name: of the released model.
+        config: of the run that trained it.
+        summary: the run's summary.json, or None where the weights are not those it speaks of.
+    """
+
+    name: str
+    config: FuserConfig
+    summary: Mapping[str, Any] | None
+
+    @classmethod
+    def from_run(cls, run_dir: Path, name: str) -> CardFacts:
+        """Read ``config.yaml`` and, where the run has finished, ``summary.json``; raises InputError."""
+        path = run_dir / SUMMARY_FILE
+        try:
+            summary = json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise InputError(f"{path}: not valid JSON ({error})") from None
+        return cls(name=name, config=load_config(run_dir / "config.yaml"), summary=summary)
+
+
+@dataclass(frozen=True)
+class SpecialistFacts:
+    """One specialist as its folder describes it; ``licence`` is the folder's own words."""
+
+    name: str
+    folder: str
+    template: str
+    architecture: str
+    licence: str
+    licence_id: str | None
+
+    @classmethod
+    def read(cls, name: str, folder: Path, template: str, config: PreTrainedConfig) -> SpecialistFacts:
+        """From the specialist's folder and configuration."""
+        size = f"{config.num_hidden_layers} layers of {config.hidden_size}, {config.vocab_size} rows"
+        licence_id = _front_matter(folder / "README.md").get("license")
+        stated = [f"{licence_id} (README.md)"] if isinstance(licence_id, str) else []
+        stated += [f"{_first_line(path)} ({path.name})" for path in licence_files(folder)]
+        return cls(
+            name=name,
+            folder=folder.resolve().name,
+            template=template,
+            architecture=f"{config.model_type}, {size}",
+            licence="; ".join(stated) or NOT_STATED,
+            licence_id=licence_id if isinstance(licence_id, str) else None,
+        )
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Licences, notices and use policies in a model folder, in alphabetical order."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [path for path in files if any(path.name.lower().startswith(kind[:-1]) for kind in _LICENCE_FILES)]
+
+
+def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFacts], model: Any) -> None:
+    """Write the card as Markdown with the Hub's front matter. ``model`` is the release's configuration."""
+    licences = {facts.licence_id for facts in specialists}
+    (only,) = licences if len(licences) == 1 else (None,)
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ultrafuser", "custom_code"],
+        "license": only or "other",
+    }
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {card.name}\n",
+        _introduction(specialists, model),
+        _use(specialists),
+        _licences(specialists),
+        _training(card.config),
+        _results(card.summary),
+    ]
+    path.write_text("\n".join(sections))
+
+
+def _introduction(specialists: Sequence[SpecialistFacts], model: Any) -> str:
+    names = ", ".join(facts.name for facts in specialists)
+    rows = [(facts.name, facts.folder, facts.architecture, facts.template) for facts in specialists]
+    table = _markdown(("specialist", "folder", "architecture", "template"), rows)
+    gate = "one first layer for all" if model.gate_shared else "one first layer per specialist"
+    return (
+        f"{len(specialists)} specialised language models ({names}) fused token by token: every specialist reads the "
+        "conversation through its own chat template, a gate turns their last hidden states into weights, and the "
+        "next token comes from the weighted sum of their logits.\n\n"
+        f"{table}\n"
+        f"Gate: {model.gate_units} hidden units, {gate}. Shared vocabulary: {model.vocab_size}.\n"
+    )
+
+
+def _use(specialists: Sequence[SpecialistFacts]) -> str:
+    return f"""## Use
+
+Needs transformers 5 and torch, nothing else. `MODEL` is this folder.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True, dtype="auto")
+
+messages = [{{"role": "user", "content": "Write a function that adds two numbers."}}]
+print(model.chat(messages, tokenizer=tokenizer, max_new_tokens=128))
+
+# The same in steps: each specialist's prompt, generation, and who had a say in every token.
+inputs = model.chat_inputs([messages], tokenizer)
+sequences = model.generate(**inputs, max_new_tokens=128)
+response = sequences[:, inputs["specialist_input_ids"]["{specialists[0].name}"].shape[1]:]
+for name, prompt in inputs["specialist_input_ids"].items():
+    inputs["specialist_input_ids"][name] = prompt.new_tensor([prompt[0].tolist() + response[0].tolist()])
+output = model(
+    specialist_input_ids=inputs["specialist_input_ids"],
+    logits_to_keep=response.shape[1] + 1,
+    return_gate_weights=True,
+)
+for token, weights in zip(response[0].tolist(), output.gate_weights[0].tolist()):
+    print(repr(tokenizer.decode([token])), dict(zip(model.names, weights)))
+```
+
+`model(input_ids)` and `model.generate(input_ids)` give all specialists the same text, which is what evaluation tools
+do; `tokenizer.apply_chat_template` renders the template of {specialists[0].name}. The templates of all specialists are
+in `chat_templates/`.
+"""
+
+
+def _licences(specialists: Sequence[SpecialistFacts]) -> str:
+    table = _markdown(("specialist", "licence"), [(facts.name, facts.licence) for facts in specialists])
+    return (
+        "## Licences\n\nThis model is derived from all its specialists. What their folders state"
+        f" (files copied to `licenses/`):\n\n{table}"
+    )
+
+
+def _training(config: FuserConfig) -> str:
+    classes = [
+        (
+            name,
+            ", ".join(path.name for path in data.train),
+            ", ".join(_heldout(data.heldout, data.heldout_first)) or "-",
+        )
+        for name, data in config.data.classes.items()
+    ]
+    count = len(config.data.classes)
+    stages = [
+        (
+            title,
+            stage.steps,
+            f"{stage.samples_per_class} x {count}",
+            f"{stage.lr:g}",
+            stage.schedule,
+            stage.warmup_steps,
+        )
+        for title, stage in (("1: gate only", config.stage1), ("2: everything", config.stage2))
+    ]
+    optimizer, loss = config.optimizer, config.loss
+    return (
+        "## Training\n\nData, one class per kind of instruction:\n\n"
+        f"{_markdown(('class', 'trained on', 'held out'), classes)}\n"
+        "Two stages, every global batch with the same number of samples of each class:\n\n"
+        f"{_markdown(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
+        f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
+        f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
+        f"{loss.normalize}, label smoothing {loss.label_smoothing:g}, z-loss {loss.z_loss:g}, {config.dtype}, "
+        f"seed {config.seed}.\n"
+    )
+
+
+def _heldout(files: Iterable[Path], heads: Mapping[Path, int]) -> list[str]:
+    return [path.name for path in files] + [f"first {rows} of {path.name}" for path, rows in heads.items()]
+
+
+def _results(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "## Results\n\nThese weights were not evaluated by the run that trained them.\n"
+    final = _record(summary, summary["steps"])
+    after = summary.get("after_stage1")
+    losses = loss_table(final, after_stage1=None if after is None else _record(after, 0))
+    gate = gate_table(final)
+    return (
+        "## Results\n\nThe specialists' rows are those before fusing.\n\n"
+        f"{losses.title}:\n\n{to_markdown(losses)}\n{gate.title} over the response tokens of each class:\n\n"
+        f"{to_markdown(gate)}"
+    )
+
+
+def _record(summary: Mapping[str, Any], step: int) -> EvalRecord:
+    loss = {name: _numbers(values) for name, values in summary["eval"].items() if name != MEAN}
+    gate = {name: _numbers(values) for name, values in summary["gate"].items()}
+    return EvalRecord(stage=2, step=step, loss=loss, gate=gate)
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The YAML block at the head of a model card; empty where there is none or it cannot be read."""
+    if not path.is_file():
+        return {}
+    opening, _, rest = path.read_text(errors="replace").partition("\n")
+    block, closed, _ = rest.partition("\n---")
+    if opening.strip() != "---" or not closed:
+        return {}
+    try:
+        fields = yaml.safe_load(block)
+    except yaml.YAMLError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _first_line(path: Path) -> str:
+    lines = (line.strip() for line in path.read_text(errors="replace").splitlines())
+    return next((line for line in lines if line), "empty file")

@@ -1,0 +1,182 @@
+"""Conversations to each specialist's own token ids, exactly as the fused model was trained.
+
+This file travels with the model; it imports nothing outside the standard library. A specialist's sequence is
+
+    [BOS] prompt_0  response_0 [EOS]  prompt_1  response_1 [EOS]  ...  prompt_last
+
+with exactly one BOS. Prompts come from the specialist's template, rendered as text and encoded piece by piece: text
+that continues a sequence is encoded behind an anchor whose ids are then cut off, so that tokenizers which put a space
+before whatever they are given split it as they would in the middle of a text. Responses are encoded once and shared.
+
+A template is a mapping, either of prompt pieces ``{"first": text, "later": text}`` around ``{instruction}``, or
+``{"chat_template": Jinja text}``. In pieces, special-token texts are ordinary characters; with a Jinja template a
+message that holds one is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_ANCHORS = ("\n", ":", "a", "0", ")")  # a line break first: few tokenizers let it melt into a word
+_AFTER_EOS_PROBES = ("\nUser", "[INST] x", " x", "User")
+
+
+class SpecialistEncoder:
+    """One specialist's fast tokenizer and template."""
+
+    def __init__(self, tokenizer: Any, template: Mapping[str, str]) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.renders_jinja = "chat_template" in template
+        self._backend = tokenizer.backend_tokenizer
+        self._later_anchors = self._find_later_anchors()
+
+    def encode(self, system: str | None, users: Sequence[str], responses: Sequence[Sequence[int]]) -> list[int]:
+        """The whole sequence up to where the next response begins.
+
+        Args:
+            system: system text or None.
+            users: n user texts.
+            responses: ids, EOS included, of the n - 1 responses between them.
+        """
+        texts = self._render(system, users)
+        ids = self._first_prompt(texts[0])
+        for response, text in zip(responses, texts[1:], strict=True):
+            ids += [*response, *self._later_prompt(text)]
+        return ids
+
+    def encode_response(self, text: str, lead: str) -> list[int]:
+        """Ids of a response, with EOS. ``lead`` stands before one that does not bring its own white space."""
+        spaced = text if text[:1].isspace() else lead + text
+        return [*self._encode_behind(spaced, _ANCHORS), self.tokenizer.eos_token_id]
+
+    def _first_prompt(self, text: str) -> list[int]:
+        ids, bos = self._ids(text, specials=self.renders_jinja), self.tokenizer.bos_token_id
+        if bos is None:
+            return ids
+        start = next((place for place, token in enumerate(ids) if token != bos), len(ids))
+        return [bos, *ids[start:]]
+
+    def _later_prompt(self, text: str) -> list[int]:
+        if not self.renders_jinja:
+            return self._encode_behind(text, self._later_anchors)
+        return self._after_eos(text)
+
+    def _after_eos(self, text: str) -> list[int]:
+        ids = self._ids(self.tokenizer.eos_token + text, specials=True)
+        return ids[1:] if ids[:1] == [self.tokenizer.eos_token_id] else ids
+
+    def _ids(self, text: str, *, specials: bool) -> list[int]:
+        # The tokenizer sets all three again whenever it is called itself.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = not specials
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_behind(self, text: str, anchors: Sequence[str]) -> list[int]:
+        for anchor in anchors:
+            prefix = self._ids(anchor, specials=False) if anchor else []
+            ids = self._ids(anchor + text, specials=False)
+            if ids[: len(prefix)] == prefix:
+                return ids[len(prefix) :]
+        return self._ids(text, specials=False)
+
+    def _find_later_anchors(self) -> tuple[str, ...]:
+        """The anchors behind which text is split as it is after EOS ("" for most tokenizers)."""
+        expected = [self._after_eos(text) for text in _AFTER_EOS_PROBES]
+        for anchor in ("", *_ANCHORS):
+            if [self._encode_behind(text, (anchor,)) for text in _AFTER_EOS_PROBES] == expected:
+                return (anchor, *_ANCHORS) if anchor else ("",)
+        return ("",)
+
+    def _render(self, system: str | None, users: Sequence[str]) -> list[str]:
+        """One prompt text per user text."""
+        if self.renders_jinja:
+            return [prompt.removesuffix(" ") for prompt in self._render_jinja(system, users)]
+        first = f"{system}\n\n{users[0]}" if system else users[0]
+        filled = [self.template["first"].replace("{instruction}", first)]
+        return filled + [self.template["later"].replace("{instruction}", user) for user in users[1:]]
+
+    def _render_jinja(self, system: str | None, users: Sequence[str]) -> list[str]:
+        """Rendered once with a marker as every response and cut there; EOS after a response belongs to it."""
+        self._refuse_special_text([system or "", *users])
+        marker = "xqResponseqx"
+        while any(marker in text for text in (system or "", *users)):
+            marker += "x"
+        markers = [f"{marker}{place}z" for place in range(len(users))]
+        messages = [{"role": "system", "content": system}] if system else []
+        for user, mark in zip(users, markers, strict=True):
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": mark}]
+        rest = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template["chat_template"], tokenize=False
+        )
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        prompts: list[str] = []
+        for mark in markers:
+            prompt, found, rest = rest.partition(mark)
+            if not found or mark in rest:
+                raise ValueError("the chat template drops, repeats or reorders the responses of this conversation")
+            if rest.lstrip(" ").startswith(eos):
+                rest = rest.lstrip(" ").removeprefix(eos)
+            opens_with_bos = bool(bos) and not prompts and prompt.startswith(bos)
+            prompt = prompt.replace(bos, "") if bos else prompt
+            prompts.append(bos + prompt if opens_with_bos else prompt)
+        return prompts
+
+    def _refuse_special_text(self, texts: Sequence[str]) -> None:
+        specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        for text in texts if specials else ():
+            if found := re.search("|".join(map(re.escape, specials)), text):
+                raise ValueError(f"a message holds {found.group()}, which would be read as a control token")
+
+
+def split_messages(messages: Sequence[Mapping[str, str]]) -> tuple[str | None, list[str], list[str]]:
+    """``[{"role": ..., "content": ...}, ...]`` as system text, n user texts and the n - 1 responses between them.
+
+    Raises ValueError where the roles are not an optional system, then user and assistant in turn, ending with user.
+    """
+    roles = [message["role"] for message in messages]
+    opening = int(roles[:1] == ["system"])
+    turns = roles[opening:]
+    expected = ["user" if place % 2 == 0 else "assistant" for place in range(len(turns))]
+    if len(turns) % 2 == 0 or turns != expected:
+        raise ValueError(
+            f"messages: the roles are {', '.join(roles) or 'none'}; "
+            "expected an optional system, then user and assistant in turn, and user last"
+        )
+    contents = [message["content"] for message in messages]
+    for content in contents:
+        if not isinstance(content, str):
+            raise ValueError(f"messages: content must be text, found {type(content).__name__}")
+    return (contents[0] or None) if opening else None, contents[opening::2], contents[opening + 1 :: 2]
+
+
+def encode_conversation(
+    encoders: Mapping[str, SpecialistEncoder],
+    messages: Sequence[Mapping[str, str]],
+    response_lead: str,
+    vocab_size: int,
+) -> dict[str, list[int]]:
+    """name -> that specialist's ids up to where the next response begins; ValueError for a bad conversation."""
+    system, users, answers = split_messages(messages)
+    first = next(iter(encoders.values()))
+    responses = [first.encode_response(answer, response_lead) for answer in answers]
+    sequences = {name: encoder.encode(system, users, responses) for name, encoder in encoders.items()}
+    for name, ids in sequences.items():
+        if not ids:
+            raise ValueError(f"messages: the prompt of {name} is empty")
+        if max(ids) >= vocab_size:
+            raise ValueError(f"messages: {name}'s prompt holds id {max(ids)}; the shared vocabulary has {vocab_size}")
+    return sequences
+
+
+def decode_response(tokenizer: Any, ids: Sequence[int], response_lead: str) -> str:
+    """The text of generated ids, without special tokens and without the lead that every response began with."""
+    anchor = tokenizer.backend_tokenizer.encode(_ANCHORS[0], add_special_tokens=False).ids
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    # Decoded behind an anchor: some tokenizers drop the space before the first word of what they are given.
+    text = tokenizer.decode([*anchor, *ids], **options).removeprefix(tokenizer.decode(anchor, **options))
+    bare = text.removeprefix(response_lead)
+    return text if bare[:1].isspace() else bare
