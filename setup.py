@@ -1,11 +1,28 @@
-"""Builds the C++ extension and names the package; pyproject.toml holds the tools' configuration.
+"""Builds the extensions and names the package; pyproject.toml holds the tools' configuration.
 
-The extension is required: without it the package does not install. It includes no torch header (raw pointers cross
-its border), so a wheel built once serves every torch version.
+The C++ extension is required: without it the package does not install. The CUDA extension is a faster form of something
+that PyTorch computes, too; the environment variable UFM_BUILD_CUDA says what becomes of it:
+
+    auto  (default) built where nvcc is found and succeeds; else one line says why not and the CPU's part is installed
+    1     built, or the installation fails with one line
+    0     left out
+
+Neither includes a torch header (raw pointers and a stream cross the border) and the CUDA runtime is linked statically,
+so a wheel built once serves every torch and imports on a machine without a GPU.
 """
 
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+
+CUDA_ARCHITECTURES = (80, 90, 100)
+NVCC_TIMEOUT_S = 180  # ten times what it takes: a toolkit that hangs must not hang the installation
 
 cpu_epilogue = Pybind11Extension(
     "ultrafuser_mega.ops._cpu_epilogue",
@@ -15,6 +32,86 @@ cpu_epilogue = Pybind11Extension(
     extra_compile_args=["-O3", "-fopenmp-simd", "-pthread"],  # no -march: the code carries one clone per x86 level
     extra_link_args=["-pthread"],
 )
+cuda_gate = Extension(
+    "ultrafuser_mega.ops._cuda_gate",
+    sources=["csrc/gate_kernels.cu", "csrc/gate_kernels_module.cpp"],
+    depends=["csrc/gate_kernels.hpp"],
+)
+
+
+class BuildExtensions(build_ext):
+    """Builds the C++ extension as ever, and cuda_gate by one call of nvcc as UFM_BUILD_CUDA says."""
+
+    def build_extensions(self) -> None:
+        wanted = os.environ.get("UFM_BUILD_CUDA", "auto")
+        if wanted not in ("0", "1", "auto"):
+            raise SystemExit(f"UFM_BUILD_CUDA: {wanted!r} is none of 0, 1, auto")
+        self.extensions.remove(cuda_gate)
+        super().build_extensions()
+        if wanted == "0":
+            return
+        try:
+            self._build_cuda()
+        except NoCudaError as reason:
+            if wanted == "1":
+                raise SystemExit(f"UFM_BUILD_CUDA=1: {reason}") from None
+            print(f"ultrafuser_mega: built without CUDA kernels: {reason}", flush=True)
+        else:
+            self.extensions.append(cuda_gate)  # from here on it is installed like any other
+
+    def _build_cuda(self) -> None:
+        nvcc = _nvcc()
+        target = Path(self.get_ext_fullpath(cuda_gate.name))
+        sources = [*cuda_gate.sources, *cuda_gate.depends]
+        if (
+            not self.force
+            and target.exists()
+            and all(Path(s).stat().st_mtime < target.stat().st_mtime for s in sources)
+        ):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        # nothing of the static CUDA runtime may be visible outside: PyTorch has brought one of its own into the process
+        hide = ["-Xlinker=--exclude-libs=ALL", "-Xlinker=-Bsymbolic", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command = [nvcc, "-shared", "-O3", "-std=c++17", "-cudart=static", *hide, *_architectures(nvcc), *include]
+        _run([*command, "-o", str(target), *cuda_gate.sources])
+
+
+class NoCudaError(Exception):
+    """Why the CUDA extension cannot be built, in one line."""
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    places = [Path(home, "bin", "nvcc")] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for place in places:
+        if place and Path(place).is_file():
+            return str(place)
+    raise NoCudaError(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH or in /usr/local/cuda/bin")
+
+
+def _architectures(nvcc: str) -> list[str]:
+    """Machine code for those of CUDA_ARCHITECTURES that this nvcc knows, and the newest one's PTX for GPUs to come."""
+    known = _run([nvcc, "--list-gpu-code"]).split()
+    built = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
+    if not built:
+        raise NoCudaError(f"{nvcc} knows none of sm_{', sm_'.join(map(str, CUDA_ARCHITECTURES))}")
+    codes = {arch: f"sm_{arch}" for arch in built}
+    codes[built[-1]] = f"[sm_{built[-1]},compute_{built[-1]}]"
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes.items()]
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVCC_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoCudaError(f"{command[0]}: {error}".splitlines()[0][:300]) from None
+    if done.returncode:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        worst = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
+        raise NoCudaError(f"{command[0]} failed with code {done.returncode}: {worst[:300]}")
+    return done.stdout
+
 
 setup(
     name="ultrafuser_mega",
@@ -23,8 +120,8 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["ultrafuser_mega", "ultrafuser_mega.*"]),
     package_data={"ultrafuser_mega": ["default.yaml"], "ultrafuser_mega.ops": ["*.pyi"]},
-    ext_modules=[cpu_epilogue],
-    cmdclass={"build_ext": build_ext},
+    ext_modules=[cpu_epilogue, cuda_gate],
+    cmdclass={"build_ext": BuildExtensions},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.17",

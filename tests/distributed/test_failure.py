@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from trio import DISJOINT_3, config_tree, read_steps
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.runtime.device import joined_job, launched_rank, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 from ultrafuser_mega.training.launch import train_main
 
+PROJECT = Path(__file__).parents[2]
 RANKS = 3
 # Generous: a job that hangs would wait for half an hour. None of what runs here takes more than a few seconds.
 DEADLINE_S = 60.0
@@ -112,3 +116,32 @@ def test_training_processes_agree_on_one_line_about_a_bad_configuration(tmp_path
     codes, errors = launch(train_main, tmp_path, None, [f"runs={tmp_path}", "stage1.step=5"], False)
     assert codes == [2, 2, 2]
     assert errors == "error: the embedded default: unknown key stage1.step; did you mean stage1.steps?\n"
+
+
+def test_failure_in_mid_training_under_torchrun(trio: Path, tmp_path: Path) -> None:
+    """The first checkpoint cannot be written: rank 0 finds out, the others wait for it in a collective."""
+    tree = config_tree(trio, tmp_path / "runs", DISJOINT_3)
+    tree["stage1"] |= {"steps": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / "checkpoints").write_text("a file where the folder should be")
+
+    job = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"),
+            *("examples/pretrain_fuser.py", "--config", str(tmp_path / "config.yaml")),
+        ],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert job.returncode != 0
+    assert len(read_steps(run_dir)) == 2
+    assert job.stderr.count("failed (rank 0 of 3):") == 1
+    assert job.stderr.count("failed (rank ") == 1
+    tracebacks = job.stderr.split("Traceback (most recent call last)")[1:]
+    assert len([text for text in tracebacks if "ultrafuser_mega" in text]) == 1  # torchrun adds one of its own

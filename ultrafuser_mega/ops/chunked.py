@@ -1,11 +1,13 @@
 """The mixture cross-entropy in row chunks: vendor GEMMs, one reused logit buffer, gradients formed in the forward.
 
 Per chunk of C rows, with x_j = w_j h_j and all n heads read in place:
+    w, x_j                         gate_scale.py
     z = sum_j x_j W_j^T            n GEMMs into one fp32 buffer (C, R): the segments are added unrounded
     row statistics                 epilogue.py, in one sweep; under a group one collective of 20 bytes per row
     dz over z                      epilogue.py, in place
-    dx_j = dz W_j                  then dh_j = w_j dx_j,  dw_j = <h_j, dx_j>
+    dx_j = dz W_j
     dW_j += dz^T x_j
+    dh_j, da_j from dx_j           gate_scale.py, in one pass
 which is 3 GEMM passes where forward-then-backward needs 4 without keeping the logits. Only what requires a gradient
 is computed: 2 passes with frozen heads, 1 under no_grad (forward.py).
 
@@ -29,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser_mega.ops import gemm
+from ultrafuser_mega.ops import gate_scale, gemm
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
 from ultrafuser_mega.ops.forward import buffer_budget, forward_statistics
 from ultrafuser_mega.ops.problem import Problem
@@ -58,7 +60,7 @@ def mixture_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, row losses (N,) without gradient).
 
-    ``buffer_bytes`` bounds the logit buffers, all together; the default suits the device.
+    ``buffer_bytes`` bounds what grows with a chunk (its logits, x_j and dx_j), all together; the default suits the device.
     """
     plan = Plan(problem, buffer_bytes, epilogue)
     return _ChunkedLoss.apply(plan, problem.target, problem.gate_logits, *problem.hidden, *problem.heads)
@@ -75,7 +77,10 @@ class Plan:
         self.buffers = 1 if problem.settings.group is None else 2
         self.buffer_bytes = buffer_bytes or buffer_budget(hidden.device)
         shard = -(-problem.settings.vocab_size // problem.settings.shards)
-        limit = max(1, self.buffer_bytes // (self.buffers * shard * problem.accumulate_dtype.itemsize))
+        width, wide = sum(states.shape[1] for states in problem.hidden), problem.accumulate_dtype.itemsize
+        # a row in flight: its logits and x_j, per buffer, and dx_j
+        row_bytes = self.buffers * (shard * wide + width * self.epilogue.operand_dtype.itemsize) + width * wide
+        limit = max(1, self.buffer_bytes // row_bytes)
         chunks = max(1, -(-problem.rows // limit))
         even = -(-problem.rows // chunks)
         self.chunk_rows = max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, problem.rows))
@@ -95,6 +100,7 @@ class _Chunk:
 
     rows: slice
     logits: Tensor  # (C, R), a view of a buffer; the epilogue's from here on
+    gate_weights: Tensor  # (C, n)
     inputs: list[Tensor]  # n x (C, d_j): x_j = w_j h_j
     scratch: Any  # the epilogue's
     pending: PendingStatistics | None  # None: the statistics were known before
@@ -115,15 +121,18 @@ class Sweep:
         wide = problem.accumulate_dtype
         n, rows = len(problem.hidden), problem.rows
         self.target = problem.local_target()
-        self.ignored = ~problem.kept()[:, None]
-        self.gate_weights = torch.softmax(problem.gate_logits.masked_fill(self.ignored, 0.0), dim=1)  # (N, n)
+        self.kept = problem.kept()
         self.real_heads = [head[: problem.real_rows] for head in problem.heads]  # n x (R, d_j)
         self.scale = FP16_SCALE if plan.epilogue.operand_dtype == torch.float16 else 1.0
 
         self.statistics = weight.new_empty((rows, COLUMNS)) if statistics is None else statistics
         self.gate = weight.new_zeros((rows, n)) if needs.gate else None
         self.hidden = [
-            torch.empty_like(states, dtype=_held(states.dtype)) if need else None
+            torch.empty_like(states, dtype=_held(states.dtype), memory_format=torch.contiguous_format) if need else None
+            for states, need in zip(problem.hidden, needs.hidden, strict=True)
+        ]
+        self.d_inputs = [  # n x (chunk, d_j): dx_j, one buffer for all chunks
+            weight.new_empty((plan.chunk_rows, states.shape[1])) if need or needs.gate else None
             for states, need in zip(problem.hidden, needs.hidden, strict=True)
         ]
         # several chunks add up in the wide type; a single one may let its GEMM round to the result at once
@@ -156,17 +165,17 @@ class Sweep:
             dist.all_reduce(self.gate, group=problem.settings.group)
 
     def _begin(self, rows: slice, logits: Tensor) -> _Chunk:
-        inputs = []
-        for j, states in enumerate(self.problem.hidden):
-            x = torch.empty_like(states[rows], dtype=self.plan.epilogue.operand_dtype)
-            torch.mul(states[rows], self.gate_weights[rows, j, None], out=x)
-            x.masked_fill_(self.ignored[rows], 0.0)  # what an ignored row holds, even NaN, must not matter
-            inputs.append(x)
+        gate_weights, inputs = gate_scale.scale_inputs(
+            self.problem.gate_logits[rows],
+            self.kept[rows],
+            [states[rows] for states in self.problem.hidden],
+            self.plan.epilogue.operand_dtype,
+        )
         for j, (x, head) in enumerate(zip(inputs, self.real_heads, strict=True)):
             gemm.accumulate(logits, x, head.t(), add=j > 0)
         local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=True)
         pending = None if self.known else PendingStatistics(local, self.problem.real_rows, self.problem.settings)
-        return _Chunk(rows, logits, inputs, scratch, pending)
+        return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
 
     def _finish(self, chunk: _Chunk) -> None:
         rows = chunk.rows
@@ -177,24 +186,22 @@ class Sweep:
         dz = self.plan.epilogue.dlogits(
             chunk.logits, chunk.scratch, self.target[rows], statistics[:, MAX], coefficients
         )
-        weight_gradients = []  # n x (C,): dw_j
-        for j, head in enumerate(self.real_heads):
-            total, hidden = self.heads[j], self.hidden[j]
+        d_inputs = [None if dx is None else dx[: dz.shape[0]] for dx in self.d_inputs]
+        for head, total, dx, x in zip(self.real_heads, self.heads, d_inputs, chunk.inputs, strict=True):
             if total is not None:
                 real = total[: self.problem.real_rows]
-                gemm.accumulate(real, dz.t(), chunk.inputs[j], add=rows.start > 0, alpha=1.0 / self.scale)
-            if hidden is None and self.gate is None:
-                continue
-            dx = self.weight.new_empty((dz.shape[0], head.shape[1]))
-            gemm.accumulate(dx, dz, head, add=False, alpha=1.0 / self.scale)
-            if self.gate is not None:
-                weight_gradients.append((self.problem.hidden[j][rows] * dx).sum(1))
-            if hidden is not None:
-                torch.mul(dx, self.gate_weights[rows, j, None], out=hidden[rows])
-        if self.gate is not None:
-            dw = torch.stack(weight_gradients, dim=1).masked_fill_(self.ignored[rows], 0.0)  # (C, n)
-            w = self.gate_weights[rows]
-            self.gate[rows] = w * (dw - (w * dw).sum(1, keepdim=True))
+                gemm.accumulate(real, dz.t(), x, add=rows.start > 0, alpha=1.0 / self.scale)
+            if dx is not None:
+                gemm.accumulate(dx, dz, head, add=False, alpha=1.0 / self.scale)
+        if any(dx is not None for dx in d_inputs):
+            gate_scale.unscale_gradients(
+                chunk.gate_weights,
+                self.kept[rows],
+                [states[rows] for states in self.problem.hidden],
+                d_inputs,
+                [None if out is None else out[rows] for out in self.hidden],
+                None if self.gate is None else self.gate[rows],
+            )
 
 
 def _held(dtype: torch.dtype) -> torch.dtype:
@@ -220,10 +227,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.deferred = per_row and any(needs.heads)
 
         if ctx.deferred or not needs.any:
-            gate_weights = torch.softmax(gate_logits.masked_fill(~kept[:, None], 0.0), dim=1)
-            statistics = forward_statistics(
-                problem, gate_weights, plan.epilogue, plan.buffer_bytes, per_specialist=False
-            )
+            statistics = forward_statistics(problem, plan.epilogue, plan.buffer_bytes)
             ctx.save_for_backward(statistics, target, gate_logits, *tensors)
         else:
             sweep = Sweep(problem, plan, needs, weight if share is None or late_share is not None else weight * share)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultrafuser_mega.ops import gemm
+from ultrafuser_mega.ops import gate_scale, gemm
 from ultrafuser_mega.ops.epilogue import Epilogue
 from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import COLUMNS, PendingStatistics, combine
@@ -19,44 +19,48 @@ BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
 
 
 def buffer_budget(device: torch.device) -> int:
-    """Bytes of logits held at once, unless the caller says otherwise."""
-    return (768 << 20) if device.type == "cuda" else (64 << 20)
+    """Bytes of logits, and of what else grows with their rows, held at once, unless the caller says otherwise."""
+    return (960 << 20) if device.type == "cuda" else (72 << 20)
 
 
-def forward_statistics(
-    problem: Problem, gate_weights: Tensor, epilogue: Epilogue, buffer_bytes: int, *, per_specialist: bool
-) -> Tensor:
-    """Statistics over the whole vocabulary (statistics.py): (N, 4), or (N, 4 + 3 n) if ``per_specialist``.
+def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None) -> Tensor:
+    """Statistics over the whole vocabulary (statistics.py).
 
     Args:
-        gate_weights: (N, n), w = softmax(a); finite on ignored rows.
         buffer_bytes: bound on the logit buffer.
+        apart: None to mix the specialists before the product. Or the gate weights (N, n), finite on ignored rows: keep
+            n logit planes and return the specialists' statistics, too.
+
+    Returns:
+        (N, 4), or (N, 4 + 3 n) with the specialists' own.
     """
-    n, real = len(problem.hidden), problem.real_rows
-    planes = n if per_specialist else 1
-    columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_weights.device.type, BLOCK_COLUMNS["cuda"]))
-    chunk_rows = max(1, min(problem.rows, buffer_bytes // (planes * columns * gate_weights.element_size())))
-    buffer = gate_weights.new_empty((planes, chunk_rows, columns))
-    statistics = gate_weights.new_empty((problem.rows, COLUMNS + (3 * n if per_specialist else 0)))
-    target, ignored = problem.local_target(), ~problem.kept()[:, None]
+    n, real, kept = len(problem.hidden), problem.real_rows, problem.kept()
+    planes = 1 if apart is None else n
+    gate_logits = problem.gate_logits
+    columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
+    chunk_rows = max(1, min(problem.rows, buffer_bytes // (planes * columns * gate_logits.element_size())))
+    buffer = gate_logits.new_empty((planes, chunk_rows, columns))
+    statistics = gate_logits.new_empty((problem.rows, COLUMNS + (0 if apart is None else 3 * n)))
+    target = problem.local_target()
     for start in range(0, problem.rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, problem.rows))
-        weights = gate_weights[rows]
-        inputs = [states[rows].masked_fill(ignored[rows], 0.0) for states in problem.hidden]  # NaN must not matter
-        if not per_specialist:
-            inputs = [(x * weights[:, j, None]).to(epilogue.operand_dtype) for j, x in enumerate(inputs)]
+        inputs = [states[rows] for states in problem.hidden]
+        if apart is None:
+            _, inputs = gate_scale.scale_inputs(gate_logits[rows], kept[rows], inputs, epilogue.operand_dtype)
+        else:
+            inputs = [x.masked_fill(~kept[rows, None], 0.0) for x in inputs]  # NaN in ignored rows must not matter
         for first in range(0, max(real, 1), columns):
             last = min(first + columns, real)
             logits = buffer[:, : rows.stop - rows.start, : last - first]  # (planes, C, B)
             for j, (x, head) in enumerate(zip(inputs, problem.heads, strict=True)):
-                plane = logits[j if per_specialist else 0]
-                gemm.accumulate(plane, x, head[first:last].t(), add=j > 0 and not per_specialist)
+                plane = logits[0 if apart is None else j]
+                gemm.accumulate(plane, x, head[first:last].t(), add=j > 0 and apart is None)
             here = (target[rows] >= first) & (target[rows] < last)
             column = (target[rows] - first).masked_fill(~here, -1)
-            if per_specialist:
-                block = epilogue.mixture_statistics(logits, weights, column)
-            else:
+            if apart is None:
                 block, _ = epilogue.statistics(logits[0], column, keep=False)
+            else:
+                block = epilogue.mixture_statistics(logits, apart[rows], column)
             statistics[rows] = block if first == 0 else combine_two(statistics[rows], first, block, last - first)
     return PendingStatistics(statistics, real, problem.settings).wait()
 

@@ -31,7 +31,7 @@ def mixture_loss(
     budget = buffer_bytes or buffer_budget(hidden.device)
 
     def statistics_of(problem: Problem, gate_weights: Tensor) -> Tensor:
-        return forward_statistics(problem, gate_weights, epilogue, budget, per_specialist=True)
+        return forward_statistics(problem, epilogue, budget, apart=gate_weights)
 
     return GateOnlyLoss.apply(problem, statistics_of, problem.gate_logits)
 

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser_mega.ops import gate_only, gemm
+from ultrafuser_mega.ops import gate_only, gate_scale, gemm
 from ultrafuser_mega.ops.chunked import FP16_SCALE, Needs
 from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import (
@@ -208,7 +208,7 @@ def _gradients(problem: Problem, needs: Needs, rows: Tensor, weight: Tensor) -> 
     """Of gate logits, hidden states and heads, in this order. rows (N, 4): statistics; weight (N,)."""
     real, count = problem.real_rows, problem.rows
     dtype = problem.hidden[0].dtype
-    gate_weights, ignored = gate_softmax(problem), ~problem.kept()[:, None]
+    gate_weights, kept = gate_softmax(problem), problem.kept()
     # fp16 holds neither small probabilities nor large upstream factors: dz is kept near 1 and scaled back afterwards
     scale, factor = 1.0, None
     if dtype == torch.float16 and count:
@@ -232,7 +232,7 @@ def _gradients(problem: Problem, needs: Needs, rows: Tensor, weight: Tensor) -> 
                 gemm.accumulate(wide[j], dz, problem.heads[j][block], add=True, alpha=1.0 / scale)
             total = heads[j]
             if total is not None:
-                x = (states * gate_weights[:, j, None]).masked_fill_(ignored, 0.0).to(dtype)
+                x = (states * gate_weights[:, j, None]).masked_fill_(~kept[:, None], 0.0).to(dtype)
                 part = total[block] if factor is None else total[block].float()
                 gemm.accumulate(part, dz.t(), x, add=False, alpha=1.0 / scale)
                 if factor is not None:
@@ -241,12 +241,13 @@ def _gradients(problem: Problem, needs: Needs, rows: Tensor, weight: Tensor) -> 
     if factor is not None:
         for dx in wide:
             dx.mul_(factor)
-    gate = None
-    if needs.gate:
-        products = [(states * dx).sum(1) for states, dx in zip(problem.hidden, wide, strict=True)]
-        dw = torch.stack(products, dim=1).masked_fill_(ignored, 0.0)  # (N, n)
-        gate = gate_weights * (dw - (gate_weights * dw).sum(1, keepdim=True))
-        if problem.settings.group is not None and count:
-            dist.all_reduce(gate, group=problem.settings.group)
-    hidden = [(wide[j] * gate_weights[:, j, None]).to(dtype) if need else None for j, need in enumerate(needs.hidden)]
+    gate = torch.empty_like(gate_weights) if needs.gate else None
+    hidden = [
+        torch.empty_like(states, memory_format=torch.contiguous_format) if need else None
+        for states, need in zip(problem.hidden, needs.hidden, strict=True)
+    ]
+    if wide:
+        gate_scale.unscale_gradients(gate_weights, kept, problem.hidden, wide, hidden, gate)
+    if gate is not None and problem.settings.group is not None and count:
+        dist.all_reduce(gate, group=problem.settings.group)
     return [gate, *hidden, *heads]

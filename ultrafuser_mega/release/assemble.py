@@ -70,14 +70,12 @@ def assemble_release(
     }
     first, *others = specialists
     own_tokenizer = {name for name in others if encoders[name].fingerprint() != encoders[first].fingerprint()}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: list[dict[str, Any]] = []
     for name in specialists:
-        entries[name] = {
-            "config": raw[name] | {"tie_word_embeddings": False},
-            "template": _template_fields(templates[name]),
-        }
+        fields = raw[name] | {"tie_word_embeddings": False} if raw[name].get("tie_word_embeddings") else raw[name]
+        entries.append({"name": name, "config": fields, "template": _template_fields(templates[name])})
         if name in own_tokenizer:
-            entries[name]["tokenizer"] = f"tokenizers/{name}"
+            entries[-1]["tokenizer"] = f"tokenizers/{name}"
     config = _make_config(entries, vocab_size, gate_units, gate_shared, dtype, templates, encoders[first])
 
     config.to_json_file(out_dir / "config.json")
@@ -86,7 +84,7 @@ def assemble_release(
     _write_tokenizer(out_dir, encoders[first], _as_jinja(templates[first]))
     (out_dir / "chat_templates").mkdir(exist_ok=True)
     for name, template in templates.items():
-        (out_dir / "chat_templates" / f"{name}.jinja").write_text(_as_jinja(template))
+        (out_dir / "chat_templates" / f"{name}.jinja").write_text(_as_jinja(template), encoding="utf-8")
         if name in own_tokenizer:
             _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], _as_jinja(template))
     _write_generation_config(out_dir, folders, config)
@@ -114,7 +112,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _make_config(
-    entries: dict[str, dict[str, Any]],
+    entries: list[dict[str, Any]],
     vocab_size: int,
     gate_units: int,
     gate_shared: bool,
@@ -137,10 +135,10 @@ def _make_config(
         )
     except ValueError as error:
         raise InputError(f"release: {error}") from None
-    widths = {name: config.specialist_config(name).hidden_size for name in entries}
+    widths = {name: config.specialist_config(name).hidden_size for name in config.names}
     if gate_shared and len(set(widths.values())) > 1:
         raise InputError(f"gate_shared: hidden sizes differ ({widths}); each specialist needs its own first layer")
-    for name in entries:
+    for name in config.names:
         if hasattr(torch.nn.ModuleDict(), name):
             raise InputError(f"specialists.{name}: PyTorch keeps this name for itself; call the specialist otherwise")
     config.auto_map = dict(_AUTO_MAP)
@@ -185,11 +183,11 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str) -> 
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoder.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(chat_template)
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     model = Path(encoder.folder) / "tokenizer.model"
     if model.is_file():
         shutil.copyfile(model, folder / "tokenizer.model")

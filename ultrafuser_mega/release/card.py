@@ -102,7 +102,7 @@ def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFact
         _training(card.config),
         _results(card.summary),
     ]
-    path.write_text("\n".join(sections))
+    path.write_text("\n".join(sections), encoding="utf-8")
 
 
 def _introduction(specialists: Sequence[SpecialistFacts], model: Any) -> str:
@@ -125,6 +125,7 @@ def _use(specialists: Sequence[SpecialistFacts]) -> str:
 Needs transformers 5 and torch, nothing else. `MODEL` is this folder.
 
 ```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
@@ -137,13 +138,8 @@ print(model.chat(messages, tokenizer=tokenizer, max_new_tokens=128))
 inputs = model.chat_inputs([messages], tokenizer)
 sequences = model.generate(**inputs, max_new_tokens=128)
 response = sequences[:, inputs["specialist_input_ids"]["{specialists[0].name}"].shape[1]:]
-for name, prompt in inputs["specialist_input_ids"].items():
-    inputs["specialist_input_ids"][name] = prompt.new_tensor([prompt[0].tolist() + response[0].tolist()])
-output = model(
-    specialist_input_ids=inputs["specialist_input_ids"],
-    logits_to_keep=response.shape[1] + 1,
-    return_gate_weights=True,
-)
+whole = {{name: torch.cat([prompt, response], dim=1) for name, prompt in inputs["specialist_input_ids"].items()}}
+output = model(specialist_input_ids=whole, logits_to_keep=response.shape[1] + 1, return_gate_weights=True)
 for token, weights in zip(response[0].tolist(), output.gate_weights[0].tolist()):
     print(repr(tokenizer.decode([token])), dict(zip(model.names, weights)))
 ```

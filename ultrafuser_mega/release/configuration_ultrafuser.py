@@ -18,9 +18,10 @@ class UltraFuserConfig(PreTrainedConfig):
     """A fused model of n specialists.
 
     Args:
-        specialists: name -> ``config`` (the specialist's own config.json, every field of it), ``template`` (what it
-            reads before a response, see ``chat_ultrafuser``) and, where its tokenizer is not the folder's own,
-            ``tokenizer`` (the subfolder that holds it). The order is that of the gate weights.
+        specialists: one entry each, in the order of the gate weights (a list: JSON objects get sorted): ``name``,
+            ``config`` (the specialist's own config.json, every field of it), ``template`` (what it reads before a
+            response, see ``chat_ultrafuser``) and, where its tokenizer is not the folder's own, ``tokenizer`` (the
+            subfolder that holds it).
         vocab_size: entries of the shared vocabulary; every specialist's logits are cropped to it.
         gate_units: hidden units m of the gate.
         gate_shared: one first gate layer for all specialists, or one for each (hidden sizes that differ).
@@ -32,7 +33,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     model_type = "ultrafuser"
 
-    specialists: dict[str, dict[str, Any]] | None = None
+    specialists: list[dict[str, Any]] | None = None
     vocab_size: int = 0
     gate_units: int = 0
     gate_shared: bool = True
@@ -46,7 +47,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         derived = {"num_hidden_layers": max, "hidden_size": max, "num_attention_heads": max}
-        configs = [self.specialist_config(name) for name in self.specialists or {}]
+        configs = [self.specialist_config(name) for name in self.names]
         for field, choose in {**derived, "max_position_embeddings": min}.items():
             kwargs.pop(field, None)
             setattr(self, field, choose((getattr(config, field) for config in configs), default=0))
@@ -55,9 +56,18 @@ class UltraFuserConfig(PreTrainedConfig):
             raise ValueError(f"vocab_size: {self.vocab_size} is more than the {smallest} rows of a specialist's head")
         super().__post_init__(**kwargs)
 
+    @property
+    def names(self) -> list[str]:
+        """The specialists in the order of the gate weights."""
+        return [entry["name"] for entry in self.specialists or []]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What ``specialists`` holds of one of them."""
+        return next(entry for entry in self.specialists or [] if entry["name"] == name)
+
     def specialist_config(self, name: str) -> PreTrainedConfig:
         """A fresh configuration object of one specialist; a ValueError for a family that would be fused wrongly."""
-        fields = copy.deepcopy((self.specialists or {})[name]["config"])
+        fields = copy.deepcopy(self.entry(name)["config"])
         model_type = fields.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             supported = ", ".join(SUPPORTED_MODEL_TYPES)

@@ -92,7 +92,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: UltraFuserConfig) -> None:
         super().__init__(config)
-        self.names = list(config.specialists or {})  # the order of the gate weights
+        self.names = config.names
         configs = {name: config.specialist_config(name) for name in self.names}
         self.specialists = nn.ModuleDict(
             {
@@ -357,9 +357,8 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: roles out of order, or text that the tokenizer would read as a control token.
         """
-        entries = self.config.specialists or {}
         encoders = {
-            name: SpecialistEncoder(self._tokenizer_of(name, tokenizer), entries[name]["template"])
+            name: SpecialistEncoder(self._tokenizer_of(name, tokenizer), self.config.entry(name)["template"])
             for name in self.names
         }
         settings = self.config.response_lead, self.config.vocab_size
@@ -403,7 +402,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _tokenizer_of(self, name: str, tokenizer: Any) -> Any:
         """``tokenizer``, or the specialist's own where the release keeps one for it."""
-        subfolder = (self.config.specialists or {})[name].get("tokenizer")
+        subfolder = self.config.entry(name).get("tokenizer")
         if subfolder is None:
             return tokenizer
         loaded: dict[str, Any] = self.__dict__.setdefault("_own_tokenizers", {})

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
 
-_FAILED, _SPOKEN = "failure/ranks", "failure/spoken"
+_FAILED, _SPOKEN, _LEAVING = "failure/ranks", "failure/spoken", "failure/leaving"
 _PATIENCE = timedelta(seconds=10)
 
 
@@ -43,6 +43,7 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
                 store.set(_SPOKEN, "")
             else:
                 store.wait([_SPOKEN], _PATIENCE)  # once one rank has exited, the launcher ends the others
+            store.add(_LEAVING, 1)
             if launched_rank() == 0:
                 _stay_for_the_others(store)
         sys.stdout.flush()
@@ -65,5 +66,5 @@ def _speak(error: BaseException) -> None:
 def _stay_for_the_others(store: dist.Store) -> None:
     """Without torchrun, rank 0 hosts the store: give the ranks that fail by the same cause a second to ask it."""
     until = time.monotonic() + 1.0
-    while store.add(_FAILED, 0) < launched_ranks() and time.monotonic() < until:
+    while store.add(_LEAVING, 0) < launched_ranks() and time.monotonic() < until:
         time.sleep(0.02)

@@ -1,0 +1,101 @@
+"""What a user gets from one torchrun: every file, every key, and each line once although there are three ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trio import DISJOINT_3, config_tree
+
+from ultrafuser_mega.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = SPECIALISTS = ("text", "code", "math")
+
+
+def _torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(ROOT / "examples" / "pretrain_fuser.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of 3 + 4 steps on three disjoint ranks: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("job")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(config_tree(trio, folder / "runs", DISJOINT_3)))
+    result = _torchrun(3, "--config", str(config), "stage1.steps=3", "stage2.steps=4", "evaluation.every=2")
+    assert result.returncode == 0, result.stderr
+    return folder / "runs" / "run", result
+
+
+def test_summary_holds_losses_gate_and_speed(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    for place in (*CLASSES, "mean"):
+        assert set(summary["eval"][place]) == {"fused", *SPECIALISTS}
+    for name in CLASSES:
+        assert sum(summary["gate"][name][other] for other in SPECIALISTS) == pytest.approx(1.0, abs=1e-5)
+    assert summary["steps"] == 7
+    assert summary["train"]["tokens_per_s"] > 0
+    assert summary["wall_s"] > 0
+    assert summary["device"] == "cpu"
+    assert summary["layout"].startswith("disjoint")
+
+
+def test_run_folder_is_complete(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run = finished[0]
+    assert load_config(run / "config.yaml").stage1.steps == 3
+    for name in ("loss.png", "gate_over_steps.png", "gate_heatmap.png"):
+        assert (run / "plots" / name).read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (run / "plots" / "token_gate.html").read_text()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["stage1-step0000003", "stage2-step0000004"]
+    assert list((run / "tensorboard").iterdir())
+    kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("step") == 7
+    assert kinds.count("eval") == 5  # before training; after stage 1's steps 2 and 3, stage 2's steps 2 and 4
+
+
+def test_nothing_is_printed_once_per_rank(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    printed = finished[1].stdout + finished[1].stderr
+    lines = [line.strip() for line in printed.splitlines() if len(line.strip()) > 12]
+    repeated = {line for line in lines if lines.count(line) > 1 and not set(line) <= set("─━ ")}
+    assert repeated == set()
+    assert "Warning" not in printed
+    assert "Traceback" not in printed
+
+
+def test_resume_goes_on_to_a_later_end(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], trio: Path, tmp_path: Path
+) -> None:
+    run = finished[0]
+    result = _torchrun(3, "--config", str(run / "config.yaml"), "--resume", "stage2.steps=6")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "summary.json").read_text())["steps"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_demo_beats_every_specialist(tmp_path: Path) -> None:
+    """The embedded default, start to end: the bars that the README's table shows."""
+    result = _torchrun(8, f"toy={tmp_path}/toy", f"models={tmp_path}/toy", f"data.root={tmp_path}/toy/data",
+                       f"runs={tmp_path}/runs", timeout_s=1700)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
+    mean = summary["eval"]["mean"]
+    assert all(mean["fused"] < mean[name] for name in SPECIALISTS)
+    assert all(summary["after_stage1"]["eval"]["mean"]["fused"] < mean[name] for name in SPECIALISTS)
+    for name in CLASSES:
+        losses = summary["eval"][name]
+        assert losses["fused"] <= 1.02 * min(losses[other] for other in SPECIALISTS)
+        assert summary["gate"][name][name] == max(summary["gate"][name].values())

@@ -1,0 +1,104 @@
+"""gate_scale.py on a GPU: csrc/gate_kernels.cu, one kernel forward and one backward, on the current stream.
+
+The extension is optional (UFM_BUILD_CUDA, see setup.py) and may have been built for newer drivers or other GPUs than
+this machine's; serves() says whether it can be used, and warns once where it was built for nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def serves(device: torch.device, dtype: torch.dtype, specialists: int) -> bool:
+    """Whether the kernels can take that many specialists' hidden states of ``dtype`` on ``device``."""
+    if device.type != "cuda" or dtype not in TYPES:
+        return False
+    kernels = _kernels(torch.cuda.current_device() if device.index is None else device.index)
+    return kernels is not None and specialists <= kernels.MAX_SPECIALISTS
+
+
+@functools.cache
+def _kernels(device_index: int) -> Any:
+    """The extension, or None where it was not built or cannot run on this GPU."""
+    try:
+        from ultrafuser_mega.ops import _cuda_gate
+    except ModuleNotFoundError:
+        return None
+    reason = _cuda_gate.why_unusable(device_index)
+    if reason:
+        name = torch.cuda.get_device_name(device_index)
+        warnings.warn(f"the gate's CUDA kernels cannot run on {name}: {reason}; PyTorch's take over", stacklevel=2)
+        return None
+    return _cuda_gate
+
+
+def scale_inputs(
+    gate_logits: Tensor,  # (C, n) fp32
+    kept: Tensor,  # (C,)
+    hidden: Sequence[Tensor],  # n x (C, d_j)
+    dtype: torch.dtype,  # that of hidden
+) -> tuple[Tensor, list[Tensor]]:
+    kernels = _kernels(gate_logits.device.index)
+    # names keep the copies that strided inputs need alive until the launch
+    gate_logits, kept = gate_logits.contiguous(), kept.contiguous()
+    hidden = [_with_whole_rows(states) for states in hidden]
+    gate_weights = torch.empty_like(gate_logits)
+    inputs = [torch.empty(states.shape, dtype=dtype, device=states.device) for states in hidden]
+    with torch.cuda.device(gate_logits.device):
+        kernels.scale_inputs(
+            getattr(kernels.Type, TYPES[dtype]),
+            gate_logits.data_ptr(),
+            kept.data_ptr(),
+            gate_weights.data_ptr(),
+            gate_logits.shape[0],
+            [(*_rows_of(h), *_rows_of(x), h.shape[1]) for h, x in zip(hidden, inputs, strict=True)],
+            gate_logits.device.index,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return gate_weights, inputs
+
+
+def unscale_gradients(
+    gate_weights: Tensor,  # (C, n) fp32
+    kept: Tensor,  # (C,)
+    hidden: Sequence[Tensor],  # n x (C, d_j)
+    d_inputs: Sequence[Tensor | None],  # n x (C, d_j) fp32, columns contiguous
+    d_hidden: Sequence[Tensor | None],  # n x (C, d_j) out, columns contiguous
+    d_gate: Tensor | None,  # (C, n) out, contiguous
+) -> None:
+    kernels = _kernels(gate_weights.device.index)
+    gate_weights, kept = gate_weights.contiguous(), kept.contiguous()
+    hidden = [_with_whole_rows(states) for states in hidden]
+    written = next((out.dtype for out in d_hidden if out is not None), hidden[0].dtype)
+    with torch.cuda.device(gate_weights.device):
+        kernels.unscale_gradients(
+            getattr(kernels.Type, TYPES[hidden[0].dtype]),
+            getattr(kernels.Type, TYPES[written]),
+            gate_weights.data_ptr(),
+            kept.data_ptr(),
+            0 if d_gate is None else d_gate.data_ptr(),
+            gate_weights.shape[0],
+            [
+                (*_rows_of(h), *_rows_of(dx), *_rows_of(dh), h.shape[1])
+                for h, dx, dh in zip(hidden, d_inputs, d_hidden, strict=True)
+            ],
+            gate_weights.device.index,
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _with_whole_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _rows_of(matrix: Tensor | None) -> tuple[int, int]:
+    """Address and row stride; (0, 0) for none."""
+    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
