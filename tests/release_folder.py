@@ -105,9 +105,9 @@ def write_release(
         tensors |= {f"specialists.{name}.{key}": value for key, value in own_tensors.items()}
     shared = len(set(widths.values())) == 1
     for name, width in {"shared": next(iter(widths.values()))}.items() if shared else widths.items():
-        tensors[f"gate.w1.{name}"] = torch.randn(gate_units, width, generator=generator)
+        tensors[f"gate.w1.{name}"] = torch.randn(gate_units, width, generator=generator) * width**-0.5
     tensors["gate.b1"] = torch.randn(gate_units, generator=generator)
-    tensors["gate.w2"] = torch.randn(gate_units, generator=generator) * 0.3  # weights spread, none at 0 or 1
+    tensors["gate.w2"] = torch.randn(gate_units, generator=generator) * 0.5  # weights spread, none at 0 or 1
     assemble_release(out, specialists, vocab_size, gate_units, shared, torch.float32, card_facts())
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
@@ -154,11 +154,8 @@ class ReferenceSpecialist:
         return x @ self.weights[name + ".weight"].T + self.weights.get(name + ".bias", 0.0)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return (
-            x
-            / (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
-            * self.weights[f"{name}.weight"]
-        )
+        size = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
+        return x / size * self.weights[name + ".weight"]
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:  # (heads, s, e): halves are rotated against each other

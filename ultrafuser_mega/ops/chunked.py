@@ -60,7 +60,7 @@ def mixture_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, row losses (N,) without gradient).
 
-    ``buffer_bytes`` bounds what grows with a chunk (its logits, x_j and dx_j), all together; the default suits the device.
+    ``buffer_bytes`` bounds what grows with a chunk (logits, x_j, dx_j), all together; the default suits the device.
     """
     plan = Plan(problem, buffer_bytes, epilogue)
     return _ChunkedLoss.apply(plan, problem.target, problem.gate_logits, *problem.hidden, *problem.heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -37,8 +38,11 @@ def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) ->
 
 def open_store(plan: RunPlan, groups: RankGroups) -> TokenStore:
     """Rank 0 prepares the store if need be and checks every byte; then all ranks map it."""
+    ready, shared = "store/ready", dist.distributed_c10d._get_default_store()
     if groups.rank == 0:
         prepare(plan.config, plan.vocab_size)
         TokenStore.open(plan.config.store_dir, verify=True)
-    dist.barrier()
+        shared.set(ready, "")
+    # Not a barrier: tokenising a large corpus outlasts the time that a collective may take.
+    shared.wait([ready], timedelta(days=7))
     return TokenStore.open(plan.config.store_dir, verify=False)
