@@ -3,7 +3,8 @@
 #
 #     tools/gpu_check.sh [FOLDER FOR THE RESULTS, default docs/benchmarks]
 #
-# Needs Python with torch (CUDA), triton, pybind11 and pytest. Leaves JSON files named after the GPU.
+# Needs Python with torch (CUDA), triton, pybind11 and pytest; with nvcc the CUDA kernels of csrc/ are built, tested and
+# measured, too. Leaves JSON files named after the GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-docs/benchmarks}
@@ -20,7 +21,9 @@ PY
 gpu=$(python -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '_'))")
 
 python setup.py -q build_ext --inplace
-timeout 180 python -m pytest -q -p no:cacheprovider tests/gpu/test_ops_on_gpu.py || echo "gpu_check: TESTS FAILED"
+timeout 180 python -m pytest -q -p no:cacheprovider tests/gpu || echo "gpu_check: TESTS FAILED"
+timeout 30 python tests/gpu/bench_gate_scale.py --out "$out/${gpu}_gate_kernels.json" ||
+    echo "gpu_check: benchmark gate_kernels FAILED"
 benchmark() { # NAME ARGUMENTS...: a failure of one does not keep the others from running
     local name=$1
     shift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
+from ultrafuser_mega.training import checkpoint
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.training.preflight import preflight
-from ultrafuser_mega.training.trainer import build_model
+from ultrafuser_mega.training.trainer import build_model, run
 
 TIMES = ("seconds", "tokens_per_s")
 
@@ -36,7 +38,9 @@ def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bo
     [
         pytest.param(DISJOINT_8, 8, {}, "fp32", [(1, 4), (2, 2)], id="disjoint_8_fp32"),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", [(1, 2)], id="colocated_4_bf16"),
-        pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", [(2, 2)], id="dp2_distributed"),
+        pytest.param(
+            {**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", [(2, 2)], id="dp2_distributed"
+        ),
     ],
 )
 def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
@@ -112,13 +116,20 @@ def test_checkpoint_of_another_model_is_refused_by_name(trio: Path, tmp_path: Pa
 
 def test_write_that_fails_midway_leaves_no_checkpoint(trio: Path, tmp_path: Path) -> None:
     tree = _tree(trio, tmp_path, ONE, {}, "fp32")
-    run = FuserConfig.model_validate(tree).run_dir
-    (run / "checkpoints").mkdir(parents=True)
-    # A plain file where the partial folder has to be made: the write cannot even begin.
-    (run / "checkpoints" / ".stage1-step0000002.partial").write_text("in the way")
-    with pytest.raises(RankFailure):
-        train(tree, 1)
-    assert list_checkpoints(run / "checkpoints") == []
+    with pytest.raises(RankFailure, match="disk full"):
+        run_ranks(_train_with_a_full_disk, 1, tree)
+    folder = FuserConfig.model_validate(tree).run_dir / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == [".stage1-step0000002.partial"]
+    assert list_checkpoints(folder) == []
+
+
+def _train_with_a_full_disk(rank: int, tree: dict[str, Any]) -> None:
+    def half_a_save(state: dict[str, Any], folder: str) -> None:
+        (Path(folder) / "__0_0.distcp").write_bytes(b"half")
+        raise OSError("disk full")
+
+    checkpoint.dist_checkpointing = SimpleNamespace(save=half_a_save)
+    run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
 
 
 def _untimed(record: dict[str, Any]) -> dict[str, Any]:

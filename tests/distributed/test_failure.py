@@ -112,6 +112,20 @@ def test_good_job_ends_in_silence(tmp_path: Path) -> None:
     assert launch(work_together, tmp_path) == ([0, 0, 0], "")
 
 
+def test_process_started_by_hand_is_a_job_of_one() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=work_alone)
+    process.start()
+    process.join(DEADLINE_S)
+    assert process.exitcode == 0
+
+
+def work_alone() -> None:
+    store = launcher_store()
+    with first_failure_ends_job(store), joined_job(torch.device("cpu"), store):
+        assert dist.get_world_size() == 1
+        dist.barrier()
+
+
 def test_training_processes_agree_on_one_line_about_a_bad_configuration(tmp_path: Path) -> None:
     codes, errors = launch(train_main, tmp_path, None, [f"runs={tmp_path}", "stage1.step=5"], False)
     assert codes == [2, 2, 2]

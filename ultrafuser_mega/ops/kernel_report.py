@@ -1,4 +1,4 @@
-"""What the compiler made of every Triton kernel, for a GPU that need not be there.
+"""What the compilers made of every Triton and CUDA kernel, for a GPU that need not be there.
 
 Kernels are compiled ahead of time; registers, local memory and tensor-core instructions are read out of the cubin with
 the cuobjdump that ships with Triton. tools/kernel_report.py prints this; a test holds it to "nothing spills".
@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ultrafuser_mega.ops import epilogue_triton, streaming, streaming_kernels
 CAPABILITIES = (80, 90, 100)
 TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
 SPECIALISTS = 3
+USAGE_OF_FUNCTION = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,38 @@ class _Source:
 def report(capability: int, dtype: str = "bf16") -> list[Resources]:
     """Every kernel compiled for sm_<capability> with heads of ``dtype``."""
     return [_compile(source, capability) for source in _sources(capability, dtype)]
+
+
+def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
+    """Every kernel of the CUDA file ``source``, compiled by ``nvcc`` for each sm_<capability>."""
+    reports = []
+    with tempfile.TemporaryDirectory() as folder:
+        for capability in capabilities:
+            cubin = Path(folder) / f"sm_{capability}.cubin"
+            command = [nvcc, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{capability}", str(source), "-o", str(cubin)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"nvcc refuses {source.name} for sm_{capability}: {done.stderr.strip()}")
+            usage, code = _cuobjdump(cubin.read_bytes())
+            if not (found := re.findall(USAGE_OF_FUNCTION, usage)):
+                raise RuntimeError(f"cuobjdump says nothing of {source.name} on sm_{capability}: {usage[:200]}")
+            bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
+            for symbol, registers, stack, shared, local in found:
+                counts = _tensor_core(bodies.get(symbol, ""))
+                sizes = int(registers), int(shared), int(stack) + int(local)
+                reports.append(Resources(_readable(symbol), capability, *sizes, counts))
+    return sorted(reports, key=lambda resources: (resources.capability, resources.kernel))
+
+
+def _readable(symbol: str) -> str:
+    """scale_inputs<bf16> of its mangled symbol."""
+    name = re.search(r"\d+([a-z_]+)_kernel", symbol)
+    arguments = symbol[name.end() :] if name else ""
+    names = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+    types = [names[found] for found in re.findall(r"13__nv_bfloat16|6__half|f", arguments.split("EEv")[0])]
+    if "S" in arguments.split("EEv")[0] and len(types) == 1:  # a repeated type is written as a back reference
+        types *= 2
+    return f"{name[1]}<{', '.join(types)}>" if name else symbol
 
 
 def _sources(capability: int, dtype: str) -> Iterator[_Source]:
@@ -125,11 +159,12 @@ def _compile(source: _Source, capability: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers for {source.name} on sm_{capability}: {usage[:200]}")
-    counts: dict[str, int] = {}
-    for instruction in re.findall(TENSOR_CORE, code):
-        counts[instruction] = counts.get(instruction, 0) + 1
     registers, stack, local = (int(number) for number in found.groups())
-    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts)
+    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, _tensor_core(code))
+
+
+def _tensor_core(code: str) -> dict[str, int]:
+    return dict(Counter(re.findall(TENSOR_CORE, code)))
 
 
 def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:

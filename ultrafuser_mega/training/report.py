@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -26,6 +27,23 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.training.evaluation import EvaluationResult
 from ultrafuser_mega.training.preflight import RunPlan
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Keep what an earlier run of the same name left: move it to ``<run_dir>.1`` (or .2, ...), all but its token store.
+
+    Otherwise its checkpoints would pass for the new run's. Returns where it went, None if there was nothing.
+    """
+    left = [path for path in run_dir.iterdir() if path.name != "store"] if run_dir.is_dir() else []
+    if not left:
+        return None
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    kept.mkdir()
+    for path in left:
+        path.rename(kept / path.name)
+    return kept
 
 
 class RunReport:
@@ -141,14 +159,14 @@ class RunReport:
         tokenizer = TextEncoder(folder).tokenizer
 
         def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=False))
+            return str(tokenizer.decode(ids))
 
         views = []
         for class_name in self.store.class_names:
             of_class = [sample for sample in final.samples if sample.class_name == class_name]
             for gate in of_class[: self.plan.config.evaluation.token_views]:
                 sample = self.store.split(class_name, "heldout")[gate.index]
-                prompt = decode(sample.prompts_of(name)[0].tolist())
+                prompt = str(tokenizer.decode(sample.prompts_of(name)[0].tolist(), skip_special_tokens=True))
                 ids = [int(token) for response in sample.responses for token in response]
                 tokens = token_texts(ids, decode)
                 views.append(

@@ -28,7 +28,7 @@ from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
 from ultrafuser_mega.training.optimizer import Trainable, make_trainable
 from ultrafuser_mega.training.preflight import DTYPES, RunPlan
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.report import RunReport
+from ultrafuser_mega.training.report import RunReport, set_aside
 from ultrafuser_mega.training.totals import ClassTotals
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
@@ -37,10 +37,13 @@ STAGE_TITLES = {1: "gate only", 2: "everything"}
 def run(plan: RunPlan, device: torch.device) -> None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already."""
     groups = make_groups(plan.layout)
+    kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
     store = open_store(plan, groups)
     trainer = Trainer(plan, groups, store, device)
     done = plan.resume[0] if plan.resume else Progress(1, 0)
     with RunReport(plan, store, device, enabled=groups.rank == 0, done_steps=trainer.global_step(done)) as report:
+        if kept:
+            report.note(f"an earlier run of this name is kept as {kept}")
         if plan.resume is None:
             report.evaluated(trainer.evaluate(), done.stage, 0)
         for stage in (1, 2):

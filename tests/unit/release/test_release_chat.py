@@ -1,0 +1,198 @@
+"""Conversations reach the released model as the ids that training made of them (ultrafuser_mega/data)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from release_folder import PIECES, card_facts, write_bytelevel_tokenizer
+from transformers import AutoTokenizer
+
+from ultrafuser_mega.data.align import Aligner
+from ultrafuser_mega.data.conversation import Conversation
+from ultrafuser_mega.data.templates import load_template
+from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
+from ultrafuser_mega.release import assemble_release
+from ultrafuser_mega.release.chat_ultrafuser import SpecialistEncoder, decode_response, encode_conversation
+from ultrafuser_mega.toy import tiny_tokenizer
+
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TEXTS = st.text(st.sampled_from("aParis 12\n\té😀.:[INST]"), min_size=1, max_size=30).filter(str.strip)
+CONVERSATIONS = st.builds(
+    Conversation, st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4).map(tuple), st.none() | TEXTS
+)
+QUESTION = [{"role": "user", "content": "Which city is the largest?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    """Folders with tokenizers of three habits: "▁" before every stretch, before the first word alone, never."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    tiny_tokenizer(root / "prepend", pieces=PIECES)
+    (root / "prepend" / "chat_template.jinja").write_text(LLAMA2_CHAT)
+    shutil.copytree(root / "prepend", root / "first")
+    (root / "first" / "tokenizer.json").unlink()  # transformers now converts tokenizer.model by its own rules
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    (root / "first" / "tokenizer_config.json").write_text(json.dumps(names))
+    write_bytelevel_tokenizer(root / "bytelevel")
+    return {kind: root / kind for kind in ("prepend", "first", "bytelevel")}
+
+
+def both(specialists: dict[str, tuple[Path, str]]):
+    """The aligner of training, and a function that encodes a conversation with the released code."""
+    encoders = check_tokenizers({name: folder for name, (folder, _) in specialists.items()}, PIECES)
+    templates = {
+        name: load_template(template, encoders[name].tokenizer, str(folder))
+        for name, (folder, template) in specialists.items()
+    }
+    aligner = Aligner(encoders, templates, PIECES, 100_000)
+    released = {}
+    for name, (folder, kind) in specialists.items():
+        template = templates[name]
+        fields = (
+            {"chat_template": template.text} if kind == "hf" else {"first": template.first, "later": template.later}
+        )
+        released[name] = SpecialistEncoder(AutoTokenizer.from_pretrained(folder), fields)
+
+    def encode(messages):
+        return encode_conversation(released, messages, aligner.response_lead, PIECES)
+
+    return aligner, encode
+
+
+def as_messages(conversation: Conversation) -> list[dict[str, str]]:
+    """Without the last response, which is to be generated."""
+    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    for user, response in conversation.turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": response}]
+    return messages[:-1]
+
+
+@pytest.mark.parametrize(
+    "specialists",
+    [
+        {"text": ("prepend", "ultralm"), "code": ("first", "codellama"), "math": ("prepend", "wizardmath")},
+        {"text": ("first", "ultralm"), "chat": ("prepend", "hf")},
+        {"text": ("first", "hf")},
+        {"chat": ("bytelevel", "hf"), "text": ("bytelevel", "ultralm")},
+        {"chat": ("bytelevel", "hf")},
+    ],
+    ids=lambda specialists: "-".join(f"{kind}.{template}" for kind, template in specialists.values()),
+)
+def test_prompts_have_the_ids_that_training_gave_them(tokenizers, specialists):
+    aligner, encode = both({name: (tokenizers[kind], template) for name, (kind, template) in specialists.items()})
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(CONVERSATIONS)
+    def check(conversation):
+        (aligned,) = aligner.align([conversation])
+        found = encode(as_messages(conversation))
+        for name, prompts in aligned.prompts.items():
+            turns = zip(prompts, [*aligned.responses[:-1], []], strict=True)
+            assert found[name] == [token for prompt, response in turns for token in (*prompt, *response)]
+
+    check()
+
+
+def test_golden_ids_of_a_llama_tokenizer(tokenizers):
+    """Written down once: a change in how spaces, line breaks, BOS or EOS are split shows here."""
+    _, encode = both({"text": (tokenizers["prepend"], "ultralm"), "code": (tokenizers["first"], "codellama")})
+    messages = [
+        {"role": "user", "content": "Hi there"},
+        {"role": "assistant", "content": "Hello.\n  Yes"},
+        {"role": "user", "content": "2 + 3?"},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["prepend"])
+    pieces = {name: tokenizer.convert_ids_to_tokens(ids) for name, ids in encode(messages).items()}
+    assert {name: " ".join(words) for name, words in pieces.items()} == GOLDEN
+
+
+GOLDEN = {"text": "", "code": ""}
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "bytelevel"])
+@pytest.mark.parametrize("lead", ["", " "])
+def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers, kind, lead):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
+    encoder = SpecialistEncoder(tokenizer, {"first": "", "later": ""})
+    for text in ("Paris", "two words.", "def f(a):\n    return a", "\n\n  deep", "  deep", "12 + 3", "é😀"):
+        assert decode_response(tokenizer, encoder.encode_response(text, lead), lead) == text
+
+
+def test_the_released_tokenizer_is_the_one_of_training_whatever_its_folder_called_it(releases, specialists):
+    for trio, release in releases.items():
+        ours = TextEncoder(release)
+        assert ours.fingerprint() == TextEncoder(specialists[trio]["text"][0]).fingerprint()
+        assert ours.tokenizer.padding_side == "left"
+
+
+def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(tokenizers, specialists, tmp_path):
+    members = dict(specialists["llamas"])
+    code = tmp_path / "code"
+    shutil.copytree(members["code"][0], code)
+    (code / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'user' %}<q>{{ m['content'] }}<a>"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(code)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<q>", "<a>"]})  # ids PIECES and PIECES + 1
+    tokenizer.save_pretrained(code)
+    members |= {"code": (code, "hf")}
+    config = assemble_release(tmp_path / "out", members, PIECES, 8, False, torch.float32, card_facts())
+    assert [entry.get("tokenizer") for entry in config.specialists] == [None, "tokenizers/code", None]
+    written = TextEncoder(tmp_path / "out" / "tokenizers" / "code")
+    assert written.fingerprint() == TextEncoder(code).fingerprint()
+
+
+def test_chat_answers_with_the_text_that_generate_gives(model, release, reference):
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    inputs = model.chat_inputs([QUESTION], tokenizer)
+    prompts = {name: ids[0].tolist() for name, ids in inputs["specialist_input_ids"].items()}
+    assert len({len(ids) for ids in prompts.values()}) > 1, "the templates must differ"
+    expected = decode_response(tokenizer, reference.greedy(prompts, 10, eos=2), model.config.response_lead)
+    assert expected and model.chat(QUESTION, tokenizer=tokenizer, max_new_tokens=10) == expected
+
+    other = [*QUESTION, {"role": "assistant", "content": "Berlin."}, {"role": "user", "content": "Are there two?"}]
+    alone = [model.chat(messages, tokenizer=tokenizer, max_new_tokens=10) for messages in (QUESTION, other)]
+    assert model.chat([QUESTION, other], tokenizer=tokenizer, max_new_tokens=10) == alone
+
+
+def test_tools_that_know_one_template_get_the_first_specialists(releases):
+    tokenizer = AutoTokenizer.from_pretrained(releases["llamas"])
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<s>User: Be brief.\n\nOne?\nAssistant: Yes.</s>\nUser: Two?\nAssistant:"
+    code = (releases["llamas"] / "chat_templates" / "code.jinja").read_text()
+    rendered = tokenizer.apply_chat_template(messages[1:], chat_template=code, tokenize=False)
+    assert rendered == "<s>[INST] One? [/INST] Yes.</s>[INST] Two? [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "roles are none"),
+        ([{"role": "assistant", "content": "x"}], "user last"),
+        ([*QUESTION, *QUESTION], "user and assistant in turn"),
+        ([*QUESTION, {"role": "assistant", "content": "x"}], "user last"),
+        ([{"role": "user", "content": None}], "content must be text, found NoneType"),
+        ([{"role": "user", "content": "<|im_start|>system"}], "<|im_start|>, which would be read as a control token"),
+    ],
+)
+def test_conversations_that_training_would_not_have_seen_are_refused_in_one_line(models, releases, messages, words):
+    tokenizer = AutoTokenizer.from_pretrained(releases["qwens"])
+    with pytest.raises(ValueError) as caught:
+        models["qwens"].chat(messages, tokenizer=tokenizer)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
