@@ -1,4 +1,6 @@
-"""Print what the compiler made of every Triton kernel, per GPU generation; needs no GPU.
+"""Print what the compilers made of every Triton and CUDA kernel, per GPU generation; needs no GPU.
+
+The CUDA kernels of csrc/ are listed where nvcc is found.
 
 python tools/kernel_report.py [--capability 80 90 100] [--dtype bf16]
 """
@@ -6,8 +8,10 @@ python tools/kernel_report.py [--capability 80 90 100] [--dtype bf16]
 from __future__ import annotations
 
 import argparse
+import shutil
+from pathlib import Path
 
-from ultrafuser_mega.ops.kernel_report import CAPABILITIES, report
+from ultrafuser_mega.ops.kernel_report import CAPABILITIES, Resources, cuda_report, report
 
 
 def main() -> None:
@@ -15,11 +19,21 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80, 90, 100")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     arguments = parser.parse_args()
-    print(f"{'kernel':36} {'sm':>4} {'registers':>9} {'shared B':>9} {'local B':>8}  tensor cores")
+    print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'shared B':>9} {'local B':>8}  tensor cores")
     for capability in arguments.capability:
-        for r in report(capability, arguments.dtype):
-            cores = ", ".join(f"{name} x{count}" for name, count in sorted(r.tensor_core.items())) or "-"
-            print(f"{r.kernel:36} {r.capability:4} {r.registers:9} {r.shared_bytes:9} {r.local_bytes:8}  {cores}")
+        for resources in report(capability, arguments.dtype):
+            show(resources)
+    if nvcc := shutil.which("nvcc"):
+        source = Path(__file__).parents[1] / "csrc" / "gate_kernels.cu"
+        for resources in cuda_report(nvcc, source, arguments.capability):
+            show(resources)
+    else:
+        print("no nvcc on PATH: the CUDA kernels are not listed")
+
+
+def show(r: Resources) -> None:
+    cores = ", ".join(f"{name} x{count}" for name, count in sorted(r.tensor_core.items())) or "-"
+    print(f"{r.kernel:52} {r.capability:4} {r.registers:9} {r.shared_bytes:9} {r.local_bytes:8}  {cores}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ultrafuser_mega.ops import epilogue_triton, streaming, streaming_kernels
 CAPABILITIES = (80, 90, 100)
 TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
 SPECIALISTS = 3
-USAGE_OF_FUNCTION = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+USAGE_OF_FUNCTION = r"(\w+(?:<[^>]*>)?)\([^()]*\):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
 
 
 @dataclass(frozen=True)
@@ -53,35 +53,21 @@ def report(capability: int, dtype: str = "bf16") -> list[Resources]:
 
 
 def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
-    """Every kernel of the CUDA file ``source``, compiled by ``nvcc`` for each sm_<capability>."""
+    """Every kernel of the CUDA file ``source``, compiled by ``nvcc`` for each sm_<capability>; none uses tensor cores."""
+    targets = [f"-gencode=arch=compute_{capability},code=sm_{capability}" for capability in capabilities]
+    with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
+        command = [nvcc, "-fatbin", "-O3", "-std=c++17", *targets, str(source), "-o", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{nvcc} refuses {source}: {done.stderr.strip()}")
+        usage = _cuobjdump(file.name, "--dump-resource-usage")
+    readable = subprocess.run(["c++filt"], input=usage, capture_output=True, text=True, check=True).stdout
     reports = []
-    with tempfile.TemporaryDirectory() as folder:
-        for capability in capabilities:
-            cubin = Path(folder) / f"sm_{capability}.cubin"
-            command = [nvcc, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{capability}", str(source), "-o", str(cubin)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"nvcc refuses {source.name} for sm_{capability}: {done.stderr.strip()}")
-            usage, code = _cuobjdump(cubin.read_bytes())
-            if not (found := re.findall(USAGE_OF_FUNCTION, usage)):
-                raise RuntimeError(f"cuobjdump says nothing of {source.name} on sm_{capability}: {usage[:200]}")
-            bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
-            for symbol, registers, stack, shared, local in found:
-                counts = _tensor_core(bodies.get(symbol, ""))
-                sizes = int(registers), int(shared), int(stack) + int(local)
-                reports.append(Resources(_readable(symbol), capability, *sizes, counts))
-    return sorted(reports, key=lambda resources: (resources.capability, resources.kernel))
-
-
-def _readable(symbol: str) -> str:
-    """scale_inputs<bf16> of its mangled symbol."""
-    name = re.search(r"\d+([a-z_]+)_kernel", symbol)
-    arguments = symbol[name.end() :] if name else ""
-    names = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
-    types = [names[found] for found in re.findall(r"13__nv_bfloat16|6__half|f", arguments.split("EEv")[0])]
-    if "S" in arguments.split("EEv")[0] and len(types) == 1:  # a repeated type is written as a back reference
-        types *= 2
-    return f"{name[1]}<{', '.join(types)}>" if name else symbol
+    for part in readable.split("arch = sm_")[1:]:
+        capability = int(re.match(r"\d+", part)[0])  # type: ignore[index]
+        for kernel, registers, stack, shared, local in re.findall(USAGE_OF_FUNCTION, part):
+            reports.append(Resources(kernel, capability, int(registers), int(shared), int(stack) + int(local), {}))
+    return reports
 
 
 def _sources(capability: int, dtype: str) -> Iterator[_Source]:
@@ -155,16 +141,16 @@ def _compile(source: _Source, capability: int) -> Resources:
     ast = ASTSource(source.kernel, signature, constexprs=source.constants, attrs=_aligned(signature))
     options = {"num_warps": source.warps, "num_stages": source.stages}
     compiled = triton.compile(ast, GPUTarget("cuda", capability, 32), options)
-    usage, code = _cuobjdump(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(file.name, option) for option in ("--dump-resource-usage", "-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers for {source.name} on sm_{capability}: {usage[:200]}")
+    counts = dict(Counter(re.findall(TENSOR_CORE, code)))
     registers, stack, local = (int(number) for number in found.groups())
-    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, _tensor_core(code))
-
-
-def _tensor_core(code: str) -> dict[str, int]:
-    return dict(Counter(re.findall(TENSOR_CORE, code)))
+    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts)
 
 
 def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:
@@ -179,14 +165,6 @@ def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:
     return attributes
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, machine code) as text."""
+def _cuobjdump(file: str, option: str) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    return usage, code
+    return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout

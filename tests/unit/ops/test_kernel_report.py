@@ -1,6 +1,9 @@
-"""Every Triton kernel compiled ahead of time for three GPU generations, and held to what makes it fast."""
+"""Every Triton and CUDA kernel compiled ahead of time for three GPU generations, held to what makes it fast."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +22,22 @@ def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, tens
         assert kernel.local_bytes == 0, kernel
         if kernel.kernel.startswith("streaming"):
             assert kernel.tensor_core.get(tensor_core, 0) > 0, kernel
+
+
+def cuda_resources(nvcc: str) -> list:
+    from ultrafuser_mega.ops.kernel_report import cuda_report
+
+    return cuda_report(nvcc, Path(__file__).parents[3] / "csrc" / "gate_kernels.cu")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_cuda_kernels_compile_for_every_generation_and_spill_nothing(compiling):
+    kernels = compiling(cuda_resources, shutil.which("nvcc"))
+    forward = {f"scale_inputs_kernel<{t}>" for t in ("float", "__half", "__nv_bfloat16")}
+    backward = {f"unscale_gradients_kernel<{t}, {t}>" for t in ("float", "__half", "__nv_bfloat16")}
+    backward |= {f"unscale_gradients_kernel<{t}, float>" for t in ("__half", "__nv_bfloat16")}
+    for capability in (80, 90, 100):
+        assert {kernel.kernel for kernel in kernels if kernel.capability == capability} == forward | backward
+    for kernel in kernels:
+        assert kernel.local_bytes == 0, kernel
+        assert kernel.registers <= 64, kernel  # 128 threads: at least 8 blocks per SM hide the memory's latency

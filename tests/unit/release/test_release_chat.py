@@ -7,18 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from release_folder import PIECES, card_facts, write_bytelevel_tokenizer
+from release_folder import PIECES, write_bytelevel_tokenizer, write_release
 from transformers import AutoTokenizer
 
 from ultrafuser_mega.data.align import Aligner
 from ultrafuser_mega.data.conversation import Conversation
 from ultrafuser_mega.data.templates import load_template
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
-from ultrafuser_mega.release import assemble_release
 from ultrafuser_mega.release.chat_ultrafuser import SpecialistEncoder, decode_response, encode_conversation
+from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser_mega.toy import tiny_tokenizer
 
 LLAMA2_CHAT = (
@@ -102,7 +101,7 @@ def test_prompts_have_the_ids_that_training_gave_them(tokenizers, specialists):
     check()
 
 
-def test_golden_ids_of_a_llama_tokenizer(tokenizers):
+def test_golden_pieces_of_llama_tokenizers(tokenizers):
     """Written down once: a change in how spaces, line breaks, BOS or EOS are split shows here."""
     _, encode = both({"text": (tokenizers["prepend"], "ultralm"), "code": (tokenizers["first"], "codellama")})
     messages = [
@@ -111,11 +110,13 @@ def test_golden_ids_of_a_llama_tokenizer(tokenizers):
         {"role": "user", "content": "2 + 3?"},
     ]
     tokenizer = AutoTokenizer.from_pretrained(tokenizers["prepend"])
-    pieces = {name: tokenizer.convert_ids_to_tokens(ids) for name, ids in encode(messages).items()}
-    assert {name: " ".join(words) for name, words in pieces.items()} == GOLDEN
-
-
-GOLDEN = {"text": "", "code": ""}
+    pieces = {name: " ".join(tokenizer.convert_ids_to_tokens(ids)) for name, ids in encode(messages).items()}
+    assert pieces == {
+        "text": "<s> ▁ U s er : ▁ H i ▁the re <0x0A> A s s is t an t : ▁ H el l o . <0x0A> ▁▁ Y es </s> "
+        "▁ <0x0A> U s er : ▁ 2 ▁ + ▁ 3 ? <0x0A> A s s is t an t :",
+        "code": "<s> ▁ [ I N S T ] ▁ H i ▁the re ▁ [ / I N S T ] ▁ H el l o . <0x0A> ▁▁ Y es </s> "
+        "[ I N S T ] ▁ 2 ▁ + ▁ 3 ? ▁ [ / I N S T ]",
+    }
 
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "bytelevel"])
@@ -138,18 +139,24 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
     members = dict(specialists["llamas"])
     code = tmp_path / "code"
     shutil.copytree(members["code"][0], code)
-    (code / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m['role'] == 'user' %}<q>{{ m['content'] }}<a>"
-        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(code)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<q>", "<a>"]})  # ids PIECES and PIECES + 1
-    tokenizer.save_pretrained(code)
-    members |= {"code": (code, "hf")}
-    config = assemble_release(tmp_path / "out", members, PIECES, 8, False, torch.float32, card_facts())
-    assert [entry.get("tokenizer") for entry in config.specialists] == [None, "tokenizers/code", None]
-    written = TextEncoder(tmp_path / "out" / "tokenizers" / "code")
-    assert written.fingerprint() == TextEncoder(code).fingerprint()
+    shutil.copytree(tokenizers["first"], code, dirs_exist_ok=True)
+    (code / "tokenizer.json").unlink()
+    members["code"] = (code, "hf")
+    model = UltraFuserForCausalLM.from_pretrained(write_release(tmp_path / "out", members))
+    assert [entry.get("tokenizer") for entry in model.config.specialists] == [None, "tokenizers/code", None]
+
+    conversation = Conversation((("Say [INST].", "No.\n  Yes."), (" Why?", "...")))
+    aligner, _ = both(members)
+    (aligned,) = aligner.align([conversation])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = model.chat_inputs([as_messages(conversation)], tokenizer)
+    for name, (first, second) in aligned.prompts.items():
+        assert inputs["specialist_input_ids"][name][0].tolist() == first + aligned.responses[0] + second
+
+    model.save_pretrained(tmp_path / "again")  # weights and code, as transformers does it; tokenizers stay behind
+    again = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="has no tokenizers/code, code's tokenizer; copy it from the release folder"):
+        again.chat_inputs([QUESTION], tokenizer)
 
 
 def test_chat_answers_with_the_text_that_generate_gives(model, release, reference):

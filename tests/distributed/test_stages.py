@@ -1,0 +1,85 @@
+"""What each of the two stages trains, and how their loss is normalised (paper, algorithm 1 and equation 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from trio import COLOCATED_TP2, CPU, DISJOINT_8, ONE, config_tree, read_steps, train
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.checkpoint import list_checkpoints
+from ultrafuser_mega.training.preflight import preflight
+from ultrafuser_mega.training.prepare import open_store
+from ultrafuser_mega.training.report import RunReport
+from ultrafuser_mega.training.trainer import Trainer
+
+
+def test_stage_one_trains_the_gate_and_nothing_else(trio: Path, tmp_path: Path) -> None:
+    tree = config_tree(trio, tmp_path, DISJOINT_8)
+    tree["stage1"] |= {"steps": 2}
+    for changed, with_gradients, optimized, gate_numel in run_ranks(_train_stage_one, 8, tree):
+        assert changed <= {"fusion.gate.w1.shared", "fusion.gate.b1", "fusion.gate.w2"}
+        assert with_gradients == changed
+        assert optimized == gate_numel  # zero on the two ranks of the first stage of math
+        assert bool(changed) == bool(gate_numel)
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]
+    saved = dist_checkpointing.load_tensors_metadata(str(path))
+    optimizer = [key for key in saved if key.startswith("optimizer.")]
+    assert optimizer
+    assert all(".gate." in key for key in optimizer)
+
+
+def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str], int, int]:
+    plan = preflight(FuserConfig.model_validate(tree), 8, resume=False)
+    groups = make_groups(plan.layout)
+    trainer = Trainer(plan, groups, open_store(plan, groups), CPU)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainables = []
+    make = trainer._make_trainable
+    trainer._make_trainable = lambda number: trainables.append(make(number)) or trainables[-1]  # type: ignore[method-assign]
+    with RunReport(plan, trainer.store, CPU, enabled=rank == 0, done_steps=0) as report:
+        trainer.train_stage(1, 0, report)
+    after = dict(trainer.model.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    with_gradients = {name for name, p in after.items() if p.grad is not None or hasattr(p, "main_grad")}
+    optimized = sum(p.numel() for group in trainables[0].optimizer.param_groups for p in group["params"])
+    fusion = trainer.model.fusion
+    return changed, with_gradients, optimized, sum(p.numel() for p in fusion.gate.parameters()) if fusion else 0
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(ONE, 1), (COLOCATED_TP2 | {"dp": 2}, 4)], ids=["one_rank", "dp2"])
+def test_loss_per_sample_is_the_sum_over_its_tokens(
+    trio: Path, tmp_path: Path, layout: dict[str, Any], ranks: int
+) -> None:
+    """Same first step either way: only the divisor differs, tokens of the global batch against its samples."""
+    first = {}
+    for normalize in ("token", "sample"):
+        tree = config_tree(trio, tmp_path / normalize, layout) | {
+            "loss": {"normalize": normalize},
+            "micro_batch_size": 2,
+        }
+        tree["stage1"] |= {"steps": 1}
+        tree["stage2"] |= {"steps": 1}
+        tree["optimizer"] = {"clip_grad": 0.0}
+        first[normalize] = read_steps(train(tree, ranks))
+    for token, sample in zip(first["token"], first["sample"], strict=True):
+        ratio = token["tokens"] / 12  # 3 classes of 4 samples
+        assert sample["loss"] == pytest.approx(token["loss"] * ratio, rel=1e-6)
+        assert sample["grad_norm"] == pytest.approx(token["grad_norm"] * ratio, rel=1e-4)
+
+
+def test_smoothing_and_z_loss_reach_the_training_loss(trio: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, options in {"plain": {}, "smooth": {"label_smoothing": 0.1}, "z": {"z_loss": 0.01}}.items():
+        tree = config_tree(trio, tmp_path / name, ONE) | {"loss": options}
+        tree["stage1"] |= {"steps": 1}
+        tree["stage2"] |= {"steps": 0}
+        losses[name] = read_steps(train(tree, 1))[0]["loss"]
+    assert losses["z"] > losses["plain"] + 0.1
+    assert abs(losses["smooth"] - losses["plain"]) > 1e-3

@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2.5: Llama's layer with a bias on queries, keys and values; the small ones tie their embeddings."""
+
+from __future__ import annotations
+
+from ultrafuser_mega.models.families.family import Family
+from ultrafuser_mega.models.families.rules import COMMON_LAYER, FusedQKV
+
+#: Fields of both Qwen generations. The window fields have no effect while use_sliding_window is false.
+QWEN_FIELDS = {"use_sliding_window": (False, None), "sliding_window": (), "max_window_layers": (), "use_mrope": (False, None)}
+
+QWEN2 = Family(
+    model_type="qwen2",
+    rules=(*COMMON_LAYER, FusedQKV("bias")),
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    accepts=QWEN_FIELDS,
+    qkv_bias=True,
+)
