@@ -42,7 +42,8 @@ CHATML = (
 
 def write_specialist(folder: Path, family: str, *, vocab_rows: int, hidden_size: int, seed: int) -> Path:
     """A random model of ``family``, with the toy tokenizer or, for Qwens, a byte-level one with ChatML tokens."""
-    config = CONFIG_MAPPING[family](
+    config_class: Any = CONFIG_MAPPING[family]
+    config = config_class(
         vocab_size=vocab_rows,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from trio import DISJOINT_3, config_tree, read_steps
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.runtime.device import joined_job, launched_rank, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
+from ultrafuser_mega.training.checkpoint import list_checkpoints
 from ultrafuser_mega.training.launch import train_main
 
 PROJECT = Path(__file__).parents[2]
@@ -132,15 +134,12 @@ def test_training_processes_agree_on_one_line_about_a_bad_configuration(tmp_path
     assert errors == "error: the embedded default: unknown key stage1.step; did you mean stage1.steps?\n"
 
 
-def test_failure_in_mid_training_under_torchrun(trio: Path, tmp_path: Path) -> None:
-    """The first checkpoint cannot be written: rank 0 finds out, the others wait for it in a collective."""
+def test_full_disk_in_mid_training_under_torchrun(trio: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 100 KiB: all goes well until the first checkpoint."""
     tree = config_tree(trio, tmp_path / "runs", DISJOINT_3)
     tree["stage1"] |= {"steps": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    (run_dir / "checkpoints").write_text("a file where the folder should be")
-
+    limit = 100 * 1024
     job = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"),
@@ -148,14 +147,15 @@ def test_failure_in_mid_training_under_torchrun(trio: Path, tmp_path: Path) -> N
         ],
         cwd=PROJECT,
         env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=200,
         check=False,
     )
     assert job.returncode != 0
-    assert len(read_steps(run_dir)) == 2
-    assert job.stderr.count("failed (rank 0 of 3):") == 1
+    assert len(read_steps(tmp_path / "runs" / "run")) == 2
+    assert list_checkpoints(tmp_path / "runs" / "run" / "checkpoints") == []
     assert job.stderr.count("failed (rank ") == 1
     tracebacks = job.stderr.split("Traceback (most recent call last)")[1:]
     assert len([text for text in tracebacks if "ultrafuser_mega" in text]) == 1  # torchrun adds one of its own

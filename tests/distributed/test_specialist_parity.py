@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ultrafuser_mega.cli import main
 from ultrafuser_mega.convert.verify import Difference, verification_batches, verify_specialist
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.toy import tiny_llama, tiny_tokenizer
@@ -87,3 +89,22 @@ def test_wrong_rope_theta_shows(grouped: Path, tmp_path: Path, monkeypatch: pyte
 def test_sizes_that_do_not_fit_are_refused_before_any_rank_starts(grouped: Path) -> None:
     with pytest.raises(InputError, match="tp = 3 does not divide the 8 attention heads"):
         verify_specialist(grouped, 3, 1, {})
+
+
+@pytest.mark.parametrize(("tolerance", "verdict", "code"), [("1e-4", "equal", 0), ("1e-12", "DIFFERENT", 1)])
+def test_verify_command_prints_the_difference_and_says_the_verdict(
+    grouped: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tolerance: str,
+    verdict: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ultrafuser", "verify", str(grouped), "--tp", "2", "--tolerance", tolerance])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    random, real, conclusion = capsys.readouterr().out.splitlines()
+    assert random.startswith("random tokens (4, 96): max abs logit difference ")
+    assert real.startswith("real tokens (1, ")
+    assert conclusion.startswith(f"{verdict} within ")

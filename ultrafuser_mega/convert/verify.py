@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
-from ultrafuser_mega.models.hf_folder import LlamaWeights, check_parallel_sizes, read_architecture
+from ultrafuser_mega.models.hf_folder import HFWeights, check_parallel_sizes, read_architecture
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_disjoint
 from ultrafuser_mega.runtime.mcore import megatron_scope
@@ -60,7 +60,7 @@ def verify_specialist(
         InputError: the folder is unusable, or tp or pp does not fit it.
     """
     arch = read_architecture(folder)
-    LlamaWeights(folder, arch)
+    HFWeights(folder, arch)
     check_parallel_sizes(folder.name, arch, tp, pp)
     names, tokens = list(batches), list(batches.values())
     results = run_ranks(_logits, tp * pp, folder, tp, pp, tokens, sequence_parallel, timeout_s=600.0)

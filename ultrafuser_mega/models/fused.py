@@ -37,6 +37,8 @@ class FusedStage(MegatronModule):
     ) -> None:
         # Megatron's schedules read pipeline settings, which all local specialists share, from one config.
         super().__init__(config=next(iter(stages.values())).config)
+        # finalize_model_grads reads from it whether to look for query and key norms; any specialist may have them.
+        self.config.qk_layernorm = any(stage.config.qk_layernorm for stage in stages.values())
         self.model_type = ModelType.encoder_or_decoder
         self.specialists = nn.ModuleDict(stages)
         self.fusion = fusion

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor, nn
 
 from ultrafuser_mega.models.gate import Gate, mark_sharded, shard_rows
-from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights
+from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.ops import mixture_cross_entropy, mixture_cross_entropy_with_rows
 
 _ROW_MULTIPLE = 8  # rows per rank: keeps every shard's GEMM aligned for tensor cores
@@ -81,7 +81,7 @@ class FusionHead(nn.Module):
         """Read this rank's rows of every head from the specialists' folders."""
         stop = min(self.vocab_start + self.rows, self.vocab_size)
         for name, arch in self.architectures.items():
-            weights = LlamaWeights(folders[name], arch)
+            weights = HFWeights(folders[name], arch)
             head = self.heads[name]
             head.zero_()
             if stop > self.vocab_start:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,48 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.families import FAMILIES, Architecture, RopeScaling
 
-_SUPPORTED_TYPES = ("llama",)
-_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+__all__ = ["EMBEDDING", "FINAL_NORM", "HEAD", "Architecture", "HFWeights", "TensorFolder", "check_parallel_sizes"]
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _DERIVED = "rotary_emb.inv_freq"  # a buffer that old files store; rope_theta says the same
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a specialist's sharded model needs to know of its config.json (sizes in elements)."""
-
-    layers: int
-    hidden_size: int
-    ffn_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_rows: int
-    max_positions: int
-    norm_eps: float
-    rope_theta: float
-    tied: bool
+# What every family may say: field -> accepted values (None: absent); () for a field that is read below.
+_FIELDS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_dropout": (0, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+} | dict.fromkeys(
+    (
+        *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+        *("rope_parameters", "rope_scaling", "tie_word_embeddings", "layer_types"),
+    ),
+    (),
+)
+# What transformers and trainers write down beside, without effect on the logits.
+_WITHOUT_EFFECT = frozenset(
+    """
+    _name_or_path _attn_implementation_autoset architectures auto_map transformers_version torch_dtype dtype use_cache
+    initializer_range bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    id2label label2id num_labels finetuning_task task_specific_params problem_type return_dict output_hidden_states
+    output_attentions torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder chunk_size_feed_forward is_decoder
+    cross_attention_hidden_size max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens unsloth_version unsloth_fixed
+    """.split()  # noqa: SIM905 (one name a line would fill a page)
+)
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Architecture of the Llama-family model in ``folder``.
+    """Architecture of the model in ``folder``.
 
     Raises:
         InputError: no config.json, another model family, or a field that would be silently ignored.
@@ -60,12 +76,16 @@ def read_architecture(folder: Path) -> Architecture:
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds a {type(config).__name__}; expected a JSON object of fields")
     _refuse_unsupported(path, config)
+    family = FAMILIES[config["model_type"]]
+    config = {**family.defaults, **config}
     hidden_size, heads = _size(path, config, "hidden_size"), _size(path, config, "num_attention_heads")
     kv_heads = _size(path, config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise InputError(f"{path}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
-    rope = config.get("rope_parameters") or {}  # transformers 5; earlier versions had rope_theta on top
+    rope = _rope(config)
+    windowed = config.get("use_sliding_window", True) and config.get("sliding_window") is not None
     return Architecture(
+        family=family.model_type,
         layers=_size(path, config, "num_hidden_layers"),
         hidden_size=hidden_size,
         ffn_size=_size(path, config, "intermediate_size"),
@@ -76,6 +96,8 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=_size(path, config, "max_position_embeddings", default=2048),
         norm_eps=float(config.get("rms_norm_eps") or 1e-6),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e4),
+        rope_scaling=_llama3_scaling(path, rope),
+        sliding_window=_size(path, config, "sliding_window") if windowed else None,
         tied=bool(config.get("tie_word_embeddings", False)),
     )
 
@@ -91,24 +113,58 @@ def _size(path: Path, config: Mapping[str, Any], field: str, default: int | None
     return value
 
 
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings: rope_parameters of transformers 5, or rope_scaling beside rope_theta before it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope if isinstance(rope, dict) else {"rope_type": rope}
+
+
+def _llama3_scaling(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
+    if rope.get("rope_type", "default") == "default":
+        return None
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for field in fields:
+        value = rope.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise InputError(f"{path}: {field} of the llama3 rope scaling is {value!r}; expected a positive number")
+    factor, low, high, original = (rope[field] for field in fields)
+    return RopeScaling(float(factor), float(low), float(high), int(original))
+
+
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
-    wanted = {
-        "model_type": _SUPPORTED_TYPES,
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "rope_scaling": (None,),
-        "quantization_config": (None,),
-    }
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    found = {**{field: config.get(field) for field in wanted}, "rope_parameters.rope_type": rope_type}
-    wanted["rope_parameters.rope_type"] = ("default",)
-    if isinstance(found["rope_scaling"], dict) and found["rope_scaling"].get("rope_type") == "default":
-        found["rope_scaling"] = None
-    for field, value in found.items():
-        if value not in wanted[field]:
-            allowed = " or ".join(repr(choice) for choice in wanted[field] if choice is not None) or "no value"
-            raise InputError(f"{path}: {field} = {value!r} is not supported; supported: {allowed}")
+    family = FAMILIES.get(str(config.get("model_type")))
+    accepted = _FIELDS | dict(family.accepts) if family else {"model_type": tuple(FAMILIES)}
+    for field, choices in accepted.items():
+        if choices and config.get(field) not in choices:
+            _refuse(path, field, config.get(field), choices)
+    for field, value in config.items():
+        if field not in accepted and field not in _WITHOUT_EFFECT and value is not None:
+            raise InputError(
+                f"{path}: {field} = {value!r} is not known for {config['model_type']} and might change what the model "
+                "computes; remove the field if it does not"
+            )
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.get(field)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict) or ("rope_type" not in rope and "type" in rope):
+            _refuse(path, field, rope, (None,))
+        if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
+            _refuse(path, f"{field}.rope_type", kind, ("default", "llama3"))
+        _refuse_partial(path, field, rope)
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            _refuse(path, "layer_types", kind, ("full_attention",))
+
+
+def _refuse_partial(path: Path, field: str, rope: Mapping[str, Any]) -> None:
+    if rope.get("partial_rotary_factor", 1) != 1:
+        _refuse(path, f"{field}.partial_rotary_factor", rope["partial_rotary_factor"], (1,))
+
+
+def _refuse(path: Path, field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    allowed = " or ".join(repr(choice) for choice in choices if choice is not None) or "no value"
+    raise InputError(f"{path}: {field} = {value!r} is not supported; supported: {allowed}")
 
 
 class TensorFolder:
@@ -162,6 +218,14 @@ class TensorFolder:
             if tensor not in shapes and not tensor.endswith(_DERIVED):
                 raise InputError(f"{self.folder}: holds the tensor {tensor}, which config.json does not call for")
 
+    def names(self) -> list[str]:
+        """Names of all tensors but those that say again what config.json says."""
+        return [tensor for tensor in self._file_of if not tensor.endswith(_DERIVED)]
+
+    def dtype(self, tensor: str) -> torch.dtype:
+        """Element type of a tensor, from its file's header."""
+        return self._slice(tensor)[:0].dtype
+
     def read(self, tensor: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
         """``tensor[rows]`` or ``tensor[rows, columns]``."""
         view = self._slice(tensor)
@@ -178,11 +242,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: holds no weight_map; expected the index that save_pretrained writes") from None
 
 
-class LlamaWeights:
-    """Slices of a Llama folder in the layout that Megatron-core's layers keep them.
-
-    Megatron fuses q, k, v per query group ([q heads of the group, k, v] for each of the ``kv_heads`` groups)
-    and stacks gate and up projections; Hugging Face keeps them apart. Both rotate halves, so no permutation.
+class HFWeights:
+    """Slices of a specialist's folder in the layout that Megatron-core's layers keep them (see ``families``).
 
     Raises:
         InputError: the folder cannot be read, or its tensors are not those of ``architecture``.
@@ -192,12 +253,15 @@ class LlamaWeights:
         self.arch = architecture
         self.tensors = TensorFolder(folder)
         # A tied model may still store its head.
-        self._head = _EMBEDDING if architecture.tied and _HEAD not in self.tensors else _HEAD
-        self.tensors.check(_shapes(architecture) | {self._head: (architecture.vocab_rows, architecture.hidden_size)})
+        self._head = EMBEDDING if architecture.tied and HEAD not in self.tensors else HEAD
+        shapes = hf_shapes(architecture)
+        if self._head == EMBEDDING:
+            del shapes[HEAD]
+        self.tensors.check(shapes)
 
     def embedding(self, rows: slice) -> Tensor:  # (rows, d)
         """Rows of the input embedding."""
-        return self.tensors.read(_EMBEDDING, rows)
+        return self.tensors.read(EMBEDDING, rows)
 
     def head(self, rows: slice) -> Tensor:  # (rows, d)
         """Rows of the output head; of the embedding where the model ties them."""
@@ -205,51 +269,41 @@ class LlamaWeights:
 
     def final_norm(self) -> Tensor:  # (d,)
         """Weight of the norm after the last layer."""
-        return self.tensors.read(_FINAL_NORM)
+        return self.tensors.read(FINAL_NORM)
 
     def layer(self, index: int, tp_rank: int, tp: int) -> dict[str, Tensor]:
         """Tensor-parallel shard of decoder layer ``index`` under Megatron's parameter names."""
-        a, prefix, read = self.arch, f"model.layers.{index}.", self.tensors.read
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        groups, ffn = _share(a.kv_heads, tp_rank, tp), _share(a.ffn_size, tp_rank, tp)
-        count, q_heads = groups.stop - groups.start, a.heads // a.kv_heads
-        q_rows = slice(groups.start * q_heads * a.head_dim, groups.stop * q_heads * a.head_dim)
-        kv_rows = slice(groups.start * a.head_dim, groups.stop * a.head_dim)
-        parts = [
-            read(attention + "q_proj.weight", q_rows).view(count, q_heads, a.head_dim, a.hidden_size),
-            read(attention + "k_proj.weight", kv_rows).view(count, 1, a.head_dim, a.hidden_size),
-            read(attention + "v_proj.weight", kv_rows).view(count, 1, a.head_dim, a.hidden_size),
-        ]
-        return {
-            "input_layernorm.weight": read(prefix + "input_layernorm.weight"),
-            "self_attention.linear_qkv.weight": torch.cat(parts, dim=1).reshape(-1, a.hidden_size),
-            "self_attention.linear_proj.weight": read(attention + "o_proj.weight", columns=q_rows),
-            "pre_mlp_layernorm.weight": read(prefix + "post_attention_layernorm.weight"),
-            "mlp.linear_fc1.weight": torch.cat([read(mlp + f"{half}_proj.weight", ffn) for half in ("gate", "up")]),
-            "mlp.linear_fc2.weight": read(mlp + "down_proj.weight", columns=ffn),
-        }
+
+        def read(name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+            return self.tensors.read(f"model.layers.{index}.{name}", rows, columns)
+
+        rules = FAMILIES[self.arch.family].rules
+        return {rule.parameter: rule.shard(self.arch, read, tp_rank, tp) for rule in rules}
 
 
-def _shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama folder but the head -> its shape."""
-    d, q_size, kv_size = a.hidden_size, a.heads * a.head_dim, a.kv_heads * a.head_dim
-    of_layer = {
-        "input_layernorm.weight": (d,),
-        "self_attn.q_proj.weight": (q_size, d),
-        "self_attn.k_proj.weight": (kv_size, d),
-        "self_attn.v_proj.weight": (kv_size, d),
-        "self_attn.o_proj.weight": (d, q_size),
-        "post_attention_layernorm.weight": (d,),
-        "mlp.gate_proj.weight": (a.ffn_size, d),
-        "mlp.up_proj.weight": (a.ffn_size, d),
-        "mlp.down_proj.weight": (d, a.ffn_size),
-    }
+def hf_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a folder, the output head included -> its shape."""
+    d = a.hidden_size
+    of_layer = {name: shape for rule in FAMILIES[a.family].rules for name, shape in rule.shapes(a).items()}
     layers = {f"model.layers.{i}.{name}": shape for i in range(a.layers) for name, shape in of_layer.items()}
-    return {_EMBEDDING: (a.vocab_rows, d), **layers, _FINAL_NORM: (d,)}
+    return {EMBEDDING: (a.vocab_rows, d), **layers, FINAL_NORM: (d,), HEAD: (a.vocab_rows, d)}
 
 
-def _share(size: int, rank: int, parts: int) -> slice:
-    return slice(size // parts * rank, size // parts * (rank + 1))
+def check_positions(field: str, length: int, name: str, arch: Architecture) -> None:
+    """Refuse sequences of ``length`` tokens, which ``field`` asks for, where the specialist computes fewer.
+
+    Raises:
+        InputError: names the field, the specialist and what limits it.
+    """
+    if length > arch.max_positions:
+        raise InputError(
+            f"{field}: {length} tokens are more than the {arch.max_positions} positions of specialist {name}"
+        )
+    if arch.sliding_window is not None and length > arch.sliding_window:
+        raise InputError(
+            f"{field}: {length} tokens are more than the sliding_window = {arch.sliding_window} of specialist {name}, "
+            f"which is not computed here; use at most {arch.sliding_window}"
+        )
 
 
 def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from ultrafuser_mega.models.families import RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -43,10 +47,24 @@ class SdpaCoreAttention(nn.Module):
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * e)
 
 
-def layer_spec() -> ModuleSpec:
-    """Megatron-core's local decoder layer with the two layers above in place."""
+def llama3_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:  # (e / 2,) -> (e / 2,)
+    """Rotary frequencies stretched as Llama 3 does: slow ones by ``factor``, fast ones not, between them in part."""
+    turns = scaling.original_max_positions * inv_freq / (2 * math.pi)  # in the original context
+    share = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - share) * inv_freq / scaling.factor + share * inv_freq
+
+
+def layer_spec(*, qk_norm: bool) -> ModuleSpec:
+    """Megatron-core's local decoder layer with the two layers above in place.
+
+    Args:
+        qk_norm: also norm every head's queries and keys.
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    if qk_norm:
+        spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
     return spec

@@ -22,14 +22,16 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights
-from ultrafuser_mega.models.layers import RMSNorm, layer_spec
+from ultrafuser_mega.models.families import FAMILIES
+from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
+from ultrafuser_mega.models.layers import RMSNorm, layer_spec, llama3_frequencies
 
 
 def transformer_config(
     arch: Architecture, *, tp: int, pp: int, dtype: torch.dtype, sequence_parallel: bool, device: torch.device
 ) -> TransformerConfig:
-    """Megatron's configuration of a Llama-family specialist."""
+    """Megatron's configuration of a specialist."""
+    family = FAMILIES[arch.family]
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -42,6 +44,8 @@ def transformer_config(
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,  # also has finalize_model_grads sum these norms' gradients over the heads' ranks
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -76,7 +80,7 @@ class SpecialistStage(GPTModel):
         tp = groups.tp.size()
         super().__init__(
             config,
-            layer_spec(),
+            layer_spec(qk_norm=config.qk_layernorm),
             vocab_size=-(-arch.vocab_rows // tp) * tp,
             max_sequence_length=arch.max_positions,
             pre_process=groups.pp.rank() == 0,
@@ -87,6 +91,9 @@ class SpecialistStage(GPTModel):
             pg_collection=groups,
         )
         self.arch = arch
+        if arch.rope_scaling is not None:
+            # GPTModel's own scaling takes the factor from outside and assumes Llama 3's other three numbers.
+            self.rotary_pos_emb.inv_freq = llama3_frequencies(self.rotary_pos_emb.inv_freq, arch.rope_scaling)
         self.is_last = groups.pp.rank() == groups.pp.size() - 1
         if self.is_last:
             # GPTModel ties the final norm to the output layer, which this model does not have.
@@ -112,7 +119,7 @@ class SpecialistStage(GPTModel):
     @torch.no_grad()
     def load_hf(self, folder: Path) -> None:
         """Fill this stage's weights from the slices it needs of the safetensors in ``folder``."""
-        weights = LlamaWeights(folder, self.arch)
+        weights = HFWeights(folder, self.arch)
         rank, tp = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
         if self.pre_process:
             table = self.embedding.word_embeddings.weight

@@ -15,6 +15,10 @@ The upstream gradient is not known in the forward. It is one scalar for "sum" an
 and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
 the statistics alone and the backward runs the sweep again with the upstream factors as row weights (4 passes in all).
 
+A head may have a buffer in which a trainer collects its gradient in the wide type over several calls (Megatron's
+weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" by the sweep's GEMMs
+themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always so).
+
 Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs. Chunk sizes
 derive from numbers every rank shares, since each chunk is a collective.
 """
@@ -56,21 +60,34 @@ class Needs:
 
 
 def mixture_loss(
-    problem: Problem, *, buffer_bytes: int | None = None, epilogue: Epilogue | None = None
+    problem: Problem,
+    *,
+    head_main_grad: Sequence[Tensor | None] = (),
+    buffer_bytes: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, row losses (N,) without gradient).
 
+    ``head_main_grad``: n x (V_local, d_j) or None, what receives += dW_j in place of the heads' .grad; () for none.
+
     ``buffer_bytes`` bounds what grows with a chunk (logits, x_j, dx_j), all together; the default suits the device.
     """
-    plan = Plan(problem, buffer_bytes, epilogue)
+    plan = Plan(problem, buffer_bytes, epilogue, head_main_grad)
     return _ChunkedLoss.apply(plan, problem.target, problem.gate_logits, *problem.hidden, *problem.heads)
 
 
 class Plan:
     """How a problem is cut into chunks, together with what its autograd node carries besides tensors."""
 
-    def __init__(self, problem: Problem, buffer_bytes: int | None = None, epilogue: Epilogue | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        buffer_bytes: int | None = None,
+        epilogue: Epilogue | None = None,
+        head_main_grad: Sequence[Tensor | None] = (),
+    ) -> None:
         hidden = problem.hidden[0]
+        self.main_grad = tuple(head_main_grad) or (None,) * len(problem.heads)
         self.settings = problem.settings
         self.grad_enabled = torch.is_grad_enabled()
         self.epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
@@ -108,14 +125,21 @@ class _Chunk:
 
 class Sweep:
     """One pass over all chunks. ``statistics`` given: they are taken as the truth and no collective is needed.
+    ``into``: buffers that the heads' gradients are added to as they come, None for those that get a sum of their own.
 
     After run(): statistics (N, 4) of the whole vocabulary; gate (N, n), summed over the group; hidden n x (N, d_j),
     this shard's part; heads n x (V_local, d_j). What is not needed is None.
     """
 
     def __init__(
-        self, problem: Problem, plan: Plan, needs: Needs, weight: Tensor, statistics: Tensor | None = None
-    ) -> None:  # weight (N,): 0 on ignored rows
+        self,
+        problem: Problem,
+        plan: Plan,
+        needs: Needs,
+        weight: Tensor,  # (N,): 0 on ignored rows
+        statistics: Tensor | None = None,
+        into: Sequence[Tensor | None] = (),
+    ) -> None:
         self.problem, self.plan, self.needs, self.weight = problem, plan, needs, weight
         self.known = statistics is not None
         wide = problem.accumulate_dtype
@@ -137,14 +161,15 @@ class Sweep:
         ]
         # several chunks add up in the wide type; a single one may let its GEMM round to the result at once
         single = plan.chunk_rows >= rows > 0 and self.scale == 1.0
-        self.heads = [
-            self._head_sum(head, plan.epilogue.operand_dtype if single else wide) if need else None
-            for head, need in zip(problem.heads, needs.heads, strict=True)
-        ]
+        self.into = tuple(into) or (None,) * n
+        self.heads: list[Tensor | None] = []
+        for head, need, main, given in zip(problem.heads, needs.heads, plan.main_grad, self.into, strict=True):
+            dtype = plan.epilogue.operand_dtype if single and main is None else wide
+            self.heads.append((self._head_sum(head, dtype) if given is None else given) if need else None)
 
     def _head_sum(self, head: Tensor, dtype: torch.dtype) -> Tensor:
         if self.problem.rows == 0:
-            return torch.zeros_like(head)
+            return torch.zeros_like(head, dtype=dtype)
         total = torch.empty_like(head, dtype=dtype, memory_format=torch.contiguous_format)
         total[self.problem.real_rows :].zero_()  # padding
         return total
@@ -187,10 +212,10 @@ class Sweep:
             chunk.logits, chunk.scratch, self.target[rows], statistics[:, MAX], coefficients
         )
         d_inputs = [None if dx is None else dx[: dz.shape[0]] for dx in self.d_inputs]
-        for head, total, dx, x in zip(self.real_heads, self.heads, d_inputs, chunk.inputs, strict=True):
+        for j, (head, total, dx) in enumerate(zip(self.real_heads, self.heads, d_inputs, strict=True)):
             if total is not None:
-                real = total[: self.problem.real_rows]
-                gemm.accumulate(real, dz.t(), x, add=rows.start > 0, alpha=1.0 / self.scale)
+                real, add = total[: self.problem.real_rows], rows.start > 0 or self.into[j] is not None
+                gemm.accumulate(real, dz.t(), chunk.inputs[j], add=add, alpha=1.0 / self.scale)
             if dx is not None:
                 gemm.accumulate(dx, dz, head, add=False, alpha=1.0 / self.scale)
         if any(dx is not None for dx in d_inputs):
@@ -223,6 +248,7 @@ class _ChunkedLoss(torch.autograd.Function):
         late_share = share if share is not None and problem.hidden[0].dtype == torch.float16 else None
         per_row = plan.settings.reduction == "none"
         ctx.plan, ctx.needs = plan, needs
+        ctx.main_grad = (None,) * (1 + n) + plan.main_grad  # of gate logits, hidden, heads
         ctx.dtypes = [tensor.dtype for tensor in (gate_logits, *tensors)]
         ctx.deferred = per_row and any(needs.heads)
 
@@ -255,14 +281,15 @@ class _ChunkedLoss(torch.autograd.Function):
             factor = upstream if late_share is None else upstream * late_share
             # with retain_graph the saved gradients serve again
             reuse = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return (
-            None,
-            None,
-            *(
-                None if gradient is None else _scaled(gradient, factor, dtype, reuse)
-                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-            ),
-        )
+        returned = []
+        for gradient, dtype, main in zip(gradients, ctx.dtypes, ctx.main_grad, strict=True):
+            if gradient is None or main is None:
+                returned.append(None if gradient is None else _scaled(gradient, factor, dtype, reuse))
+                continue
+            if gradient is not main:  # the sweep has added the rest itself
+                main.addcmul_(gradient, factor)  # factor: (), since dW of "none" is the sweep's
+            returned.append(None)
+        return None, None, *returned
 
 
 def _deferred_gradients(ctx, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
@@ -270,11 +297,11 @@ def _deferred_gradients(ctx, upstream: Tensor) -> tuple[list[Tensor | None], Ten
     statistics, target, gate_logits, *tensors = ctx.saved_tensors
     problem = ctx.plan.problem(target, gate_logits, tensors)
     weight = torch.where(problem.kept(), upstream, 0.0)
-    factor = weight.new_ones(())
+    factor, into = weight.new_ones(()), ctx.plan.main_grad
     if problem.hidden[0].dtype == torch.float16 and problem.rows:  # a loss scale of 2^16 does not fit fp16
         factor = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
-        weight = weight / factor
-    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, statistics)
+        weight, into = weight / factor, ()
+    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, statistics, into)
     sweep.run()
     return [sweep.gate, *sweep.hidden, *sweep.heads], factor
 

@@ -53,7 +53,7 @@ def report(capability: int, dtype: str = "bf16") -> list[Resources]:
 
 
 def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
-    """Every kernel of the CUDA file ``source``, compiled by ``nvcc`` for each sm_<capability>; none uses tensor cores."""
+    """Every kernel of the CUDA file ``source``, compiled by ``nvcc`` for each sm_<capability>."""
     targets = [f"-gencode=arch=compute_{capability},code=sm_{capability}" for capability in capabilities]
     with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
         command = [nvcc, "-fatbin", "-O3", "-std=c++17", *targets, str(source), "-o", file.name]

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import reference, registered
-from ultrafuser_mega.ops.problem import Problem, checked_problem
+from ultrafuser_mega.ops import chunked, reference, registered
+from ultrafuser_mega.ops.problem import Problem, check_main_grad, checked_problem
 
 BACKENDS = ("auto", "reference", "chunked", "gate_only", "streaming")
 
@@ -43,6 +43,7 @@ def mixture_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     backend: str = "auto",
+    head_main_grad: Sequence[Tensor | None] | None = None,  # n x (V_local, d_j)
 ) -> Tensor:
     """Cross-entropy of z = sum_j softmax(gate_logits)_j W_j h_j against ``target``.
 
@@ -64,6 +65,12 @@ def mixture_cross_entropy(
         z_loss: weight of lse^2, >= 0.
         backend: "auto", "reference", "chunked", "gate_only" or "streaming". auto takes gate_only where hidden and heads
             are frozen and the gate is not, chunked elsewhere.
+        head_main_grad: one fp32 (fp64 for fp64 inputs) buffer per head, or None for a head without one, that receives
+            += dW_j in the backward, unrounded (Megatron's weight.main_grad). Such a head's .grad stays as it is, and
+            autograd's hooks on it do not run. Buffers of heads that require no gradient are not touched. Backend
+            chunked alone, and not inside torch.compile. reduction="none" adds from within its matrix products and needs
+            no memory for it (but with fp16), at its 4 GEMM passes; "sum" and "mean" keep the 3 and hold one fp32 copy
+            of dW_j between forward and backward.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs): (), or (N,) for reduction="none".
@@ -94,6 +101,7 @@ def mixture_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         backend=backend,
+        head_main_grad=head_main_grad,
     ).loss
 
 
@@ -111,6 +119,7 @@ def mixture_cross_entropy_with_rows(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     backend: str = "auto",
+    head_main_grad: Sequence[Tensor | None] | None = None,  # n x (V_local, d_j)
 ) -> LossWithRows:
     """:func:`mixture_cross_entropy` together with every row's loss, detached, at no extra cost.
 
@@ -135,6 +144,14 @@ def mixture_cross_entropy_with_rows(
     if backend == "auto":
         gate_trains = torch.is_grad_enabled() and gate_logits.requires_grad
         backend = "gate_only" if gate_trains and not _trainable(problem) else "chunked"
+    if head_main_grad is not None:
+        check_main_grad(head_main_grad, problem)
+        if backend in ("reference", "streaming"):
+            raise InputError(f"head_main_grad: backend {backend} cannot add to buffers; use chunked")
+        if torch.compiler.is_compiling():
+            raise InputError(
+                "head_main_grad: buffers cannot be added to inside torch.compile; call the loss outside it"
+            )
     if backend == "gate_only" and (name := _trainable(problem)):
         raise InputError(f"backend: gate_only gives no gradient for {name}, which requires one; use chunked")
     if backend == "streaming" and (target.device.type != "cuda" or hidden[0].dtype == torch.float64):
@@ -143,6 +160,8 @@ def mixture_cross_entropy_with_rows(
     with torch.autocast(target.device.type, enabled=False):  # the types are chosen here
         if backend == "reference":
             return _reference_loss(problem)
+        if backend == "chunked" and head_main_grad is not None:
+            return LossWithRows(*chunked.mixture_loss(problem, head_main_grad=head_main_grad))
         if torch.compiler.is_compiling():
             return LossWithRows(*registered.mixture_loss(problem, backend))
         return LossWithRows(*registered.backend_loss(problem, backend))

@@ -157,6 +157,22 @@ def _check_tensors(
     _check_kind("target", target, torch.int64, first.device)
 
 
+def check_main_grad(head_main_grad: Sequence[Tensor | None], problem: Problem) -> None:
+    """InputError unless there is one buffer, or None, per head that can receive its gradient in the wide type."""
+    if len(head_main_grad) != len(problem.heads):
+        raise InputError(f"head_main_grad: {len(head_main_grad)} buffers, needed {len(problem.heads)}, one per head")
+    for j, (buffer, head) in enumerate(zip(head_main_grad, problem.heads, strict=True)):
+        if buffer is None:
+            continue
+        if buffer.shape != head.shape:
+            raise InputError(
+                f"head_main_grad[{j}]: shape {tuple(buffer.shape)}, needed {tuple(head.shape)} as the head"
+            )
+        _check_kind(f"head_main_grad[{j}]", buffer, problem.accumulate_dtype, head.device)
+        if buffer.requires_grad:
+            raise InputError(f"head_main_grad[{j}]: requires a gradient, needed a plain buffer that is added to")
+
+
 def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if tensor.dtype != dtype:
         raise InputError(f"{name}: dtype {tensor.dtype}, needed {dtype}")

@@ -174,9 +174,10 @@ def encode_conversation(
 
 def decode_response(tokenizer: Any, ids: Sequence[int], response_lead: str) -> str:
     """The text of generated ids, without special tokens and without the lead that every response began with."""
-    anchor = tokenizer.backend_tokenizer.encode(_ANCHORS[0], add_special_tokens=False).ids
+    # Decoded behind an anchor: some tokenizers drop the space before the first word of what they are given. No line
+    # break, which may be a byte piece and then would be judged together with bytes that follow.
+    anchor = tokenizer.backend_tokenizer.encode(":", add_special_tokens=False).ids
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    # Decoded behind an anchor: some tokenizers drop the space before the first word of what they are given.
     text = tokenizer.decode([*anchor, *ids], **options).removeprefix(tokenizer.decode(anchor, **options))
     bare = text.removeprefix(response_lead)
     return text if bare[:1].isspace() else bare

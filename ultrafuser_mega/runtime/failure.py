@@ -64,7 +64,7 @@ def _speak(error: BaseException) -> None:
 
 
 def _stay_for_the_others(store: dist.Store) -> None:
-    """Without torchrun, rank 0 hosts the store: give the ranks that fail by the same cause a second to ask it."""
-    until = time.monotonic() + 1.0
+    """Without torchrun, rank 0 hosts the store: give the ranks that fail by the same cause time to ask it."""
+    until = time.monotonic() + 2.0
     while store.add(_LEAVING, 0) < launched_ranks() and time.monotonic() < until:
         time.sleep(0.02)

@@ -1,8 +1,9 @@
 """Sharded checkpoints: write under a temporary name, rename when complete, read into any number of ranks.
 
-A checkpoint is a folder ``stage<k>-step<s>`` holding Megatron's distributed checkpoint (torch_dist) and
+A checkpoint is a folder ``stage<k>-step<s>`` holding Megatron's distributed checkpoint (torch_dist),
 ``progress.json``: where the run stood, and a description of the model that another model's checkpoint cannot
-match. Everything in it lies in model space under layout-independent names:
+match, and what the specialists came with beside their weights (``sources``). Every tensor lies in model space
+under a layout-independent name:
 
     specialists.<name>.<Megatron name>    heads.<name>    tails.<name>    gate.<...>
     optimizer.<param|exp_avg|exp_avg_sq>.<name of the parameter>
@@ -33,9 +34,10 @@ from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.training.optimizer import Trainable
+from ultrafuser_mega.training.sources import Sources
 
 _NAME = re.compile(r"stage(\d)-step(\d{7})$")
-_PROGRESS = "progress.json"
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +59,7 @@ def list_checkpoints(folder: Path) -> list[tuple[Progress, Path]]:
         return []
     found = []
     for path in folder.iterdir():
-        if (match := _NAME.match(path.name)) and (path / _PROGRESS).is_file():
+        if (match := _NAME.match(path.name)) and (path / PROGRESS).is_file():
             found.append((Progress(int(match[1]), int(match[2])), path))
     return sorted(found)
 
@@ -73,9 +75,9 @@ def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
         InputError: not a complete checkpoint, or one of another model; names the first difference.
     """
     try:
-        record = json.loads((path / _PROGRESS).read_text())
+        record = json.loads((path / PROGRESS).read_text())
     except FileNotFoundError:
-        raise InputError(f"{path}: not a complete checkpoint (no {_PROGRESS})") from None
+        raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
     saved, wanted = _flat(record["identity"]), _flat(json.loads(json.dumps(identity)))
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key):
@@ -93,27 +95,56 @@ def save_checkpoint(
     groups: RankGroups,
     identity: Mapping[str, Any],
     keep: int,
+    sources: Sources,
 ) -> Path:
     """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
-    final, partial = folder / progress.folder, folder / f".{progress.folder}.partial"
+    final = folder / progress.folder
+    write_checkpoint(final, progress, model, trainable, groups, identity, sources)
     if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with megatron_scope(trainable.device):
-        state = _model_state(model, groups)
-        state |= _optimizer_state(trainable, state)
-        dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if groups.rank == 0:
-        record = {"progress": asdict(progress), "identity": identity}
-        (partial / _PROGRESS).write_text(json.dumps(record, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
         for _, old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def write_checkpoint(
+    final: Path,
+    progress: Progress,
+    model: FusedStage,
+    trainable: Trainable | None,
+    groups: RankGroups,
+    identity: Mapping[str, Any],
+    sources: Sources,
+) -> None:
+    """Write the folder ``final``, in place of what has this name; collective over the job.
+
+    Args:
+        final: the checkpoint folder.
+        progress: where the run stands.
+        model: this rank's share.
+        trainable: whose optimizer to write too; None for weights alone, which belongs to step 0.
+        groups: this rank's process groups.
+        identity: description of the model, checked on reading.
+        sources: where its specialists came from; copied into the folder.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    if groups.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with megatron_scope(next(model.parameters()).device):
+        state = _model_state(model, groups)
+        if trainable is not None:
+            state |= _optimizer_state(trainable, state)
+        dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if groups.rank == 0:
+        sources.write(partial)
+        record = {"progress": asdict(progress), "identity": identity}
+        (partial / PROGRESS).write_text(json.dumps(record, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    dist.barrier()
 
 
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:
@@ -124,13 +155,14 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         model: filled in place.
         groups: this rank's process groups; they may differ from those it was saved with.
         trainable: the stage's optimizer and schedule, advanced to ``steps``; None to read weights only.
-        steps: steps that were done in the stage.
+        steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
     """
     device = next(model.parameters()).device
     with megatron_scope(device), torch.no_grad():
         state = _model_state(model, groups)
         parameters = {key: shard.data for key, shard in state.items()}
-        if trainable is not None:
+        moments = trainable is not None and steps > 0
+        if trainable is not None and moments:
             _create_moments(trainable, steps)
             state |= _optimizer_state(trainable, state)
         loaded = dist_checkpointing.load(state, str(path))
@@ -139,7 +171,8 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         if trainable is not None:
             if not any(key.startswith("optimizer.param.") for key in loaded):
                 trainable.optimizer.reload_model_params()  # the model's own weights are the master weights
-            _restore_moments(trainable, loaded, parameters)
+            if moments:
+                _restore_moments(trainable, loaded, parameters)
             trainable.schedule.step(steps)
 
 

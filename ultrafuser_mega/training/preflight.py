@@ -17,7 +17,13 @@ from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import Architecture, LlamaWeights, check_parallel_sizes, read_architecture
+from ultrafuser_mega.models.hf_folder import (
+    Architecture,
+    HFWeights,
+    check_parallel_sizes,
+    check_positions,
+    read_architecture,
+)
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, read_progress
 
@@ -81,12 +87,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     for name, arch in architectures.items():
         placement = layout.placements[name]
         check_parallel_sizes(name, arch, placement.tp, placement.pp)
-        LlamaWeights(config.folders[name], arch)
-        if config.data.max_length > arch.max_positions:
-            raise InputError(
-                f"data.max_length: {config.data.max_length} tokens are more than the {arch.max_positions} positions "
-                f"of specialist {name}"
-            )
+        HFWeights(config.folders[name], arch)
+        check_positions("data.max_length", config.data.max_length, name, arch)
     vocab_size = shared_vocabulary(config)
     check_tokenizers(config.folders, vocab_size)
     _check_data_files(config)

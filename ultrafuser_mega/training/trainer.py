@@ -29,6 +29,7 @@ from ultrafuser_mega.training.optimizer import Trainable, make_trainable
 from ultrafuser_mega.training.preflight import DTYPES, RunPlan
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.report import RunReport, set_aside
+from ultrafuser_mega.training.sources import Sources
 from ultrafuser_mega.training.totals import ClassTotals
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
@@ -174,6 +175,7 @@ class Trainer:
             self.groups,
             self.plan.identity,
             config.checkpoint.keep,
+            Sources.of(config),
         )
         report.note(f"checkpoint {path}")
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import LlamaWeights, check_parallel_sizes, read_architecture
+from ultrafuser_mega.models.hf_folder import HFWeights, check_parallel_sizes, read_architecture
 from ultrafuser_mega.toy import tiny_llama
 
 # config.json as transformers 4 wrote it for CodeLlama (rope_theta on top, no head_dim).
@@ -96,12 +96,21 @@ def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "qwen2"}, "model_type = 'qwen2' is not supported; supported: 'llama'"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported; supported: 'llama' or 'mistral' or 'qwen2'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = {'type': 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type = 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_parameters.rope_type = 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor of the llama3 rope scaling is None",
+        ),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported; supported: 0"),
+        ({"logit_scale": 0.5}, "logit_scale = 0.5 is not known for llama and might change what the model computes"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
+        ({"model_type": "qwen2", "pretraining_tp": None, "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"model_type": "qwen3", "pretraining_tp": None, "attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method': 'gptq'}"),
         ({"hidden_size": "absent"}, "lacks the field hidden_size"),
         ({"hidden_size": "96"}, "hidden_size = '96'; expected a positive whole number"),
@@ -129,8 +138,8 @@ def test_folder_without_a_readable_config(tmp_path: Path) -> None:
         assert reason in refusal(read_architecture, tmp_path)
 
 
-def open_weights(folder: Path) -> LlamaWeights:
-    return LlamaWeights(folder, read_architecture(folder))
+def open_weights(folder: Path) -> HFWeights:
+    return HFWeights(folder, read_architecture(folder))
 
 
 def keep_half(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_folder import PIECES, write_bytelevel_tokenizer, write_release
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ultrafuser_mega.data.align import Aligner
 from ultrafuser_mega.data.conversation import Conversation
@@ -124,15 +124,23 @@ def test_golden_pieces_of_llama_tokenizers(tokenizers):
 def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers, kind, lead):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
     encoder = SpecialistEncoder(tokenizer, {"first": "", "later": ""})
-    for text in ("Paris", "two words.", "def f(a):\n    return a", "\n\n  deep", "  deep", "12 + 3", "é😀"):
+    for text in ("Paris", "two words.", "def f(a):\n    return a", "\n\n  deep", "  deep", "12 + 3", "é😀", "😀"):
         assert decode_response(tokenizer, encoder.encode_response(text, lead), lead) == text
+
+
+def test_bytes_that_are_no_text_leave_nothing_of_the_anchor_behind(tokenizers):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["prepend"])
+    broken = tokenizer.convert_tokens_to_ids(["<0xF0>", "<0x9F>", "H", "i"])
+    assert decode_response(tokenizer, broken, " ") == tokenizer.decode(broken)
 
 
 def test_the_released_tokenizer_is_the_one_of_training_whatever_its_folder_called_it(releases, specialists):
     for trio, release in releases.items():
-        ours = TextEncoder(release)
-        assert ours.fingerprint() == TextEncoder(specialists[trio]["text"][0]).fingerprint()
-        assert ours.tokenizer.padding_side == "left"
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
+        trained = TextEncoder(specialists[trio]["text"][0]).tokenizer
+        assert tokenizer.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (trained.bos_token_id, trained.eos_token_id)
+        assert tokenizer.padding_side == "left"
 
 
 def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(tokenizers, specialists, tmp_path):
@@ -148,7 +156,7 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
     conversation = Conversation((("Say [INST].", "No.\n  Yes."), (" Why?", "...")))
     aligner, _ = both(members)
     (aligned,) = aligner.align([conversation])
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     inputs = model.chat_inputs([as_messages(conversation)], tokenizer)
     for name, (first, second) in aligned.prompts.items():
         assert inputs["specialist_input_ids"][name][0].tolist() == first + aligned.responses[0] + second
@@ -160,7 +168,7 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
 
 
 def test_chat_answers_with_the_text_that_generate_gives(model, release, reference):
-    tokenizer = AutoTokenizer.from_pretrained(release)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
     inputs = model.chat_inputs([QUESTION], tokenizer)
     prompts = {name: ids[0].tolist() for name, ids in inputs["specialist_input_ids"].items()}
     assert len({len(ids) for ids in prompts.values()}) > 1, "the templates must differ"
@@ -173,7 +181,7 @@ def test_chat_answers_with_the_text_that_generate_gives(model, release, referenc
 
 
 def test_tools_that_know_one_template_get_the_first_specialists(releases):
-    tokenizer = AutoTokenizer.from_pretrained(releases["llamas"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(releases["llamas"])
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
@@ -199,7 +207,7 @@ def test_tools_that_know_one_template_get_the_first_specialists(releases):
     ],
 )
 def test_conversations_that_training_would_not_have_seen_are_refused_in_one_line(models, releases, messages, words):
-    tokenizer = AutoTokenizer.from_pretrained(releases["qwens"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(releases["qwens"])
     with pytest.raises(ValueError) as caught:
         models["qwens"].chat(messages, tokenizer=tokenizer)
     assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -6,7 +6,12 @@ from ultrafuser_mega.models.families.family import Family
 from ultrafuser_mega.models.families.rules import COMMON_LAYER, FusedQKV
 
 #: Fields of both Qwen generations. The window fields have no effect while use_sliding_window is false.
-QWEN_FIELDS = {"use_sliding_window": (False, None), "sliding_window": (), "max_window_layers": (), "use_mrope": (False, None)}
+QWEN_FIELDS = {
+    "use_sliding_window": (False, None),
+    "sliding_window": (),
+    "max_window_layers": (),
+    "use_mrope": (False, None),
+}
 
 QWEN2 = Family(
     model_type="qwen2",

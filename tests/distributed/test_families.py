@@ -1,0 +1,114 @@
+"""Every family of specialists computes, sharded, what transformers computes, and learns the same however sharded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILY_CASES, write_family
+from torch import Tensor
+from trio import COLOCATED_TP2, CPU, ONE, config_tree, read_steps, train, write_trio
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.convert.verify import verification_batches, verify_specialist
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import check_positions, read_architecture
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.checkpoint import list_checkpoints, load_checkpoint
+from ultrafuser_mega.training.preflight import preflight
+from ultrafuser_mega.training.trainer import build_model
+
+# Logits of order 1 to 10 after two layers in float32: rounding leaves differences of some 1e-6 to 1e-5.
+TOLERANCE = 1e-4
+
+
+def batches(folder: Path) -> dict[str, Tensor]:
+    return verification_batches(folder, "def add(a, b): return a + b", multiple=2)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_sharded_specialist_equals_transformers(tmp_path: Path, case: str, tp: int, pp: int) -> None:
+    folder = write_family(tmp_path / case, case)
+    for difference in verify_specialist(folder, tp, pp, batches(folder)):
+        assert difference.max_abs <= TOLERANCE
+        assert difference.top1 == 1.0
+
+
+@pytest.mark.parametrize("case", ["qwen2_tied", "qwen3"])
+def test_sequence_parallel_specialist_equals_transformers(tmp_path: Path, case: str) -> None:
+    folder = write_family(tmp_path / case, case)
+    differences = verify_specialist(folder, 2, 2, batches(folder), sequence_parallel=True)
+    assert max(difference.max_abs for difference in differences) <= TOLERANCE
+
+
+def test_sequences_beyond_a_sliding_window_are_refused_by_name(tmp_path: Path) -> None:
+    arch = read_architecture(write_family(tmp_path, "mistral", sliding_window=128))
+    check_positions("data.max_length", 128, "text", arch)
+    with pytest.raises(InputError, match=r"data\.max_length: 129 tokens are more than the sliding_window = 128"):
+        check_positions("data.max_length", 129, "text", arch)
+
+
+def test_window_that_is_switched_off_limits_nothing(tmp_path: Path) -> None:
+    """Qwen writes the window's length down even where it is not used."""
+    assert read_architecture(write_family(tmp_path, "qwen3", sliding_window=64)).sliding_window is None
+
+
+@pytest.fixture(scope="module")
+def mixed_trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama first, then query/key/value biases, then norms of queries and keys."""
+    root = write_trio(tmp_path_factory.mktemp("mixed"))
+    for name, case in (("code", "qwen2_tied"), ("math", "qwen3")):
+        write_family(root / name, case, vocab_rows=416)
+    for name in ("text", "code", "math"):  # else transformers reads one tokenizer.json differently for every family
+        path = root / name / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return root
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_mixed_families_learn_the_same_on_one_rank_and_on_two(
+    mixed_trio: Path, tmp_path: Path, sequence_parallel: bool
+) -> None:
+    """Biases are sharded with their heads, q and k norms shared by all heads: their gradients need their own sums."""
+    runs = {}
+    for name, layout, ranks in (("one", ONE, 1), ("two", COLOCATED_TP2, 2)):
+        tree = config_tree(mixed_trio, tmp_path / name, layout) | {"micro_batch_size": 2}
+        tree["stage1"] |= {"steps": 1}
+        tree["stage2"] |= {"steps": 3, "lr": 5e-3, "warmup_steps": 0}
+        tree["evaluation"] = {"samples_per_class": 2, "token_views": 0}
+        tree["parallel"] = {"sequence_parallel": sequence_parallel and ranks > 1}
+        runs[name] = (train(tree, ranks), _final_weights(tree))
+    (one, weights_one), (two, weights_two) = runs.values()
+    for mine, theirs in zip(read_steps(two), read_steps(one), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    # Adam moves a weight by about lr = 5e-3 a step whatever its gradient's size: an unsummed gradient shows at that
+    # scale, rounding (which Adam magnifies where gradients are near zero) does not in the mean.
+    assert any("q_layernorm" in name for name in weights_one)
+    for name, weight in weights_one.items():
+        if weight.dim() == 1 and ("layernorm" in name or "qkv.bias" in name):
+            assert (weights_two[name] - weight).abs().mean() <= 2e-4, name
+
+
+def _final_weights(tree: dict[str, Any]) -> dict[str, Tensor]:
+    (weights,) = run_ranks(_load_on_one_rank, 1, tree)
+    return weights
+
+
+def _load_on_one_rank(rank: int, tree: dict[str, Any]) -> dict[str, Tensor]:
+    plan = preflight(FuserConfig.model_validate({**tree, "layouts": [ONE]}), 1, resume=False)
+    groups = make_groups(plan.layout)
+    model = build_model(plan, groups, CPU)
+    load_checkpoint(list_checkpoints(plan.config.run_dir / "checkpoints")[-1][1], model, groups, None, 0)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_every_family_has_a_case() -> None:
+    from ultrafuser_mega.models.families import FAMILIES
+
+    assert {case.split("_")[0] for case in FAMILY_CASES} - {"codellama"} == set(FAMILIES)

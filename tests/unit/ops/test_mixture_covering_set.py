@@ -1,0 +1,89 @@
+"""Real vocabulary sizes and row counts, every specialist count, type and kind of value, in a set that covers pairs.
+
+Widths are tiny: what breaks at V = 151936 or N = 4096 is the softmax and the cutting into blocks, not the width.
+Everything is held to the rule of plain PyTorch in the same type (rule_violations).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ultrafuser_mega.ops import mixture_cross_entropy
+from ultrafuser_mega.ops.testing import IGNORE, Case, answer_of, make_case, relative_error, rule_violations, truth
+
+EVERYTHING, GATE = (True, True, True), (True, False, False)
+BACKENDS = [("reference", EVERYTHING), ("chunked", EVERYTHING), ("chunked", GATE), ("gate_only", GATE)]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+CASES = [  # vocabulary, rows, widths, type, values, reduction
+    (32000, 0, (4, 3), FP32, "ordinary", "mean"),
+    (32000, 1, (8,), BF16, "masked", "none"),
+    (32000, 37, (4, 3, 5), FP32, "saturated", "mean"),
+    (32000, 37, (2, 4, 1, 3, 5), FP16, "ordinary", "sum"),
+    (32016, 0, (4, 3, 5), BF16, "ordinary", "none"),
+    (32016, 1, (3, 1, 4, 2, 2), FP32, "ordinary", "sum"),
+    (32016, 37, (4, 6), BF16, "saturated", "mean"),
+    (32016, 37, (6,), FP32, "masked", "none"),
+    (151936, 0, (4,), FP16, "ordinary", "sum"),
+    (151936, 1, (4, 3), FP32, "masked", "mean"),
+    (151936, 1, (4, 3, 2), FP16, "saturated", "none"),
+    (151936, 37, (4, 3, 5), BF16, "ordinary", "mean"),
+    (333, 4096, (4, 3, 5), FP32, "masked", "mean"),
+    (333, 4096, (3, 2, 4, 1, 2), BF16, "ordinary", "none"),
+    (7, 4096, (2, 3), FP16, "saturated", "sum"),
+    (1, 4096, (2,), FP32, "saturated", "mean"),
+]
+
+
+def case_of(vocab: int, rows: int, widths: tuple[int, ...], dtype: torch.dtype, values: str, reduction: str) -> Case:
+    options = {"rows": rows, "vocab": vocab, "widths": widths, "dtype": dtype, "reduction": reduction, "z_loss": 1e-4}
+    match values:
+        case "saturated":
+            return make_case(111, **options, gate_scale=200.0, padding=5, label_smoothing=0.1)
+        case "masked":
+            return masked(make_case(112, **options, padding=5))
+        case _:
+            return make_case(113, **options, padding=5, label_smoothing=0.1)
+
+
+def masked(case: Case) -> Case:
+    """Every second word gets logits of -1e30, as a mask on the vocabulary gives; no target is one of them."""
+    for states, head in zip(case.hidden, case.heads, strict=True):
+        states[:, 0] = 1.0
+        head[1 : case.options["vocab_size"] : 2] = 0.0
+        head[1 : case.options["vocab_size"] : 2, 0] = -1e30
+    case.target[case.target != IGNORE] &= ~1
+    return case
+
+
+@pytest.mark.parametrize(("backend", "needs"), BACKENDS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_error_stays_within_the_rule_of_plain_pytorch(shape, backend, needs):
+    case = case_of(*shape)
+    answer = answer_of(mixture_cross_entropy, case, needs, backend=backend)
+    assert rule_violations(answer, case) == []
+    if shape[4] == "masked" and answer.heads[0] is not None:
+        assert all(torch.count_nonzero(head[1::2]) == 0 for head in answer.heads)
+
+
+@pytest.mark.parametrize(("backend", "needs"), [("chunked", EVERYTHING), ("gate_only", GATE)], ids=["all", "gate"])
+def test_4096_rows_of_32000_words(backend, needs):
+    """64 rows repeated 64 times: the truth of the 64 is the truth of all, and only the answer pays for the size."""
+    few = make_case(114, rows=64, vocab=32000, widths=(4, 3, 5), reduction="sum")
+    repeats = 64
+    many = Case(
+        [states.repeat(repeats, 1) for states in few.hidden],
+        few.heads,
+        few.gate_logits.repeat(repeats, 1),
+        few.target.repeat(repeats),
+        few.options,
+    )
+    answer, expected = answer_of(mixture_cross_entropy, many, needs, backend=backend), truth(few)
+    tolerance = 1e-5  # fp32 sums over 32000 words and 4096 rows, both in blocks
+    assert relative_error(answer.loss / repeats, expected.loss) <= tolerance
+    assert relative_error(answer.gate, expected.gate.repeat(repeats, 1)) <= tolerance
+    for gradient, true in zip(answer.hidden, expected.hidden, strict=True):
+        assert gradient is None or relative_error(gradient, true.repeat(repeats, 1)) <= tolerance
+    for gradient, true in zip(answer.heads, expected.heads, strict=True):
+        assert gradient is None or relative_error(gradient / repeats, true) <= tolerance

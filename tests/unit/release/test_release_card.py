@@ -1,0 +1,113 @@
+"""The model card says what the run and the specialists' folders say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from release_folder import PIECES
+
+from ultrafuser_mega.analysis.records import EvalRecord, build_summary, write_summary
+from ultrafuser_mega.config import dump_config, load_config
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.release import CardFacts, assemble_release
+
+
+def evaluation(stage: int, step: int, fused: float) -> EvalRecord:
+    loss = {
+        "prose": {"fused": fused, "text": 2.0, "code": 3.0, "math": 4.0},
+        "programs": {"fused": fused / 2, "text": 5.0, "code": math.nan, "math": 6.0},
+    }
+    gate = {"prose": {"text": 0.7, "code": 0.2, "math": 0.1}, "programs": {"text": 0.1, "code": 0.8, "math": 0.1}}
+    return EvalRecord(stage=stage, step=step, loss=loss, gate=gate)
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    config = load_config(None, ["stage1.steps=40", "stage2.lr=2e-5", "data.max_length=2048"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    facts = {"tokens_per_s": 1.0, "steps": 190, "layout": "colocated", "device": "cpu", "wall_s": 1.0}
+    write_summary(
+        tmp_path / "run", build_summary(evaluation(2, 190, 1.0), **facts, after_stage1=evaluation(1, 40, 1.5))
+    )
+    return tmp_path / "run"
+
+
+def card_of(facts: CardFacts, specialists, out: Path) -> str:
+    assemble_release(out, specialists, PIECES, 8, False, torch.float32, facts)
+    return (out / "README.md").read_text()
+
+
+def cells(card: str, row: str) -> list[str]:
+    """The cells of the one table row that is called ``row``."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("|")]
+    (found,) = [cells for name, *cells in rows if name == row]
+    return found
+
+
+def test_the_tables_are_those_of_the_finished_run(run_dir, specialists, tmp_path):
+    card = card_of(CardFacts.from_run(run_dir, "my-fused"), specialists["llamas"], tmp_path / "out")
+    assert "\n# my-fused\n" in card
+    assert cells(card, "fused") == ["**1.000**", "**0.500**", "**0.750**"]
+    assert cells(card, "fused after stage 1") == ["1.500", "0.750", "1.125"]
+    losses = card[card.index("Held-out loss") :]
+    assert cells(losses[: losses.index("Average gate")], "code") == ["3.000", "-", "-"]
+    assert cells(card, "w_code") == ["0.20", "**0.80**"]
+
+
+def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir, specialists, tmp_path):
+    card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
+    assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5"]
+    assert cells(card, "2: everything") == ["150", "8 x 3", "2e-05", "cosine", "5"]
+    assert "sequences of at most 2048 tokens, loss per token" in card
+    data = card[card.index("Data, one class") : card.index("Two stages")]
+    assert cells(data, "text") == ["text.train.jsonl", "text.heldout.jsonl"]
+
+
+def test_no_path_of_the_machine_it_was_made_on_reaches_the_card(run_dir, specialists, tmp_path):
+    card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
+    assert str(tmp_path) not in card and "/tmp" not in card
+
+
+def test_licences_are_what_the_folders_state(run_dir, specialists, tmp_path):
+    members = {}
+    for name, (folder, template) in specialists["llamas"].items():
+        shutil.copytree(folder, tmp_path / name)
+        members[name] = (tmp_path / name, template)
+    (tmp_path / "code" / "README.md").write_text("---\nlicense: llama2\ntags: [code]\n---\n# Code\n")
+    (tmp_path / "code" / "LICENSE").write_text("\n  LLAMA 2 COMMUNITY LICENSE AGREEMENT\nmore\n")
+    (tmp_path / "math" / "README.md").write_text("---\nlicense: [broken\n---\n")
+    card = card_of(CardFacts.from_run(run_dir, "x"), members, tmp_path / "out")
+    licences = card[card.index("## Licences") : card.index("## Training")]
+    assert cells(licences, "text") == cells(licences, "math") == ["not stated"]
+    assert cells(licences, "code") == ["llama2 (README.md); LLAMA 2 COMMUNITY LICENSE AGREEMENT (LICENSE)"]
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "other"
+
+    for name in members:
+        (tmp_path / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    agreed = card_of(CardFacts.from_run(run_dir, "x"), members, tmp_path / "out")
+    assert yaml.safe_load(agreed.split("---\n")[1]) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ultrafuser", "custom_code"],
+        "license": "apache-2.0",
+    }
+
+
+def test_a_run_without_a_summary_makes_a_card_without_results(run_dir, specialists, tmp_path):
+    (run_dir / "summary.json").unlink()
+    facts = CardFacts.from_run(run_dir, "x")
+    assert facts.summary is None
+    assert "were not evaluated by the run" in card_of(facts, specialists["llamas"], tmp_path / "out")
+
+
+def test_a_damaged_summary_is_refused_by_name(run_dir):
+    (run_dir / "summary.json").write_text(json.dumps({})[:1])
+    with pytest.raises(InputError, match=r"summary\.json: not valid JSON"):
+        CardFacts.from_run(run_dir, "x")

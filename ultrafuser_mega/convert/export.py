@@ -1,0 +1,157 @@
+"""Out of a checkpoint into Hugging Face folders: one specialist as it came, or the fused model as a release folder.
+
+One process, no model: tensors are read and written one at a time (``restore``, ``shards``). Everything goes into a
+hidden folder beside the target, which gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ultrafuser_mega.config import load_config
+from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
+from ultrafuser_mega.convert.shards import SHARD_BYTES, Planned, write_shards
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import HEAD
+from ultrafuser_mega.release import CardFacts, assemble_release
+from ultrafuser_mega.training.checkpoint import PROGRESS, Progress
+from ultrafuser_mega.training.sources import CONFIG
+
+_SPECIALIST = "specialist:"
+
+
+def export(
+    checkpoint: Path, out: Path, what: str, *, resume: bool = False, shard_bytes: int = SHARD_BYTES
+) -> list[str]:
+    """Write the folder ``out``.
+
+    Args:
+        checkpoint: a folder that training or import wrote, from any layout.
+        out: must not exist.
+        what: "specialist:NAME" or "fused".
+        resume: go on from an export of the same that was interrupted.
+        shard_bytes: largest size of a safetensors file's tensors; one tensor is never cut.
+
+    Returns:
+        Notices for people: what was untied, which damaged shards were written again.
+
+    Raises:
+        InputError: the checkpoint is damaged or lacks what was asked for, ``out`` exists, or an interrupted export is
+            there and ``resume`` was not asked for.
+    """
+    model = TrainedModel(checkpoint)
+    partial = out.with_name(f".{out.name}.partial")
+    if out.exists():
+        raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
+    if partial.exists() and not resume:
+        raise InputError(f"{partial}: an interrupted export; go on with --resume, or remove it")
+    identity = _identity(model, what)
+    if what == "fused":
+        write = _fused
+    elif what.startswith(_SPECIALIST):
+        write = _specialist
+        model.specialist(what.removeprefix(_SPECIALIST))
+    else:
+        raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
+    partial.mkdir(parents=True, exist_ok=True)
+    notices = write(model, partial, out, what.removeprefix(_SPECIALIST), identity, shard_bytes)
+    for path in partial.glob("*.partial"):
+        path.unlink()
+    partial.rename(out)
+    _sync(out.parent)
+    return notices
+
+
+def _specialist(model: TrainedModel, folder: Path, out: Path, name: str, identity: str, shard_bytes: int) -> list[str]:
+    specialist = model.specialist(name)
+    tied = specialist.tied()
+    notices = _untied_notice(specialist, tied)
+    notices += write_shards(folder, _plan(specialist, tied), specialist.read, identity, shard_bytes)
+    for path in sorted(specialist.source.folder.iterdir()):
+        shutil.copyfile(path, folder / path.name)
+    if notices and specialist.arch.tied and not tied:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
+    return notices
+
+
+def _fused(model: TrainedModel, folder: Path, out: Path, what: str, identity: str, shard_bytes: int) -> list[str]:
+    if not (model.folder / CONFIG).is_file():
+        raise InputError(
+            f"--what {what}: {model.folder} was imported from single folders, not from a configuration of a run; "
+            "export its specialists, or import the configuration"
+        )
+    card = _card(model, out.name)
+    parts = {name: model.specialist(name) for name in model.sources}
+    tensors: dict[str, Planned] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
+    notices: list[str] = []
+    for name, specialist in parts.items():
+        notices += _untied_notice(specialist, tied=False)
+        for tensor, planned in _plan(specialist, tied=False).items():
+            key = f"specialists.{name}.{tensor}"
+            tensors[key] = planned
+            readers[key] = lambda specialist=specialist, tensor=tensor: specialist.read(tensor)  # type: ignore[misc]
+    dtype = reduce(torch.promote_types, {planned.dtype for planned in tensors.values()})
+    for key in model.gate_keys():
+        shape = model.tensors.shape(key)
+        tensors[key] = Planned((model.gate_units, *shape[1:]), dtype)
+        readers[key] = lambda key=key: model.gate(key).to(dtype)  # type: ignore[misc]
+    notices += write_shards(folder, tensors, lambda key: readers[key](), identity, shard_bytes)
+    specialists = {name: (part.source.folder, part.source.template) for name, part in parts.items()}
+    shared = "gate.w1.shared" in tensors
+    assemble_release(folder, specialists, model.vocab_size, model.gate_units, shared, dtype, card)
+    return notices
+
+
+def _plan(specialist: RestoredSpecialist, tied: bool) -> Mapping[str, Planned]:
+    """Tensors in the order of the model; the head only where it is not the embedding."""
+    return {
+        name: Planned(shape, specialist.dtype(name))
+        for name, shape in specialist.shapes.items()
+        if not (tied and name == HEAD)
+    }
+
+
+def _untied_notice(specialist: RestoredSpecialist, tied: bool) -> list[str]:
+    if not specialist.arch.tied or tied:
+        return []
+    return [f"{specialist.name}: its folder tied the output head to the embedding; written as two tensors"]
+
+
+def _card(model: TrainedModel, name: str) -> CardFacts:
+    """What the run tells about these weights: its summary speaks of the last checkpoint only."""
+    config = load_config(model.folder / CONFIG)
+    run_dir = model.folder.parent.parent
+    summary = None
+    if model.progress == Progress(2, config.stage2.steps) and (run_dir / "config.yaml").is_file():
+        summary = CardFacts.from_run(run_dir, name).summary
+    return CardFacts(name=name, config=config, summary=summary)
+
+
+def _identity(model: TrainedModel, what: str) -> str:
+    """Of the weights that are exported: an export goes on only from the same checkpoint."""
+    digest = hashlib.sha256(what.encode())
+    for file in (".metadata", PROGRESS, "sources.json"):
+        digest.update((model.folder / file).read_bytes())
+    sizes = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.folder.glob("*.distcp"))
+    digest.update(json.dumps(sizes).encode())
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,161 @@
+"""A checkpoint's tensors under their Hugging Face names, one at a time: the way back of ``models.families``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultrafuser_mega.convert.tensors import CheckpointTensors
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.families import FAMILIES
+from ultrafuser_mega.models.hf_folder import EMBEDDING, FINAL_NORM, HEAD, hf_shapes, read_architecture
+from ultrafuser_mega.training.checkpoint import PROGRESS, Progress
+from ultrafuser_mega.training.sources import Source, read_sources
+
+_ROWS_AT_ONCE = 8192
+
+
+class TrainedModel:
+    """A checkpoint folder as export sees it.
+
+    Attributes:
+        progress: how far its run was.
+        vocab_size: entries of the shared vocabulary.
+        gate_units: hidden units of the gate.
+        sources: name -> what is kept of that specialist's folder.
+
+    Raises:
+        InputError: not a complete checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / PROGRESS
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+            self.progress = Progress(**record["progress"])
+            self.vocab_size = int(record["identity"]["vocab_size"])
+            self.gate_units = int(record["identity"]["gate_units"])
+        except FileNotFoundError:
+            raise InputError(f"{folder}: not a complete checkpoint (no {PROGRESS})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
+        self.sources = read_sources(folder)
+        self.tensors = CheckpointTensors(folder)
+
+    def specialist(self, name: str) -> RestoredSpecialist:
+        """One of its specialists; raises InputError if there is none of this name or its tensors do not fit."""
+        if name not in self.sources:
+            raise InputError(f"--what specialist:{name}: {self.folder} holds {', '.join(self.sources)}")
+        return RestoredSpecialist(name, self.sources[name], self.tensors, self.vocab_size)
+
+    def gate_keys(self) -> list[str]:
+        """Names of the gate's tensors, as in a release folder."""
+        first = ["shared"] if "gate.w1.shared" in self.tensors else list(self.sources)
+        return [*(f"gate.w1.{name}" for name in first), "gate.b1", "gate.w2"]
+
+    def gate(self, key: str) -> Tensor:
+        """A tensor of the gate, without the units that pad it."""
+        return self.tensors.read(key, slice(0, self.gate_units))
+
+
+class RestoredSpecialist:
+    """The Hugging Face tensors of one specialist of a checkpoint.
+
+    Attributes:
+        arch: from its config.json as kept in the checkpoint.
+        source: what is kept of its folder.
+    """
+
+    def __init__(self, name: str, source: Source, tensors: CheckpointTensors, vocab_size: int) -> None:
+        self.name, self.source, self.tensors, self.vocab_size = name, source, tensors, vocab_size
+        self.arch = read_architecture(source.folder)
+        self.shapes = hf_shapes(self.arch)
+        self._rules = {hf: rule for rule in FAMILIES[self.arch.family].rules for hf in rule.shapes(self.arch)}
+        self._last: tuple[tuple[str, slice], Tensor] | None = None  # q, k and v come from one fused tensor
+        self._check()
+
+    def dtype(self, tensor: str) -> torch.dtype:
+        """The element type that the tensor came with; a head that its folder tied has the embedding's."""
+        found = self.source.dtypes.get(tensor) or (self.source.dtypes.get(EMBEDDING) if tensor == HEAD else None)
+        if found is None:
+            raise InputError(f"{self.source.folder.parent.parent}/sources.json: names no element type for {tensor}")
+        return found
+
+    def tied(self) -> bool:
+        """Whether the head is still its embedding, and the folder held no head: then it needs none now."""
+        if not self.arch.tied or HEAD in self.source.dtypes:
+            return False
+        for start in range(0, self.arch.vocab_rows, _ROWS_AT_ONCE):
+            rows = slice(start, min(start + _ROWS_AT_ONCE, self.arch.vocab_rows))
+            if not torch.equal(self._embedding(rows), self._head(rows)):
+                return False
+        return True
+
+    def read(self, tensor: str) -> Tensor:
+        """The whole tensor in the element type that it came with; every row, no padding."""
+        rows = slice(0, self.arch.vocab_rows)
+        if tensor == EMBEDDING:
+            value = self._embedding(rows)
+        elif tensor == HEAD:
+            value = self._head(rows)
+        elif tensor == FINAL_NORM:
+            value = self.tensors.read(self._key("decoder.final_layernorm.weight"))
+        else:
+            layer, name = tensor.removeprefix("model.layers.").split(".", 1)
+            rule = self._rules[name]
+            value = rule.restore(self.arch, name, lambda part: self._of_layer(int(layer), rule.stored, part))
+        return value.to(self.dtype(tensor)).contiguous()
+
+    def _key(self, name: str) -> str:
+        return f"specialists.{self.name}.{name}"
+
+    def _of_layer(self, layer: int, stored: str, rows: slice) -> Tensor:
+        wanted = (f"{layer}.{stored}", rows)
+        if self._last is None or self._last[0] != wanted:
+            self._last = None  # let go of the old one before the new one is read
+            key = self._key(f"decoder.layers.{stored}")
+            self._last = (wanted, self.tensors.read(key, slice(layer, layer + 1), rows)[0])
+        return self._last[1]
+
+    def _embedding(self, rows: slice) -> Tensor:
+        return self.tensors.read(self._key("embedding.word_embeddings.weight"), rows)
+
+    def _head(self, rows: slice) -> Tensor:
+        """Rows of the head: shared ones lie in ``heads``, those beyond the shared vocabulary in ``tails``."""
+        shared = slice(min(rows.start, self.vocab_size), min(rows.stop, self.vocab_size))
+        head = self.tensors.read(f"heads.{self.name}", shared)
+        if rows.stop <= self.vocab_size:
+            return head
+        tail = slice(max(rows.start - self.vocab_size, 0), rows.stop - self.vocab_size)
+        result = torch.empty((rows.stop - rows.start, self.arch.hidden_size), dtype=head.dtype)
+        result[: len(head)] = head
+        result[len(head) :] = self.tensors.read(f"tails.{self.name}", tail)
+        return result
+
+    def _check(self) -> None:
+        a = self.arch
+        shapes = {
+            self._key(f"decoder.layers.{rule.stored}"): (a.layers, *rule.whole_shape(a))
+            for rule in self._rules.values()
+        }
+        shapes[self._key("decoder.final_layernorm.weight")] = (a.hidden_size,)
+        if a.vocab_rows > self.vocab_size:
+            shapes[f"tails.{self.name}"] = (a.vocab_rows - self.vocab_size, a.hidden_size)
+        for key, shape in shapes.items():
+            self._compare(key, shape, self.tensors.shape(key) == shape)
+        padded = {self._key("embedding.word_embeddings.weight"): a.vocab_rows, f"heads.{self.name}": self.vocab_size}
+        for key, rows in padded.items():
+            found = self.tensors.shape(key)
+            self._compare(key, (rows, a.hidden_size), found[0] >= rows and found[1:] == (a.hidden_size,))
+
+    def _compare(self, key: str, shape: tuple[int, ...], fits: bool) -> None:
+        if not fits:
+            raise InputError(
+                f"{self.tensors.folder}: tensor {key} has shape {self.tensors.shape(key)}, "
+                f"{self.source.folder / 'config.json'} calls for {shape}"
+            )

@@ -1,0 +1,133 @@
+"""Slices of single tensors of a checkpoint, read by one process without a model or a process group.
+
+Megatron's torch_dist format is torch.distributed.checkpoint's: a pickled index (``.metadata``) and files of chunks,
+each chunk a tensor as torch.save writes it. The index is unpickled with the few classes that it is made of and no
+other; chunks are read with ``weights_only``. Never in memory: more than the slice asked for and one chunk.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._shard._utils import _create_file_view
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from ultrafuser_mega.errors import InputError
+
+_INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta"),
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        "device",
+        *(str(t).removeprefix("torch.") for t in vars(torch).values() if isinstance(t, torch.dtype)),
+    },
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _INDEX_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
+
+
+class CheckpointTensors:
+    """The tensors of a checkpoint folder.
+
+    Raises:
+        InputError: the index is missing, damaged, or holds anything but an index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / ".metadata"
+        try:
+            with path.open("rb") as file:
+                index = _IndexUnpickler(file).load()
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder}: not a checkpoint (no .metadata); expected what train or import wrote"
+            ) from None
+        except Exception as error:  # whatever damaged pickles make of themselves
+            raise InputError(f"{path}: damaged checkpoint index ({error}); copy the checkpoint again") from None
+        if not isinstance(index, Metadata):
+            raise InputError(f"{path}: holds no checkpoint index; copy the checkpoint again")
+        self._entries = {
+            key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
+        self._storage = index.storage_data
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, vocabulary padding included."""
+        return tuple(self._entry(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Element type of a tensor."""
+        return self._entry(key).properties.dtype
+
+    def read(self, key: str, *slices: slice) -> Tensor:
+        """``tensor[slices]``; every dimension beyond the given ones is read whole.
+
+        Raises:
+            InputError: the tensor is missing, or its bytes are; names the file.
+        """
+        entry = self._entry(key)
+        whole = [*slices, *[slice(None)] * (len(entry.size) - len(slices))]
+        ranges = [range(*part.indices(size)) for part, size in zip(whole, entry.size, strict=True)]
+        result = torch.empty([len(span) for span in ranges], dtype=entry.properties.dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            spans = [
+                (max(span.start, start), min(span.stop, start + size))
+                for span, start, size in zip(ranges, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(start >= stop for start, stop in spans):
+                continue
+            source = self._chunk(key, chunk.offsets, chunk.sizes)
+            target = result[_within(spans, [span.start for span in ranges])]
+            target.copy_(source[_within(spans, chunk.offsets)])
+            filled += target.numel()
+        if filled != result.numel():
+            raise InputError(f"{self.folder}: {filled} of {result.numel()} elements of {key} are there; copy it again")
+        return result
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        if key not in self._entries:
+            raise InputError(f"{self.folder}: checkpoint lacks the tensor {key}")
+        return self._entries[key]
+
+    def _chunk(self, key: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
+        place = self._storage.get(MetadataIndex(key, offsets))
+        if place is None:
+            raise InputError(f"{self.folder / '.metadata'}: names no file for {key} at {tuple(offsets)}")
+        path = self.folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                view: Any = _create_file_view(file, place.offset, place.length)
+                chunk = torch.load(view, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing; it holds {key}") from None
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise InputError(f"{path}: damaged where it holds {key} ({reason}); copy the checkpoint again") from None
+        if tuple(chunk.shape) != tuple(sizes):
+            raise InputError(f"{path}: holds shape {tuple(chunk.shape)} for {key}, the index says {tuple(sizes)}")
+        return chunk.detach()
+
+
+def _within(spans: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start - zero, stop - zero) for (start, stop), zero in zip(spans, origin, strict=True))

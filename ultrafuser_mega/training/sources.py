@@ -1,0 +1,99 @@
+"""Where a checkpoint's specialists came from, kept beside the weights so that they can leave as they came.
+
+``sources/<name>/`` holds every file of the specialist's folder but its weights, byte for byte; ``sources.json`` its
+origin, its template and the element type of each of its tensors; ``sources/config.yaml`` the run's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ultrafuser_mega.config import FuserConfig, dump_config
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import TensorFolder
+
+SOURCES, RECORD, CONFIG = "sources", "sources.json", "sources/config.yaml"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What to keep with a checkpoint: name -> folder, name -> template; the configuration where there is one."""
+
+    folders: Mapping[str, Path]
+    templates: Mapping[str, str]
+    config: FuserConfig | None
+
+    @classmethod
+    def of(cls, config: FuserConfig) -> Sources:
+        """Those of a run."""
+        return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config)
+
+    def write(self, checkpoint: Path) -> None:
+        """Copy into ``checkpoint``, which must exist."""
+        record = {}
+        for name, folder in self.folders.items():
+            target = checkpoint / SOURCES / name
+            target.mkdir(parents=True)
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and not path.name.endswith(_WEIGHTS):
+                    shutil.copyfile(path, target / path.name)
+            tensors = TensorFolder(folder)
+            dtypes = {tensor: str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensors.names()}
+            record[name] = {"origin": str(folder), "template": self.templates[name], "dtypes": dtypes}
+        (checkpoint / RECORD).write_text(json.dumps(record, indent=1))
+        if self.config is not None:
+            (checkpoint / CONFIG).write_text(dump_config(self.config))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One specialist as it was kept.
+
+    Attributes:
+        folder: its files but the weights, inside the checkpoint.
+        origin: where it was read from.
+        template: of its conversations.
+        dtypes: Hugging Face tensor -> element type that it came with.
+    """
+
+    folder: Path
+    origin: str
+    template: str
+    dtypes: dict[str, torch.dtype]
+
+
+def read_sources(checkpoint: Path) -> dict[str, Source]:
+    """Name -> what the checkpoint keeps of that specialist, in the order of the gate weights.
+
+    Raises:
+        InputError: the checkpoint keeps no sources, or they are damaged.
+    """
+    path = checkpoint / RECORD
+    try:
+        record = json.loads(path.read_text())
+        sources = {
+            name: Source(
+                checkpoint / SOURCES / name,
+                entry["origin"],
+                entry["template"],
+                {tensor: getattr(torch, dtype) for tensor, dtype in entry["dtypes"].items()},
+            )
+            for name, entry in record.items()
+        }
+    except FileNotFoundError:
+        raise InputError(
+            f"{checkpoint}: has no {RECORD}; expected a checkpoint folder that ultrafuser train or import wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
+    for name, source in sources.items():
+        if not source.folder.is_dir():
+            raise InputError(f"{source.folder}: missing, though {path.name} names {name}; copy the checkpoint again")
+    return sources
