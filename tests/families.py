@@ -16,7 +16,7 @@ PIECES = 400
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 4},
     "llama_llama3": {
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4,
         "tie_word_embeddings": True,
         "rope_parameters": {
             "rope_type": "llama3",

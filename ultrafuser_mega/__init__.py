@@ -1,13 +1,13 @@
 """Fuse already-specialised language models into one, trained Megatron-style (UltraFuser).
 
-    ops        the mixture cross-entropy, a library of its own
-    runtime    devices, layouts to process groups, the exchange of hidden states
-    models     specialists, gate, fusion head, the fused model's stages
-    data       templates, tokenisation, token store, class-balance sampler
-    training   the two stages, checkpoints, evaluation
-    analysis   what people see: records, tables, plots
-    convert    parity with Hugging Face
-    toy        small specialists made on the spot
+ops        the mixture cross-entropy, a library of its own
+runtime    devices, layouts to process groups, the exchange of hidden states
+models     specialists, gate, fusion head, the fused model's stages
+data       templates, tokenisation, token store, class-balance sampler
+training   the two stages, checkpoints, evaluation
+analysis   what people see: records, tables, plots
+convert    parity with Hugging Face
+toy        small specialists made on the spot
 """
 
 import warnings

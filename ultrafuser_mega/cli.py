@@ -24,6 +24,9 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser plan --config my.yaml --ranks 8     is everything there, does it fit, what goes where?
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
   ultrafuser train --config my.yaml --ranks 8    both stages, evaluation, checkpoints: runs/<name>/
+  ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
+  ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
+  ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
 
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
 layouts.0.dp=2. Bad input ends a command with one line that begins "error:" and exit code 2.
@@ -40,6 +43,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key.sub=value]...", help="override configuration values", show_default=False),
 ]
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
 
 
 @app.command()
@@ -75,7 +86,9 @@ def plan(
     loaded = load_config(config, overrides or [])
     ensure_toy(loaded, ranks)
     resolved = preflight(loaded, ranks, resume)
-    Console().print(plan_table(resolved))
+    console = _console()
+    console.print(plan_table(resolved))
+    console.print("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
 
 
 @app.command()
@@ -98,7 +111,7 @@ def prepare(
     if loaded.toy is not None:
         make_toy(loaded.toy, progress=True)
     report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)
-    console = Console()
+    console = _console()
     console.print(report.table())
     for line in report.problems():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -129,26 +142,89 @@ def train(
     raise typer.Exit(launch_local(ranks, config, overrides or [], resume))
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="CONFIG|HF_DIR", help="a run's YAML file, or one model folder")],
+    checkpoint: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default: the smallest that holds all of theirs")
+    ] = None,
+) -> None:
+    """Make a checkpoint of step 0 from Hugging Face folders.
+
+    With a configuration all of its specialists and a fresh gate go in, with a folder that one under the name
+    "specialist". Needs memory for all weights at once.
+    """
+    from ultrafuser_mega.config import load_config
+    from ultrafuser_mega.convert.importer import DTYPES, SINGLE, import_specialists, plan_config, plan_folders
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    wanted = DTYPES[dtype] if dtype else None
+    if source.is_dir():
+        resolved = plan_folders({SINGLE: source}, wanted)
+    else:
+        resolved = plan_config(load_config(source, []), wanted)
+    import_specialists(resolved, checkpoint)
+    for notice in resolved.notices:
+        print(notice)
+    print(f"wrote {checkpoint}: {', '.join(resolved.architectures)} in {str(resolved.dtype).removeprefix('torch.')}")
+
+
+@app.command("export")
+def export_(
+    checkpoint: Annotated[Path, typer.Argument(help="folder that train or import wrote")],
+    out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    what: Annotated[str, typer.Option(help="fused, or specialist:NAME")] = "fused",
+    resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted export")] = False,
+) -> None:
+    """Write a checkpoint's fused model, or one of its specialists, as a Hugging Face folder.
+
+    Reads and writes tensor by tensor, whatever layout wrote the checkpoint. The folder gets its name when it is
+    complete; its export.json keeps the SHA-256 of every tensor.
+    """
+    from ultrafuser_mega.convert.export import export
+
+    for notice in export(checkpoint, out, what, resume=resume):
+        print(notice)
+    print(f"wrote {out}")
+
+
 @app.command()
 def verify(
-    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder of a specialist")],
-    tp: Annotated[int, typer.Option(help="tensor-parallel size", min=1)] = 1,
-    pp: Annotated[int, typer.Option(help="pipeline-parallel size", min=1)] = 1,
+    a: Annotated[str, typer.Argument(metavar="A", help="Hugging Face folder; with B also a checkpoint or release")],
+    b: Annotated[
+        str | None, typer.Argument(metavar="[B]", help="compare A with this instead of with itself", show_default=False)
+    ] = None,
+    tp: Annotated[int, typer.Option(help="tensor-parallel size, without B", min=1)] = 1,
+    pp: Annotated[int, typer.Option(help="pipeline-parallel size, without B", min=1)] = 1,
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="also shard the sequence")] = False,
     text: Annotated[str, typer.Option(help="real text to compare on")] = (
         "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. 12 * 7 = 84."
     ),
     tolerance: Annotated[float, typer.Option(help="largest accepted difference of a float32 logit")] = 1e-4,
 ) -> None:
-    """Compare a sharded specialist with transformers.
+    """Compare a sharded specialist with transformers, or two models with each other.
 
-    Runs it on tp x pp processes of this machine, on random and on real tokens, and prints the largest absolute
-    difference of a float32 logit. Exit code 1 when that is above the tolerance.
+    With A alone: runs it on tp x pp processes of this machine, on random and on real tokens, and prints the largest
+    absolute difference of a float32 logit. With A and B: any two of Hugging Face folder, CHECKPOINT@specialist:NAME,
+    CHECKPOINT@fused, RELEASE@specialist:NAME, RELEASE@fused; prints JSON. Exit code 1 when a difference is above the
+    tolerance.
     """
+    if b is not None:
+        from ultrafuser_mega.convert.compare import compare
+
+        if (tp, pp, sequence_parallel) != (1, 1, False):
+            raise InputError("--tp, --pp, --sequence-parallel: shard A compared with itself; leave them out with B")
+        comparison = compare(a, b, text, tolerance)
+        print(comparison.to_json())
+        raise typer.Exit(0 if comparison.equal else 1)
+
     from ultrafuser_mega.convert.verify import verification_batches, verify_specialist
 
-    batches = verification_batches(hf_dir, text, multiple=tp)
-    differences = verify_specialist(hf_dir, tp, pp, batches, sequence_parallel=sequence_parallel)
+    folder = Path(a)
+    batches = verification_batches(folder, text, multiple=tp)
+    differences = verify_specialist(folder, tp, pp, batches, sequence_parallel=sequence_parallel)
     for difference in differences:
         print(
             f"{difference.what} tokens {tuple(batches[difference.what].shape)}: "

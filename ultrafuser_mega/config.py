@@ -138,7 +138,7 @@ class Optimizer(_Section):
 class Evaluation(_Section):
     """Held-out evaluation, always at the end of each stage."""
 
-    every: NonNegativeInt = Field(0, description="also every so many steps; 0: never")
+    every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     samples_per_class: PositiveInt = 100
     micro_batch_size: PositiveInt = 4
     token_views: NonNegativeInt = Field(2, description="samples per class in the token-coloured HTML")
@@ -147,7 +147,7 @@ class Evaluation(_Section):
 class Checkpoint(_Section):
     """Sharded checkpoints, always at the end of each stage."""
 
-    every: NonNegativeInt = Field(0, description="also every so many steps; 0: never")
+    every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")
 
 

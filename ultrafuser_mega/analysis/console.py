@@ -95,13 +95,13 @@ class TrainConsole:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._end_stage()
+        self.end_stage()
 
     def begin_stage(self, number: int, title: str, *, first_step: int, steps: int) -> None:
         """Start showing a stage of ``steps`` steps; on resume ``first_step`` is still the stage's own first."""
         if not self._enabled:
             return
-        self._end_stage()
+        self.end_stage()
         self._stage = _Stage(f"stage {number}: {title}", first_step, steps, self._clock())
         if not self._is_live:
             self._line(f"{self._stage.label}, {steps} steps")
@@ -134,7 +134,7 @@ class TrainConsole:
         if self._enabled:
             self._line(text)
 
-    def _end_stage(self) -> None:
+    def end_stage(self) -> None:
         """Leave the last state of the stage on the screen."""
         if self._last is not None and self._last is not self._shown:
             self._show(self._clock())

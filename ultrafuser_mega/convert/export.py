@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -49,49 +49,49 @@ def export(
             there and ``resume`` was not asked for.
     """
     model = TrainedModel(checkpoint)
-    partial = out.with_name(f".{out.name}.partial")
+    unfinished = out.with_name(f".{out.name}.partial")
     if out.exists():
         raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
-    if partial.exists() and not resume:
-        raise InputError(f"{partial}: an interrupted export; go on with --resume, or remove it")
+    if unfinished.exists() and not resume:
+        raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
     identity = _identity(model, what)
     if what == "fused":
-        write = _fused
+        parts, card = {name: model.specialist(name) for name in model.sources}, _card(model, out.name)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        notices = _fused(model, parts, card, unfinished, identity, shard_bytes)
     elif what.startswith(_SPECIALIST):
-        write = _specialist
-        model.specialist(what.removeprefix(_SPECIALIST))
+        specialist = model.specialist(what.removeprefix(_SPECIALIST))
+        unfinished.mkdir(parents=True, exist_ok=True)
+        notices = _specialist(specialist, unfinished, identity, shard_bytes)
     else:
         raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
-    partial.mkdir(parents=True, exist_ok=True)
-    notices = write(model, partial, out, what.removeprefix(_SPECIALIST), identity, shard_bytes)
-    for path in partial.glob("*.partial"):
+    for path in unfinished.glob("*.partial"):
         path.unlink()
-    partial.rename(out)
+    unfinished.rename(out)
     _sync(out.parent)
     return notices
 
 
-def _specialist(model: TrainedModel, folder: Path, out: Path, name: str, identity: str, shard_bytes: int) -> list[str]:
-    specialist = model.specialist(name)
+def _specialist(specialist: RestoredSpecialist, folder: Path, identity: str, shard_bytes: int) -> list[str]:
     tied = specialist.tied()
     notices = _untied_notice(specialist, tied)
     notices += write_shards(folder, _plan(specialist, tied), specialist.read, identity, shard_bytes)
     for path in sorted(specialist.source.folder.iterdir()):
         shutil.copyfile(path, folder / path.name)
-    if notices and specialist.arch.tied and not tied:
+    if specialist.arch.tied and not tied:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
     return notices
 
 
-def _fused(model: TrainedModel, folder: Path, out: Path, what: str, identity: str, shard_bytes: int) -> list[str]:
-    if not (model.folder / CONFIG).is_file():
-        raise InputError(
-            f"--what {what}: {model.folder} was imported from single folders, not from a configuration of a run; "
-            "export its specialists, or import the configuration"
-        )
-    card = _card(model, out.name)
-    parts = {name: model.specialist(name) for name in model.sources}
+def _fused(
+    model: TrainedModel,
+    parts: Mapping[str, RestoredSpecialist],
+    card: CardFacts,
+    folder: Path,
+    identity: str,
+    shard_bytes: int,
+) -> list[str]:
     tensors: dict[str, Planned] = {}
     readers: dict[str, Callable[[], Tensor]] = {}
     notices: list[str] = []
@@ -100,12 +100,11 @@ def _fused(model: TrainedModel, folder: Path, out: Path, what: str, identity: st
         for tensor, planned in _plan(specialist, tied=False).items():
             key = f"specialists.{name}.{tensor}"
             tensors[key] = planned
-            readers[key] = lambda specialist=specialist, tensor=tensor: specialist.read(tensor)  # type: ignore[misc]
+            readers[key] = partial(specialist.read, tensor)
     dtype = reduce(torch.promote_types, {planned.dtype for planned in tensors.values()})
     for key in model.gate_keys():
-        shape = model.tensors.shape(key)
-        tensors[key] = Planned((model.gate_units, *shape[1:]), dtype)
-        readers[key] = lambda key=key: model.gate(key).to(dtype)  # type: ignore[misc]
+        tensors[key] = Planned((model.gate_units, *model.tensors.shape(key)[1:]), dtype)
+        readers[key] = partial(model.gate, key, dtype)
     notices += write_shards(folder, tensors, lambda key: readers[key](), identity, shard_bytes)
     specialists = {name: (part.source.folder, part.source.template) for name, part in parts.items()}
     shared = "gate.w1.shared" in tensors
@@ -114,11 +113,11 @@ def _fused(model: TrainedModel, folder: Path, out: Path, what: str, identity: st
 
 
 def _plan(specialist: RestoredSpecialist, tied: bool) -> Mapping[str, Planned]:
-    """Tensors in the order of the model; the head only where it is not the embedding."""
+    """Tensors in the order of the model; a head that is still the embedding only where the folder held one too."""
     return {
         name: Planned(shape, specialist.dtype(name))
         for name, shape in specialist.shapes.items()
-        if not (tied and name == HEAD)
+        if not (tied and name == HEAD and HEAD not in specialist.source.dtypes)
     }
 
 
@@ -130,6 +129,11 @@ def _untied_notice(specialist: RestoredSpecialist, tied: bool) -> list[str]:
 
 def _card(model: TrainedModel, name: str) -> CardFacts:
     """What the run tells about these weights: its summary speaks of the last checkpoint only."""
+    if not (model.folder / CONFIG).is_file():
+        raise InputError(
+            f"--what fused: {model.folder} was imported from single folders, not from a configuration of a run; "
+            "export its specialists, or import the configuration"
+        )
     config = load_config(model.folder / CONFIG)
     run_dir = model.folder.parent.parent
     summary = None

@@ -1,4 +1,4 @@
-"""In from Hugging Face folders: a checkpoint of step 0, which training can start from and export gives back equal."""
+"""In from Hugging Face folders: a checkpoint of step 0, which export gives back equal."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from ultrafuser_mega.training.checkpoint import Progress, write_checkpoint
 from ultrafuser_mega.training.preflight import shared_vocabulary
 from ultrafuser_mega.training.sources import Sources
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SINGLE = "specialist"  # the name of a specialist that comes alone
 
 
@@ -59,14 +60,16 @@ class ImportPlan:
         return [f"{name}: output head tied to the embedding; the checkpoint holds both" for name in tied]
 
 
-def plan_folder(folder: Path, dtype: torch.dtype | None) -> ImportPlan:
-    """Import a single specialist's folder; raises InputError where it is unusable.
+def plan_folders(folders: Mapping[str, Path], dtype: torch.dtype | None) -> ImportPlan:
+    """Import specialists without a run around them; raises InputError where a folder is unusable.
 
-    ``dtype`` None takes the smallest type that holds all of the folder's.
+    They share as many vocabulary entries as the smallest of them has. ``dtype`` None takes the smallest type that
+    holds all of the folders'.
     """
-    arch = read_architecture(folder)
-    sources = Sources({SINGLE: folder}, {SINGLE: "hf"}, None)
-    return _checked(sources, {SINGLE: arch}, arch.vocab_rows, 1, 0, dtype)
+    archs = {name: read_architecture(folder) for name, folder in folders.items()}
+    vocab_size = min(arch.vocab_rows for arch in archs.values())
+    units = max(arch.hidden_size for arch in archs.values())
+    return _checked(Sources(folders, dict.fromkeys(folders, "hf"), None), archs, vocab_size, units, 0, dtype)
 
 
 def plan_config(config: FuserConfig, dtype: torch.dtype | None) -> ImportPlan:
@@ -88,7 +91,12 @@ def _checked(
     for name, arch in archs.items():
         HFWeights(sources.folders[name], arch)
         tensors = TensorFolder(sources.folders[name])
-        found |= {tensors.dtype(tensor) for tensor in tensors.names()}
+        for tensor in tensors.names():
+            if tensors.dtype(tensor) not in DTYPES.values():
+                raise InputError(
+                    f"{sources.folders[name]}: tensor {tensor} is {tensors.dtype(tensor)}; expected fp32, bf16 or fp16"
+                )
+            found.add(tensors.dtype(tensor))
     return ImportPlan(sources, archs, vocab_size, gate_units, seed, dtype or reduce(torch.promote_types, found))
 
 

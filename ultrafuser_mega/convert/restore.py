@@ -58,9 +58,9 @@ class TrainedModel:
         first = ["shared"] if "gate.w1.shared" in self.tensors else list(self.sources)
         return [*(f"gate.w1.{name}" for name in first), "gate.b1", "gate.w2"]
 
-    def gate(self, key: str) -> Tensor:
+    def gate(self, key: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the gate, without the units that pad it."""
-        return self.tensors.read(key, slice(0, self.gate_units))
+        return self.tensors.read(key, slice(0, self.gate_units)).to(dtype)
 
 
 class RestoredSpecialist:
@@ -87,8 +87,8 @@ class RestoredSpecialist:
         return found
 
     def tied(self) -> bool:
-        """Whether the head is still its embedding, and the folder held no head: then it needs none now."""
-        if not self.arch.tied or HEAD in self.source.dtypes:
+        """Whether the folder tied the head to the embedding and both are still equal."""
+        if not self.arch.tied:
             return False
         for start in range(0, self.arch.vocab_rows, _ROWS_AT_ONCE):
             rows = slice(start, min(start + _ROWS_AT_ONCE, self.arch.vocab_rows))

@@ -145,7 +145,7 @@ def _write(path: Path, shard: Shard, read: Callable[[str], Tensor]) -> dict[str,
             if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
                 raise RuntimeError(f"{name}: planned {planned}, read {tensor.dtype} {tuple(tensor.shape)}")
             # Little-endian machines only, as everywhere in torch's and safetensors' world.
-            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             hashes[name] = hashlib.sha256(data).hexdigest()
             file.write(data)
             del tensor, data

@@ -34,14 +34,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class _Sequences:
+class Sequences:
     """A microbatch for the engine: every position of every sequence is a row."""
 
     tokens: dict[str, Tensor]
     rows: dict[str, Tensor]
 
-    def to(self, device: torch.device) -> _Sequences:
-        return _Sequences(*({name: t.to(device) for name, t in part.items()} for part in (self.tokens, self.rows)))
+    def to(self, device: torch.device) -> Sequences:
+        return Sequences(*({name: t.to(device) for name, t in part.items()} for part in (self.tokens, self.rows)))
 
 
 def verify_specialist(
@@ -65,7 +65,9 @@ def verify_specialist(
     names, tokens = list(batches), list(batches.values())
     results = run_ranks(_logits, tp * pp, folder, tp, pp, tokens, sequence_parallel, timeout_s=600.0)
     ours = next(result for result in results if result is not None)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).eval()
     differences = []
     for name, ids, mine in zip(names, tokens, ours, strict=True):
         with torch.no_grad():
@@ -79,7 +81,7 @@ def verification_batches(folder: Path, text: str, multiple: int) -> dict[str, Te
     """Random and real token ids (b, s) for a specialist; s is a multiple of ``multiple``."""
     arch = read_architecture(folder)
     generator = torch.Generator().manual_seed(0)
-    length = min(96, arch.max_positions) // multiple * multiple
+    length = min(96, arch.max_positions, arch.sliding_window or arch.max_positions) // multiple * multiple
     random = torch.randint(0, arch.vocab_rows, (4, length), generator=generator)
     ids = TextEncoder(folder).tokenizer(text)["input_ids"]
     real = torch.tensor([ids + ids[-1:] * (-len(ids) % multiple)])
@@ -108,7 +110,7 @@ def _logits(
     load_hf_weights(model, {_NAME: folder})
     collected: list[Tensor] = []
 
-    def keep_logits(hidden: dict[str, Tensor], batch: _Sequences) -> Tensor:
+    def keep_logits(hidden: dict[str, Tensor], batch: Sequences) -> Tensor:
         fusion = model.fusion
         assert fusion is not None
         shard = hidden[_NAME] @ fusion.heads[_NAME].t()
@@ -119,7 +121,7 @@ def _logits(
         collected.append(whole.view(s, b, -1).transpose(0, 1).contiguous())
         return torch.zeros(())
 
-    sequences = [_Sequences({_NAME: ids}, {_NAME: torch.arange(ids.numel())}) for ids in batches]
+    sequences = [Sequences({_NAME: ids}, {_NAME: torch.arange(ids.numel())}) for ids in batches]
     with torch.no_grad():
         Engine(model, groups, device).forward(sequences, keep_logits)
     return collected if groups.is_reporter else None

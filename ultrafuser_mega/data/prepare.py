@@ -49,7 +49,10 @@ def prepare_store(
                    as they stand in the file, those that are dropped included
     holdout_files  class name -> further files, held out as a whole
     on_malformed   "skip" counts and names malformed rows, "fail" stops at the first
-    overwrite      rebuild where ``out_dir`` holds a store made from other inputs
+    raise InputError(
+        f"{out}: holds a store made from other inputs ({changed}); "
+        "give the run another name or data.store, or run prepare --overwrite"
+    )
     progress       show a bar on stderr
 
     Raises InputError for bad arguments and files, tokenizers that disagree, a class without a single
@@ -183,14 +186,16 @@ def _finished_before(out: Path, inputs: dict[str, Any], overwrite: bool) -> bool
     except InputError as error:
         if overwrite:
             return False
-        raise InputError(f"{error}; choose another folder or overwrite it") from None
+        raise InputError(f"{error}; use another folder, or prepare it again with --overwrite") from None
     if store.manifest["fingerprint"] == _fingerprint(inputs):
         return True
     if overwrite:
         return False
     before = store.manifest["inputs"]
     changed = ", ".join(key for key in inputs if before.get(key) != inputs[key]) or "format"
-    raise InputError(f"{out}: holds a store made from other inputs ({changed}); choose another folder or overwrite it")
+    raise InputError(
+        f"{out}: holds a store made from other inputs ({changed}); give the run another name or data.store, or run prepare --overwrite"
+    )
 
 
 def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:

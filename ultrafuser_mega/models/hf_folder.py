@@ -75,6 +75,15 @@ def read_architecture(folder: Path) -> Architecture:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds a {type(config).__name__}; expected a JSON object of fields")
+    return parse_architecture(path, config)
+
+
+def parse_architecture(path: Path, config: dict[str, Any]) -> Architecture:
+    """Architecture of the fields of a config.json; ``path`` is where they stand, for messages.
+
+    Raises:
+        InputError: another model family, or a field that would be silently ignored.
+    """
     _refuse_unsupported(path, config)
     family = FAMILIES[config["model_type"]]
     config = {**family.defaults, **config}

@@ -164,20 +164,36 @@ def answer_of(
 
 
 def rule_violations(answer: Answer, case: Case) -> list[str]:
-    """Where ``answer`` is further from the truth than plain PyTorch in the same type allows; [] is a pass.
+    """Where ``answer`` is further from the truth than the rule allows; [] is a pass."""
+    return Rule(case).violations(answer)
 
-    The rule (QuACK's): loss error at most 3x plain PyTorch's + 1e-5, gradient errors at most 2x + 1e-4; the constants
-    cover what plain PyTorch gets exact by luck. The yardstick of a scalar loss is the error of the row losses it is
-    made of, because in a sum errors cancel by luck, too.
+
+class Rule:
+    """How far from the truth of ``case`` an answer may be: QuACK's rule; its measure is plain PyTorch in the same type.
+
+    Loss error at most 3x plain PyTorch's + 1e-5, gradient errors at most 2x + 1e-4; the constants cover what plain
+    PyTorch gets exact by luck. The yardstick of a scalar loss is the error of the row losses it is made of, because in
+    a sum errors cancel by luck, too.
     """
-    expected, plain = truth(case), answer_of(plain_loss, case)
-    row_case = case.with_options(reduction="none")
-    row_error = relative_error(answer_of(plain_loss, row_case, (False, False, False)).loss, truth(row_case).loss)
-    checks = [("loss", relative_error(answer.loss, expected.loss), 3 * row_error + 1e-5)]
-    for name, gradient in answer.gradients().items():
-        allowed = 2 * relative_error(plain.gradients()[name], expected.gradients()[name]) + 1e-4
-        checks.append((name, relative_error(gradient, expected.gradients()[name]), allowed))
-    return [f"{name}: error {error:.3g} > {allowed:.3g}" for name, error, allowed in checks if not error <= allowed]
+
+    def __init__(self, case: Case) -> None:
+        self.expected, plain = truth(case), answer_of(plain_loss, case)
+        row_case = case.with_options(reduction="none")
+        row_losses = answer_of(plain_loss, row_case, (False, False, False)).loss
+        self.allowed = {"loss": 3 * relative_error(row_losses, truth(row_case).loss) + 1e-5}
+        for name, gradient in plain.gradients().items():
+            self.allowed[name] = 2 * relative_error(gradient, self.expected.gradients()[name]) + 1e-4
+
+    def violations(self, answer: Answer) -> list[str]:
+        """One line per value that is too far away; [] is a pass."""
+        expected = {"loss": self.expected.loss} | self.expected.gradients()
+        found = {"loss": answer.loss} | answer.gradients()
+        errors = {name: relative_error(value, expected[name]) for name, value in found.items()}
+        return [
+            f"{name}: error {error:.3g} > {self.allowed[name]:.3g}"
+            for name, error in errors.items()
+            if not error <= self.allowed[name]
+        ]
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Conversations to each specialist's own token ids, exactly as the fused model was trained.
 
-This file travels with the model; it imports nothing outside the standard library. A specialist's sequence is
+This file travels with the model; it imports nothing but torch and transformers. A specialist's sequence is
 
     [BOS] prompt_0  response_0 [EOS]  prompt_1  response_1 [EOS]  ...  prompt_last
 
@@ -17,7 +17,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
 _ANCHORS = ("\n", ":", "a", "0", ")")  # a line break first: few tokenizers let it melt into a word
 _AFTER_EOS_PROBES = ("\nUser", "[INST] x", " x", "User")
@@ -132,7 +139,7 @@ class SpecialistEncoder:
                 raise ValueError(f"a message holds {found.group()}, which would be read as a control token")
 
 
-def split_messages(messages: Sequence[Mapping[str, str]]) -> tuple[str | None, list[str], list[str]]:
+def split_messages(messages: Messages) -> tuple[str | None, list[str], list[str]]:
     """``[{"role": ..., "content": ...}, ...]`` as system text, n user texts and the n - 1 responses between them.
 
     Raises ValueError where the roles are not an optional system, then user and assistant in turn, ending with user.
@@ -155,7 +162,7 @@ def split_messages(messages: Sequence[Mapping[str, str]]) -> tuple[str | None, l
 
 def encode_conversation(
     encoders: Mapping[str, SpecialistEncoder],
-    messages: Sequence[Mapping[str, str]],
+    messages: Messages,
     response_lead: str,
     vocab_size: int,
 ) -> dict[str, list[int]]:
@@ -181,3 +188,82 @@ def decode_response(tokenizer: Any, ids: Sequence[int], response_lead: str) -> s
     text = tokenizer.decode([*anchor, *ids], **options).removeprefix(tokenizer.decode(anchor, **options))
     bare = text.removeprefix(response_lead)
     return text if bare[:1].isspace() else bare
+
+
+class ChatMixin:
+    """What a fused model does with conversations."""
+
+    config: Any
+    names: list[str]
+    device: Any
+    generate: Any
+
+    def chat_inputs(self, conversations: Sequence[Messages], tokenizer: Any) -> dict[str, dict[str, Tensor]]:
+        """What ``forward`` and ``generate`` take for a batch of conversations, each specialist's in its own template.
+
+        Args:
+            conversations: b lists of ``{"role": ..., "content": ...}``, each ending with a user message.
+            tokenizer: the release folder's.
+
+        Returns:
+            ``specialist_input_ids`` and ``specialist_attention_mask``: name -> (b, s_j), padded on the left.
+
+        Raises:
+            ValueError: roles out of order, or text that the tokenizer would read as a control token.
+        """
+        encoders = {
+            name: SpecialistEncoder(self._tokenizer_of(name, tokenizer), self.config.entry(name)["template"])
+            for name in self.names
+        }
+        settings = self.config.response_lead, self.config.vocab_size
+        device = "cpu" if self.device.type == "meta" else self.device  # accelerate has offloaded the first specialist
+        rows = [encode_conversation(encoders, messages, *settings) for messages in conversations]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids, masks = {}, {}
+        for name in self.names:
+            longest = max(len(row[name]) for row in rows)
+            padding = [longest - len(row[name]) for row in rows]
+            padded = [[pad] * count + row[name] for count, row in zip(padding, rows, strict=True)]
+            ids[name] = torch.tensor(padded, device=device)
+            mask = [[0] * count + [1] * (longest - count) for count in padding]
+            masks[name] = torch.tensor(mask, device=device)
+        return {"specialist_input_ids": ids, "specialist_attention_mask": masks}
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        tokenizer: Any,
+        max_new_tokens: int = 512,
+        **generate_kwargs: Any,
+    ) -> str | list[str]:
+        """The answer to a conversation; a list of answers to a list of conversations.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}, ...]``, ending with a user message.
+            tokenizer: the release folder's, from ``AutoTokenizer``.
+            max_new_tokens: longest answer in tokens.
+            generate_kwargs: as for ``generate``: ``do_sample``, ``temperature``, ``streamer``, ``stop_strings``, ...
+        """
+        batch: Any = messages
+        single = not messages or isinstance(batch[0], Mapping)
+        prompts = self.chat_inputs([batch] if single else batch, tokenizer)
+        generate_kwargs |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+        sequences = self.generate(None, **prompts, tokenizer=tokenizer, **generate_kwargs).sequences
+        prompt_length = prompts["specialist_input_ids"][self.names[0]].shape[1]
+        lead = self.config.response_lead
+        answers = [decode_response(tokenizer, ids, lead) for ids in sequences[:, prompt_length:].tolist()]
+        return answers[0] if single and len(answers) == 1 else answers
+
+    def _tokenizer_of(self, name: str, tokenizer: Any) -> Any:
+        """``tokenizer``, or the specialist's own where the release keeps one for it."""
+        subfolder = self.config.entry(name).get("tokenizer")
+        if subfolder is None:
+            return tokenizer
+        loaded: dict[str, Any] = self.__dict__.setdefault("_own_tokenizers", {})
+        if name not in loaded:
+            source = self.config.name_or_path or ""
+            if Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
+                raise ValueError(f"{source}: has no {subfolder}, {name}'s tokenizer; copy it from the release folder")
+            loaded[name] = FastTokenizer.from_pretrained(source, subfolder=subfolder)
+        return loaded[name]

@@ -12,22 +12,18 @@ Shapes: b batch, n specialists, s_j tokens given to specialist j, t positions wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .chat_ultrafuser import SpecialistEncoder, decode_response, encode_conversation
+from .chat_ultrafuser import ChatMixin
 from .configuration_ultrafuser import UltraFuserConfig
-
-Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
 
 @dataclass
@@ -49,6 +45,20 @@ class FusedCache(Cache):
         self.caches = dict(caches)
 
 
+class FirstLayers(nn.Module):
+    """The gate's W1, shared or one per specialist. A module that is called, so that accelerate can offload it."""
+
+    def __init__(self, widths: Mapping[str, int], units: int) -> None:
+        super().__init__()
+        for name, width in widths.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(units, width)))
+
+    def forward(self, hidden: Tensor, name: str, bias: Tensor) -> Tensor:  # (b, t, d_j), (m,) -> (b, t, m)
+        """W1 h + b1 with the W1 called ``name``."""
+        weight = self.get_parameter(name)
+        return nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
+
 class Gate(nn.Module):
     """Two-layer ReLU perceptron that gives each specialist's hidden state one scalar (paper, equation 1)."""
 
@@ -56,27 +66,25 @@ class Gate(nn.Module):
         super().__init__()
         if shared and len(set(widths.values())) > 1:
             raise ValueError(f"gate_shared: hidden sizes {list(widths.values())} differ; each needs a first layer")
-        columns = {"shared": next(iter(widths.values()))} if shared else widths
         self.shared = shared
-        self.w1 = nn.ParameterDict({name: nn.Parameter(torch.empty(units, d)) for name, d in columns.items()})
+        self.w1 = FirstLayers({"shared": next(iter(widths.values()))} if shared else widths, units)
         self.b1 = nn.Parameter(torch.empty(units))
         self.w2 = nn.Parameter(torch.empty(units))
 
     def forward(self, hidden: Tensor, name: str) -> Tensor:  # (b, t, d_j) -> (b, t) float32
         """a_j of specialist ``name``."""
-        w1 = self.w1["shared" if self.shared else name]
-        active = torch.relu(nn.functional.linear(hidden.to(w1.dtype), w1, self.b1))
+        active = torch.relu(self.w1(hidden, "shared" if self.shared else name, self.b1))
         return active.float() @ self.w2.float()
 
     def initialize(self) -> None:
         """Like torch.nn.Linear; parameters that a checkpoint brought are left alone."""
-        widest = max(w1.shape[1] for w1 in self.w1.values())
-        fan_in = [(w1, w1.shape[1]) for w1 in self.w1.values()] + [(self.b1, widest), (self.w2, self.w2.shape[0])]
+        fan_in = [(w1, w1.shape[1]) for w1 in self.w1.parameters()]
+        fan_in += [(self.b1, max(width for _, width in fan_in)), (self.w2, self.w2.shape[0])]
         for parameter, width in fan_in:
             init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width))
 
 
-class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
+class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
     """n specialists fused token by token. Loads with ``AutoModelForCausalLM`` and ``trust_remote_code=True``."""
 
     config_class = UltraFuserConfig
@@ -195,7 +203,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         output = UltraFuserOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values,
             gate_weights=weights if return_gate_weights else None,
         )
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
@@ -217,8 +225,8 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return outputs.last_hidden_state
 
     def _gate_weights(self, hidden: Mapping[str, Tensor]) -> Tensor:  # (b, t, n) float32
-        device = self.gate.b1.device
-        scores = [self.gate(hidden[name].to(device), name) for name in self.names]
+        device = hidden[self.names[0]].device  # accelerate may have put specialists and gate on several
+        scores = [self.gate(hidden[name], name).to(device) for name in self.names]
         return torch.stack(scores, dim=-1).softmax(dim=-1)
 
     def _mix(self, hidden: Mapping[str, Tensor], weights: Tensor) -> Tensor:  # (b, t, vocab_size) float32
@@ -341,74 +349,3 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         parent: Any = super()
         return parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-
-    # Conversations.
-
-    def chat_inputs(self, conversations: Sequence[Messages], tokenizer: Any) -> dict[str, dict[str, Tensor]]:
-        """What ``forward`` and ``generate`` take for a batch of conversations, each specialist's in its own template.
-
-        Args:
-            conversations: b lists of ``{"role": ..., "content": ...}``, each ending with a user message.
-            tokenizer: the release folder's.
-
-        Returns:
-            ``specialist_input_ids`` and ``specialist_attention_mask``: name -> (b, s_j), padded on the left.
-
-        Raises:
-            ValueError: roles out of order, or text that the tokenizer would read as a control token.
-        """
-        encoders = {
-            name: SpecialistEncoder(self._tokenizer_of(name, tokenizer), self.config.entry(name)["template"])
-            for name in self.names
-        }
-        settings = self.config.response_lead, self.config.vocab_size
-        rows = [encode_conversation(encoders, messages, *settings) for messages in conversations]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids, masks = {}, {}
-        for name in self.names:
-            longest = max(len(row[name]) for row in rows)
-            padding = [longest - len(row[name]) for row in rows]
-            padded = [[pad] * count + row[name] for count, row in zip(padding, rows, strict=True)]
-            ids[name] = torch.tensor(padded, device=self.device)
-            mask = [[0] * count + [1] * (longest - count) for count in padding]
-            masks[name] = torch.tensor(mask, device=self.device)
-        return {"specialist_input_ids": ids, "specialist_attention_mask": masks}
-
-    def chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        *,
-        tokenizer: Any,
-        max_new_tokens: int = 512,
-        **generate_kwargs: Any,
-    ) -> str | list[str]:
-        """The answer to a conversation; a list of answers to a list of conversations.
-
-        Args:
-            messages: ``[{"role": "user", "content": "..."}, ...]``, ending with a user message.
-            tokenizer: the release folder's, from ``AutoTokenizer``.
-            max_new_tokens: longest answer in tokens.
-            generate_kwargs: as for ``generate``: ``do_sample``, ``temperature``, ``streamer``, ...
-        """
-        batch: Any = messages
-        single = not messages or isinstance(batch[0], Mapping)
-        prompts = self.chat_inputs([batch] if single else batch, tokenizer)
-        generate_kwargs |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
-        sequences = self.generate(None, **prompts, **generate_kwargs).sequences
-        prompt_length = prompts["specialist_input_ids"][self.names[0]].shape[1]
-        lead = self.config.response_lead
-        answers = [decode_response(tokenizer, ids, lead) for ids in sequences[:, prompt_length:].tolist()]
-        return answers[0] if single and len(answers) == 1 else answers
-
-    def _tokenizer_of(self, name: str, tokenizer: Any) -> Any:
-        """``tokenizer``, or the specialist's own where the release keeps one for it."""
-        subfolder = self.config.entry(name).get("tokenizer")
-        if subfolder is None:
-            return tokenizer
-        loaded: dict[str, Any] = self.__dict__.setdefault("_own_tokenizers", {})
-        if name not in loaded:
-            source = self.config.name_or_path or ""
-            if Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
-                raise ValueError(f"{source}: has no {subfolder}, {name}'s tokenizer; copy it from the release folder")
-            loaded[name] = FastTokenizer.from_pretrained(source, subfolder=subfolder)
-        return loaded[name]

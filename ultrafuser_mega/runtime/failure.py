@@ -57,7 +57,7 @@ def _speak(error: BaseException) -> None:
     if isinstance(error, InputError):
         message = f"error: {error}"
     elif isinstance(error, KeyboardInterrupt):
-        message = f"interrupted{where}"
+        message = f"interrupted{where}; --resume goes on from the newest checkpoint"
     else:
         message = f"failed{where}:\n{''.join(traceback.format_exception(error))}"
     print(message, file=sys.stderr, flush=True)

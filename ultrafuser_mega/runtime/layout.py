@@ -113,7 +113,11 @@ class LayoutPlan:
             parts = []
             for name, p in self.placements.items():
                 span = f"{p.ranks.start}" if len(p.ranks) == 1 else f"{p.ranks.start}-{p.ranks.stop - 1}"
-                parts.append(f"{name} tp={p.tp}" + (f" pp={p.pp}" if p.pp > 1 else "") + f" (ranks {span})")
+                parts.append(
+                    f"{name} tp={p.tp}"
+                    + (f" pp={p.pp}" if p.pp > 1 else "")
+                    + f" ({'rank' if len(p.ranks) == 1 else 'ranks'} {span})"
+                )
             sizes = ", ".join(parts)
         return f"{self.kind}: {sizes}" + (f", dp={self.dp}" if self.dp > 1 else "")
 

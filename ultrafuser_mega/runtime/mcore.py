@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
@@ -55,6 +56,14 @@ def prepare_cuda(seed: int) -> None:
     megatron_random.model_parallel_cuda_manual_seed(seed, tp_rank=0, ep_rank=0, etp_rank=0)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
+
+
+def end_checkpoint_helpers() -> None:
+    """End the helper process that Megatron-core starts at the first save and keeps.
+
+    It would outlive a rank that is killed: 0.6 GB each, without a parent. The next save starts another.
+    """
+    filesystem_async._results_queue = None  # the last reference to its manager, which ends with it
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
-from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.mcore import end_checkpoint_helpers, megatron_scope
 from ultrafuser_mega.training.optimizer import Trainable
 from ultrafuser_mega.training.sources import Sources
 
@@ -99,6 +99,9 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
     final = folder / progress.folder
+    if groups.rank == 0:
+        for unfinished in folder.glob(".*.partial"):
+            shutil.rmtree(unfinished)
     write_checkpoint(final, progress, model, trainable, groups, identity, sources)
     if groups.rank == 0:
         for _, old in list_checkpoints(folder)[:-keep]:
@@ -129,7 +132,8 @@ def write_checkpoint(
     """
     partial = final.with_name(f".{final.name}.partial")
     if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
     dist.barrier()
     with megatron_scope(next(model.parameters()).device):
@@ -137,6 +141,7 @@ def write_checkpoint(
         if trainable is not None:
             state |= _optimizer_state(trainable, state)
         dist_checkpointing.save(state, str(partial))
+        end_checkpoint_helpers()
     dist.barrier()
     if groups.rank == 0:
         sources.write(partial)
@@ -174,6 +179,16 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
             if moments:
                 _restore_moments(trainable, loaded, parameters)
             trainable.schedule.step(steps)
+
+
+def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
+    """Read the weights but for the gate's into a model of some of the checkpoint's specialists; collective."""
+    with megatron_scope(next(model.parameters()).device), torch.no_grad():
+        state = {key: shard for key, shard in _model_state(model, groups).items() if not key.startswith("gate.")}
+        parameters = {key: shard.data for key, shard in state.items()}
+        loaded = dist_checkpointing.load(state, str(path))
+        for key, parameter in parameters.items():
+            parameter.copy_(loaded[key])
 
 
 def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:

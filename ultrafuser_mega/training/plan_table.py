@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from ultrafuser_mega.models.hf_folder import Architecture
@@ -17,7 +18,7 @@ _OPTIMIZER = {"fp32": 8, "bf16": 12}
 def plan_table(plan: RunPlan) -> Table:
     """One row per rank of the first replica: role, vocabulary rows, parameters and bytes of weights and optimizer."""
     layout, config = plan.layout, plan.config
-    table = Table(title=layout.describe(), title_justify="left")
+    table = Table(title=layout.describe(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "specialist", "tp", "stage", "vocabulary rows"):
         table.add_column(column, no_wrap=True)
     for column in ("parameters", "stage 1", "stage 2"):

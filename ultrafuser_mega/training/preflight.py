@@ -125,14 +125,6 @@ def _check_words(config: FuserConfig) -> None:
         raise InputError("loss.backend: gate_only cannot train stage 2; use auto, which takes it in stage 1")
 
 
-def _check_data_files(config: FuserConfig) -> None:
-    for name, part in config.data.classes.items():
-        for kind in ("train", "heldout"):
-            for path in getattr(part, kind):
-                if not (config.data.root / path).is_file():
-                    raise InputError(f"data.classes.{name}.{kind}: {config.data.root / path}: no such file")
-
-
 def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
     share = config.micro_batch_size * layout.dp
     for stage_name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
@@ -143,6 +135,22 @@ def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
                 f"{batch} samples do not split into microbatches of {config.micro_batch_size} on {layout.dp} "
                 f"replica(s); make the product a multiple of {share}"
             )
+
+
+def _check_data_files(config: FuserConfig) -> None:
+    for name, part in config.data.classes.items():
+        where = f"data.classes.{name}"
+        for kind, paths in (("train", part.train), ("heldout", part.heldout)):
+            for path in paths:
+                if not (config.data.root / path).is_file():
+                    raise InputError(f"{where}.{kind}: {config.data.root / path}: no such file")
+        for path in part.heldout_first:
+            if path not in part.train:
+                raise InputError(
+                    f"{where}.heldout_first: {path} is not one of its training files, {', '.join(map(str, part.train))}"
+                )
+        if not part.heldout and not part.heldout_first:
+            raise InputError(f"{where}: nothing is held out to evaluate on; give heldout files or heldout_first rows")
 
 
 def _resolve(config: FuserConfig, layout: Layout) -> LayoutPlan:

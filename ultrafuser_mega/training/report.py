@@ -104,8 +104,8 @@ class RunReport:
             return
         record = EvalRecord(stage=stage, step=step, loss=result.loss, gate=result.gate)
         self._metrics.write_eval(record)
-        means = "  ".join(f"{name} {value:.4f}" for name, value in record.mean.items())
-        self.note(f"held-out loss after {step} steps, mean over classes: {means}")
+        fused = "  ".join(f"{name} {losses['fused']:.4f}" for name, losses in record.loss.items())
+        self.note(f"held-out loss of the fused model after {step} steps: {fused}  mean {record.mean['fused']:.4f}")
 
     def finish(self, final: EvaluationResult) -> None:
         """The run is over: tables, plots, the token view and summary.json.
@@ -124,6 +124,7 @@ class RunReport:
         record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate)
         after_stage1 = next((e for e in evals if e.stage == 1 and e.step == config.stage1.steps > 0), None)
         tables = [loss_table(record, after_stage1=after_stage1), gate_table(record)]
+        self._console.end_stage()  # a live display would draw over the tables
         print_tables(tables)
         text = "\n\n".join(f"**{table.title}**\n\n{to_markdown(table)}" for table in tables)
         (self.run_dir / "results.md").write_text(text)
@@ -138,7 +139,8 @@ class RunReport:
             wall_s=time.perf_counter() - self._started,
             after_stage1=after_stage1,
         )
-        self.note(f"wrote {write_summary(self.run_dir, summary)} and {self.run_dir / 'plots'}")
+        write_summary(self.run_dir, summary)
+        self.note(f"wrote summary.json, results.md, plots/ and checkpoints/ in {self.run_dir}")
 
     def _draw(self, steps: list[StepRecord], evals: list[EvalRecord], final: EvaluationResult) -> None:
         plots = self.run_dir / "plots"

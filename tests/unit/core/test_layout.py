@@ -33,7 +33,7 @@ def test_default_layout_of_eight_ranks() -> None:
 
 def test_two_replicas_lie_on_consecutive_ranks() -> None:
     plan = disjoint(dp=2, text=(2, 1), code=(1, 1))
-    assert plan.describe() == "disjoint: text tp=2 (ranks 0-1), code tp=1 (ranks 2), dp=2"
+    assert plan.describe() == "disjoint: text tp=2 (ranks 0-1), code tp=1 (rank 2), dp=2"
     assert plan.world_size == 6
     assert plan.tensor_groups("text") == [[0, 1], [3, 4]]
     assert plan.tensor_groups("code") == [[2], [5]]

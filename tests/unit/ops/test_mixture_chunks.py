@@ -60,11 +60,14 @@ def test_the_plain_pytorch_epilogue_is_a_twin_of_the_compiled_one(dtype):
         assert relative_error(gradient, twin.gradients()[name]) <= tolerance, name
 
 
-def test_the_logit_buffer_stays_within_its_budget():
-    case = make_case(24, rows=4096, vocab=1000, widths=(4, 3))
+@pytest.mark.parametrize("vocab", [1000, 3], ids=["logits weigh most", "hidden states weigh most"])
+def test_what_grows_with_a_chunk_stays_within_its_budget(vocab):
+    case = make_case(24, rows=4096, vocab=vocab, widths=(40, 30))
     problem = checked_problem(case.hidden, case.heads, case.gate_logits, case.target, **DEFAULTS)
     plan = chunked.Plan(problem, buffer_bytes=1 << 20)
-    assert plan.buffers * plan.chunk_rows * 1000 * 4 <= 1 << 20
+    logits, inputs, d_inputs = vocab * 4, 70 * 4, 70 * 4  # bytes per row
+    assert plan.chunk_rows * (plan.buffers * (logits + inputs) + d_inputs) <= 1 << 20
+    assert plan.chunk_rows * (logits + inputs + d_inputs) > 1 << 19  # and makes use of it
     assert [(c.start, c.stop) for c in plan.chunks(5)] == [(0, 5)]
     covered = [row for c in plan.chunks(4096) for row in range(c.start, c.stop)]
     assert covered == list(range(4096))

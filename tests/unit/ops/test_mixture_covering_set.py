@@ -1,7 +1,7 @@
 """Real vocabulary sizes and row counts, every specialist count, type and kind of value, in a set that covers pairs.
 
 Widths are tiny: what breaks at V = 151936 or N = 4096 is the softmax and the cutting into blocks, not the width.
-Everything is held to the rule of plain PyTorch in the same type (rule_violations).
+Everything is held to the rule of plain PyTorch in the same type (testing.Rule).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ultrafuser_mega.ops import mixture_cross_entropy
-from ultrafuser_mega.ops.testing import IGNORE, Case, answer_of, make_case, relative_error, rule_violations, truth
+from ultrafuser_mega.ops.testing import IGNORE, Case, Rule, answer_of, make_case, relative_error, truth
 
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 BACKENDS = [("reference", EVERYTHING), ("chunked", EVERYTHING), ("chunked", GATE), ("gate_only", GATE)]
@@ -32,7 +32,7 @@ CASES = [  # vocabulary, rows, widths, type, values, reduction
     (333, 4096, (4, 3, 5), FP32, "masked", "mean"),
     (333, 4096, (3, 2, 4, 1, 2), BF16, "ordinary", "none"),
     (7, 4096, (2, 3), FP16, "saturated", "sum"),
-    (1, 4096, (2,), FP32, "saturated", "mean"),
+    (1, 4096, (2,), FP32, "z-loss", "mean"),
 ]
 
 
@@ -43,6 +43,10 @@ def case_of(vocab: int, rows: int, widths: tuple[int, ...], dtype: torch.dtype, 
             return make_case(111, **options, gate_scale=200.0, padding=5, label_smoothing=0.1)
         case "masked":
             return masked(make_case(112, **options, padding=5))
+        case (
+            "z-loss"
+        ):  # with V = 1 nothing else is left of the gradient; a small one would drown in the rounding of 1 - 1
+            return make_case(115, **(options | {"z_loss": 0.1}), padding=5)
         case _:
             return make_case(113, **options, padding=5, label_smoothing=0.1)
 
@@ -57,14 +61,15 @@ def masked(case: Case) -> Case:
     return case
 
 
-@pytest.mark.parametrize(("backend", "needs"), BACKENDS, ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_error_stays_within_the_rule_of_plain_pytorch(shape, backend, needs):
+def test_every_backend_stays_within_the_rule_of_plain_pytorch(shape):
     case = case_of(*shape)
-    answer = answer_of(mixture_cross_entropy, case, needs, backend=backend)
-    assert rule_violations(answer, case) == []
-    if shape[4] == "masked" and answer.heads[0] is not None:
-        assert all(torch.count_nonzero(head[1::2]) == 0 for head in answer.heads)
+    rule = Rule(case)
+    for backend, needs in BACKENDS:
+        answer = answer_of(mixture_cross_entropy, case, needs, backend=backend)
+        assert rule.violations(answer) == [], (backend, needs)
+        if shape[4] == "masked" and needs == EVERYTHING:
+            assert all(torch.count_nonzero(head[1::2]) == 0 for head in answer.heads)
 
 
 @pytest.mark.parametrize(("backend", "needs"), [("chunked", EVERYTHING), ("gate_only", GATE)], ids=["all", "gate"])
@@ -87,3 +92,31 @@ def test_4096_rows_of_32000_words(backend, needs):
         assert gradient is None or relative_error(gradient, true.repeat(repeats, 1)) <= tolerance
     for gradient, true in zip(answer.heads, expected.heads, strict=True):
         assert gradient is None or relative_error(gradient / repeats, true) <= tolerance
+
+
+def streamed(case: Case, needs: tuple[bool, bool, bool]):
+    """The streaming backend with the block sizes it ships with, for a process whose Triton interprets."""
+    from ultrafuser_mega.ops import streaming
+    from ultrafuser_mega.ops.problem import checked_problem
+
+    def loss(hidden, heads, gate_logits, target, **options):
+        options = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "label_smoothing": 0.0} | options
+        return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **options))[0]
+
+    return answer_of(loss, case, needs)
+
+
+@pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["all", "gate"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (7, 4096, (2, 3), FP16, "saturated", "sum"),
+        pytest.param((32000, 1, (4, 3), FP32, "saturated", "mean"), marks=pytest.mark.slow),
+        pytest.param((32016, 37, (6,), FP32, "masked", "none"), marks=pytest.mark.slow),
+        pytest.param((151936, 1, (4, 3), FP32, "masked", "mean"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_interpreted_streaming_stays_within_the_rule_of_plain_pytorch(shape, needs, interpreted):
+    case = case_of(*shape)
+    assert Rule(case).violations(interpreted(streamed, case, needs)) == []

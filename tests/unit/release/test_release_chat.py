@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from release_folder import PIECES, write_bytelevel_tokenizer, write_release
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ultrafuser_mega.data.align import Aligner
+from ultrafuser_mega.data.align import Aligner, Dropped
 from ultrafuser_mega.data.conversation import Conversation
 from ultrafuser_mega.data.templates import load_template
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
@@ -24,7 +24,8 @@ LLAMA2_CHAT = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-TEXTS = st.text(st.sampled_from("aParis 12\n\té😀.:[INST]"), min_size=1, max_size=30).filter(str.strip)
+PARTS = st.sampled_from([*"aParis 12\n\té😀.:", "[INST]", "<s>", "<|im_end|>"])
+TEXTS = st.lists(PARTS, min_size=1, max_size=30).map("".join).filter(str.strip)
 CONVERSATIONS = st.builds(
     Conversation, st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4).map(tuple), st.none() | TEXTS
 )
@@ -93,6 +94,10 @@ def test_prompts_have_the_ids_that_training_gave_them(tokenizers, specialists):
     @given(CONVERSATIONS)
     def check(conversation):
         (aligned,) = aligner.align([conversation])
+        if isinstance(aligned, Dropped):  # a chat template, and a control token in the user's text
+            with pytest.raises(ValueError, match="would be read as a control token"):
+                encode(as_messages(conversation))
+            return
         found = encode(as_messages(conversation))
         for name, prompts in aligned.prompts.items():
             turns = zip(prompts, [*aligned.responses[:-1], []], strict=True)
@@ -141,6 +146,27 @@ def test_the_released_tokenizer_is_the_one_of_training_whatever_its_folder_calle
         assert tokenizer.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (trained.bos_token_id, trained.eos_token_id)
         assert tokenizer.padding_side == "left"
+
+
+def test_auto_tokenizer_makes_the_same_of_the_release_as_of_the_folder_it_came_from(tokenizers, specialists, tmp_path):
+    folder = tmp_path / "specialist"
+    shutil.copytree(specialists["llamas"]["text"][0], folder)
+    (folder / "tokenizer.json").unlink()
+    shutil.copytree(tokenizers["first"], folder, dirs_exist_ok=True)  # its class converts tokenizer.model by itself
+    release = write_release(tmp_path / "release", {"text": (folder, "ultralm")})
+    (release / "config.json").unlink()  # or AutoTokenizer asks whether to trust the model's code
+    text = "  Hi there\n 12 [INST] é😀 </s> x"
+    assert (
+        AutoTokenizer.from_pretrained(release)(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
+    )
+
+
+def test_chat_stops_at_stop_strings(models, releases):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(releases["llamas"])
+    whole = models["llamas"].chat(QUESTION, tokenizer=tokenizer, max_new_tokens=12)
+    stop = next(letter for letter in whole[2:] if letter.isascii() and letter.isalnum())
+    stopped = models["llamas"].chat(QUESTION, tokenizer=tokenizer, max_new_tokens=12, stop_strings=[stop])
+    assert stop in stopped and len(stopped) < len(whole) and whole.startswith(stopped)
 
 
 def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(tokenizers, specialists, tmp_path):

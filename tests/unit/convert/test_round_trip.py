@@ -1,0 +1,130 @@
+"""In and out again: every family comes back tensor for tensor and field for field, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILY_CASES, write_family
+from safetensors.torch import load_file, save_file
+
+from ultrafuser_mega.convert.export import export
+from ultrafuser_mega.convert.importer import import_specialists, plan_folders
+from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.layout import plan_colocated, plan_disjoint
+
+# bf16 and fp32 in turn: what came as bf16 must leave as bf16 though the checkpoint beside an fp32 model is fp32.
+DTYPES = {case: (torch.bfloat16, torch.float32)[i % 2] for i, case in enumerate(FAMILY_CASES)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder per family case; read only."""
+    root = tmp_path_factory.mktemp("families")
+    return {case: write_family(root / case, case, dtype=DTYPES[case]) for case in FAMILY_CASES}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_folder(out: Path, source: Path) -> None:
+    """Equal tensors under equal names and types; every other file byte for byte."""
+    ours, theirs = tensors_of(out), tensors_of(source)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor), name
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_all_families_come_back_from_a_colocated_checkpoint(
+    folders: dict[str, Path], tmp_path: Path, tp: int, pp: int
+) -> None:
+    plan = plan_folders(folders, None)
+    assert plan.dtype == torch.float32  # the smallest that holds bf16 and fp32
+    import_specialists(plan, tmp_path / "checkpoint", plan_colocated(list(folders), tp, pp, dp=1))
+    for case, source in folders.items():
+        export(tmp_path / "checkpoint", tmp_path / case, f"specialist:{case}")
+        assert_same_folder(tmp_path / case, source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_family_comes_back_from_a_disjoint_checkpoint(
+    folders: dict[str, Path], tmp_path: Path, case: str, tp: int, pp: int
+) -> None:
+    """Beside another on a rank of its own: the heads lie on tp + 1 ranks, with padding that no size divides."""
+    chosen = {"tested": folders[case], "other": folders["llama"]}
+    layout = plan_disjoint({"tested": (tp, pp, None), "other": (1, 1, None)}, dp=1)
+    import_specialists(plan_folders(chosen, None), tmp_path / "checkpoint", layout)
+    for name, source in chosen.items():
+        export(tmp_path / "checkpoint", tmp_path / name, f"specialist:{name}")
+        assert_same_folder(tmp_path / name, source)
+
+
+def test_shards_and_their_index_hold_every_tensor_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    import_specialists(plan_folders({"a": folders["qwen3"]}, None), tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "out", "specialist:a", shard_bytes=60_000)
+    assert_same_folder(tmp_path / "out", folders["qwen3"])
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    held = {name: path.name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
+    assert index["weight_map"] == held
+    assert len(set(held.values())) > 2
+    sizes = [sum(t.nbytes for t in load_file(path).values()) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+def test_head_that_a_tied_folder_stores_too_comes_back_stored(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = write_family(tmp_path / "source", "qwen2_tied")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    import_specialists(plan_folders({"a": source}, None), tmp_path / "checkpoint")
+    assert export(tmp_path / "checkpoint", tmp_path / "out", "specialist:a") == []
+    assert_same_folder(tmp_path / "out", source)
+
+
+def test_head_that_training_moved_away_from_its_embedding_is_untied_with_a_notice(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_specialists(plan_folders({"a": folders["qwen2_tied"]}, None), tmp_path / "checkpoint")
+    from ultrafuser_mega.convert.restore import RestoredSpecialist
+
+    whole = RestoredSpecialist._head
+    monkeypatch.setattr(RestoredSpecialist, "_head", lambda self, rows: whole(self, rows) + 1)
+    (notice,) = export(tmp_path / "checkpoint", tmp_path / "out", "specialist:a")
+    assert notice.startswith("a: its folder tied the output head")
+    config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", folders["qwen2_tied"]))
+    assert config == before | {"tie_word_embeddings": False}
+    tensors = tensors_of(tmp_path / "out")
+    assert torch.equal(tensors["lm_head.weight"], (tensors["model.embed_tokens.weight"] + 1))
+
+
+def test_what_cannot_be_exported_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    import_specialists(plan_folders({"a": folders["llama"]}, None), tmp_path / "checkpoint")
+    assert list(TrainedModel(tmp_path / "checkpoint").sources) == ["a"]
+    (tmp_path / "there").mkdir()
+    for arguments, named in (
+        ((tmp_path / "gone", tmp_path / "out", "fused"), "not a complete checkpoint"),
+        ((tmp_path / "checkpoint", tmp_path / "there", "specialist:a"), "there: exists already"),
+        ((tmp_path / "checkpoint", tmp_path / "out", "specialist:b"), "--what specialist:b: .* holds a"),
+        (
+            (tmp_path / "checkpoint", tmp_path / "out", "all"),
+            "--what all: expected fused or specialist:NAME with one of a",
+        ),
+        ((tmp_path / "checkpoint", tmp_path / "out", "fused"), "not from a configuration of a run"),
+    ):
+        with pytest.raises(InputError, match=named):
+            export(*arguments)
+    with pytest.raises(InputError, match="checkpoint: exists already"):
+        import_specialists(plan_folders({"a": folders["llama"]}, None), tmp_path / "checkpoint")

@@ -1,0 +1,245 @@
+"""Do two models compute the same? Full-sequence float32 logits of any two of: Hugging Face folder, checkpoint, release.
+
+A checkpoint is run by Megatron-core, the folders by transformers, so that agreement speaks for the conversion and for
+both implementations. Needs memory for one model at a time, in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.convert.shards import check_hashes
+from ultrafuser_mega.convert.verify import Sequences
+from ultrafuser_mega.data.tokenizer import TextEncoder
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.fused import build_fused_stage
+from ultrafuser_mega.models.fusion_head import LossOptions
+from ultrafuser_mega.models.hf_folder import (
+    Architecture,
+    HFWeights,
+    TensorFolder,
+    parse_architecture,
+    read_architecture,
+)
+from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.layout import plan_colocated
+from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.checkpoint import PROGRESS, load_checkpoint, load_specialists
+from ultrafuser_mega.training.engine import Engine
+
+FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class ModelAddress:
+    """One model to compare.
+
+    Attributes:
+        path: its folder.
+        kind: what the folder is.
+        part: a specialist's name, or "fused"; None for a Hugging Face folder, which is one model.
+    """
+
+    path: Path
+    kind: Literal["folder", "checkpoint", "release"]
+    part: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelAddress:
+        """From ``PATH``, ``PATH@fused`` or ``PATH@specialist:NAME``; a checkpoint or release alone means fused.
+
+        Raises:
+            InputError: there is no such model.
+        """
+        path, part = Path(text), ""
+        if not path.exists() and "@" in text:
+            before, _, part = text.rpartition("@")
+            path = Path(before)
+        if not path.is_dir():
+            raise InputError(
+                f"{path}: no such folder; expected a Hugging Face folder, a checkpoint or a release folder"
+            )
+        kind: Literal["folder", "checkpoint", "release"] = "folder"
+        if (path / PROGRESS).is_file():
+            kind, names = "checkpoint", list(TrainedModel(path).sources)
+        elif _model_type(path) == UltraFuserConfig.model_type:
+            kind, names = "release", UltraFuserConfig.from_pretrained(path).names
+        if kind == "folder":
+            if part:
+                raise InputError(f"{text}: {path} is a Hugging Face folder, which is a single model; leave out @{part}")
+            return cls(path, kind, None)
+        chosen = part.removeprefix("specialist:") or FUSED
+        if part not in ("", FUSED) and (not part.startswith("specialist:") or chosen not in names):
+            raise InputError(f"{text}: expected @fused or @specialist:NAME with one of {', '.join(names)}")
+        return cls(path, kind, chosen if part else FUSED)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far apart two models' logits are on one batch of sequences.
+
+    Attributes:
+        what: the batch.
+        shape: of the logits (b, s, V).
+        max_abs: largest absolute difference.
+        relative: that, over the largest absolute logit.
+        top1: share of positions with the same most likely token.
+    """
+
+    what: str
+    shape: tuple[int, ...]
+    max_abs: float
+    relative: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of a comparison; ``equal`` is whether no logit differs by more than ``tolerance``."""
+
+    a: str
+    b: str
+    tolerance: float
+    equal: bool
+    batches: list[Agreement]
+
+    def to_json(self) -> str:
+        """For other programs."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def compare(a: str, b: str, text: str, tolerance: float) -> Comparison:
+    """Compare two models on random tokens and on ``text``.
+
+    Args:
+        a: see :meth:`ModelAddress.parse`.
+        b: likewise.
+        text: tokenised by a's tokenizer.
+        tolerance: largest accepted difference of a float32 logit.
+
+    Raises:
+        InputError: a model is missing, damaged or of another vocabulary.
+    """
+    first, second = ModelAddress.parse(a), ModelAddress.parse(b)
+    folder, archs = _description(first)
+    others = _description(second)[1]
+    positions = min(min(arch.max_positions, arch.sliding_window or arch.max_positions) for arch in archs + others)
+    rows = min(arch.vocab_rows for arch in archs + others)
+    generator = torch.Generator().manual_seed(0)
+    # AutoTokenizer would ask to run a release's code; its tokenizer files speak for themselves.
+    tokenizer = FastTokenizer.from_pretrained(folder) if first.kind == "release" else TextEncoder(folder).tokenizer
+    real = [token for token in tokenizer(text)["input_ids"] if token < rows][:positions]
+    batches = {
+        "random": torch.randint(0, rows, (4, min(96, positions)), generator=generator),
+        "real": torch.tensor([real]),
+    }
+    ours, theirs = (_logits(address, list(batches.values())) for address in (first, second))
+    agreements = []
+    for what, mine, other in zip(batches, ours, theirs, strict=True):
+        if mine.shape != other.shape:
+            raise InputError(
+                f"{a} has {mine.shape[-1]} logits per token, {b} has {other.shape[-1]}; compare like with like"
+            )
+        largest = (mine - other).abs().max().item()
+        same = (mine.argmax(-1) == other.argmax(-1)).float().mean().item()
+        agreements.append(Agreement(what, tuple(mine.shape), largest, largest / other.abs().max().item(), same))
+    # A comparison with NaN is false, so NaN never counts as equal.
+    return Comparison(a, b, tolerance, all(agreement.max_abs <= tolerance for agreement in agreements), agreements)
+
+
+def _model_type(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # read_architecture says what is wrong with it
+
+
+def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
+    """A folder with the tokenizer, and the architectures that take part."""
+    if address.kind == "folder":
+        return address.path, [read_architecture(address.path)]
+    if address.kind == "release":
+        config = UltraFuserConfig.from_pretrained(address.path)
+        entries = [entry for entry in config.specialists or [] if address.part in (FUSED, entry["name"])]
+        return address.path, [parse_architecture(address.path / "config.json", entry["config"]) for entry in entries]
+    sources = TrainedModel(address.path).sources
+    folders = [source.folder for name, source in sources.items() if address.part in (FUSED, name)]
+    return folders[0], [read_architecture(folder) for folder in folders]
+
+
+def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
+    """float32 logits (b, s, V) of every batch (b, s)."""
+    if address.kind == "checkpoint":
+        (result,) = run_ranks(_checkpoint_logits, 1, address, list(batches), timeout_s=3600.0)
+        return result
+    check_hashes(address.path)
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    if address.kind == "folder":
+        HFWeights(address.path, read_architecture(address.path))
+        model: Any = AutoModelForCausalLM.from_pretrained(address.path, **options)
+    else:
+        TensorFolder(address.path)
+        model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
+        if address.part != FUSED:
+            model = model.specialists[address.part]
+    with torch.no_grad():
+        return [model.eval()(input_ids=ids).logits for ids in batches]
+
+
+def _checkpoint_logits(rank: int, address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
+    device = torch.device("cpu")
+    trained = TrainedModel(address.path)
+    names = [name for name in trained.sources if address.part in (FUSED, name)]
+    groups = make_groups(plan_colocated(names, tp=1, pp=1, dp=1))
+    with megatron_scope(device):
+        model = build_fused_stage(
+            groups,
+            {name: read_architecture(trained.sources[name].folder) for name in names},
+            vocab_size=trained.vocab_size,
+            gate_units=trained.gate_units,
+            dtype=torch.float32,
+            device=device,
+            sequence_parallel=False,
+            loss=LossOptions(),
+            seed=0,
+        ).eval()
+    if address.part == FUSED:
+        load_checkpoint(address.path, model, groups, None, 0)
+    else:
+        load_specialists(address.path, model, groups)
+    fusion = model.fusion
+    assert fusion is not None
+    collected: list[Tensor] = []
+
+    def keep_logits(hidden: dict[str, Tensor], batch: Sequences) -> Tensor:
+        heads = {name: head[: trained.vocab_size] for name, head in fusion.heads.items()}
+        if address.part == FUSED:  # equation 1 of the paper
+            weights = fusion.gate(hidden).softmax(dim=1)
+            parts = [weights[:, i : i + 1] * (hidden[name] @ heads[name].t()) for i, name in enumerate(names)]
+            whole = torch.stack(parts).sum(dim=0)
+        else:
+            (name,) = names
+            tail = [fusion.tails[name]] if name in fusion.tails else []
+            whole = hidden[name] @ torch.cat([heads[name], *tail]).t()
+        b, s = batch.tokens[names[0]].shape
+        collected.append(whole.view(s, b, -1).transpose(0, 1).contiguous())
+        return torch.zeros(())
+
+    every = [dict.fromkeys(names, ids) for ids in batches]
+    rows = [{name: torch.arange(ids.numel()) for name in names} for ids in batches]
+    with torch.no_grad():
+        Engine(model, groups, device).forward([Sequences(*pair) for pair in zip(every, rows, strict=True)], keep_logits)
+    return collected
