@@ -49,10 +49,7 @@ def prepare_store(
                    as they stand in the file, those that are dropped included
     holdout_files  class name -> further files, held out as a whole
     on_malformed   "skip" counts and names malformed rows, "fail" stops at the first
-    raise InputError(
-        f"{out}: holds a store made from other inputs ({changed}); "
-        "give the run another name or data.store, or run prepare --overwrite"
-    )
+    overwrite      rebuild where ``out_dir`` holds a store made from other inputs
     progress       show a bar on stderr
 
     Raises InputError for bad arguments and files, tokenizers that disagree, a class without a single
@@ -194,7 +191,8 @@ def _finished_before(out: Path, inputs: dict[str, Any], overwrite: bool) -> bool
     before = store.manifest["inputs"]
     changed = ", ".join(key for key in inputs if before.get(key) != inputs[key]) or "format"
     raise InputError(
-        f"{out}: holds a store made from other inputs ({changed}); give the run another name or data.store, or run prepare --overwrite"
+        f"{out}: holds a store made from other inputs ({changed}); "
+        "give the run another name or data.store, or run prepare --overwrite"
     )
 
 

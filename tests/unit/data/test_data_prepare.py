@@ -184,7 +184,7 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(prepare, sources,
 def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare, tmp_path):
     prepare()
     (tmp_path / "store" / "text" / "train" / "responses.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"responses.bin: damaged: 0 bytes.*overwrite it"):
+    with pytest.raises(InputError, match=r"responses.bin: damaged: 0 bytes.*--overwrite"):
         prepare()
     assert not prepare(overwrite=True).reused
     TokenStore.open(tmp_path / "store")
