@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,10 @@ import pytest
 import torch
 import yaml
 from families import write_family
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from safetensors.torch import load_file
 from trio import DISJOINT_8, ONE, PIECES, config_tree, train
 
 from ultrafuser_mega.cli import main
-from ultrafuser_mega.convert.importer import import_specialists, plan_folders
-from ultrafuser_mega.models.hf_folder import hf_shapes, read_architecture
-from ultrafuser_mega.toy import tiny_tokenizer
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints
 
 LAST = Progress(2, 3)
@@ -116,37 +111,3 @@ def test_single_folder_goes_in_and_out(
     )
     assert ultrafuser(monkeypatch, *arguments) == 2
     assert "out: exists already" in capsys.readouterr().err
-
-
-_MEASURED = """
-import resource, sys
-from pathlib import Path
-from ultrafuser_mega.convert.export import export
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export(Path(sys.argv[1]), Path(sys.argv[2]), "specialist:big")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
-
-
-@pytest.mark.slow
-def test_export_of_two_gigabytes_needs_little_more_than_its_largest_tensor(tmp_path: Path) -> None:
-    """30 layers of 1600 channels in bf16; the largest tensor, the embedding, has 102 MB."""
-    LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1600,
-        intermediate_size=4480,
-        num_hidden_layers=30,
-        num_attention_heads=20,
-        num_key_value_heads=20,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(tmp_path / "big")
-    shapes = hf_shapes(read_architecture(tmp_path / "big"))
-    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    assert sum(tensor.nbytes for tensor in tensors.values()) > 2e9
-    save_file(tensors, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
-    del tensors
-    tiny_tokenizer(tmp_path / "big", pieces=PIECES)
-    import_specialists(plan_folders({"big": tmp_path / "big"}, None), tmp_path / "checkpoint")
-    command = [sys.executable, "-c", _MEASURED, str(tmp_path / "checkpoint"), str(tmp_path / "out")]
-    measured = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
-    assert int(measured.stdout.split()[-1]) < 1.0e9

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -39,12 +40,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     # Ranks fork from a server process that has imported what the caller preloads, and nothing else: no threads, no
     # CUDA. Spawning each from scratch would import torch and Megatron-core once per rank.
     context = mp.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The ranks meet in a file: a free port found here may be taken by the time they bind it.
+    meeting = tempfile.mkdtemp(prefix="ranks-")
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
-        context.Process(target=_rank_main, args=(function, rank, world_size, port, timeout_s, pipes[rank][1], args))
+        context.Process(target=_rank_main, args=(function, rank, world_size, meeting, timeout_s, pipes[rank][1], args))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -59,6 +59,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             if process.is_alive():
                 process.kill()
                 process.join()
+        shutil.rmtree(meeting, ignore_errors=True)
 
 
 def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
@@ -81,13 +82,13 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _rank_main(function, rank, world_size, port, timeout_s, sender, args) -> None:
+def _rank_main(function, rank, world_size, meeting, timeout_s, sender, args) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
+            init_method=f"file://{meeting}/store",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),

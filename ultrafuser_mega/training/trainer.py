@@ -45,7 +45,9 @@ def run(plan: RunPlan, device: torch.device) -> None:
     with RunReport(plan, store, device, enabled=groups.rank == 0, done_steps=trainer.global_step(done)) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
-        if plan.resume is None:
+        if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
+            load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
+        if done == Progress(1, 0):
             report.evaluated(trainer.evaluate(), done.stage, 0)
         for stage in (1, 2):
             if done.stage <= stage:

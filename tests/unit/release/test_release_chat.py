@@ -155,6 +155,8 @@ def test_auto_tokenizer_makes_the_same_of_the_release_as_of_the_folder_it_came_f
     shutil.copytree(tokenizers["first"], folder, dirs_exist_ok=True)  # its class converts tokenizer.model by itself
     release = write_release(tmp_path / "release", {"text": (folder, "ultralm")})
     (release / "config.json").unlink()  # or AutoTokenizer asks whether to trust the model's code
+    # The class that reads tokenizer.json and nothing else: what LlamaTokenizer does has changed between versions.
+    assert json.loads((release / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     text = "  Hi there\n 12 [INST] é😀 </s> x"
     assert (
         AutoTokenizer.from_pretrained(release)(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
