@@ -150,7 +150,7 @@ def test_full_disk_in_mid_training_under_torchrun(trio: Path, tmp_path: Path) ->
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert job.returncode != 0

@@ -8,6 +8,7 @@ it is open: same classes, same schedules, same collectives. On CUDA it does noth
 from __future__ import annotations
 
 import contextlib
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,12 +59,13 @@ def prepare_cuda(seed: int) -> None:
         parallel_state._set_global_memory_buffer()
 
 
-def end_checkpoint_helpers() -> None:
-    """End the helper process that Megatron-core starts at the first save and keeps.
+def use_plain_results_queue() -> None:
+    """Before a synchronous checkpoint save: collect its results in a queue of this process.
 
-    It would outlive a rank that is killed: 0.6 GB each, without a parent. The next save starts another.
+    Megatron-core would start a manager process for them (0.35 GB, seconds), for the sake of its asynchronous saves.
+    That process outlives a rank that fails or is killed, and holds the job's terminal or pipe open.
     """
-    filesystem_async._results_queue = None  # the last reference to its manager, which ends with it
+    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):

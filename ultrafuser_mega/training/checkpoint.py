@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
-from ultrafuser_mega.runtime.mcore import end_checkpoint_helpers, megatron_scope
+from ultrafuser_mega.runtime.mcore import megatron_scope, use_plain_results_queue
 from ultrafuser_mega.training.optimizer import Trainable
 from ultrafuser_mega.training.sources import Sources
 
@@ -140,8 +140,8 @@ def write_checkpoint(
         state = _model_state(model, groups)
         if trainable is not None:
             state |= _optimizer_state(trainable, state)
+        use_plain_results_queue()
         dist_checkpointing.save(state, str(partial))
-        end_checkpoint_helpers()
     dist.barrier()
     if groups.rank == 0:
         sources.write(partial)
