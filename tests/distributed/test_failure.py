@@ -135,7 +135,10 @@ def test_training_processes_agree_on_one_line_about_a_bad_configuration(tmp_path
 
 
 def test_full_disk_in_mid_training_under_torchrun(trio: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 100 KiB: all goes well until the first checkpoint."""
+    """No file may grow beyond 100 KiB: all goes well until the first checkpoint.
+
+    Reading the job's output to its end also shows that no helper process outlives the ranks: it would hold the pipe.
+    """
     tree = config_tree(trio, tmp_path / "runs", DISJOINT_3)
     tree["stage1"] |= {"steps": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
-from ultrafuser_mega.runtime.mcore import end_checkpoint_helpers
 
 _FAILED, _SPOKEN, _LEAVING = "failure/ranks", "failure/spoken", "failure/leaving"
 _PATIENCE = timedelta(seconds=10)
@@ -47,8 +46,6 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
             store.add(_LEAVING, 1)
             if launched_rank() == 0:
                 _stay_for_the_others(store)
-        with contextlib.suppress(Exception):
-            end_checkpoint_helpers()
         sys.stdout.flush()
         # No orderly shutdown: collectives that peers still wait in would never end.
         os._exit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1)
