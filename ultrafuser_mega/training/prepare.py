@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) ->
         holdout_files={name: [root / path for path in part.heldout] for name, part in config.data.classes.items()},
         on_malformed=config.data.on_malformed,
         overwrite=overwrite,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
 
 
