@@ -78,6 +78,8 @@ def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
         record = json.loads((path / PROGRESS).read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path / PROGRESS}: damaged ({error}); go on from an older checkpoint") from None
     saved, wanted = _flat(record["identity"]), _flat(json.loads(json.dumps(identity)))
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key):
