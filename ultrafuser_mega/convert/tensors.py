@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,17 @@ _INDEX_CLASSES = {
 }
 
 
+def _enum_member(enum: Any, name: str) -> Enum:
+    """What Python 3.11.0 to 3.11.3 pickle an enum's member as: getattr, here of enums alone."""
+    if not (isinstance(enum, type) and issubclass(enum, Enum)):
+        raise pickle.UnpicklingError(f"getattr of {enum!r} has no place in an index")
+    return enum[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
