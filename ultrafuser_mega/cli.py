@@ -1,10 +1,11 @@
-"""The ``ultrafuser`` command: plan -> prepare -> train, and checks on the way.
+"""The ``ultrafuser`` command: plan -> prepare -> train -> export -> generate, and checks on the way.
 
 Bad input ends every command with one line and exit code 2.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
+from ultrafuser_mega.generation import commands
 
 _HELP = """Fuse specialised language models into one, token by token.
 
@@ -27,6 +29,8 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
+  ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it
+  ultrafuser chat OUT                            a conversation
 
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
 layouts.0.dp=2. Bad input ends a command with one line that begins "error:" and exit code 2.
@@ -235,8 +239,14 @@ def verify(
     raise typer.Exit(0 if worst <= tolerance else 1)
 
 
+app.command()(commands.generate)
+app.command()(commands.chat)
+
+
 def main() -> None:
     """Entry point of the ``ultrafuser`` command."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers' loading are for people
     try:
         app()
     except InputError as error:

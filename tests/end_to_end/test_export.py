@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from command import ultrafuser
 from families import write_family
 from safetensors.torch import load_file
 from trio import DISJOINT_8, ONE, PIECES, config_tree, train
 
-from ultrafuser_mega.cli import main
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints
 
 LAST = Progress(2, 3)
-
-
-def ultrafuser(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit code of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def short_run(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ _ROLES = {
     "gpt": "assistant",
 }
 
+_NO_ANSWER = "-"  # stands where an answer is wanted
+
 
 class MalformedRowError(ValueError):
     """A row that is no conversation; the message is the reason, without the place (the reader knows it)."""
@@ -68,6 +70,31 @@ def to_conversation(row: Any) -> Conversation:
     raise MalformedRowError(
         f"unknown shape: expected messages, conversations, instruction, question or prompt, found the fields {found}"
     )
+
+
+def to_prompt(row: Any) -> list[dict[str, str]]:
+    """The messages, the last one the user's, that a row asks to answer; an answer that stands there is left out.
+
+    The same shapes as in :func:`to_conversation`, which see for the errors; the answer may be missing.
+    """
+    if isinstance(row, dict):
+        row = dict(row)
+        for field, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
+            messages = row.get(field)
+            if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+                if _ROLES.get(str(messages[-1].get(role_key))) == "user":
+                    row[field] = [*messages, {role_key: "assistant", text_key: _NO_ANSWER}]
+                break
+        else:
+            for ask, answers in _PAIR_SHAPES:
+                if ask in row:
+                    row[answers[0]] = _NO_ANSWER
+                    break
+    conversation = to_conversation(row)
+    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    for user, assistant in conversation.turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return messages[:-1]
 
 
 def _from_pair(row: dict, ask: str, answers: tuple[str, ...], system: str | None) -> Conversation:

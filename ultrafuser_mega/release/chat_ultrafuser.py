@@ -211,13 +211,8 @@ class ChatMixin:
         Raises:
             ValueError: roles out of order, or text that the tokenizer would read as a control token.
         """
-        encoders = {
-            name: SpecialistEncoder(self._tokenizer_of(name, tokenizer), self.config.entry(name)["template"])
-            for name in self.names
-        }
-        settings = self.config.response_lead, self.config.vocab_size
         device = "cpu" if self.device.type == "meta" else self.device  # accelerate has offloaded the first specialist
-        rows = [encode_conversation(encoders, messages, *settings) for messages in conversations]
+        rows = self.chat_ids(conversations, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         ids, masks = {}, {}
         for name in self.names:
@@ -228,6 +223,15 @@ class ChatMixin:
             mask = [[0] * count + [1] * (longest - count) for count in padding]
             masks[name] = torch.tensor(mask, device=device)
         return {"specialist_input_ids": ids, "specialist_attention_mask": masks}
+
+    def chat_ids(self, conversations: Sequence[Messages], tokenizer: Any) -> list[dict[str, list[int]]]:
+        """What ``chat_inputs`` pads: of every conversation, name -> that specialist's ids."""
+        encoders = {
+            name: SpecialistEncoder(self._tokenizer_of(name, tokenizer), self.config.entry(name)["template"])
+            for name in self.names
+        }
+        settings = self.config.response_lead, self.config.vocab_size
+        return [encode_conversation(encoders, messages, *settings) for messages in conversations]
 
     def chat(
         self,

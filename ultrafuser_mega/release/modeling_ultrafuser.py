@@ -12,7 +12,7 @@ Shapes: b batch, n specialists, s_j tokens given to specialist j, t positions wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,11 +188,11 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         hidden = {}
         for name in self.names:
             cache = None if past_key_values is None else past_key_values.caches[name]
-            hidden[name] = self._last_hidden(name, ids[name], masks[name], cache, bool(use_cache))[:, -keep:]
+            hidden[name] = self.last_hidden(name, ids[name], masks[name], cache)[:, -keep:]
             if hidden[name].shape[1] < keep:
                 raise ValueError(f"logits_to_keep: {keep} is more than the {hidden[name].shape[1]} tokens of {name}")
-        weights = self._gate_weights(hidden)
-        logits = self._mix(hidden, weights)
+        weights = self.gate_weights(hidden)
+        logits = self.mixture((self.own_logits(name, hidden[name]) for name in self.names), weights)
 
         loss = None
         if labels is not None:
@@ -209,9 +209,19 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
 
-    def _last_hidden(
-        self, name: str, ids: Tensor, mask: Tensor | None, cache: Cache | None, use_cache: bool
+    # Equation 1 in its parts, for programs that decode by themselves.
+
+    def last_hidden(
+        self, name: str, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:  # (b, s_j, d_j)
+        """Hidden states of one specialist for the tokens behind those that ``cache`` holds; it takes them in.
+
+        Args:
+            name: the specialist.
+            ids: (b, s_j).
+            mask: (b, past_j + s_j), 1 for tokens and 0 for padding; None: no padding.
+            cache: the specialist's own, as in ``FusedCache.caches``.
+        """
         positions = None
         if mask is not None:
             past = 0 if cache is None else cache.get_seq_length()
@@ -220,20 +230,28 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
                 raise ValueError(f"attention mask of {name}: shape is {tuple(mask.shape)}, expected {wanted}")
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         outputs = self._specialist(name).base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=use_cache
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
         return outputs.last_hidden_state
 
-    def _gate_weights(self, hidden: Mapping[str, Tensor]) -> Tensor:  # (b, t, n) float32
+    def own_logits(self, name: str, hidden: Tensor) -> Tensor:  # (b, t, d_j) -> (b, t, vocab_size) float32
+        """o_j: the logits of one specialist alone, cropped to the shared vocabulary."""
+        return self._specialist(name).get_output_embeddings()(hidden)[..., : self.config.vocab_size].float()
+
+    def gate_weights(self, hidden: Mapping[str, Tensor]) -> Tensor:  # name -> (b, t, d_j); (b, t, n) float32
+        """w: how much each specialist counts at every position."""
         device = hidden[self.names[0]].device  # accelerate may have put specialists and gate on several
         scores = [self.gate(hidden[name], name).to(device) for name in self.names]
         return torch.stack(scores, dim=-1).softmax(dim=-1)
 
-    def _mix(self, hidden: Mapping[str, Tensor], weights: Tensor) -> Tensor:  # (b, t, vocab_size) float32
+    def mixture(self, logits: Iterable[Tensor], weights: Tensor) -> Tensor:  # (b, t, vocab_size) float32
+        """z from the specialists' logits, asked for one after the other, in the order of ``weights`` (b, t, n)."""
         mixed: Tensor | None = None
-        for place, name in enumerate(self.names):
-            own = self._specialist(name).get_output_embeddings()(hidden[name])[..., : self.config.vocab_size].float()
-            weight = weights[..., place : place + 1]
+        for own, weight in zip(logits, weights.split(1, dim=-1), strict=True):
             if mixed is None:
                 mixed = own.to(weight.device) * weight
             else:

@@ -1,0 +1,1 @@
+from release_fixtures import *  # noqa: F403  fixtures

@@ -1,0 +1,74 @@
+"""Keys and values in buffers that are made once: a step writes its rows and moves nothing.
+
+transformers' dynamic cache copies everything that it holds at every step, its static cache makes attention look at
+rows that are not there yet. This one keeps room for the whole answer and shows the filled part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from ultrafuser_mega.release.modeling_ultrafuser import FusedCache, UltraFuserForCausalLM
+
+
+class BufferedLayer(DynamicLayer):
+    """One layer's keys and values (b, heads, length, e); grows only when more comes than there was room for.
+
+    A layer with a sliding window keeps all of its past too: transformers' mask hides what lies beyond the window, and
+    a conversation can be shortened at any place.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in (b, heads, s, e) each; returns all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if self._buffers is None or stop > self._buffers[0].shape[-2]:
+            self._make_room(key_states, value_states, start, stop)
+        assert self._buffers is not None
+        held = []
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:stop, :] = new
+            held.append(buffer[..., :stop, :])
+        self.keys, self.values = held
+        return self.keys, self.values
+
+    def _make_room(self, key_states: Tensor, value_states: Tensor, start: int, stop: int) -> None:
+        room = max(self.room, stop if self._buffers is None else 2 * stop)
+        made = []
+        for new, held in ((key_states, self.keys), (value_states, self.values)):
+            b, heads, _, e = new.shape
+            buffer = new.new_empty((b, heads, room, e))
+            if held is not None and start:
+                buffer[..., :start, :] = held
+            made.append(buffer)
+        self._buffers = made[0], made[1]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        if self._buffers is None:
+            return
+        stop = self.get_seq_length()
+        keys, values = (buffer.index_select(0, indices.to(buffer.device)) for buffer in self._buffers)
+        self._buffers = keys, values
+        self.keys, self.values = keys[..., :stop, :], values[..., :stop, :]
+
+
+def buffered_cache(model: UltraFuserForCausalLM, room: Mapping[str, int]) -> FusedCache:
+    """An empty cache for ``model`` with room for ``room[name]`` tokens of each specialist."""
+    caches = {}
+    for name in model.names:
+        layers = model.config.specialist_config(name).num_hidden_layers
+        caches[name] = Cache(layers=[BufferedLayer(room[name]) for _ in range(layers)])
+    return FusedCache(caches)

@@ -1,0 +1,151 @@
+"""A fused model in memory, from a release folder or straight from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers.initialization import no_init_weights
+
+from ultrafuser_mega.config import load_config
+from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import TensorFolder
+from ultrafuser_mega.release import CardFacts, assemble_release
+from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser_mega.training.checkpoint import PROGRESS
+from ultrafuser_mega.training.sources import CONFIG
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to answer.
+
+    Attributes:
+        model: its specialists are on their devices; the gate is where the first one is.
+        tokenizer: of the answers.
+        eos: tokens that end an answer.
+    """
+
+    model: UltraFuserForCausalLM
+    tokenizer: Any
+    eos: frozenset[int]
+
+
+@contextmanager
+def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[OpenedModel]:
+    """Load ``folder`` for as long as the context lasts.
+
+    Args:
+        folder: what ``ultrafuser export`` wrote, or a checkpoint of ``ultrafuser train`` (or of ``import`` with a
+            configuration).
+        devices: "auto" (a GPU for each specialist where there are enough, else one for all, else the CPU), or one
+            device for all, or one for each, as in "cuda:0,cuda:1,cuda:1".
+        dtype: fp32, bf16 or fp16; None: the element type of the stored weights.
+
+    Raises:
+        InputError: the folder is neither, or is damaged; a device or dtype is not there.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    wanted = DTYPES[dtype] if dtype else None
+    with ExitStack() as stack:
+        if (folder / PROGRESS).is_file():
+            described = Path(stack.enter_context(TemporaryDirectory(prefix="ultrafuser-")))
+            trained = TrainedModel(folder)
+            config = _describe(trained, described)
+            places = choose_devices(devices, config.names)
+            model = _restored(trained, config, wanted)
+        elif _model_type(folder) == UltraFuserConfig.model_type:
+            described = folder
+            places = choose_devices(devices, UltraFuserConfig.from_pretrained(folder).names)
+            TensorFolder(folder)
+            model = UltraFuserForCausalLM.from_pretrained(
+                folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
+            )
+        else:
+            raise InputError(
+                f"{folder}: expected what ultrafuser export wrote, or a checkpoint (runs/<name>/checkpoints/...)"
+            )
+        for name, device in places.items():
+            model.specialists[name].to(device)
+        model.gate.to(places[model.names[0]])
+        ends = GenerationConfig.from_pretrained(described).eos_token_id
+        eos = frozenset(ends if isinstance(ends, list) else [ends])
+        yield OpenedModel(model, FastTokenizer.from_pretrained(described), eos)
+
+
+def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:
+    """Specialist -> device; see :func:`opened_model`."""
+    gpus = torch.cuda.device_count()
+    if devices == "auto":
+        if gpus == 0:
+            return dict.fromkeys(names, torch.device("cpu"))
+        return {name: torch.device("cuda", i if gpus >= len(names) else 0) for i, name in enumerate(names)}
+    given = devices.split(",")
+    if len(given) not in (1, len(names)):
+        raise InputError(f"--device {devices}: names {len(given)} devices; give one, or one for each of {names}")
+    chosen = []
+    for text in given:
+        try:
+            device = torch.device(text)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+            raise InputError(f"--device {text}: expected auto, cpu or cuda:N; this machine has {gpus} GPUs")
+        chosen.append(device)
+    return dict(zip(names, chosen * (len(names) if len(chosen) == 1 else 1), strict=True))
+
+
+def _model_type(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a release folder or a checkpoint")
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _describe(trained: TrainedModel, folder: Path) -> UltraFuserConfig:
+    """What an export of this checkpoint would hold beside its weights."""
+    if not (trained.folder / CONFIG).is_file():
+        raise InputError(f"{trained.folder}: was imported from single folders; a fused model needs a configuration")
+    parts = {name: (source.folder, source.template) for name, source in trained.sources.items()}
+    card = CardFacts(name=trained.folder.name, config=load_config(trained.folder / CONFIG), summary=None)
+    shared = "gate.w1.shared" in trained.tensors
+    config = assemble_release(
+        folder, parts, trained.vocab_size, trained.gate_units, shared, trained.tensors.dtype("gate.b1"), card
+    )
+    config.name_or_path = str(folder)  # where chat_ids looks for tokenizers of single specialists
+    return config
+
+
+@torch.no_grad()
+def _restored(trained: TrainedModel, config: UltraFuserConfig, dtype: torch.dtype | None) -> UltraFuserForCausalLM:
+    """The model with a checkpoint's weights, read one tensor at a time."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or trained.tensors.dtype("gate.b1"))
+    try:
+        with no_init_weights():
+            model = UltraFuserForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    for name in config.names:
+        part = trained.specialist(name)
+        for tensor in part.shapes:
+            model.get_parameter(f"specialists.{name}.{tensor}").copy_(part.read(tensor))
+    for key in trained.gate_keys():
+        parameter = model.get_parameter(key)
+        parameter.copy_(trained.gate(key, parameter.dtype))
+    return model

@@ -1,0 +1,106 @@
+"""Tokens to text while they come: nothing is shown that a later token could change or a stop string take back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ultrafuser_mega.release.chat_ultrafuser import decode_response
+
+_INCOMPLETE = "\ufffd"  # what decoding gives for a part of a character
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that one token brought; ``token`` counts from 0."""
+
+    token: int
+    text: str
+
+
+class TextStream:
+    """The text of one answer.
+
+    Args:
+        tokenizer: of the model.
+        lead: text that every response begins with and nobody wants to see (the configuration's ``response_lead``).
+        stop: strings that end the answer; neither they nor what follows belongs to it.
+
+    Attributes:
+        stopped: whether a stop string was found.
+    """
+
+    def __init__(self, tokenizer: Any, lead: str, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._lead, self._stop = tokenizer, lead, tuple(stop)
+        self._ids: list[int] = []
+        self._text = ""  # all that is certain
+        self._final: str | None = None
+        self._ends: list[int] = []  # where in it every token's part ends
+        self._shown = 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """What the answer is so far, held-back parts included; in the end, what decoding all tokens at once gives."""
+        return self._text if self._final is None else self._final
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens so far."""
+        return self._ids
+
+    def pieces(self) -> list[Piece]:
+        """One per token, its text possibly empty."""
+        begins = [0, *self._ends[:-1]]
+        return [Piece(i, self._text[a:b]) for i, (a, b) in enumerate(zip(begins, self._ends, strict=True))]
+
+    def push(self, token: int) -> list[Piece]:
+        """Take the next token; returns what may be shown now."""
+        self._ids.append(token)
+        whole = decode_response(self._tokenizer, self._ids, self._lead)
+        self._settle(whole.rstrip(_INCOMPLETE))
+        return self._show(len(self._text) - self._possible_stop())
+
+    def finish(self) -> list[Piece]:
+        """No token follows: what was held back, broken characters included."""
+        whole = decode_response(self._tokenizer, self._ids, self._lead)
+        self._final = self._cut(whole)
+        self._settle(whole)
+        return self._show(len(self._text))
+
+    def _cut(self, text: str) -> str:
+        """Without the first stop string and what follows it."""
+        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        self.stopped = self.stopped or bool(found)
+        return text[: min(found)] if found else text
+
+    def _settle(self, text: str) -> None:
+        text = self._cut(text)
+        # Some decoders judge a run of bytes as a whole: what was a character is none any more. Shown is shown.
+        self._text = self._text[: self._shown] + text[self._shown :]
+        self._ends = [min(end, len(self._text)) for end in self._ends]
+        self._ends += [len(self._text)] * (len(self._ids) - len(self._ends))
+        if self._ends:
+            self._ends[-1] = len(self._text)
+
+    def _possible_stop(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        if self.stopped:
+            return 0
+        longest = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(self._text)), longest, -1):
+                if self._text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
+
+    def _show(self, until: int) -> list[Piece]:
+        shown, pieces = self._shown, []
+        for token, end in enumerate(self._ends):
+            if shown < min(end, until):
+                pieces.append(Piece(token, self._text[shown : min(end, until)]))
+                shown = min(end, until)
+        self._shown = shown
+        return pieces
