@@ -145,6 +145,9 @@ setup(
     ],
     extras_require={
         "dev": [
+            # tests run setup.py in place
+            "pybind11>=3.0,<3.2",
+            "setuptools>=77,<85",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "hypothesis>=6.100,<7",

@@ -6,7 +6,9 @@ models     specialists, gate, fusion head, the fused model's stages
 data       templates, tokenisation, token store, class-balance sampler
 training   the two stages, checkpoints, evaluation
 analysis   what people see: records, tables, plots
-convert    parity with Hugging Face
+convert    checkpoints from and to Hugging Face, parity between any two models
+release    the model that an export ships: its own code, configuration, card
+generation answers from a fused model: ultrafuser generate, ultrafuser chat
 toy        small specialists made on the spot
 """
 

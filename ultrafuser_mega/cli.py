@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key.sub=value]...", help="override configuration values", show_default=False),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("ultrafuser_mega"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+) -> None: ...
 
 
 def _console() -> Console:

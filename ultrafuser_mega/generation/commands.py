@@ -30,7 +30,7 @@ Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as
 def generate(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="default: standard input", show_default=False)
+        str | None, typer.Argument(metavar="PROMPT", help="default: standard input", show_default=False)
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="continue the text as it stands, without templates")] = False,
     system: System = None,

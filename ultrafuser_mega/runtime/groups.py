@@ -47,11 +47,6 @@ class RankGroups:
         return self.plan.replica_of(self.rank)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embeddings of its specialist(s)."""
-        return self.megatron.pp.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank takes part in the fusion group."""
         return self.fusion is not None

@@ -29,7 +29,6 @@ class Trainable:
     wrapped: DistributedDataParallel
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
-    distributed: bool
     device: torch.device
 
     def zero_grad(self) -> None:
@@ -110,7 +109,7 @@ def make_trainable(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return Trainable(wrapped, optimizer, schedule, distributed_optimizer, device)
+    return Trainable(wrapped, optimizer, schedule, device)
 
 
 def _fresh_parameters(module: nn.Module) -> None:
