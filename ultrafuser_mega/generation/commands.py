@@ -129,9 +129,14 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if gate_trace is not None:
         refuse_existing(gate_trace)
-    if sys.stdin.isatty():
+    interactive = sys.stdin.isatty()
+    if interactive:
         import readline  # noqa: F401  line editing and history for input()
     with opened_model(model, device, dtype) as opened:
         answerer = Answerer(opened)
         with TraceFile(gate_trace, answerer.names) as traces:
-            terminal.chat(answerer, terminal.AnswerPrinter(answerer.names), traces, limits, sampling, system)
+            if interactive:
+                print("Say something; /help shows what else there is.")
+            printer = terminal.AnswerPrinter(answerer.names)
+            read = input if interactive else lambda prompt: input()
+            terminal.chat(answerer, printer, traces, limits, sampling, system, read)

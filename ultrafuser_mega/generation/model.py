@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
-from transformers.initialization import no_init_weights
 
-from ultrafuser_mega.config import load_config
-from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import TensorFolder
-from ultrafuser_mega.release import CardFacts, assemble_release
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser_mega.training.checkpoint import PROGRESS
-from ultrafuser_mega.training.sources import CONFIG
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,13 +55,7 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     wanted = DTYPES[dtype] if dtype else None
     with ExitStack() as stack:
-        if (folder / PROGRESS).is_file():
-            described = Path(stack.enter_context(TemporaryDirectory(prefix="ultrafuser-")))
-            trained = TrainedModel(folder)
-            config = _describe(trained, described)
-            places = choose_devices(devices, config.names)
-            model = _restored(trained, config, wanted)
-        elif _model_type(folder) == UltraFuserConfig.model_type:
+        if _model_type(folder) == UltraFuserConfig.model_type:
             described = folder
             places = choose_devices(devices, UltraFuserConfig.from_pretrained(folder).names)
             TensorFolder(folder)
@@ -75,9 +63,12 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
                 folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
             )
         else:
-            raise InputError(
-                f"{folder}: expected what ultrafuser export wrote, or a checkpoint (runs/<name>/checkpoints/...)"
-            )
+            from ultrafuser_mega.generation.restored import RestoredModel  # brings Megatron: seconds
+
+            described = Path(stack.enter_context(TemporaryDirectory(prefix="ultrafuser-")))
+            restored = RestoredModel(folder, described)
+            places = choose_devices(devices, restored.config.names)
+            model = restored.load(wanted)
         for name, device in places.items():
             model.specialists[name].to(device)
         model.gate.to(places[model.names[0]])
@@ -115,37 +106,3 @@ def _model_type(folder: Path) -> Any:
         return json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _describe(trained: TrainedModel, folder: Path) -> UltraFuserConfig:
-    """What an export of this checkpoint would hold beside its weights."""
-    if not (trained.folder / CONFIG).is_file():
-        raise InputError(f"{trained.folder}: was imported from single folders; a fused model needs a configuration")
-    parts = {name: (source.folder, source.template) for name, source in trained.sources.items()}
-    card = CardFacts(name=trained.folder.name, config=load_config(trained.folder / CONFIG), summary=None)
-    shared = "gate.w1.shared" in trained.tensors
-    config = assemble_release(
-        folder, parts, trained.vocab_size, trained.gate_units, shared, trained.tensors.dtype("gate.b1"), card
-    )
-    config.name_or_path = str(folder)  # where chat_ids looks for tokenizers of single specialists
-    return config
-
-
-@torch.no_grad()
-def _restored(trained: TrainedModel, config: UltraFuserConfig, dtype: torch.dtype | None) -> UltraFuserForCausalLM:
-    """The model with a checkpoint's weights, read one tensor at a time."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or trained.tensors.dtype("gate.b1"))
-    try:
-        with no_init_weights():
-            model = UltraFuserForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    for name in config.names:
-        part = trained.specialist(name)
-        for tensor in part.shapes:
-            model.get_parameter(f"specialists.{name}.{tensor}").copy_(part.read(tensor))
-    for key in trained.gate_keys():
-        parameter = model.get_parameter(key)
-        parameter.copy_(trained.gate(key, parameter.dtype))
-    return model

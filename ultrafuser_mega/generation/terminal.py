@@ -22,6 +22,7 @@ _HELP = """/reset         forget the conversation
 /help          this
 /exit          leave, as Ctrl-D does; Ctrl-C ends an answer early
 """
+_FEW_COLORS = ("blue", "yellow", "green", "magenta", "cyan", "red")  # as near to the palette as they come
 # A model may write escape sequences; a terminal must not act on them.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -36,7 +37,7 @@ class AnswerPrinter:
 
     def __init__(self, names: Sequence[str], console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
-        self._styles = list(specialist_colors(names).values())
+        self._styles = _styles(names, self._console.color_system)
         self._names = list(names)
 
     def stream(
@@ -70,6 +71,13 @@ class AnswerPrinter:
         self._console.file.flush()
 
 
+def _styles(names: Sequence[str], color_system: str | None) -> list[str]:
+    """A colour each; where a terminal has eight or sixteen, its own ones, because others would be rounded together."""
+    if color_system in ("standard", "windows"):
+        return [_FEW_COLORS[i % len(_FEW_COLORS)] for i in range(len(names))]
+    return list(specialist_colors(names).values())
+
+
 def chat(
     answerer: Answerer,
     printer: AnswerPrinter,
@@ -90,7 +98,6 @@ def chat(
         read: prompt -> a line from the person; EOFError ends the conversation.
         say: for lines that are not answers.
     """
-    say("Say something; /help shows what else there is.")
     messages = _opening(system)
     answers = 0
     while True:

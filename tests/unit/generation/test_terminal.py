@@ -57,6 +57,11 @@ def test_a_token_has_the_colour_of_the_specialist_that_leads_it():
     assert "text 55%" in file.getvalue() and "code 45%" in file.getvalue() and "2 tokens, eos" in file.getvalue()
 
 
+def test_on_a_terminal_of_few_colours_no_two_specialists_look_alike():
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    assert len(set(AnswerPrinter(list("abcdef"), console)._styles)) == 6
+
+
 def test_without_a_terminal_there_is_the_text_and_nothing_else():
     shown, file = printer(terminal=False)
     shown.stream(Scripted(TracedToken(5, "a [b]c[/b] " * 20, [0.9, 0.1])), {}, LIMITS, GREEDY)
