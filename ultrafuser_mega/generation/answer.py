@@ -85,12 +85,15 @@ class Answerer:
         """A conversation that ends with a user message, each specialist's in its own template.
 
         Raises:
-            InputError: roles out of order, or text that a tokenizer would read as a control token.
+            InputError: roles out of order, text that a tokenizer would read as a control token, or no room for an
+                answer.
         """
         try:
-            return self._opened.model.chat_ids([conversation], self._opened.tokenizer)[0]
+            prompt = self._opened.model.chat_ids([conversation], self._opened.tokenizer)[0]
         except ValueError as error:
             raise InputError(str(error)) from None
+        self._decoder.room(prompt)
+        return prompt
 
     def encode_raw(self, text: str) -> Prompt:
         """Text to be continued as it stands, the same for all specialists."""

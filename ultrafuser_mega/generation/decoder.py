@@ -82,6 +82,8 @@ class Decoder:
         self.model = model.eval()
         self._lanes = {name: Lane(next(model.specialists[name].parameters()).device) for name in model.names}
         self._home = next(model.gate.parameters()).device
+        config = model.config
+        self._positions = {name: config.specialist_config(name).max_position_embeddings for name in model.names}
         self._past: _Past | None = None
 
     def decode(
@@ -105,18 +107,22 @@ class Decoder:
         Raises:
             InputError: a prompt leaves no room for an answer.
         """
-        lengths = {name: [len(prompt[name]) for prompt in prompts] for name in self.model.names}
-        room = max_new_tokens
-        for name, own in lengths.items():
-            positions = self.model.config.specialist_config(name).max_position_embeddings
-            if max(own) >= positions:
-                raise InputError(f"the prompt has {max(own)} tokens for {name}, which reads {positions} at most")
-            room = min(room, positions - max(own))
-        past = self._take_past(prompts, lengths, room)
+        room = min(max_new_tokens, *(self.room(prompt) for prompt in prompts))
+        past = self._take_past(prompts, room)
         rows = range(first_row, first_row + len(prompts))
         return Decoding(self, prompts, past, list(rows), room, Chooser(sampling, rows), frozenset(eos))
 
-    def _take_past(self, prompts: Sequence[Prompt], lengths: Mapping[str, Sequence[int]], room: int) -> _Past:
+    def room(self, prompt: Prompt) -> int:
+        """How many tokens an answer may have before a specialist's positions end; InputError where there is none."""
+        left = []
+        for name, positions in self._positions.items():
+            length = len(prompt[name])
+            if length >= positions:
+                raise InputError(f"the prompt has {length} tokens for {name}, which reads {positions} at most")
+            left.append(positions - length)
+        return min(left)
+
+    def _take_past(self, prompts: Sequence[Prompt], room: int) -> _Past:
         past, self._past = self._past, None
         if past is not None and len(prompts) == 1:
             kept = {}
@@ -125,8 +131,11 @@ class Decoder:
                 past.cache.caches[name].crop(common - len(held))
                 kept[name] = held[:common]
             return _Past(past.cache, kept)
-        rooms = {name: -(-(max(own) + room) // _ROOM_STEP) * _ROOM_STEP for name, own in lengths.items()}
-        return _Past(buffered_cache(self.model, rooms), {name: [] for name in lengths})
+        rooms = {}
+        for name in self.model.names:
+            longest = max(len(prompt[name]) for prompt in prompts) + room
+            rooms[name] = -(-longest // _ROOM_STEP) * _ROOM_STEP
+        return _Past(buffered_cache(self.model, rooms), {name: [] for name in rooms})
 
     def keep(self, past: _Past) -> None:
         """Remember a finished conversation."""

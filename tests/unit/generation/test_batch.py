@@ -98,6 +98,12 @@ def test_a_row_that_is_no_prompt_is_named_by_its_line(tmp_path, line, message):
         PromptFile(path)
 
 
+def test_a_prompt_without_room_for_an_answer_is_named_before_anything_is_answered(answerer, tmp_path):
+    source = write(tmp_path / "in.jsonl", [ROWS[0], {"prompt": "word " * 300}])
+    with pytest.raises(InputError, match=r"in\.jsonl:2: the prompt has \d+ tokens for text, which reads 256 at most"):
+        source.encode(answerer, None)
+
+
 def test_files_that_are_there_are_not_overwritten(answerer, tmp_path):
     source = write(tmp_path / "in.jsonl", ROWS)
     with pytest.raises(InputError, match=r"in\.jsonl: exists already"):
