@@ -44,23 +44,24 @@ WORKSPACE_BYTES = 56 << 20
 TILE_COLUMNS = 8192  # of dz beside the fp32 sums of a block of rows: enough programs to fill a GPU
 MULTIPLE = 128  # rows or columns of a block: whole tiles
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by compute capability: the largest found that do not spill registers
-# (tests/unit/ops/test_streaming.py holds it); compiled, not yet timed on hardware. With PER_SPECIALIST the tiles of
-# all specialists are alive at once: the table is for up to three.
-MIXED = {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
-PER_SPECIALIST = {80: (64, 64, 32, 8, 4), 90: (64, 128, 64, 8, 3), 100: (64, 64, 64, 8, 4)}
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by kernel and compute capability: the largest found that do not spill
+# registers (tests/unit/ops/test_kernel_report.py holds it, Triton 3.6 and 3.9); tools/tune_kernels.py times others. In
+# "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
+Tile = tuple[int, int, int, int, int]
+TILES: dict[str, dict[int, Tile]] = {
+    "statistics": {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)},
+    "gate statistics": {80: (64, 64, 32, 8, 4), 90: (64, 64, 64, 8, 4), 100: (64, 64, 64, 8, 4)},
+    "dlogits": {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)},
+}
 
 
-def tile(capability: int, specialists_apart: int) -> tuple[int, int, int, int, int]:
-    """The table's entry for a GPU and the number of specialists whose tiles are kept apart (0: they are mixed).
-
-    A generation without an entry takes that of the newest older one.
-    """
-    table = PER_SPECIALIST if specialists_apart else MIXED
+def tile(kernel: str, capability: int, specialists: int) -> Tile:
+    """The table's entry. A generation without one takes that of the newest older one."""
+    table = TILES[kernel]
     block_m, block_n, block_k, warps, stages = table[
         max(known for known in table if known <= max(capability, min(table)))
     ]
-    if specialists_apart > 3:
+    if kernel == "gate statistics" and specialists > 3:
         block_n = 32
     return block_m, block_n, block_k, warps, stages
 
@@ -89,7 +90,8 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     parts[:, :, MAX] = float("-inf")
     parts[:, :, 2] = float("-inf")
     if rows and real:
-        block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), n if per_specialist else 0)
+        kernel = "gate statistics" if per_specialist else "statistics"
+        block_m, block_n, block_k, warps, stages = tile(kernel, capability(gate_weights), n)
         statistics_kernel[(triton.cdiv(rows, block_m), splits)](
             *_operands(problem),
             gate_weights,
@@ -160,7 +162,7 @@ class Dlogits:
             gate_logits=problem.gate_logits[rows],
             target=problem.target[rows],
         )
-        block_m, block_n, block_k, warps, stages = tile(_capability(out), 0)
+        block_m, block_n, block_k, warps, stages = tile("dlogits", capability(out), len(part.hidden))
         grid = (triton.cdiv(part.rows, block_m), triton.cdiv(block.stop - block.start, block_n))
         dlogits_kernel[grid](
             *_operands(part),
@@ -203,7 +205,8 @@ def _even(problem: Problem, block_k: int) -> bool:
     return all(states.shape[1] % block_k == 0 for states in problem.hidden)
 
 
-def _capability(tensor: Tensor) -> int:
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the GPU a tensor lies on: 80, 90, 100, ..."""
     if not tensor.is_cuda:
         return 80  # Triton's interpreter
     major, minor = torch.cuda.get_device_capability(tensor.device)
