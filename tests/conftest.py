@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from trio import write_trio
 
 # Small tensors: more threads only wait for each other, and the ranks of one test share the cores anyway.
 torch.set_num_threads(1)
@@ -18,4 +17,6 @@ multiprocessing.set_forkserver_preload(["ultrafuser_mega.training.trainer", "ult
 @pytest.fixture(scope="session")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of three tiny specialists and their data (see trio.py); read only."""
+    from trio import write_trio  # imports Megatron, which tests of the loss alone do without
+
     return write_trio(tmp_path_factory.mktemp("trio"))

@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main() -> None:
     if arguments.vocab:
         shape = replace(shape, vocab=arguments.vocab)
     shapes = SWEEPS[arguments.sweep](shape) if arguments.sweep else [shape]
-    runs = []
+    runs: list[dict] = []
     for one in shapes:
         if arguments.vocab_shards > 1:
             from ultrafuser_mega.runtime.spawn import run_ranks
@@ -51,16 +52,23 @@ def main() -> None:
             ranks = run_ranks(run_shard, arguments.vocab_shards, one, arguments, timeout_s=3600.0)
             runs.append(slowest(ranks))
         else:
-            runs.append(run_shape(one, arguments))
+            runs.append({})
+            for runs[-1] in run_shape(one, arguments):
+                write(runs, arguments)  # a benchmark that is cut short leaves the tasks it finished
         print_table(runs[-1])
-    report = {"machine": machine(arguments.device), "shards": arguments.vocab_shards, "runs": runs}
+    write(runs, arguments)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {arguments.out}")
     if arguments.plot:
         plot(runs, arguments.plot)
         print(f"wrote {arguments.plot}")
+
+
+def write(runs: list[dict], arguments: argparse.Namespace) -> None:
+    if arguments.out:
+        report = {"machine": machine(arguments.device), "shards": arguments.vocab_shards, "runs": runs}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,8 +92,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> dict:
-    """Every task and variant on one shape."""
+def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> Iterator[dict]:
+    """Every variant on one shape: the report so far, after each task."""
     inputs = Inputs(shape, torch.device(arguments.device), shard, arguments.vocab_shards)
     absent: dict[str, str] = {}
     peers = {}
@@ -102,19 +110,19 @@ def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> di
         losses = {backend: benchmark.ours(backend) for backend in backends}
         chosen = {name: loss for name, loss in (losses | peers).items() if name not in arguments.skip}
         results += [as_record(r, shape) for r in benchmark.measure(inputs, task, chosen, arguments.repeats, absent)]
-    add_ratios(results)
-    return {
-        "tokens": shape.tokens,
-        "vocab": shape.vocab,
-        "widths": list(shape.widths),
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "results": results,
-        "absent": absent,
-    }
+        add_ratios(results)
+        yield {
+            "tokens": shape.tokens,
+            "vocab": shape.vocab,
+            "widths": list(shape.widths),
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "results": results,
+            "absent": absent,
+        }
 
 
 def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> dict:
-    return run_shape(shape, arguments, shard=rank)
+    return list(run_shape(shape, arguments, shard=rank))[-1]
 
 
 def slowest(ranks: list[dict]) -> dict:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultrafuser_mega.ops import mixture_cross_entropy
-from ultrafuser_mega.ops.testing import answer_of, make_case, relative_error, rule_violations, truth, upstream_of
+from ultrafuser_mega.ops import chunked, mixture_cross_entropy, parked_dlogits
+from ultrafuser_mega.ops.problem import checked_problem
+from ultrafuser_mega.ops.testing import (
+    IGNORE,
+    answer_of,
+    make_case,
+    relative_error,
+    rule_violations,
+    truth,
+    upstream_of,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,3 +145,74 @@ def test_a_target_outside_the_vocabulary_gives_an_infinite_loss():
             case.hidden, case.heads, case.gate_logits, case.target, reduction="none", backend=backend
         )
         assert torch.isinf(loss).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("vocab", "width"), [(32000, 5120), (4000, 5120), (128256, 4096), (16032, 4096)])
+@pytest.mark.parametrize(("backend", "bar_mib"), [("chunked", 1024), ("streaming", 64)])
+def test_memory_beyond_the_gradients(backend, bar_mib, vocab, width):
+    """What tests/unit/ops/test_memory_bars.py counts without a GPU, as CUDA's allocator sees it."""
+    half = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+    hidden = [torch.randn(8192, width, **half) for _ in range(3)]
+    heads = [torch.zeros(vocab, width, **half) for _ in range(3)]
+    gate = torch.randn(8192, 3, device="cuda", requires_grad=True)
+    target = torch.randint(0, vocab, (8192,), device="cuda")
+    inputs = [gate, *hidden, *heads]
+
+    def step() -> None:
+        mixture_cross_entropy(hidden, heads, gate, target, backend=backend).backward()
+        torch.cuda.synchronize()
+
+    step()  # compiles, and the vendor's library takes its own workspace
+    for tensor in inputs:
+        tensor.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+    assert torch.cuda.max_memory_allocated() - before - gradients <= bar_mib << 20
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bf16_head_gradients_of_many_chunks_stay_within_the_rule(reduction):
+    """dz waits in the memory of the gradients; a vocabulary block of it is smaller than the vocabulary."""
+    case = make_case(
+        88, rows=700, vocab=5000, widths=(256, 320, 192), dtype=torch.bfloat16, device="cuda", reduction=reduction
+    )
+
+    def loss(hidden, heads, gate_logits, target, **options):
+        defaults = {"group": None, "vocab_start": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
+        problem = checked_problem(hidden, heads, gate_logits, target, **(defaults | options))
+        return chunked.mixture_loss(problem, buffer_bytes=4 << 20)[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parked_dlogits, "WORKSPACE_BYTES", 1 << 20)
+        assert rule_violations(answer_of(loss, case), case) == []
+
+
+@pytest.mark.parametrize("backend", ["chunked", "streaming"])
+@pytest.mark.parametrize("values", [{"logit_scale": 300.0}, {"common_offset": 4096.0}], ids=str)
+def test_every_probability_keeps_the_precision_of_bf16(values, backend):
+    """As in tests/unit/ops/test_large_logits.py; the head gradient is rounded to bf16, too."""
+    case = make_case(
+        131, rows=1, vocab=200, widths=(16, 16), dtype=torch.bfloat16, device="cuda", ignored=0.0, gate_scale=0.0,
+        reduction="sum", **values,
+    )  # fmt: skip
+    z = sum(0.5 * (states.double() @ head.double().t()) for states, head in zip(case.hidden, case.heads, strict=True))
+    allowed = 3 * 2**-8 + 2 * 32 * 2**-24 * float(z.abs().max())  # dz, dW, and its factor: the upstream gradient
+    words = torch.softmax(z[0], 0) > 1e-30
+    words[case.target] = False
+    heads = answer_of(mixture_cross_entropy, case, backend=backend).heads
+    for gradient, true in zip(heads, truth(case).heads, strict=True):
+        assert float(((gradient.double() - true)[words] / true[words]).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("backend", ["chunked", "streaming"])
+def test_what_an_ignored_row_holds_does_not_matter(backend):
+    case = make_case(89, rows=200, vocab=1000, widths=(64, 96), dtype=torch.bfloat16, device="cuda", reduction="sum")
+    clean = answer_of(mixture_cross_entropy, case, backend=backend)
+    for states in case.hidden:
+        states[case.target == IGNORE] = torch.nan
+    dirty = answer_of(mixture_cross_entropy, case, backend=backend)
+    assert torch.equal(dirty.loss, clean.loss)
+    for name, gradient in dirty.gradients().items():
+        assert torch.equal(gradient, clean.gradients()[name]), name

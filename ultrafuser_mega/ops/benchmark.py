@@ -239,10 +239,10 @@ def measure(
         call = step(inputs, loss, task)
         try:
             _timed(inputs, call)  # warm up: compile, autotune, page in
-        except (RuntimeError, TypeError, ImportError, NotImplementedError) as error:
+        except Exception as error:  # out of memory, a kernel that does not fit: the others shall be measured
             if failed is None:
                 raise
-            failed[f"{task}: {name}"] = str(error).splitlines()[0][:200]
+            failed[f"{task}: {name}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue
         results[name] = Result(task, name, gradient_bytes=gradient_bytes)
         calls[name] = call

@@ -11,6 +11,11 @@ Per chunk of C rows, with x_j = w_j h_j and all n heads read in place:
 which is 3 GEMM passes where forward-then-backward needs 4 without keeping the logits. Only what requires a gradient
 is computed: 2 passes with frozen heads, 1 under no_grad (forward.py).
 
+dW_j sums over all rows. The first of several chunks finds its memory empty, the others add, in fp32. For bf16 heads
+that sum would be a second copy twice as large as the gradients, so there dz of all rows is kept in the gradients' own
+memory until one product over all rows can be taken (parked_dlogits.py), as long as there are no more rows than hidden
+units: N <= sum d_j.
+
 The upstream gradient is not known in the forward. It is one scalar for "sum" and "mean", and one factor per row of dh
 and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
 the statistics alone and the backward runs the sweep again with the upstream factors as row weights (4 passes in all).
@@ -35,13 +40,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser_mega.ops import gate_scale, gemm
+from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
-from ultrafuser_mega.ops.forward import buffer_budget, forward_statistics
+from ultrafuser_mega.ops.forward import buffer_budget, even_rows, forward_statistics
+from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
 from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
 
-ROW_MULTIPLE = 128  # rows of a chunk: whole GEMM tiles
 PITCH_MULTIPLE = 64  # columns: every row of the buffer starts on a cache line, also when it holds 16-bit numbers
 FP16_SCALE = 256.0  # fp16 probabilities below 6e-5 would be subnormal: dz is stored scaled, its GEMMs scale back
 
@@ -97,10 +102,7 @@ class Plan:
         width, wide = sum(states.shape[1] for states in problem.hidden), problem.accumulate_dtype.itemsize
         # a row in flight: its logits and x_j, per buffer, and dx_j
         row_bytes = self.buffers * (shard * wide + width * self.epilogue.operand_dtype.itemsize) + width * wide
-        limit = max(1, self.buffer_bytes // row_bytes)
-        chunks = max(1, -(-problem.rows // limit))
-        even = -(-problem.rows // chunks)
-        self.chunk_rows = max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, problem.rows))
+        self.chunk_rows = even_rows(problem.rows, self.buffer_bytes // row_bytes)
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk_rows):
@@ -155,17 +157,22 @@ class Sweep:
             torch.empty_like(states, dtype=_held(states.dtype), memory_format=torch.contiguous_format) if need else None
             for states, need in zip(problem.hidden, needs.hidden, strict=True)
         ]
-        self.d_inputs = [  # n x (chunk, d_j): dx_j, one buffer for all chunks
-            weight.new_empty((plan.chunk_rows, states.shape[1])) if need or needs.gate else None
-            for states, need in zip(problem.hidden, needs.hidden, strict=True)
-        ]
-        # several chunks add up in the wide type; a single one may let its GEMM round to the result at once
-        single = plan.chunk_rows >= rows > 0 and self.scale == 1.0
         self.into = tuple(into) or (None,) * n
-        self.heads: list[Tensor | None] = []
-        for head, need, main, given in zip(problem.heads, needs.heads, plan.main_grad, self.into, strict=True):
-            dtype = plan.epilogue.operand_dtype if single and main is None else wide
-            self.heads.append((self._head_sum(head, dtype) if given is None else given) if need else None)
+        # a gradient that comes from one product may be rounded by it; one that chunks add up to may not
+        own = [j for j, main in enumerate(plan.main_grad) if needs.heads[j] and main is None]
+        single = plan.chunk_rows >= rows
+        fits = parked_dlogits.fits(rows, [problem.heads[j].shape[1] for j in own])
+        rounded = plan.epilogue.operand_dtype if rows and self.scale == 1.0 and (single or fits) else wide
+        self.heads: list[Tensor | None] = [None] * n
+        for j, head in enumerate(problem.heads):
+            if needs.heads[j]:
+                given = self.into[j]
+                self.heads[j] = self._head_sum(head, rounded if j in own else wide) if given is None else given
+        self.parked: ParkedDlogits | None = None
+        self.parked_heads: list[int] = []
+        if own and not single and rounded != wide and problem.real_rows:
+            self.parked_heads = own
+            self.parked = ParkedDlogits([self._real(j) for j in own], rows)
 
     def _head_sum(self, head: Tensor, dtype: torch.dtype) -> Tensor:
         if self.problem.rows == 0:
@@ -174,8 +181,28 @@ class Sweep:
         total[self.problem.real_rows :].zero_()  # padding
         return total
 
+    def _real(self, j: int) -> Tensor:
+        total = self.heads[j]
+        assert total is not None
+        return total[: self.problem.real_rows]
+
     def run(self) -> None:
+        problem = self.problem
+        self._all_chunks()
+        if self.parked is not None:  # the chunks' buffers are free by now
+            _, inputs = gate_scale.scale_inputs(
+                problem.gate_logits, self.kept, problem.hidden, self.plan.epilogue.operand_dtype
+            )
+            self.parked.finish([inputs[j] for j in self.parked_heads])
+        if self.gate is not None and problem.settings.group is not None and problem.rows:
+            dist.all_reduce(self.gate, group=problem.settings.group)
+
+    def _all_chunks(self) -> None:
         plan, problem = self.plan, self.problem
+        d_inputs = [  # n x (chunk, d_j): dx_j, one buffer for all chunks
+            self.weight.new_empty((plan.chunk_rows, states.shape[1])) if need or self.needs.gate else None
+            for states, need in zip(problem.hidden, self.needs.hidden, strict=True)
+        ]
         pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
         buffers = self.weight.new_empty((plan.buffers, plan.chunk_rows, pitch))
         started: deque[_Chunk] = deque()
@@ -183,11 +210,9 @@ class Sweep:
             buffer = buffers[index % plan.buffers]
             started.append(self._begin(rows, buffer[: rows.stop - rows.start, : problem.real_rows]))
             while len(started) >= plan.buffers:
-                self._finish(started.popleft())
+                self._finish(started.popleft(), d_inputs)
         while started:
-            self._finish(started.popleft())
-        if self.gate is not None and problem.settings.group is not None and problem.rows:
-            dist.all_reduce(self.gate, group=problem.settings.group)
+            self._finish(started.popleft(), d_inputs)
 
     def _begin(self, rows: slice, logits: Tensor) -> _Chunk:
         gate_weights, inputs = gate_scale.scale_inputs(
@@ -202,7 +227,7 @@ class Sweep:
         pending = None if self.known else PendingStatistics(local, self.problem.real_rows, self.problem.settings)
         return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
 
-    def _finish(self, chunk: _Chunk) -> None:
+    def _finish(self, chunk: _Chunk, buffers: list[Tensor | None]) -> None:
         rows = chunk.rows
         if chunk.pending is not None:
             self.statistics[rows] = chunk.pending.wait()
@@ -211,11 +236,13 @@ class Sweep:
         dz = self.plan.epilogue.dlogits(
             chunk.logits, chunk.scratch, self.target[rows], statistics[:, MAX], coefficients
         )
-        d_inputs = [None if dx is None else dx[: dz.shape[0]] for dx in self.d_inputs]
+        d_inputs = [None if dx is None else dx[: dz.shape[0]] for dx in buffers]
+        if self.parked is not None:
+            self.parked.park(rows, dz)
         for j, (head, total, dx) in enumerate(zip(self.real_heads, self.heads, d_inputs, strict=True)):
-            if total is not None:
-                real, add = total[: self.problem.real_rows], rows.start > 0 or self.into[j] is not None
-                gemm.accumulate(real, dz.t(), chunk.inputs[j], add=add, alpha=1.0 / self.scale)
+            if total is not None and j not in self.parked_heads:
+                add = rows.start > 0 or self.into[j] is not None
+                gemm.accumulate(self._real(j), dz.t(), chunk.inputs[j], add=add, alpha=1.0 / self.scale)
             if dx is not None:
                 gemm.accumulate(dx, dz, head, add=False, alpha=1.0 / self.scale)
         if any(dx is not None for dx in d_inputs):

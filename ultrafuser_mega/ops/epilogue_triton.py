@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 
-BLOCK = 4096
-MIXTURE_BLOCK = 1024  # columns of each of the n logit planes
-WARPS = 8
+# (BLOCK, warps) by kernel: columns that a program looks at in one step; tools/tune_kernels.py times others
+STEPS = {
+    "row statistics": (4096, 8),
+    "dlogits": (4096, 8),
+    "mixture statistics": (1024, 8),  # columns of each of the n logit planes
+}
 
 
 @triton.jit
@@ -150,8 +153,9 @@ class TritonEpilogue:
     def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, None]:
         rows, columns = logits.shape
         out = logits.new_empty((rows, 4))
+        block, warps = STEPS["row statistics"]
         row_statistics_kernel[(rows,)](
-            logits, target.contiguous(), out, columns, logits.stride(0), BLOCK=BLOCK, num_warps=WARPS
+            logits, target.contiguous(), out, columns, logits.stride(0), BLOCK=block, num_warps=warps
         )
         return out, None
 
@@ -166,6 +170,7 @@ class TritonEpilogue:
         rows, columns = logits.shape
         gradient = in_place_view(logits, self.operand_dtype)
         a, b, c = (coefficient.contiguous() for coefficient in coefficients)
+        block, warps = STEPS["dlogits"]
         dlogits_kernel[(rows,)](
             logits,
             gradient,
@@ -177,8 +182,8 @@ class TritonEpilogue:
             columns,
             logits.stride(0),
             gradient.stride(0),
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=block,
+            num_warps=warps,
         )
         return gradient
 
@@ -187,6 +192,7 @@ class TritonEpilogue:
         if columns == 0:  # a shard without real rows
             return TorchEpilogue(torch.float32).mixture_statistics(logits, gate_weights, target)
         out = logits.new_empty((rows, 4 + 3 * specialists))
+        block, warps = STEPS["mixture statistics"]
         mixture_statistics_kernel[(rows,)](
             logits,
             gate_weights.contiguous(),
@@ -197,8 +203,8 @@ class TritonEpilogue:
             logits.stride(0),
             specialists=specialists,
             PADDED=triton.next_power_of_2(specialists),
-            BLOCK=MIXTURE_BLOCK,
-            num_warps=WARPS,
+            BLOCK=block,
+            num_warps=warps,
         )
         return out
 

@@ -16,18 +16,28 @@ from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import COLUMNS, PendingStatistics, combine
 
 BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
+BUFFER_BYTES = {"cpu": 72 << 20, "cuda": 896 << 20}
+ROW_MULTIPLE = 128  # rows of a chunk: whole GEMM tiles
 
 
 def buffer_budget(device: torch.device) -> int:
     """Bytes of logits, and of what else grows with their rows, held at once, unless the caller says otherwise."""
-    return (960 << 20) if device.type == "cuda" else (72 << 20)
+    return BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"])
+
+
+def even_rows(rows: int, limit: int) -> int:
+    """Rows of a chunk where ``rows`` are cut into as few chunks of at most ``limit`` as will do, all about as large."""
+    limit = max(1, limit)
+    chunks = max(1, -(-rows // limit))
+    even = -(-rows // chunks)
+    return max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, rows))
 
 
 def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None) -> Tensor:
     """Statistics over the whole vocabulary (statistics.py).
 
     Args:
-        buffer_bytes: bound on the logit buffer.
+        buffer_bytes: bound on the logits and inputs of a chunk.
         apart: None to mix the specialists before the product. Or the gate weights (N, n), finite on ignored rows: keep
             n logit planes and return the specialists' statistics, too.
 
@@ -38,7 +48,9 @@ def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, 
     planes = 1 if apart is None else n
     gate_logits = problem.gate_logits
     columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
-    chunk_rows = max(1, min(problem.rows, buffer_bytes // (planes * columns * gate_logits.element_size())))
+    width = sum(states.shape[1] for states in problem.hidden)
+    row_bytes = planes * columns * gate_logits.element_size() + width * epilogue.operand_dtype.itemsize
+    chunk_rows = even_rows(problem.rows, buffer_bytes // row_bytes)
     buffer = gate_logits.new_empty((planes, chunk_rows, columns))
     statistics = gate_logits.new_empty((problem.rows, COLUMNS + (0 if apart is None else 3 * n)))
     target = problem.local_target()

@@ -72,13 +72,14 @@ def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILIT
 
 def _sources(capability: int, dtype: str) -> Iterator[_Source]:
     rows = {"columns": "i32", "row_stride": "i64"}
+    steps = epilogue_triton.STEPS
     coefficients = dict.fromkeys(("row_max", "coefficient_a", "coefficient_b", "coefficient_c"), "*fp32")
     yield _Source(
         "chunked: row_statistics",
         epilogue_triton.row_statistics_kernel,
         {"logits": "*fp32", "target": "*i64", "statistics": "*fp32"} | rows,
-        {"BLOCK": epilogue_triton.BLOCK},
-        epilogue_triton.WARPS,
+        {"BLOCK": steps["row statistics"][0]},
+        steps["row statistics"][1],
     )
     yield _Source(
         "chunked: dlogits",
@@ -87,8 +88,8 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         | coefficients
         | rows
         | {"gradient_stride": "i64"},
-        {"BLOCK": epilogue_triton.BLOCK},
-        epilogue_triton.WARPS,
+        {"BLOCK": steps["dlogits"][0]},
+        steps["dlogits"][1],
     )
     yield _Source(
         "gate_only: mixture_statistics",
@@ -99,9 +100,9 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         {
             "specialists": SPECIALISTS,
             "PADDED": triton.next_power_of_2(SPECIALISTS),
-            "BLOCK": epilogue_triton.MIXTURE_BLOCK,
+            "BLOCK": steps["mixture statistics"][0],
         },
-        epilogue_triton.WARPS,
+        steps["mixture statistics"][1],
     )
     operands = {
         "hidden": (f"*{dtype}",) * SPECIALISTS,
@@ -113,27 +114,34 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         "target": "*i64",
     }
     for per_specialist in (False, True):
-        block_m, block_n, block_k, warps, stages = streaming.tile(capability, SPECIALISTS if per_specialist else 0)
-        blocks = {"n": SPECIALISTS, "EVEN_K": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        kernel = "gate statistics" if per_specialist else "statistics"
+        blocks, warps, stages = _tile(kernel, capability)
         yield _Source(
-            "streaming: statistics" + (" for the gate" if per_specialist else ""),
+            f"streaming: {kernel}",
             streaming_kernels.statistics_kernel,
             operands | {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"},
             blocks | {"PER_SPECIALIST": per_specialist, "SMOOTHING": False},
             warps,
             stages,
         )
-        if not per_specialist:
-            yield _Source(
-                "streaming: dlogits",
-                streaming_kernels.dlogits_kernel,
-                operands
-                | coefficients
-                | {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"},
-                blocks,
-                warps,
-                stages,
-            )
+    blocks, warps, stages = _tile("dlogits", capability)
+    yield _Source(
+        "streaming: dlogits",
+        streaming_kernels.dlogits_kernel,
+        operands
+        | coefficients
+        | {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"},
+        blocks,
+        warps,
+        stages,
+    )
+
+
+def _tile(kernel: str, capability: int) -> tuple[dict[str, Any], int, int]:
+    block_m, block_n, block_k, warps, stages = streaming.tile(kernel, capability, SPECIALISTS)
+    return {
+        "n": SPECIALISTS, "EVEN_K": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+    }, warps, stages  # fmt: skip
 
 
 def _compile(source: _Source, capability: int) -> Resources:

@@ -1,17 +1,22 @@
-"""The mixture cross-entropy without logits in memory: Triton tiles forward, bounded workspace backward.
+"""The mixture cross-entropy without logits in memory: Triton tiles forward, a bounded workspace backward.
 
 Forward: streaming_kernels.statistics_kernel; a few numbers per row and split of the vocabulary reach memory, and the
 inputs are all that is saved. With frozen hidden states and heads the same sweep yields the gate's gradient.
 
-Backward: one block of vocabulary columns at a time. dz of the block is recomputed in tiles into a workspace of at most
-WORKSPACE_BYTES; the vendor GEMM then takes
-    dx_j += dz W_j[block]       summed over the blocks in fp32
-    dW_j[block] = dz^T x_j      complete at once: no accumulator, rounded once
-4 GEMM passes in all, whatever the reduction: the upstream factors are known before any gradient is formed.
+Backward: dz is recomputed in tiles, blocks of it go to a workspace, the vendor's GEMM takes the products. A gradient
+that sums over rows and one that sums over the vocabulary would each want the other's fp32 sums in memory, so each has a
+loop of its own, in which one block of its rows is finished before the next begins:
+    dW_j[block] = dz^T x_j              per block of the vocabulary, all rows in one product; x_j lies where dh_j will,
+                                        or beside the workspace where hidden states are frozen
+    dx_j[rows] += dz W_j[block]         per block of rows, fp32 sums of that block alone
+Passes: 1 forward, 2 for each of the two gradients. The upstream factors are known before any gradient is formed, so
+every reduction is served alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,25 +39,29 @@ from ultrafuser_mega.ops.statistics import (
 from ultrafuser_mega.ops.streaming_kernels import dlogits_kernel, statistics_kernel
 
 SPLIT_COLUMNS = 4096  # fixed: a row's sums must not depend on how many rows come with it
-WORKSPACE_BYTES = 64 << 20
+# backward, with room below 64 MiB for what has one number per row
+WORKSPACE_BYTES = 56 << 20
+TILE_COLUMNS = 8192  # of dz beside the fp32 sums of a block of rows: enough programs to fill a GPU
+MULTIPLE = 128  # rows or columns of a block: whole tiles
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by compute capability: the largest found that do not spill registers
-# (tests/unit/ops/test_streaming.py holds it); compiled, not yet timed on hardware. With PER_SPECIALIST the tiles of
-# all specialists are alive at once: the table is for up to three.
-MIXED = {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)}
-PER_SPECIALIST = {80: (64, 64, 32, 8, 4), 90: (64, 128, 64, 8, 3), 100: (64, 64, 64, 8, 4)}
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by kernel and compute capability: the largest found that do not spill
+# registers (tests/unit/ops/test_kernel_report.py holds it, Triton 3.6 and 3.9); tools/tune_kernels.py times others. In
+# "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
+Tile = tuple[int, int, int, int, int]
+TILES: dict[str, dict[int, Tile]] = {
+    "statistics": {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)},
+    "gate statistics": {80: (64, 64, 32, 8, 4), 90: (64, 64, 64, 8, 4), 100: (64, 64, 64, 8, 4)},
+    "dlogits": {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)},
+}
 
 
-def tile(capability: int, specialists_apart: int) -> tuple[int, int, int, int, int]:
-    """The table's entry for a GPU and the number of specialists whose tiles are kept apart (0: they are mixed).
-
-    A generation without an entry takes that of the newest older one.
-    """
-    table = PER_SPECIALIST if specialists_apart else MIXED
+def tile(kernel: str, capability: int, specialists: int) -> Tile:
+    """The table's entry. A generation without one takes that of the newest older one."""
+    table = TILES[kernel]
     block_m, block_n, block_k, warps, stages = table[
         max(known for known in table if known <= max(capability, min(table)))
     ]
-    if specialists_apart > 3:
+    if kernel == "gate statistics" and specialists > 3:
         block_n = 32
     return block_m, block_n, block_k, warps, stages
 
@@ -81,7 +90,8 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     parts[:, :, MAX] = float("-inf")
     parts[:, :, 2] = float("-inf")
     if rows and real:
-        block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), n if per_specialist else 0)
+        kernel = "gate statistics" if per_specialist else "statistics"
+        block_m, block_n, block_k, warps, stages = tile(kernel, capability(gate_weights), n)
         statistics_kernel[(triton.cdiv(rows, block_m), splits)](
             *_operands(problem),
             gate_weights,
@@ -106,36 +116,73 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     return PendingStatistics(local, real, problem.settings).wait()
 
 
-def dlogits(
-    problem: Problem,
-    gate_weights: Tensor,
-    row_max: Tensor,
-    coefficients: tuple[Tensor, Tensor, Tensor],
-    block: slice,
-    out: Tensor,
-) -> None:
-    """dz of the local columns ``block`` into out (N, columns of the block)."""
-    block_m, block_n, block_k, warps, stages = tile(_capability(gate_weights), 0)
-    grid = (triton.cdiv(problem.rows, block_m), triton.cdiv(block.stop - block.start, block_n))
-    dlogits_kernel[grid](
-        *_operands(problem),
-        gate_weights,
-        problem.local_target(),
-        row_max.contiguous(),
-        *(coefficient.contiguous() for coefficient in coefficients),
-        out,
-        problem.rows,
-        block.start,
-        block.stop,
-        out.stride(0),
-        n=len(problem.hidden),
-        EVEN_K=_even(problem, block_k),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=stages,
-    )
+@dataclass(frozen=True)
+class Blocks:
+    """How the backward cuts its work so that it stays within WORKSPACE_BYTES."""
+
+    columns: int  # of the vocabulary, for the heads' gradients
+    rows: int  # for the hidden states' gradients
+    tile_columns: int  # beside them
+
+    @staticmethod
+    def of(problem: Problem) -> Blocks:
+        rows, real = max(1, problem.rows), max(1, problem.real_rows)
+        widths = [states.shape[1] for states in problem.hidden]
+        size, wide = problem.hidden[0].element_size(), problem.accumulate_dtype.itemsize
+        column = rows * size + (max(widths) * wide if _rescaled(problem) else 0)  # dz and a product to be rescaled
+        tile_columns = min(real, TILE_COLUMNS)
+        row = (sum(widths) + max(widths)) * wide + tile_columns * size  # sums, what un-scaling holds at once, dz
+        return Blocks(_whole(WORKSPACE_BYTES // column, real), _whole(WORKSPACE_BYTES // row, rows), tile_columns)
+
+
+def _whole(fitting: int, needed: int) -> int:
+    return min(needed, max(1, fitting // MULTIPLE * MULTIPLE or fitting))
+
+
+def _rescaled(problem: Problem) -> bool:
+    """fp16 holds neither small probabilities nor large upstream factors: dz is kept near 1 and scaled back."""
+    return problem.hidden[0].dtype == torch.float16
+
+
+@dataclass(frozen=True)
+class Dlogits:
+    """dz of any rows and columns of a problem, recomputed; exactly 0 in ignored rows."""
+
+    problem: Problem
+    gate_weights: Tensor  # (N, n)
+    row_max: Tensor  # (N,)
+    coefficients: tuple[Tensor, Tensor, Tensor]  # each (N,)
+
+    def write(self, rows: slice, block: slice, out: Tensor) -> None:
+        """dz of ``rows`` and the local columns ``block`` into out, of just that shape."""
+        problem = self.problem
+        part = replace(
+            problem,
+            hidden=tuple(states[rows] for states in problem.hidden),
+            gate_logits=problem.gate_logits[rows],
+            target=problem.target[rows],
+        )
+        block_m, block_n, block_k, warps, stages = tile("dlogits", capability(out), len(part.hidden))
+        grid = (triton.cdiv(part.rows, block_m), triton.cdiv(block.stop - block.start, block_n))
+        dlogits_kernel[grid](
+            *_operands(part),
+            self.gate_weights[rows],
+            part.local_target(),
+            self.row_max[rows],
+            *(coefficient[rows] for coefficient in self.coefficients),
+            out,
+            part.rows,
+            block.start,
+            block.stop,
+            out.stride(0),
+            n=len(part.hidden),
+            EVEN_K=_even(part, block_k),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+        )
 
 
 def _operands(problem: Problem) -> tuple[Any, ...]:
@@ -158,7 +205,8 @@ def _even(problem: Problem, block_k: int) -> bool:
     return all(states.shape[1] % block_k == 0 for states in problem.hidden)
 
 
-def _capability(tensor: Tensor) -> int:
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the GPU a tensor lies on: 80, 90, 100, ..."""
     if not tensor.is_cuda:
         return 80  # Triton's interpreter
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -206,48 +254,100 @@ def gate_softmax(problem: Problem) -> Tensor:
 
 def _gradients(problem: Problem, needs: Needs, rows: Tensor, weight: Tensor) -> list[Tensor | None]:
     """Of gate logits, hidden states and heads, in this order. rows (N, 4): statistics; weight (N,)."""
-    real, count = problem.real_rows, problem.rows
-    dtype = problem.hidden[0].dtype
-    gate_weights, kept = gate_softmax(problem), problem.kept()
-    # fp16 holds neither small probabilities nor large upstream factors: dz is kept near 1 and scaled back afterwards
+    gate_weights = gate_softmax(problem)
     scale, factor = 1.0, None
-    if dtype == torch.float16 and count:
+    if _rescaled(problem) and problem.rows:
         scale, factor = FP16_SCALE, weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
         weight = weight / factor
     coefficients = dlogit_coefficients(rows, weight * scale, problem.settings)
-
-    wide = [weight.new_zeros(states.shape) for states in problem.hidden] if needs.gate or any(needs.hidden) else []
-    heads = [
-        torch.zeros_like(head, memory_format=torch.contiguous_format) if need else None
-        for head, need in zip(problem.heads, needs.heads, strict=True)
-    ]
-    block_columns = max(1, min(real, WORKSPACE_BYTES // (max(1, count) * dtype.itemsize) // 128 * 128 or 1))
-    workspace = torch.empty((count, block_columns), dtype=dtype, device=weight.device)
-    for first in range(0, real if count else 0, block_columns):
-        block = slice(first, min(first + block_columns, real))
-        dz = workspace[:, : block.stop - first]
-        dlogits(problem, gate_weights, rows[:, MAX], coefficients, block, dz)
-        for j, states in enumerate(problem.hidden):
-            if wide:
-                gemm.accumulate(wide[j], dz, problem.heads[j][block], add=True, alpha=1.0 / scale)
-            total = heads[j]
-            if total is not None:
-                x = (states * gate_weights[:, j, None]).masked_fill_(~kept[:, None], 0.0).to(dtype)
-                part = total[block] if factor is None else total[block].float()
-                gemm.accumulate(part, dz.t(), x, add=False, alpha=1.0 / scale)
-                if factor is not None:
-                    total[block] = part * factor
-
-    if factor is not None:
-        for dx in wide:
-            dx.mul_(factor)
+    dlogits = Dlogits(problem, gate_weights, rows[:, MAX].contiguous(), coefficients)
     gate = torch.empty_like(gate_weights) if needs.gate else None
     hidden = [
         torch.empty_like(states, memory_format=torch.contiguous_format) if need else None
         for states, need in zip(problem.hidden, needs.hidden, strict=True)
     ]
-    if wide:
-        gate_scale.unscale_gradients(gate_weights, kept, problem.hidden, wide, hidden, gate)
-    if gate is not None and problem.settings.group is not None and count:
-        dist.all_reduce(gate, group=problem.settings.group)
+    heads = [
+        torch.zeros_like(head, memory_format=torch.contiguous_format) if need else None
+        for head, need in zip(problem.heads, needs.heads, strict=True)
+    ]
+    if problem.rows:
+        if any(needs.heads):
+            _write_heads(dlogits, heads, hidden, scale, factor)
+        if needs.gate or any(needs.hidden):
+            _write_hidden(dlogits, hidden, gate, scale, factor)
+        if gate is not None and problem.settings.group is not None:
+            dist.all_reduce(gate, group=problem.settings.group)
     return [gate, *hidden, *heads]
+
+
+def _write_heads(
+    dlogits: Dlogits,
+    heads: list[Tensor | None],  # n x (V_local, d_j) out
+    hidden: list[Tensor | None],  # n x (N, d_j): free memory, left full of x_j
+    scale: float,
+    factor: Tensor | None,
+) -> None:
+    problem, kept = dlogits.problem, dlogits.problem.kept()
+    inputs = []  # n x (N, d_j): x_j = w_j h_j
+    for j, (states, space) in enumerate(zip(problem.hidden, hidden, strict=True)):
+        x = space
+        if heads[j] is not None:
+            x = torch.empty_like(states, memory_format=torch.contiguous_format) if space is None else space
+            torch.mul(states, dlogits.gate_weights[:, j, None], out=x).masked_fill_(~kept[:, None], 0.0)
+        inputs.append(x)
+    columns = Blocks.of(problem).columns
+    workspace = problem.hidden[0].new_empty((problem.rows, columns))
+    products = None  # to be rescaled before they are rounded
+    if factor is not None:
+        products = factor.new_empty((columns, max(states.shape[1] for states in problem.hidden)))
+    for block in _slices(problem.real_rows, columns):
+        size = block.stop - block.start
+        dlogits.write(slice(0, problem.rows), block, workspace[:, :size])
+        for total, x in zip(heads, inputs, strict=True):
+            if total is None or x is None:
+                continue
+            part = total[block] if products is None else products[:size, : x.shape[1]]
+            gemm.accumulate(part, workspace[:, :size].t(), x, add=False, alpha=1.0 / scale)
+            if factor is not None:
+                torch.mul(part, factor, out=total[block])
+
+
+def _write_hidden(
+    dlogits: Dlogits,
+    hidden: list[Tensor | None],  # n x (N, d_j) out
+    gate: Tensor | None,  # (N, n) out
+    scale: float,
+    factor: Tensor | None,
+) -> None:
+    problem, kept = dlogits.problem, dlogits.problem.kept()
+    blocks = Blocks.of(problem)
+    workspace = problem.hidden[0].new_empty((blocks.rows, blocks.tile_columns))
+    sums = [  # n x (rows, d_j): dx_j
+        dlogits.gate_weights.new_empty((blocks.rows, states.shape[1])) if out is not None or gate is not None else None
+        for states, out in zip(problem.hidden, hidden, strict=True)
+    ]
+    for rows in _slices(problem.rows, blocks.rows):
+        count = rows.stop - rows.start
+        d_inputs = [None if dx is None else dx[:count].zero_() for dx in sums]
+        for block in _slices(problem.real_rows, blocks.tile_columns):
+            dz = workspace[:count, : block.stop - block.start]
+            dlogits.write(rows, block, dz)
+            for dx, head in zip(d_inputs, problem.heads, strict=True):
+                if dx is not None:
+                    gemm.accumulate(dx, dz, head[block], add=True, alpha=1.0 / scale)
+        for dx in d_inputs:
+            if dx is not None and factor is not None:
+                dx.mul_(factor)
+        gate_scale.unscale_gradients(
+            dlogits.gate_weights[rows],
+            kept[rows],
+            [states[rows] for states in problem.hidden],
+            d_inputs,
+            [None if out is None else out[rows] for out in hidden],
+            None if gate is None else gate[rows],
+        )
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

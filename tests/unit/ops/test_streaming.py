@@ -1,4 +1,5 @@
-"""The streaming backend through Triton's interpreter: small splits and a small workspace, so that there are several.
+"""The streaming backend through Triton's interpreter: small splits and a small workspace, so that there are several
+blocks of rows and of columns.
 
 bf16 is left to the tests that need a GPU: the interpreter's dot product takes bf16 numbers for integers.
 """
@@ -19,8 +20,8 @@ def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING):
     from ultrafuser_mega.ops import streaming
     from ultrafuser_mega.ops.problem import checked_problem
 
-    streaming.SPLIT_COLUMNS = 256
-    streaming.WORKSPACE_BYTES = case.target.shape[0] * 128 * case.hidden[0].element_size()
+    streaming.SPLIT_COLUMNS, streaming.TILE_COLUMNS, streaming.MULTIPLE = 256, 100, 8
+    streaming.WORKSPACE_BYTES = 8 << 10
 
     def loss(hidden, heads, gate_logits, target, **options):
         defaults = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}

@@ -1,0 +1,142 @@
+"""Memory beyond the gradients at the sizes of real models: counted on tensors without data ("meta").
+
+Kernels and GEMMs are left out, since they allocate nothing; everything else is the code that runs on a GPU. The gate's
+CUDA kernels are absent, so what plain PyTorch needs in their place counts, too.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ultrafuser_mega.ops import chunked, gate_only
+from ultrafuser_mega.ops.forward import BUFFER_BYTES
+from ultrafuser_mega.ops.problem import checked_problem
+
+ROWS = 8192
+SHAPES = {  # vocabulary, widths
+    "llama2-13b": (32000, (5120,) * 3),
+    "llama2-13b, an eighth": (4000, (5120,) * 3),
+    "llama3-8b": (128256, (4096,) * 3),
+    "llama3-8b, an eighth": (16032, (4096,) * 3),
+}
+TASKS = {  # needs gate, hidden, heads
+    "forward": (False, False, False),
+    "gate alone": (True, False, False),
+    "frozen heads": (True, True, False),
+    "train": (True, True, True),
+}
+MIB = 1 << 20
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of tensors born inside this context that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), inputs)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in inputs or key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def problem_of(shape: str, needs: tuple[bool, bool, bool], reduction: str):
+    vocab, widths = SHAPES[shape]
+    gate, hidden, heads = needs
+    half = {"dtype": torch.bfloat16, "device": "meta"}
+    tensors = (
+        [torch.empty(ROWS, d, **half, requires_grad=hidden) for d in widths],
+        [torch.empty(vocab, d, **half, requires_grad=heads) for d in widths],
+        torch.empty(ROWS, len(widths), device="meta", requires_grad=gate),
+        torch.empty(ROWS, dtype=torch.int64, device="meta"),
+    )
+    settings = {"vocab_start": 0, "vocab_size": None, "ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-4}
+    problem = checked_problem(*tensors, group=None, reduction=reduction, **settings)
+    gradients = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if t.requires_grad)
+    return problem, gradients
+
+
+def workspace(loss_of, shape: str, task: str, reduction: str) -> float:
+    """MiB beyond the gradients at the worst moment of a forward and, where anything is trained, a backward."""
+    problem, gradients = problem_of(shape, TASKS[task], reduction)
+    upstream = torch.empty(ROWS if reduction == "none" else (), device="meta")
+    with LiveBytes() as live, torch.set_grad_enabled(task != "forward"):
+        loss = loss_of(problem)[0]
+        if task != "forward":
+            loss.backward(upstream)
+    return (live.peak - gradients) / MIB
+
+
+@pytest.fixture
+def silent_products(monkeypatch):
+    monkeypatch.setattr("ultrafuser_mega.ops.gemm.accumulate", lambda *args, **options: None)
+
+
+class SilentEpilogue:
+    """TritonEpilogue without its kernels."""
+
+    operand_dtype = torch.bfloat16
+
+    def statistics(self, logits, target, keep):
+        return logits.new_empty((logits.shape[0], 4)), None
+
+    def dlogits(self, logits, scratch, target, row_max, coefficients):
+        rows, columns = logits.shape
+        return torch.empty(0, dtype=torch.bfloat16, device="meta").set_(
+            logits.untyped_storage(), 2 * logits.storage_offset(), (rows, columns), (2 * logits.stride(0), 1)
+        )
+
+    def mixture_statistics(self, logits, gate_weights, target):
+        return logits.new_empty((logits.shape[1], 4 + 3 * logits.shape[0]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunked_and_gate_only_stay_within_one_gibibyte(shape, task, reduction, silent_products):
+    backend = gate_only if task == "gate alone" else chunked
+
+    def loss_of(problem):
+        return backend.mixture_loss(problem, epilogue=SilentEpilogue(), buffer_bytes=BUFFER_BYTES["cuda"])
+
+    used = workspace(loss_of, shape, task, reduction)
+    assert 64 < used <= 1024  # and the count is not blind
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_streaming_stays_within_64_mebibytes(shape, task, reduction, silent_products, monkeypatch):
+    streaming = pytest.importorskip("ultrafuser_mega.ops.streaming")
+
+    class SilentKernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(streaming, "statistics_kernel", SilentKernel())
+    monkeypatch.setattr(streaming, "dlogits_kernel", SilentKernel())
+    used = workspace(streaming.mixture_loss, shape, task, reduction)
+    assert ROWS * 4 * 4 / MIB < used <= 64  # more than the statistics alone

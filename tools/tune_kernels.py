@@ -1,0 +1,146 @@
+"""Time the Triton kernels of the loss in a handful of shapes on the GPU at hand, and say which belong into the tables.
+
+    python tools/tune_kernels.py [--tokens 8192 --vocab 32000 --width 5120] [--out FILE.json]
+
+The tables are streaming.TILES (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) and epilogue_triton.STEPS (BLOCK, warps). The
+entry in use comes first; a candidate that does not compile or launch is listed with its reason. Results are written
+after every kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultrafuser_mega.ops import epilogue_triton, streaming
+from ultrafuser_mega.ops.benchmark import Inputs, Shape
+from ultrafuser_mega.ops.problem import Problem, checked_problem
+from ultrafuser_mega.ops.statistics import MAX, dlogit_coefficients
+
+SPECIALISTS = 3
+ROUNDS = 5
+CANDIDATES: dict[str, list[tuple[int, ...]]] = {
+    "statistics": [
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (64, 256, 64, 8, 3), (64, 128, 64, 4, 4),
+        (128, 256, 64, 8, 3),
+    ],
+    "gate statistics": [
+        (64, 64, 64, 8, 4), (64, 128, 64, 8, 3), (64, 128, 32, 8, 4), (64, 64, 64, 4, 4), (128, 64, 64, 8, 3),
+    ],
+    "dlogits": [
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+        (64, 256, 64, 8, 3),
+    ],
+    "chunked: row statistics": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
+    "chunked: dlogits": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
+    "chunked: mixture statistics": [(block, warps) for block in (512, 1024, 2048) for warps in (4, 8)],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--width", type=int, default=5120, help="of each of three specialists")
+    parser.add_argument("--kernel", choices=CANDIDATES, action="append", help="default: all; may be repeated")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tune_kernels: no CUDA device; run this on a machine with a GPU")
+    shape = Shape(arguments.tokens, arguments.vocab, (arguments.width,) * SPECIALISTS, torch.bfloat16)
+    calls = kernel_calls(shape, torch.device("cuda"))
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "kernels": {}}
+    for name in arguments.kernel or CANDIDATES:
+        table, key = table_of(name)
+        found = tune(calls[name], table, key, [table[key], *CANDIDATES[name]])
+        report["kernels"][name] = found
+        print(f"\n{name}")
+        for record in found:
+            print(f"  {record['config']!s:24} {record.get('ms', record.get('failed'))}")
+        if arguments.out:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table_of(name: str) -> tuple[dict[Any, Any], Any]:
+    """The table that holds a kernel's entry for this GPU, and under which key."""
+    if name.startswith("chunked: "):
+        return epilogue_triton.STEPS, name.removeprefix("chunked: ")
+    capability = streaming.capability(torch.empty(0, device="cuda"))
+    table = streaming.TILES[name]
+    return table, max(known for known in table if known <= max(capability, min(table)))
+
+
+def kernel_calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Every kernel by its name in CANDIDATES, as the loss calls it."""
+    inputs = Inputs(shape, device)
+    problem = checked_problem(
+        inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, group=None, vocab_start=0, vocab_size=None,
+        ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0,
+    )  # fmt: skip
+    gate_weights = streaming.gate_softmax(problem)
+    rows = streaming.statistics(problem, gate_weights, per_specialist=False)
+    coefficients = dlogit_coefficients(rows, torch.ones_like(rows[:, 0]), problem.settings)
+    dlogits = streaming.Dlogits(problem, gate_weights, rows[:, MAX].contiguous(), coefficients)
+    block = slice(0, min(streaming.Blocks.of(problem).columns, shape.vocab))
+    dz = inputs.hidden[0].new_empty((shape.tokens, block.stop))
+    return {
+        "statistics": lambda: streaming.statistics(problem, gate_weights, per_specialist=False),
+        "gate statistics": lambda: streaming.statistics(problem, gate_weights, per_specialist=True),
+        "dlogits": lambda: dlogits.write(slice(0, shape.tokens), block, dz),
+    } | epilogue_calls(problem, gate_weights)
+
+
+def epilogue_calls(problem: Problem, gate_weights: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """On chunks as large as those of the chunked backend."""
+    epilogue = epilogue_triton.TritonEpilogue(problem.hidden[0].dtype)
+    chunk = min(problem.rows, 2048)
+    logits = torch.randn(chunk, problem.real_rows, device=gate_weights.device)
+    planes = torch.randn(SPECIALISTS, chunk, min(problem.real_rows, 8192), device=gate_weights.device)
+    target = problem.target[:chunk]
+    ones = torch.ones(chunk, device=gate_weights.device)
+    return {
+        "chunked: row statistics": lambda: epilogue.statistics(logits, target, keep=True),
+        "chunked: dlogits": lambda: epilogue.dlogits(logits, None, target, ones, (ones, ones, 0 * ones)),
+        "chunked: mixture statistics": lambda: epilogue.mixture_statistics(planes, gate_weights[:chunk], target),
+    }
+
+
+def tune(
+    call: Callable[[], object], table: dict[Any, Any], key: Any, candidates: list[tuple[int, ...]]
+) -> list[dict[str, Any]]:
+    """One record per candidate, the fastest first, those that fail last; the table is left as it was."""
+    before = table[key]
+    records: list[dict[str, Any]] = []
+    for config in dict.fromkeys(candidates):
+        table[key] = config
+        try:
+            records.append({"config": config, "ms": median_ms(call)})
+        except Exception as error:  # whatever Triton makes of a shape that does not fit
+            records.append({"config": config, "failed": (str(error).splitlines() or [type(error).__name__])[0][:200]})
+        finally:
+            table[key] = before
+    return sorted(records, key=lambda record: record.get("ms", float("inf")))
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
