@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from trio import DISJOINT_8, ONE, PIECES, config_tree, train
 
 from ultrafuser_mega.cli import main
+from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints
 
 LAST = Progress(2, 3)
+GATE = TrainedModel.gate
 
 
 def ultrafuser(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -51,7 +53,8 @@ def test_fused_release_equals_its_checkpoint(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release") == 0
-    capsys.readouterr()
+    verified, wrote = capsys.readouterr().out.splitlines()
+    assert verified.startswith("verified on a text of ") and wrote == f"wrote {tmp_path / 'release'}"
     assert ultrafuser(monkeypatch, "verify", tmp_path / "release", checkpoint) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["equal"]
@@ -82,6 +85,20 @@ def test_trained_specialist_leaves_with_its_own_names_and_rows(
     assert ultrafuser(monkeypatch, "verify", out, f"{checkpoint}@specialist:{name}") == 0
     assert json.loads(capsys.readouterr().out)["equal"]
     assert ultrafuser(monkeypatch, "verify", out, trio / name) == 1  # no longer what it was
+
+
+def test_release_with_a_wrong_gate_is_found_by_the_export_itself(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TrainedModel, "gate", lambda self, *wanted: -GATE(self, *wanted))
+    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release") == 1
+    printed = capsys.readouterr()
+    assert "wrote" not in printed.out
+    error = printed.err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / '.release.partial'}: computes something else than {checkpoint} on a ")
+    assert [path.name for path in tmp_path.iterdir()] == [".release.partial"]
+    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release", "--resume", "--no-verify") == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'release'}\n"
 
 
 def test_imported_configuration_is_released_as_it_is(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class TrainedModel:
         """Names of the gate's tensors, as in a release folder."""
         first = ["shared"] if "gate.w1.shared" in self.tensors else list(self.sources)
         return [*(f"gate.w1.{name}" for name in first), "gate.b1", "gate.w2"]
+
+    def gate_dtype(self) -> torch.dtype:
+        """Element type of the gate in a release: the smallest that holds all of the specialists'."""
+        found = {part.dtype(tensor) for part in map(self.specialist, self.sources) for tensor in part.shapes}
+        return reduce(torch.promote_types, found)
 
     def gate(self, key: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the gate, without the units that pad it."""
