@@ -10,6 +10,8 @@ import torch
 from families import FAMILY_CASES, write_family
 from safetensors.torch import load_file, save_file
 
+from ultrafuser_mega.convert import restore
+from ultrafuser_mega.convert import tensors as stored
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_folders
 from ultrafuser_mega.convert.restore import TrainedModel
@@ -70,6 +72,19 @@ def test_family_comes_back_from_a_disjoint_checkpoint(
     for name, source in chosen.items():
         export(tmp_path / "checkpoint", tmp_path / name, f"specialist:{name}", verify=False)
         assert_same_folder(tmp_path / name, source)
+
+
+def test_reading_in_pieces_of_any_size_gives_the_same_tensors(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of one row of 256 bytes and less than a row of 384; blocks of the vocabulary across shards and tails."""
+    monkeypatch.setattr(stored, "_READ_AT_ONCE", 300)
+    monkeypatch.setattr(restore, "_ROWS_AT_ONCE", 7)
+    chosen = {case: folders[case] for case in ("llama_llama3", "codellama")}
+    import_specialists(plan_folders(chosen, None), tmp_path / "checkpoint", plan_colocated(list(chosen), 2, 2, dp=1))
+    for case, source in chosen.items():
+        export(tmp_path / "checkpoint", tmp_path / case, f"specialist:{case}", verify=False)
+        assert_same_folder(tmp_path / case, source)
 
 
 def test_shards_and_their_index_hold_every_tensor_once(folders: dict[str, Path], tmp_path: Path) -> None:
