@@ -1,4 +1,7 @@
-"""In and out again: every family comes back tensor for tensor and field for field, whatever layout wrote it."""
+"""In and out again: every family comes back tensor for tensor and field for field, whatever layout wrote it.
+
+That sharded ones also compute what transformers computes is ``tests/distributed/test_families.py``.
+"""
 
 from __future__ import annotations
 
@@ -58,20 +61,23 @@ def test_all_families_come_back_from_a_colocated_checkpoint(
         assert_same_folder(tmp_path / case, source)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("case", FAMILY_CASES)
-def test_family_comes_back_from_a_disjoint_checkpoint(
-    folders: dict[str, Path], tmp_path: Path, case: str, tp: int, pp: int
+def test_all_families_come_back_from_disjoint_checkpoints(
+    folders: dict[str, Path], tmp_path: Path, tp: int, pp: int
 ) -> None:
-    """Beside another on a rank of its own: the heads lie on tp + 1 ranks, with padding that no size divides."""
-    chosen = {"tested": folders[case], "other": folders["llama"]}
-    layout = plan_disjoint({"tested": (tp, pp, None), "other": (1, 1, None)}, dp=1)
-    import_specialists(plan_folders(chosen, None), tmp_path / "checkpoint", layout)
-    for name, source in chosen.items():
-        export(tmp_path / "checkpoint", tmp_path / name, f"specialist:{name}", verify=False)
-        assert_same_folder(tmp_path / name, source)
+    """As many beside each other as eight ranks take, and one of another tp: their heads lie on all last stages."""
+    cases = list(folders)
+    at_once = 8 // (tp * pp)
+    for start in range(0, len(cases), at_once):
+        chosen = cases[start : start + at_once]
+        layout = plan_disjoint(dict.fromkeys(chosen, (tp, pp, None)) | {"beside": (1, 1, None)}, dp=1)
+        sources = {case: folders[case] for case in chosen} | {"beside": folders["llama"]}
+        checkpoint = tmp_path / f"checkpoint{start}"
+        import_specialists(plan_folders(sources, None), checkpoint, layout)
+        for case in chosen:
+            export(checkpoint, tmp_path / case, f"specialist:{case}", verify=False)
+            assert_same_folder(tmp_path / case, folders[case])
 
 
 def test_reading_in_pieces_of_any_size_gives_the_same_tensors(
