@@ -223,7 +223,10 @@ def _tokens(address: ModelAddress, text: str, rows: int, positions: int) -> Tens
     folder, _ = _description(address)
     # AutoTokenizer would ask to run a release's code; its tokenizer files speak for themselves.
     tokenizer = FastTokenizer.from_pretrained(folder) if address.kind == "release" else TextEncoder(folder).tokenizer
-    return torch.tensor([[token for token in tokenizer(text)["input_ids"] if token < rows][:positions]])
+    ids = [token for token in tokenizer(text)["input_ids"] if token < rows][:positions]
+    if not ids:
+        raise InputError(f"--text {text!r}: none of its tokens is in the vocabulary; give a longer text")
+    return torch.tensor([ids])
 
 
 def _model_type(folder: Path) -> Any:

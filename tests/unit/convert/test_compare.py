@@ -68,6 +68,12 @@ def test_models_of_different_vocabulary_are_refused(models: Path) -> None:
         compare(str(models / "wide"), str(models / "tied"), TEXT, TOLERANCE)
 
 
+def test_text_without_a_token_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ultrafuser_mega.convert.compare._limits", lambda archs: (1, 8))  # BOS is 1
+    with pytest.raises(InputError, match="--text '': none of its tokens is in the vocabulary"):
+        compare(str(models / "wide"), str(models / "wide"), "", TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("address", "named"),
     [
