@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -71,6 +72,7 @@ class CheckpointTensors:
             key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
         self._storage = index.storage_data
+        self._fake = FakeTensorMode()
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -122,8 +124,8 @@ class CheckpointTensors:
         try:
             with path.open("rb") as file:
                 view: Any = _create_file_view(file, place.offset, place.length)
-                # "meta" leaves the numbers in the file and notes where they begin.
-                chunk = torch.load(view, map_location="meta", weights_only=True)
+                with self._fake:  # the numbers stay in the file; noted is where they begin
+                    chunk = torch.load(view, weights_only=True)
                 if chunk.shape != sizes or not chunk.is_contiguous() or chunk.storage_offset():
                     raise ValueError(f"shape {tuple(chunk.shape)} there, {tuple(sizes)} in the index")
                 start = place.offset + chunk.untyped_storage()._checkpoint_offset
