@@ -11,7 +11,9 @@ import torch
 # Small tensors: more threads only wait for each other, and the ranks of one test share the cores anyway.
 torch.set_num_threads(1)
 # Ranks of multi-process tests start with everything imported (see runtime/spawn.py).
-multiprocessing.set_forkserver_preload(["ultrafuser_mega.training.trainer", "ultrafuser_mega.toy"])
+multiprocessing.set_forkserver_preload(
+    ["ultrafuser_mega.training.trainer", "ultrafuser_mega.toy", "ultrafuser_mega.convert.export"]
+)
 
 
 @pytest.fixture(scope="session")

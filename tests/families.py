@@ -37,6 +37,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen2_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "qwen3": {"num_key_value_heads": 4, "head_dim": 24},
+    "llama_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
 }
 
 

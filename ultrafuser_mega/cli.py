@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ultrafuser_mega.convert import SAMPLE_TEXT
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 from ultrafuser_mega.generation import commands
 
@@ -196,15 +197,24 @@ def export_(
     out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
     what: Annotated[str, typer.Option(help="fused, or specialist:NAME")] = "fused",
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted export")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not compare with the checkpoint")] = False,
 ) -> None:
     """Write a checkpoint's fused model, or one of its specialists, as a Hugging Face folder.
 
-    Reads and writes tensor by tensor, whatever layout wrote the checkpoint. The folder gets its name when it is
-    complete; its export.json keeps the SHA-256 of every tensor.
+    Reads and writes tensor by tensor, whatever layout wrote the checkpoint, in memory for one tensor; export.json
+    keeps the SHA-256 of every tensor. Then the folder's logits on a short text are compared with the checkpoint's
+    (see verify), which needs memory for the whole exported model in float32: --no-verify leaves that out. The folder
+    gets its name when it is complete and equal; exit code 1, and a hidden name, where it computes something else.
     """
+    from ultrafuser_mega.convert.compare import DifferentModel
     from ultrafuser_mega.convert.export import export
 
-    for notice in export(checkpoint, out, what, resume=resume):
+    try:
+        notices = export(checkpoint, out, what, resume=resume, verify=not no_verify)
+    except DifferentModel as difference:
+        print(f"error: {difference}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    for notice in notices:
         print(notice)
     print(f"wrote {out}")
 
@@ -218,17 +228,16 @@ def verify(
     tp: Annotated[int, typer.Option(help="tensor-parallel size, without B", min=1)] = 1,
     pp: Annotated[int, typer.Option(help="pipeline-parallel size, without B", min=1)] = 1,
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="also shard the sequence")] = False,
-    text: Annotated[str, typer.Option(help="real text to compare on")] = (
-        "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. 12 * 7 = 84."
-    ),
+    text: Annotated[str, typer.Option(help="real text to compare on")] = SAMPLE_TEXT,
     tolerance: Annotated[float, typer.Option(help="largest accepted difference of a float32 logit")] = 1e-4,
 ) -> None:
     """Compare a sharded specialist with transformers, or two models with each other.
 
     With A alone: runs it on tp x pp processes of this machine, on random and on real tokens, and prints the largest
     absolute difference of a float32 logit. With A and B: any two of Hugging Face folder, CHECKPOINT@specialist:NAME,
-    CHECKPOINT@fused, RELEASE@specialist:NAME, RELEASE@fused; prints JSON. Exit code 1 when a difference is above the
-    tolerance.
+    CHECKPOINT@fused, RELEASE@specialist:NAME, RELEASE@fused; prints JSON. A checkpoint counts as what its export
+    holds: weights rounded to the element types that its specialists came with. Needs memory for a whole model in
+    float32. Exit code 1 when a difference is above the tolerance.
     """
     if b is not None:
         from ultrafuser_mega.convert.compare import compare

@@ -6,25 +6,70 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from command import ultrafuser
 from families import write_family
+from fresh_process import run_without_this_package
 from safetensors.torch import load_file
-from trio import DISJOINT_8, ONE, PIECES, config_tree, train
+from trio import CPU, DISJOINT_8, ONE, PIECES, config_tree, train
 
-from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints
+from ultrafuser_mega.config import load_config
+from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, load_checkpoint
+from ultrafuser_mega.training.evaluation import EvaluationResult
+from ultrafuser_mega.training.preflight import preflight
+from ultrafuser_mega.training.prepare import open_store
+from ultrafuser_mega.training.trainer import Trainer
 
 LAST = Progress(2, 3)
+HELDOUT = 3  # samples of each class
+GATE = TrainedModel.gate
+TOLERANCE = 1e-5  # of losses up to 10 and gate weights: two orders above what float32 resolves there, 2^-24 * 10
 
 
 def short_run(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:
     tree = config_tree(trio, runs, layout) | {"micro_batch_size": 2}
     tree["stage1"] |= {"steps": 2}
     tree["stage2"] |= {"steps": LAST.step}
-    tree["evaluation"] = {"samples_per_class": 3, "token_views": 0}
+    tree["evaluation"] = {"samples_per_class": HELDOUT, "token_views": 0}
+    tree["data"] |= {"max_length": 400}  # cuts no response
     return tree
+
+
+# Held-out rows through a release folder, each specialist with its own template, as a user would do it.
+LOSSES = """
+import json, sys
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
+code = sys.modules[type(model).__module__.rpartition(".")[0] + ".chat_ultrafuser"]
+encoder = code.SpecialistEncoder(tokenizer, model.config.entry(model.names[0])["template"])
+result = []
+with torch.no_grad():
+    for class_name, row in json.loads(sys.argv[2]):
+        messages = [{"role": "user", "content": row["instruction"]}]
+        prompts = model.chat_inputs([messages], tokenizer)["specialist_input_ids"]
+        response = torch.tensor(encoder.encode_response(row["output"], model.config.response_lead))
+        ids = {name: torch.cat([prompt[0], response[:-1]])[None] for name, prompt in prompts.items()}
+        output = model(specialist_input_ids=ids, logits_to_keep=len(response), return_gate_weights=True)
+        logits = {"fused": output.logits[0]}
+        for name in model.names:
+            own = model.specialists[name](input_ids=ids[name]).logits[0, -len(response) :]
+            logits[name] = own[:, : model.config.vocab_size]
+        generated = model.generate(None, specialist_input_ids=prompts, max_new_tokens=1, do_sample=False)
+        assert generated[0, -1] == output.logits[0, 0].argmax()
+        losses = {name: cross_entropy(z, response, reduction="none").tolist() for name, z in logits.items()}
+        result.append({"class": class_name, "losses": losses, "gate": output.gate_weights[0].tolist()})
+print(json.dumps(result))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +85,8 @@ def test_fused_release_equals_its_checkpoint(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release") == 0
-    capsys.readouterr()
+    verified, wrote = capsys.readouterr().out.splitlines()
+    assert verified.startswith("verified on a text of ") and wrote == f"wrote {tmp_path / 'release'}"
     assert ultrafuser(monkeypatch, "verify", tmp_path / "release", checkpoint) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["equal"]
@@ -49,6 +95,42 @@ def test_fused_release_equals_its_checkpoint(
     assert tensors["specialists.code.lm_head.weight"].shape[0] == PIECES + 16  # cropped rows are back
     assert tensors["gate.w1.shared"].shape == (64, 64)  # without the units that pad it to six ranks
     assert "text" in (tmp_path / "release" / "README.md").read_text()
+
+
+def evaluate_again(rank: int, run_dir: Path) -> EvaluationResult:
+    """The trainer's evaluation of the run's last checkpoint, token by token."""
+    plan = preflight(load_config(run_dir / "config.yaml"), torch.distributed.get_world_size(), resume=True)
+    assert plan.resume is not None
+    groups = make_groups(plan.layout)
+    trainer = Trainer(plan, groups, open_store(plan, groups), CPU)
+    load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
+    return trainer.evaluate()
+
+
+def test_release_has_the_losses_of_the_trainers_own_evaluation(
+    trio: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process without this package, from the text of the held-out rows on."""
+    run_dir = checkpoint.parent.parent
+    ours, *_ = run_ranks(evaluate_again, 8, run_dir)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    printed = [record for record in records if record["kind"] == "eval"][-1]["loss"]
+    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release") == 0
+    rows = [
+        (name, json.loads(line))
+        for name in ("text", "code", "math")
+        for line in (trio / "data" / f"{name}.heldout.jsonl").read_text().splitlines()[:HELDOUT]
+    ]
+    theirs = run_without_this_package(LOSSES, [tmp_path / "release", json.dumps(rows)], tmp_path)
+
+    for sample, other in zip(ours.samples, theirs, strict=True):
+        assert sample.class_name == other["class"]
+        np.testing.assert_allclose(other["losses"]["fused"], sample.losses, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(other["gate"], sample.weights, rtol=0, atol=TOLERANCE)
+    for name in ("text", "code", "math"):
+        for model in ("fused", "text", "code", "math"):
+            tokens = [loss for other in theirs if other["class"] == name for loss in other["losses"][model]]
+            assert np.mean(tokens) == pytest.approx(printed[name][model], abs=TOLERANCE), (name, model)
 
 
 @pytest.mark.parametrize("name", ["text", "code", "math"])
@@ -71,6 +153,20 @@ def test_trained_specialist_leaves_with_its_own_names_and_rows(
     assert ultrafuser(monkeypatch, "verify", out, f"{checkpoint}@specialist:{name}") == 0
     assert json.loads(capsys.readouterr().out)["equal"]
     assert ultrafuser(monkeypatch, "verify", out, trio / name) == 1  # no longer what it was
+
+
+def test_release_with_a_wrong_gate_is_found_by_the_export_itself(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TrainedModel, "gate", lambda self, *wanted: -GATE(self, *wanted))
+    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release") == 1
+    printed = capsys.readouterr()
+    assert "wrote" not in printed.out
+    error = printed.err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / '.release.partial'}: computes something else than {checkpoint} on a ")
+    assert [path.name for path in tmp_path.iterdir()] == [".release.partial"]
+    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release", "--resume", "--no-verify") == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'release'}\n"
 
 
 def test_imported_configuration_is_released_as_it_is(

@@ -6,16 +6,13 @@ reference, which reads the same folder.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_without_this_package
 from release_folder import Reference, write_release
 from transformers import PreTrainedTokenizerFast
 
@@ -23,14 +20,7 @@ from ultrafuser_mega.release.chat_ultrafuser import decode_response
 
 STEPS = 8
 CHILD = """
-import contextlib, importlib.abc, io, json, re, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ultrafuser_mega", "megatron"):
-            raise ImportError(name + " must not be needed")
-
-sys.meta_path.insert(0, Blocked())
+import contextlib, io, json, re, sys
 import torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
@@ -87,12 +77,7 @@ def release(trio, tmp_path_factory) -> Path:
 def fresh(release, tmp_path_factory) -> dict[str, Any]:
     """What the child process got."""
     here = tmp_path_factory.mktemp("elsewhere")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"HF_MODULES_CACHE": str(here / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(release), str(here / "again"), str(STEPS)]
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_without_this_package(CHILD, [release, here / "again", STEPS], here)
 
 
 @pytest.fixture(scope="module")

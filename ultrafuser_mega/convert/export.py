@@ -1,7 +1,8 @@
 """Out of a checkpoint into Hugging Face folders: one specialist as it came, or the fused model as a release folder.
 
-One process, no model: tensors are read and written one at a time (``restore``, ``shards``). Everything goes into a
-hidden folder beside the target, which gets its name when it is complete.
+Written by one process without a model: tensors are read and written one at a time (``restore``, ``shards``).
+Everything goes into a hidden folder beside the target, which gets its name when it is complete and, unless that is
+switched off, when it was seen to compute what the checkpoint computes (``compare``).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ultrafuser_mega.config import load_config
+from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import SHARD_BYTES, Planned, write_shards
 from ultrafuser_mega.errors import InputError
@@ -30,7 +31,13 @@ _SPECIALIST = "specialist:"
 
 
 def export(
-    checkpoint: Path, out: Path, what: str, *, resume: bool = False, shard_bytes: int = SHARD_BYTES
+    checkpoint: Path,
+    out: Path,
+    what: str,
+    *,
+    resume: bool = False,
+    verify: bool = True,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write the folder ``out``.
 
@@ -39,14 +46,17 @@ def export(
         out: must not exist.
         what: "specialist:NAME" or "fused".
         resume: go on from an export of the same that was interrupted.
+        verify: compare logits with the checkpoint's before the folder gets its name, which needs memory for the whole
+            model in float32; without it one tensor is held at a time.
         shard_bytes: largest size of a safetensors file's tensors; one tensor is never cut.
 
     Returns:
-        Notices for people: what was untied, which damaged shards were written again.
+        Notices for people: what was untied, which damaged shards were written again, how the comparison ended.
 
     Raises:
         InputError: the checkpoint is damaged or lacks what was asked for, ``out`` exists, or an interrupted export is
             there and ``resume`` was not asked for.
+        DifferentModel: the folder computes something else than the checkpoint; it keeps its hidden name.
     """
     model = TrainedModel(checkpoint)
     unfinished = out.with_name(f".{out.name}.partial")
@@ -55,18 +65,22 @@ def export(
     if unfinished.exists() and not resume:
         raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
     identity = _identity(model, what)
-    if what == "fused":
+    part = what.removeprefix(_SPECIALIST)
+    write: Callable[[], list[str]]
+    if what == FUSED:
         parts, card = {name: model.specialist(name) for name in model.sources}, _card(model, out.name)
-        unfinished.mkdir(parents=True, exist_ok=True)
-        notices = _fused(model, parts, card, unfinished, identity, shard_bytes)
-    elif what.startswith(_SPECIALIST):
-        specialist = model.specialist(what.removeprefix(_SPECIALIST))
-        unfinished.mkdir(parents=True, exist_ok=True)
-        notices = _specialist(specialist, unfinished, identity, shard_bytes)
+        write = partial(_fused, model, parts, card, unfinished, identity, shard_bytes)
+    elif part != what:
+        write = partial(_specialist, model.specialist(part), unfinished, identity, shard_bytes)
     else:
         raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
+    check = ExportCheck(checkpoint, part) if verify else None
+    unfinished.mkdir(parents=True, exist_ok=True)
+    notices = write()
     for path in unfinished.glob("*.partial"):
         path.unlink()
+    if check is not None:
+        notices.append(check.run(unfinished))
     unfinished.rename(out)
     _sync(out.parent)
     return notices
@@ -101,7 +115,7 @@ def _fused(
             key = f"specialists.{name}.{tensor}"
             tensors[key] = planned
             readers[key] = partial(specialist.read, tensor)
-    dtype = reduce(torch.promote_types, {planned.dtype for planned in tensors.values()})
+    dtype = model.gate_dtype()
     for key in model.gate_keys():
         tensors[key] = Planned((model.gate_units, *model.tensors.shape(key)[1:]), dtype)
         readers[key] = partial(model.gate, key, dtype)

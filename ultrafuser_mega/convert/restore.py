@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,11 @@ class TrainedModel:
         first = ["shared"] if "gate.w1.shared" in self.tensors else list(self.sources)
         return [*(f"gate.w1.{name}" for name in first), "gate.b1", "gate.w2"]
 
+    def gate_dtype(self) -> torch.dtype:
+        """Element type of the gate in a release: the smallest that holds all of the specialists'."""
+        found = {part.dtype(tensor) for part in map(self.specialist, self.sources) for tensor in part.shapes}
+        return reduce(torch.promote_types, found)
+
     def gate(self, key: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the gate, without the units that pad it."""
         return self.tensors.read(key, slice(0, self.gate_units)).to(dtype)
@@ -90,19 +97,15 @@ class RestoredSpecialist:
         """Whether the folder tied the head to the embedding and both are still equal."""
         if not self.arch.tied:
             return False
-        for start in range(0, self.arch.vocab_rows, _ROWS_AT_ONCE):
-            rows = slice(start, min(start + _ROWS_AT_ONCE, self.arch.vocab_rows))
-            if not torch.equal(self._embedding(rows), self._head(rows)):
-                return False
-        return True
+        return all(torch.equal(self._embedding(rows), self._head(rows)) for rows in self._row_blocks())
 
     def read(self, tensor: str) -> Tensor:
         """The whole tensor in the element type that it came with; every row, no padding."""
-        rows = slice(0, self.arch.vocab_rows)
-        if tensor == EMBEDDING:
-            value = self._embedding(rows)
-        elif tensor == HEAD:
-            value = self._head(rows)
+        if tensor in (EMBEDDING, HEAD):  # the largest: never twice in memory
+            read = self._embedding if tensor == EMBEDDING else self._head
+            value = torch.empty(self.shapes[tensor], dtype=self.dtype(tensor))
+            for rows in self._row_blocks():
+                value[rows] = read(rows)
         elif tensor == FINAL_NORM:
             value = self.tensors.read(self._key("decoder.final_layernorm.weight"))
         else:
@@ -121,6 +124,10 @@ class RestoredSpecialist:
             key = self._key(f"decoder.layers.{stored}")
             self._last = (wanted, self.tensors.read(key, slice(layer, layer + 1), rows)[0])
         return self._last[1]
+
+    def _row_blocks(self) -> Iterator[slice]:
+        for start in range(0, self.arch.vocab_rows, _ROWS_AT_ONCE):
+            yield slice(start, min(start + _ROWS_AT_ONCE, self.arch.vocab_rows))
 
     def _embedding(self, rows: slice) -> Tensor:
         return self.tensors.read(self._key("embedding.word_embeddings.weight"), rows)

@@ -2,24 +2,29 @@
 
 Megatron's torch_dist format is torch.distributed.checkpoint's: a pickled index (``.metadata``) and files of chunks,
 each chunk a tensor as torch.save writes it. The index is unpickled with the few classes that it is made of and no
-other; chunks are read with ``weights_only``. Never in memory: more than the slice asked for and one chunk.
+other, chunks with ``weights_only``. Never in memory: more than the slice asked for and a small piece of a chunk.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from ultrafuser_mega.errors import InputError
 
+Slices = Sequence[slice]
+
+_READ_AT_ONCE = 1 << 24
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
@@ -77,6 +82,7 @@ class CheckpointTensors:
             key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
         self._storage = index.storage_data
+        self._fake = FakeTensorMode()
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -107,9 +113,8 @@ class CheckpointTensors:
             ]
             if any(start >= stop for start, stop in spans):
                 continue
-            source = self._chunk(key, chunk.offsets, chunk.sizes)
             target = result[_within(spans, [span.start for span in ranges])]
-            target.copy_(source[_within(spans, chunk.offsets)])
+            self._read_chunk(key, chunk.offsets, chunk.sizes, _within(spans, chunk.offsets), target)
             filled += target.numel()
         if filled != result.numel():
             raise InputError(f"{self.folder}: {filled} of {result.numel()} elements of {key} are there; copy it again")
@@ -120,7 +125,8 @@ class CheckpointTensors:
             raise InputError(f"{self.folder}: checkpoint lacks the tensor {key}")
         return self._entries[key]
 
-    def _chunk(self, key: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
+    def _read_chunk(self, key: str, offsets: torch.Size, sizes: torch.Size, part: Slices, target: Tensor) -> None:
+        """``target[:] = chunk[part]``."""
         place = self._storage.get(MetadataIndex(key, offsets))
         if place is None:
             raise InputError(f"{self.folder / '.metadata'}: names no file for {key} at {tuple(offsets)}")
@@ -128,15 +134,35 @@ class CheckpointTensors:
         try:
             with path.open("rb") as file:
                 view: Any = _create_file_view(file, place.offset, place.length)
-                chunk = torch.load(view, map_location="cpu", weights_only=True)
+                with self._fake:  # the numbers stay in the file; noted is where they begin
+                    chunk = torch.load(view, weights_only=True)
+                if chunk.shape != sizes or not chunk.is_contiguous() or chunk.storage_offset():
+                    raise ValueError(f"shape {tuple(chunk.shape)} there, {tuple(sizes)} in the index")
+                start = place.offset + chunk.untyped_storage()._checkpoint_offset
+                _copy(file, start, sizes, chunk.dtype, part, target)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; it holds {key}") from None
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{path}: damaged where it holds {key} ({reason}); copy the checkpoint again") from None
-        if tuple(chunk.shape) != tuple(sizes):
-            raise InputError(f"{path}: holds shape {tuple(chunk.shape)} for {key}, the index says {tuple(sizes)}")
-        return chunk.detach()
+
+
+def _copy(file: BinaryIO, start: int, sizes: Sequence[int], dtype: torch.dtype, part: Slices, target: Tensor) -> None:
+    """``target[:] = stored[part]`` for a contiguous tensor stored from byte ``start`` on, piece by piece."""
+    first, *rest = part
+    row = math.prod(sizes[1:]) * dtype.itemsize
+    whole = all(inner == slice(0, size) for inner, size in zip(rest, sizes[1:], strict=True))
+    if rest and (row > _READ_AT_ONCE or not whole):
+        for index in range(first.start, first.stop):
+            _copy(file, start + index * row, sizes[1:], dtype, rest, target[index - first.start])
+        return
+    for begin in range(first.start, first.stop, _READ_AT_ONCE // row):
+        piece = target[begin - first.start :][: _READ_AT_ONCE // row]
+        data = bytearray(len(piece) * row)
+        file.seek(start + begin * row)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise ValueError("ends too early")
+        piece.copy_(torch.frombuffer(data, dtype=dtype).view(piece.shape))
 
 
 def _within(spans: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:

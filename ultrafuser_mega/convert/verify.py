@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import HFWeights, check_parallel_sizes, read_architecture
 from ultrafuser_mega.runtime.groups import make_groups
-from ultrafuser_mega.runtime.layout import plan_disjoint
+from ultrafuser_mega.runtime.layout import LayoutPlan, plan_disjoint
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.engine import Engine
@@ -63,8 +63,9 @@ def verify_specialist(
     HFWeights(folder, arch)
     check_parallel_sizes(folder.name, arch, tp, pp)
     names, tokens = list(batches), list(batches.values())
-    results = run_ranks(_logits, tp * pp, folder, tp, pp, tokens, sequence_parallel, timeout_s=600.0)
-    ours = next(result for result in results if result is not None)
+    layout = plan_disjoint({_NAME: (tp, pp, None)}, dp=1)
+    results = run_ranks(sharded_logits, tp * pp, {_NAME: folder}, layout, tokens, sequence_parallel, timeout_s=600.0)
+    (ours,) = (result[_NAME] for result in results if result is not None)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
     ).eval()
@@ -88,18 +89,30 @@ def verification_batches(folder: Path, text: str, multiple: int) -> dict[str, Te
     return {"random": random, "real": real}
 
 
-def _logits(
-    rank: int, folder: Path, tp: int, pp: int, batches: Sequence[Tensor], sequence_parallel: bool
-) -> list[Tensor] | None:
-    """Logits (b, s, V) of every batch, on the reporting rank."""
+def sharded_logits(
+    rank: int, folders: Mapping[str, Path], layout: LayoutPlan, batches: Sequence[Tensor], sequence_parallel: bool
+) -> dict[str, list[Tensor]] | None:
+    """Run by every rank of a job: what specialists compute that all of its ranks share.
+
+    Args:
+        rank: of this process.
+        folders: name -> Hugging Face folder.
+        layout: colocated, or of one specialist.
+        batches: token ids (b, s), the same for all.
+        sequence_parallel: also shard the sequence.
+
+    Returns:
+        On the reporting rank, name -> float32 logits (b, s, V) of every batch, V the vocabulary that all share.
+    """
     device = torch.device("cpu")
-    arch = read_architecture(folder)
-    groups = make_groups(plan_disjoint({_NAME: (tp, pp, None)}, dp=1))
+    archs = {name: read_architecture(folder) for name, folder in folders.items()}
+    vocab_size = min(arch.vocab_rows for arch in archs.values())
+    groups = make_groups(layout)
     with megatron_scope(device):
         model = build_fused_stage(
             groups,
-            {_NAME: arch},
-            vocab_size=arch.vocab_rows,
+            archs,
+            vocab_size=vocab_size,
             gate_units=1,
             dtype=torch.float32,
             device=device,
@@ -107,21 +120,24 @@ def _logits(
             loss=LossOptions(),
             seed=0,
         ).eval()
-    load_hf_weights(model, {_NAME: folder})
-    collected: list[Tensor] = []
+    load_hf_weights(model, folders)
+    collected: dict[str, list[Tensor]] = {name: [] for name in folders}
 
     def keep_logits(hidden: dict[str, Tensor], batch: Sequences) -> Tensor:
         fusion = model.fusion
         assert fusion is not None
-        shard = hidden[_NAME] @ fusion.heads[_NAME].t()
-        shards = [torch.empty_like(shard) for _ in range(fusion.group.size())]
-        dist.all_gather(shards, shard, group=fusion.group)
-        b, s = batch.tokens[_NAME].shape
-        whole = torch.cat(shards, dim=1)[:, : arch.vocab_rows]
-        collected.append(whole.view(s, b, -1).transpose(0, 1).contiguous())
+        for name in folders:
+            shard = hidden[name] @ fusion.heads[name].t()
+            shards = [torch.empty_like(shard) for _ in range(fusion.group.size())]
+            dist.all_gather(shards, shard, group=fusion.group)
+            b, s = batch.tokens[name].shape
+            whole = torch.cat(shards, dim=1)[:, :vocab_size]
+            collected[name].append(whole.view(s, b, -1).transpose(0, 1).contiguous())
         return torch.zeros(())
 
-    sequences = [Sequences({_NAME: ids}, {_NAME: torch.arange(ids.numel())}) for ids in batches]
+    sequences = [
+        Sequences(dict.fromkeys(folders, ids), dict.fromkeys(folders, torch.arange(ids.numel()))) for ids in batches
+    ]
     with torch.no_grad():
         Engine(model, groups, device).forward(sequences, keep_logits)
     return collected if groups.is_reporter else None

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.families import FAMILIES, Architecture, RopeScaling
+from ultrafuser_mega.models.families import FAMILIES, Architecture, LinearScaling, Llama3Scaling
 
 __all__ = ["EMBEDDING", "FINAL_NORM", "HEAD", "Architecture", "HFWeights", "TensorFolder", "check_parallel_sizes"]
 
@@ -40,6 +40,12 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     ),
     (),
 )
+# Kinds of rotary positions -> the numbers that each needs.
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 # What transformers and trainers write down beside, without effect on the logits.
 _WITHOUT_EFFECT = frozenset(
     """
@@ -105,7 +111,7 @@ def parse_architecture(path: Path, config: dict[str, Any]) -> Architecture:
         max_positions=_size(path, config, "max_position_embeddings", default=2048),
         norm_eps=float(config.get("rms_norm_eps") or 1e-6),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e4),
-        rope_scaling=_llama3_scaling(path, rope),
+        rope_scaling=_rope_scaling(path, rope),
         sliding_window=_size(path, config, "sliding_window") if windowed else None,
         tied=bool(config.get("tie_word_embeddings", False)),
     )
@@ -128,16 +134,24 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope if isinstance(rope, dict) else {"rope_type": rope}
 
 
-def _llama3_scaling(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
-    if rope.get("rope_type", "default") == "default":
-        return None
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for field in fields:
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))  # "type" until transformers 4.43
+
+
+def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> LinearScaling | Llama3Scaling | None:
+    kind = _rope_type(rope)
+    values = []
+    for field in _ROPE_FIELDS[kind]:
         value = rope.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"{path}: {field} of the llama3 rope scaling is {value!r}; expected a positive number")
-    factor, low, high, original = (rope[field] for field in fields)
-    return RopeScaling(float(factor), float(low), float(high), int(original))
+            raise InputError(f"{path}: {field} of the {kind} rope scaling is {value!r}; expected a positive number")
+        values.append(float(value))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(*values)
+    factor, low, high, original = values
+    return Llama3Scaling(factor, low, high, int(original))
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
@@ -156,10 +170,10 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
         rope = config.get(field)
         if rope is None:
             continue
-        if not isinstance(rope, dict) or ("rope_type" not in rope and "type" in rope):
+        if not isinstance(rope, dict):
             _refuse(path, field, rope, (None,))
-        if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
-            _refuse(path, f"{field}.rope_type", kind, ("default", "llama3"))
+        if (kind := _rope_type(rope)) not in tuple(_ROPE_FIELDS):
+            _refuse(path, f"{field}.rope_type", kind, tuple(_ROPE_FIELDS))
         _refuse_partial(path, field, rope)
     for kind in config.get("layer_types") or ():
         if kind != "full_attention":

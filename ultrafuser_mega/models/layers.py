@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from ultrafuser_mega.models.families import RopeScaling
+from ultrafuser_mega.models.families import LinearScaling, Llama3Scaling
 
 
 class RMSNorm(nn.Module):
@@ -47,8 +47,10 @@ class SdpaCoreAttention(nn.Module):
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * e)
 
 
-def llama3_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:  # (e / 2,) -> (e / 2,)
-    """Rotary frequencies stretched as Llama 3 does: slow ones by ``factor``, fast ones not, between them in part."""
+def scaled_frequencies(inv_freq: Tensor, scaling: LinearScaling | Llama3Scaling) -> Tensor:  # (e / 2,) -> (e / 2,)
+    """Rotary frequencies stretched by ``factor``: all of them, or as in Llama 3 the slow ones, and others in part."""
+    if isinstance(scaling, LinearScaling):
+        return inv_freq / scaling.factor
     turns = scaling.original_max_positions * inv_freq / (2 * math.pi)  # in the original context
     share = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return (1 - share) * inv_freq / scaling.factor + share * inv_freq

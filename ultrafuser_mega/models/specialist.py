@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
-from ultrafuser_mega.models.layers import RMSNorm, layer_spec, llama3_frequencies
+from ultrafuser_mega.models.layers import RMSNorm, layer_spec, scaled_frequencies
 
 
 def transformer_config(
@@ -93,7 +93,7 @@ class SpecialistStage(GPTModel):
         self.arch = arch
         if arch.rope_scaling is not None:
             # GPTModel's own scaling takes the factor from outside and assumes Llama 3's other three numbers.
-            self.rotary_pos_emb.inv_freq = llama3_frequencies(self.rotary_pos_emb.inv_freq, arch.rope_scaling)
+            self.rotary_pos_emb.inv_freq = scaled_frequencies(self.rotary_pos_emb.inv_freq, arch.rope_scaling)
         self.is_last = groups.pp.rank() == groups.pp.size() - 1
         if self.is_last:
             # GPTModel ties the final norm to the output layer, which this model does not have.

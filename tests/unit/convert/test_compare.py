@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     folders = {"wide": write_family(root / "wide", "codellama"), "tied": write_family(root / "tied", "qwen2_tied")}
     import_specialists(plan_folders(folders, None), root / "checkpoint")
-    export(root / "checkpoint", root / "out", "specialist:wide")
+    export(root / "checkpoint", root / "out", "specialist:wide", verify=False)
     return root
 
 
@@ -66,6 +66,12 @@ def test_nan_is_never_equal(models: Path, tmp_path: Path) -> None:
 def test_models_of_different_vocabulary_are_refused(models: Path) -> None:
     with pytest.raises(InputError, match=r"has 416 logits per token, .*tied has 401; compare like with like"):
         compare(str(models / "wide"), str(models / "tied"), TEXT, TOLERANCE)
+
+
+def test_text_without_a_token_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ultrafuser_mega.convert.compare._limits", lambda archs: (1, 8))  # BOS is 1
+    with pytest.raises(InputError, match="--text '': none of its tokens is in the vocabulary"):
+        compare(str(models / "wide"), str(models / "wide"), "", TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +28,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("faults")
     write_family(root / "source", "qwen3")
     import_specialists(plan_folders({"a": root / "source"}, None), root / "checkpoint")
-    export(root / "checkpoint", root / "out", "specialist:a", shard_bytes=SHARD_BYTES)
+    export(root / "checkpoint", root / "out", "specialist:a", verify=False, shard_bytes=SHARD_BYTES)
     return root
 
 
@@ -74,7 +70,7 @@ def interrupt_after(copy: Path, shards: int) -> Path:
 
 
 def go_on(copy: Path) -> list[str]:
-    return export(copy / "checkpoint", copy / "out", "specialist:a", resume=True, shard_bytes=SHARD_BYTES)
+    return export(copy / "checkpoint", copy / "out", "specialist:a", resume=True, verify=False, shard_bytes=SHARD_BYTES)
 
 
 def test_interrupted_export_must_be_gone_on_with_explicitly(copy: Path) -> None:
@@ -216,40 +212,3 @@ def test_element_type_that_is_no_float_is_refused(copy: Path) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     assert "model.norm.weight is torch.float8_e4m3fn" in refusal(lambda: plan_folders({"a": source}, None))
-
-
-_EXPORT = """
-import sys, time
-from pathlib import Path
-from ultrafuser_mega.convert import shards
-from ultrafuser_mega.convert.export import export
-pause = float(sys.argv[3])
-real = shards.hashlib.sha256
-class Slow:  # widens the moments between tensors, files and renames, where a kill may hurt
-    @staticmethod
-    def sha256(data=b""):
-        time.sleep(pause)
-        return real(data)
-shards.hashlib = Slow
-print("begins", flush=True)
-export(Path(sys.argv[1]), Path(sys.argv[2]), "specialist:a", resume=True, shard_bytes=60_000)
-"""
-
-
-def test_export_killed_at_several_moments_ends_in_identical_bytes(intact: Path, tmp_path: Path) -> None:
-    """Each start goes on where the kill left off; the folder has its name only when it is whole."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", _EXPORT, str(intact / "checkpoint"), str(out)]
-    for delay in (0.0, 0.05, 0.11, 0.17, 0.23, 0.31):
-        with subprocess.Popen([*command, "0.02"], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begins\n"
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-        if process.returncode == 0:  # it was faster than the kill
-            break
-        assert not out.exists()
-    if not out.exists():
-        subprocess.run([*command, "0"], check=True, timeout=120)
-    assert bytes_of(out) == bytes_of(intact / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

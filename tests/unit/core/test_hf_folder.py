@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.families import LinearScaling
 from ultrafuser_mega.models.hf_folder import HFWeights, check_parallel_sizes, read_architecture
 from ultrafuser_mega.toy import tiny_llama
 
@@ -100,7 +101,9 @@ def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = {'type': 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of the linear rope scaling is None"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_parameters.rope_type = 'yarn'"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
@@ -124,6 +127,12 @@ def test_field_that_would_be_wrong_or_ignored_is_refused_by_name(
     message = refusal(read_architecture, write_config(tmp_path, **changes))
     assert message.startswith(f"{tmp_path / 'config.json'}: ")
     assert named in message
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_linear_rope_scaling_under_its_old_and_its_new_key(tmp_path: Path, key: str) -> None:
+    arch = read_architecture(write_config(tmp_path, rope_scaling={key: "linear", "factor": 4}))
+    assert arch.rope_scaling == LinearScaling(4.0) and arch.rope_theta == 1e6
 
 
 def test_default_rope_scaling_is_no_scaling(tmp_path: Path) -> None:

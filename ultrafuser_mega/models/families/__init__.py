@@ -7,7 +7,7 @@ writing tensors back. A new family is one file beside this one, a line in ``FAMI
 
 from __future__ import annotations
 
-from ultrafuser_mega.models.families.family import Architecture, Family, RopeScaling
+from ultrafuser_mega.models.families.family import Architecture, Family, LinearScaling, Llama3Scaling
 from ultrafuser_mega.models.families.llama import LLAMA
 from ultrafuser_mega.models.families.mistral import MISTRAL
 from ultrafuser_mega.models.families.qwen2 import QWEN2
@@ -16,4 +16,4 @@ from ultrafuser_mega.models.families.qwen3 import QWEN3
 #: model_type of config.json -> family
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
-__all__ = ["FAMILIES", "Architecture", "Family", "RopeScaling"]
+__all__ = ["FAMILIES", "Architecture", "Family", "LinearScaling", "Llama3Scaling"]

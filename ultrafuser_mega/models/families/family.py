@@ -10,7 +10,14 @@ from ultrafuser_mega.models.families.rules import LayerSizes, Rule
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class LinearScaling:
+    """All rotary frequencies stretched alike (rope_type "linear")."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
     """Llama 3's stretching of the slow rotary frequencies (rope_type "llama3")."""
 
     factor: float
@@ -36,7 +43,7 @@ class Architecture(LayerSizes):
     rope_theta: float
     tied: bool
     family: str = "llama"
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
     sliding_window: int | None = None
 
 

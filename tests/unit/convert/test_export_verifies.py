@@ -1,0 +1,135 @@
+"""An export compares itself with its checkpoint before it gets its name, and a wrong one never gets it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import write_family
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ultrafuser_mega.convert.compare import ROUNDING, DifferentModel, compare
+from ultrafuser_mega.convert.export import export
+from ultrafuser_mega.convert.importer import import_specialists, plan_folders
+from ultrafuser_mega.convert.restore import RestoredSpecialist
+from ultrafuser_mega.errors import InputError
+
+WHAT = "specialist:a"
+
+
+def train_a_little(source: Path) -> None:
+    """Stands for training in fp32: a change that bf16 cannot hold."""
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    noisy = {
+        name: tensor.float() * (1 + 0.05 * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in tensors.items()
+    }
+    save_file(noisy, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def relative(notice: str) -> float:
+    found = re.fullmatch(
+        r"verified on a text of \d+ tokens: largest difference of a float32 logit \S+, (\S+) of the largest logit",
+        notice,
+    )
+    assert found is not None, notice
+    return float(found[1])
+
+
+def checkpoint_of(folder: Path, out: Path) -> Path:
+    import_specialists(plan_folders({"a": folder}, None), out)
+    return out
+
+
+def narrowed(checkpoint: Path, wanted: dict[str, str]) -> None:
+    """Make the checkpoint one whose specialist came with other element types than it was trained in."""
+    path = checkpoint / "sources.json"
+    record = json.loads(path.read_text())
+    record["a"]["dtypes"] |= {name: wanted[key] for name in record["a"]["dtypes"] for key in wanted if key in name}
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("case", ["codellama", "qwen2_tied", "qwen3"])
+def test_export_says_how_close_it_came(tmp_path: Path, case: str) -> None:
+    checkpoint = checkpoint_of(write_family(tmp_path / "source", case), tmp_path / "checkpoint")
+    *_, notice = export(checkpoint, tmp_path / "out", WHAT)
+    assert relative(notice) <= ROUNDING
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        pytest.param({"": "bfloat16"}, id="all bf16"),
+        pytest.param({"": "float16", "norm": "float32"}, id="fp16 but for the norms"),
+        pytest.param({"": "float32", "v_proj": "bfloat16", "up_proj": "bfloat16"}, id="parts of fused weights"),
+    ],
+)
+def test_rounding_to_the_types_that_a_specialist_came_with_is_no_difference(
+    tmp_path: Path, types: dict[str, str]
+) -> None:
+    source = write_family(tmp_path / "source", "qwen2")
+    train_a_little(source)
+    checkpoint = checkpoint_of(source, tmp_path / "checkpoint")
+    narrowed(checkpoint, types)
+    (notice,) = export(checkpoint, tmp_path / "out", WHAT)
+    assert relative(notice) <= ROUNDING
+    assert compare(str(tmp_path / "out"), f"{checkpoint}@{WHAT}", "def add(a, b): return a + b", 1e-4).equal
+    # What the rounding does change is more than what the comparison forgives.
+    unrounded = compare(str(tmp_path / "out"), str(source), "def add(a, b): return a + b", 1e-4)
+    assert min(batch.relative for batch in unrounded.batches) > 2 * ROUNDING
+
+
+def test_checkpoint_in_bf16_is_compared_as_it_is(tmp_path: Path) -> None:
+    source = write_family(tmp_path / "source", "mistral", dtype=torch.bfloat16)
+    (notice,) = export(checkpoint_of(source, tmp_path / "checkpoint"), tmp_path / "out", WHAT)
+    assert relative(notice) <= ROUNDING
+
+
+def swap_key_and_value(self: RestoredSpecialist, tensor: str) -> Tensor:
+    """Equal in shape, so nothing but a comparison of what is computed can tell."""
+    return READ(self, tensor.replace("k_proj", "v_proj") if "layers.1" in tensor else tensor)
+
+
+def lose_a_number(self: RestoredSpecialist, tensor: str) -> Tensor:
+    value = READ(self, tensor).clone()
+    value.view(-1)[0] = torch.nan
+    return value
+
+
+READ = RestoredSpecialist.read
+
+
+@pytest.mark.parametrize("read", [swap_key_and_value, lose_a_number])
+def test_wrong_export_keeps_its_hidden_name_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: object
+) -> None:
+    checkpoint = checkpoint_of(write_family(tmp_path / "source", "llama"), tmp_path / "checkpoint")
+    monkeypatch.setattr(RestoredSpecialist, "read", read)
+    out, unfinished = tmp_path / "out", tmp_path / ".out.partial"
+    with pytest.raises(DifferentModel) as caught:
+        export(checkpoint, out, WHAT)
+    message = str(caught.value)
+    assert message.startswith(f"{unfinished}: computes something else than {checkpoint} on a text of ")
+    assert message.endswith("it stays unfinished under this name") and "\n" not in message
+    assert not out.exists() and (unfinished / "model.safetensors").is_file()
+    with pytest.raises(DifferentModel):  # going on does not help what is wrong
+        export(checkpoint, out, WHAT, resume=True)
+    assert export(checkpoint, out, WHAT, resume=True, verify=False) == []
+    assert out.is_dir() and not unfinished.exists()
+
+
+def test_checkpoint_without_a_tokenizer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = write_family(tmp_path / "source", "llama")
+    for path in source.glob("*token*"):
+        path.unlink()
+    checkpoint = checkpoint_of(source, tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=r"no tokenizer can be loaded from here: .*; --no-verify exports without"):
+        export(checkpoint, tmp_path / "out", WHAT)
+    assert not (tmp_path / ".out.partial").exists()
+    assert export(checkpoint, tmp_path / "out", WHAT, verify=False) == []
