@@ -1,8 +1,7 @@
 """Do two models compute the same? Full-sequence float32 logits of any two of: Hugging Face folder, checkpoint, release.
 
 A checkpoint is run by Megatron-core, the folders by transformers, so that agreement speaks for the conversion and for
-both implementations. A checkpoint stands for what its export holds: its weights, rounded to the element types that the
-specialists came with. Needs memory for one model at a time, in float32.
+both implementations. Needs memory for one model at a time, in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.convert import SAMPLE_TEXT
 from ultrafuser_mega.convert.restore import TrainedModel
-from ultrafuser_mega.convert.rounding import round_as_exported
 from ultrafuser_mega.convert.shards import check_hashes
 from ultrafuser_mega.convert.verify import Sequences
 from ultrafuser_mega.data.tokenizer import TextEncoder
@@ -289,7 +287,6 @@ def _checkpoint_logits(rank: int, address: ModelAddress, batches: Sequence[Tenso
         load_checkpoint(address.path, model, groups, None, 0)
     else:
         load_specialists(address.path, model, groups)
-    round_as_exported(model, trained, with_gate=address.part == FUSED)
     fusion = model.fusion
     assert fusion is not None
     collected: list[Tensor] = []

@@ -12,9 +12,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ultrafuser_mega.config import load_config
@@ -22,7 +24,7 @@ from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import SHARD_BYTES, Planned, write_shards
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import HEAD
+from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD
 from ultrafuser_mega.release import CardFacts, assemble_release
 from ultrafuser_mega.training.checkpoint import PROGRESS, Progress
 from ultrafuser_mega.training.sources import CONFIG
@@ -92,9 +94,13 @@ def _specialist(specialist: RestoredSpecialist, folder: Path, identity: str, sha
     notices += write_shards(folder, _plan(specialist, tied), specialist.read, identity, shard_bytes)
     for path in sorted(specialist.source.folder.iterdir()):
         shutil.copyfile(path, folder / path.name)
-    if specialist.arch.tied and not tied:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
+    config = json.loads((folder / "config.json").read_text())
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if specialist.arch.tied and not tied else {}
+    if specialist.trained:
+        dtype = str(specialist.dtype(EMBEDDING)).removeprefix("torch.")
+        changes |= {field: dtype for field in ("dtype", "torch_dtype") if config.get(field, dtype) != dtype}
+    if changes:
+        (folder / "config.json").write_text(json.dumps(config | changes, indent=2) + "\n")
     return notices
 
 
@@ -115,10 +121,10 @@ def _fused(
             key = f"specialists.{name}.{tensor}"
             tensors[key] = planned
             readers[key] = partial(specialist.read, tensor)
-    dtype = model.gate_dtype()
     for key in model.gate_keys():
-        tensors[key] = Planned((model.gate_units, *model.tensors.shape(key)[1:]), dtype)
-        readers[key] = partial(model.gate, key, dtype)
+        tensors[key] = Planned((model.gate_units, *model.tensors.shape(key)[1:]), model.tensors.dtype(key))
+        readers[key] = partial(model.gate, key)
+    dtype = reduce(torch.promote_types, {planned.dtype for planned in tensors.values()})
     notices += write_shards(folder, tensors, lambda key: readers[key](), identity, shard_bytes)
     specialists = {name: (part.source.folder, part.source.template) for name, part in parts.items()}
     shared = "gate.w1.shared" in tensors

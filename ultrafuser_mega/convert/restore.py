@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ class TrainedModel:
 
     Attributes:
         progress: how far its run was.
+        trained: whether specialists have been trained: stage 1 leaves them as they came.
         vocab_size: entries of the shared vocabulary.
         gate_units: hidden units of the gate.
         sources: name -> what is kept of that specialist's folder.
@@ -46,6 +46,7 @@ class TrainedModel:
             raise InputError(f"{folder}: not a complete checkpoint (no {PROGRESS})") from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
+        self.trained = self.progress.stage == 2 and self.progress.step > 0
         self.sources = read_sources(folder)
         self.tensors = CheckpointTensors(folder)
 
@@ -53,21 +54,16 @@ class TrainedModel:
         """One of its specialists; raises InputError if there is none of this name or its tensors do not fit."""
         if name not in self.sources:
             raise InputError(f"--what specialist:{name}: {self.folder} holds {', '.join(self.sources)}")
-        return RestoredSpecialist(name, self.sources[name], self.tensors, self.vocab_size)
+        return RestoredSpecialist(name, self.sources[name], self.tensors, self.vocab_size, trained=self.trained)
 
     def gate_keys(self) -> list[str]:
         """Names of the gate's tensors, as in a release folder."""
         first = ["shared"] if "gate.w1.shared" in self.tensors else list(self.sources)
         return [*(f"gate.w1.{name}" for name in first), "gate.b1", "gate.w2"]
 
-    def gate_dtype(self) -> torch.dtype:
-        """Element type of the gate in a release: the smallest that holds all of the specialists'."""
-        found = {part.dtype(tensor) for part in map(self.specialist, self.sources) for tensor in part.shapes}
-        return reduce(torch.promote_types, found)
-
-    def gate(self, key: str, dtype: torch.dtype) -> Tensor:
+    def gate(self, key: str) -> Tensor:
         """A tensor of the gate, without the units that pad it."""
-        return self.tensors.read(key, slice(0, self.gate_units)).to(dtype)
+        return self.tensors.read(key, slice(0, self.gate_units))
 
 
 class RestoredSpecialist:
@@ -76,10 +72,14 @@ class RestoredSpecialist:
     Attributes:
         arch: from its config.json as kept in the checkpoint.
         source: what is kept of its folder.
+        trained: whether its weights are others than those it came with.
     """
 
-    def __init__(self, name: str, source: Source, tensors: CheckpointTensors, vocab_size: int) -> None:
+    def __init__(
+        self, name: str, source: Source, tensors: CheckpointTensors, vocab_size: int, *, trained: bool
+    ) -> None:
         self.name, self.source, self.tensors, self.vocab_size = name, source, tensors, vocab_size
+        self.trained = trained
         self.arch = read_architecture(source.folder)
         self.shapes = hf_shapes(self.arch)
         self._rules = {hf: rule for rule in FAMILIES[self.arch.family].rules for hf in rule.shapes(self.arch)}
@@ -87,7 +87,12 @@ class RestoredSpecialist:
         self._check()
 
     def dtype(self, tensor: str) -> torch.dtype:
-        """The element type that the tensor came with; a head that its folder tied has the embedding's."""
+        """The element type that the tensor came with, or the training's once that has changed it: nothing is rounded.
+
+        A head that its folder tied has the embedding's.
+        """
+        if self.trained:
+            return self.tensors.dtype(self._key("embedding.word_embeddings.weight"))
         found = self.source.dtypes.get(tensor) or (self.source.dtypes.get(EMBEDDING) if tensor == HEAD else None)
         if found is None:
             raise InputError(f"{self.source.folder.parent.parent}/sources.json: names no element type for {tensor}")
@@ -100,7 +105,7 @@ class RestoredSpecialist:
         return all(torch.equal(self._embedding(rows), self._head(rows)) for rows in self._row_blocks())
 
     def read(self, tensor: str) -> Tensor:
-        """The whole tensor in the element type that it came with; every row, no padding."""
+        """The whole tensor in its element type (see ``dtype``); every row, no padding."""
         if tensor in (EMBEDDING, HEAD):  # the largest: never twice in memory
             read = self._embedding if tensor == EMBEDDING else self._head
             value = torch.empty(self.shapes[tensor], dtype=self.dtype(tensor))

@@ -62,6 +62,5 @@ class RestoredModel:
             for tensor in part.shapes:
                 model.get_parameter(f"specialists.{name}.{tensor}").copy_(part.read(tensor))
         for key in self._trained.gate_keys():
-            parameter = model.get_parameter(key)
-            parameter.copy_(self._trained.gate(key, parameter.dtype))
+            model.get_parameter(key).copy_(self._trained.gate(key))
         return model

@@ -12,11 +12,12 @@ from families import write_family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ultrafuser_mega.convert.compare import ROUNDING, DifferentModel, compare
+from ultrafuser_mega.convert.compare import ROUNDING, DifferentModel
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_folders
 from ultrafuser_mega.convert.restore import RestoredSpecialist
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.training.checkpoint import PROGRESS
 
 WHAT = "specialist:a"
 
@@ -46,11 +47,15 @@ def checkpoint_of(folder: Path, out: Path) -> Path:
     return out
 
 
-def narrowed(checkpoint: Path, wanted: dict[str, str]) -> None:
-    """Make the checkpoint one whose specialist came with other element types than it was trained in."""
+def as_if_trained(checkpoint: Path, came_as: str) -> None:
+    """Make the checkpoint one of stage 2 whose specialist came with other element types than it was trained in."""
     path = checkpoint / "sources.json"
     record = json.loads(path.read_text())
-    record["a"]["dtypes"] |= {name: wanted[key] for name in record["a"]["dtypes"] for key in wanted if key in name}
+    record["a"]["dtypes"] = dict.fromkeys(record["a"]["dtypes"], came_as)
+    path.write_text(json.dumps(record))
+    path = checkpoint / PROGRESS
+    record = json.loads(path.read_text())
+    record["progress"] |= {"stage": 2, "step": 3}
     path.write_text(json.dumps(record))
 
 
@@ -62,27 +67,18 @@ def test_export_says_how_close_it_came(tmp_path: Path, case: str) -> None:
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "types",
-    [
-        pytest.param({"": "bfloat16"}, id="all bf16"),
-        pytest.param({"": "float16", "norm": "float32"}, id="fp16 but for the norms"),
-        pytest.param({"": "float32", "v_proj": "bfloat16", "up_proj": "bfloat16"}, id="parts of fused weights"),
-    ],
-)
-def test_rounding_to_the_types_that_a_specialist_came_with_is_no_difference(
-    tmp_path: Path, types: dict[str, str]
-) -> None:
+def test_trained_specialist_leaves_in_the_type_that_it_was_trained_in(tmp_path: Path) -> None:
     source = write_family(tmp_path / "source", "qwen2")
     train_a_little(source)
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
     checkpoint = checkpoint_of(source, tmp_path / "checkpoint")
-    narrowed(checkpoint, types)
+    as_if_trained(checkpoint, came_as="bfloat16")
     (notice,) = export(checkpoint, tmp_path / "out", WHAT)
     assert relative(notice) <= ROUNDING
-    assert compare(str(tmp_path / "out"), f"{checkpoint}@{WHAT}", "def add(a, b): return a + b", 1e-4).equal
-    # What the rounding does change is more than what the comparison forgives.
-    unrounded = compare(str(tmp_path / "out"), str(source), "def add(a, b): return a + b", 1e-4)
-    assert min(batch.relative for batch in unrounded.batches) > 2 * ROUNDING
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"dtype": "float32"}
 
 
 def test_checkpoint_in_bf16_is_compared_as_it_is(tmp_path: Path) -> None:
