@@ -7,11 +7,13 @@ both implementations. Needs memory for one model at a time, in float32.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,6 +31,7 @@ from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
     TensorFolder,
+    hf_shapes,
     parse_architecture,
     read_architecture,
 )
@@ -47,6 +50,9 @@ FUSED = "fused"
 #: terms is off by some 2^-24 sqrt(n); over the four of each layer that follow each other these add up like a random
 #: walk, to 2^-24 sqrt(8192 * 4 * 80) = 1e-4 in 80 layers of width 8192. A bf16 weight alone is off by up to 2^-9.
 ROUNDING = 1e-4
+
+
+_BESIDE_WEIGHTS = 3 << 29  # bytes: a second process with Megatron, activations, one tensor on its way
 
 
 class DifferentModel(RuntimeError):  # noqa: N818 (what was found, not an error in finding it)
@@ -179,12 +185,20 @@ class ExportCheck:
         part: "fused", or a specialist's name.
 
     Raises:
-        InputError: the checkpoint keeps no usable tokenizer.
+        InputError: the checkpoint keeps no usable tokenizer, or the machine has too little memory.
     """
 
     def __init__(self, checkpoint: Path, part: str) -> None:
         self._checkpoint = ModelAddress(checkpoint, "checkpoint", part)
-        rows, positions = _limits(_description(self._checkpoint)[1])
+        archs = _description(self._checkpoint)[1]
+        numbers = sum(math.prod(shape) for arch in archs for shape in hf_shapes(arch).values())
+        needed, free = 4 * numbers + _BESIDE_WEIGHTS, psutil.virtual_memory().available
+        if needed > free:
+            raise InputError(
+                f"{checkpoint}: comparing the export with it needs {needed / 1e9:.1f} GB of memory, "
+                f"{free / 1e9:.1f} are free; export with --no-verify, and run ultrafuser verify on a larger machine"
+            )
+        rows, positions = _limits(archs)
         try:
             self._tokens = _tokens(self._checkpoint, SAMPLE_TEXT, rows, positions)
         except InputError as error:

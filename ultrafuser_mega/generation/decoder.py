@@ -243,10 +243,10 @@ class Decoding:
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Ids (b, s) and their mask (b, s); no mask where nothing is padded."""
+    """Ids (b, s), padded with each row's own first id, and their mask (b, s); no mask where nothing is padded."""
     longest = max(map(len, rows))
     gaps = [longest - len(row) for row in rows]
-    ids = torch.tensor([[0] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)])
+    ids = torch.tensor([[row[0]] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)])
     if not any(gaps):
         return ids, None
     return ids, torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])

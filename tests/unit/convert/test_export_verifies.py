@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,17 @@ def test_checkpoint_without_a_tokenizer_is_refused_before_anything_is_written(tm
         path.unlink()
     checkpoint = checkpoint_of(source, tmp_path / "checkpoint")
     with pytest.raises(InputError, match=r"no tokenizer can be loaded from here: .*; --no-verify exports without"):
+        export(checkpoint, tmp_path / "out", WHAT)
+    assert not (tmp_path / ".out.partial").exists()
+    assert export(checkpoint, tmp_path / "out", WHAT, verify=False) == []
+
+
+def test_too_little_memory_for_the_comparison_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = checkpoint_of(write_family(tmp_path / "source", "llama"), tmp_path / "checkpoint")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**9))
+    with pytest.raises(InputError, match=r"needs 1\.6 GB of memory, 1\.0 are free; export with --no-verify"):
         export(checkpoint, tmp_path / "out", WHAT)
     assert not (tmp_path / ".out.partial").exists()
     assert export(checkpoint, tmp_path / "out", WHAT, verify=False) == []

@@ -147,6 +147,13 @@ def test_repetition_penalty_is_that_of_generate(model, penalty):
     assert found[0] == response(sequences, inputs)[0]
 
 
+def test_repetition_penalty_does_not_see_what_pads_shorter_prompts(model):
+    penalised = Sampling(repetition_penalty=1e-4)  # prefers whatever was there before
+    together = decode(Decoder(model), ROWS, sampling=penalised)
+    for row, prompt in enumerate(ROWS):
+        assert decode(Decoder(model), [prompt], sampling=penalised) == {0: together[row]}
+
+
 def test_draws_follow_the_seed_and_the_row_not_the_batch(model):
     drawn = Sampling(temperature=1.0, seed=3)
     together = decode(Decoder(model), ROWS, sampling=drawn)
