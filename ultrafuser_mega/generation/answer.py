@@ -134,7 +134,7 @@ class Answerer:
                 weights[row].append(gate)
                 yield from shown(row, text.push(token))
                 length = len(text.ids)
-                if not (token in opened.eos or text.stopped or length == decoding.longest):
+                if not (token in opened.eos or text.stopped or length == decoding.longest[row]):
                     continue
                 decoding.end_row(row)
                 yield from shown(row, text.finish())

@@ -99,7 +99,7 @@ class Decoder:
 
         Args:
             prompts: b prompts, each with at least one id per specialist; lengths may differ in every way.
-            max_new_tokens: longest answer in tokens; it is shortened where a specialist's positions end.
+            max_new_tokens: longest answer in tokens; a row's is shortened where a specialist's positions end.
             sampling: how tokens are chosen.
             eos: tokens that end a row; the row's last step still shows it.
             first_row: number of the first row (see ``Sampling.seed``).
@@ -107,10 +107,9 @@ class Decoder:
         Raises:
             InputError: a prompt leaves no room for an answer.
         """
-        room = min(max_new_tokens, *(self.room(prompt) for prompt in prompts))
-        past = self._take_past(prompts, room)
-        rows = range(first_row, first_row + len(prompts))
-        return Decoding(self, prompts, past, list(rows), room, Chooser(sampling, rows), frozenset(eos))
+        longest = {first_row + i: min(max_new_tokens, self.room(prompt)) for i, prompt in enumerate(prompts)}
+        past = self._take_past(prompts, max(longest.values()))
+        return Decoding(self, prompts, past, longest, Chooser(sampling, list(longest)), frozenset(eos))
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens an answer may have before a specialist's positions end; InputError where there is none."""
@@ -160,10 +159,10 @@ class Decoder:
 
 
 class Decoding:
-    """A batch under way: an iterator of :class:`Step`. Rows leave it at EOS, by ``end_row``, or at the longest answer.
+    """A batch under way: an iterator of :class:`Step`. Rows leave it at EOS, by ``end_row``, or at their longest answer.
 
     Attributes:
-        longest: tokens of the longest possible answer.
+        longest: row -> tokens of its longest possible answer.
     """
 
     def __init__(
@@ -171,13 +170,13 @@ class Decoding:
         decoder: Decoder,
         prompts: Sequence[Prompt],
         past: _Past,
-        rows: list[int],
-        longest: int,
+        longest: dict[int, int],
         chooser: Chooser,
         eos: frozenset[int],
     ) -> None:
         self.longest = longest
-        self._decoder, self._past, self._rows, self._chooser, self._eos = decoder, past, rows, chooser, eos
+        self._decoder, self._past, self._chooser, self._eos = decoder, past, chooser, eos
+        self._rows = list(longest)
         self._prompt = prompts[0]
         self._single = len(prompts) == 1
         self._steps = 0
@@ -196,7 +195,7 @@ class Decoding:
 
     def __iter__(self) -> Iterator[Step]:
         try:
-            while self._steps < self.longest and self._rows:
+            while self._rows:
                 yield self._step()
                 self._drop_ended()
         finally:
@@ -212,7 +211,9 @@ class Decoding:
             self._next[name] = chosen[:, None]
             self._masks[name] = None if mask is None else torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
         step = Step(list(self._rows), chosen.tolist(), weights.float().cpu())
-        self._ended.update(row for row, token in zip(step.rows, step.tokens, strict=True) if token in self._eos)
+        for row, token in zip(step.rows, step.tokens, strict=True):
+            if token in self._eos or self._steps == self.longest[row]:
+                self._ended.add(row)
         return step
 
     def _drop_ended(self) -> None:
