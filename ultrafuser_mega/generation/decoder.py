@@ -159,7 +159,7 @@ class Decoder:
 
 
 class Decoding:
-    """A batch under way: an iterator of :class:`Step`. Rows leave it at EOS, by ``end_row``, or at their longest answer.
+    """A batch under way: an iterator of :class:`Step`. Rows leave it at EOS, by ``end_row``, or at full length.
 
     Attributes:
         longest: row -> tokens of its longest possible answer.
