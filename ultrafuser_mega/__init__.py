@@ -12,6 +12,7 @@ generation answers from a fused model: ultrafuser generate, ultrafuser chat
 toy        small specialists made on the spot
 """
 
+import logging
 import warnings
 
 # Megatron-core warns at import, once per rank, about every optional accelerator that is not installed, and later
@@ -20,3 +21,5 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 # What Megatron-core 0.16 uses of torch and newer torch versions announce to replace.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
+# A CUDA build of torch on a machine with nvcc and without a GPU, from every rank.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
