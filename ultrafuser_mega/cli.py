@@ -159,7 +159,7 @@ def train(
     loaded = load_config(config, overrides or [])
     ensure_toy(loaded, ranks)
     prepare_data(loaded, preflight(loaded, ranks, resume).vocab_size)
-    raise typer.Exit(launch_local(ranks, config, overrides or [], resume))
+    launch_local(ranks, config, overrides or [], resume)
 
 
 @app.command("import")

@@ -154,9 +154,9 @@ class Checkpoint(_Section):
 class FuserConfig(_Section):
     """A whole run."""
 
-    name: str = Field("demo", pattern=r"^[\w.-]+$")
+    name: str = Field("demo", pattern=r"^\w[\w.-]*$", max_length=100, coerce_numbers_to_str=True)
     runs: Path = Field(Path("runs"), description="runs/<name> receives everything the run writes")
-    seed: int = 1234
+    seed: int = Field(1234, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
     toy: Path | None = Field(None, description="make the toy specialists and their data here when they are missing")
@@ -206,6 +206,19 @@ class FuserConfig(_Section):
         return self
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, where PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def default_config_text() -> str:
     """The embedded default: toy specialists, a layout for 1, 2, 3, 4, 6 and 8 ranks."""
     return resources.files("ultrafuser_mega").joinpath("default.yaml").read_text()
@@ -222,9 +235,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FuserConfig
     elif path.is_file():
         source, text = str(path), path.read_text(encoding="utf-8", errors="replace")
     else:
-        raise InputError(f"--config {path}: no such file")
+        raise InputError(f"--config {path}: {'a folder; give a YAML file' if path.is_dir() else 'no such file'}")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -1,12 +1,17 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong".
+"""Exceptions whose message is all that a person needs; every other one is a defect of the program.
 
 Raise :class:`InputError` wherever a person can fix the cause: a configuration value, a file, a
-checkpoint, a launch command. Entry points print its message as a single line, without a traceback,
-and exit with code 2. Every other exception is a defect of the program and keeps its traceback.
+checkpoint, a launch command; :class:`DivergedError` where training has left the numbers. Entry points print their
+messages as a single line, without a traceback, and exit with code 2 for the first and 3 for the second.
 """
 
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
 
 
 class InputError(ValueError):
     """Bad input, described in one line: the field or file, the value found, and what would work."""
+
+
+class DivergedError(ArithmeticError):
+    """A loss, gradient or weight is not finite: which one, where, and what to go on from, in one line."""

@@ -75,7 +75,7 @@ def only_error(stderr: str) -> str:
 
 
 def files_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

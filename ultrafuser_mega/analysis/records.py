@@ -98,9 +98,9 @@ class MetricsWriter:
 
     Args:
         run_dir: made if missing.
-        resume_step: the step whose checkpoint the run goes on from: records up to and including it
-            are kept, later ones (of the run that was cut off) are dropped. None is a fresh run: it
-            replaces the records of an earlier run in the same folder.
+        resume_step: the step whose checkpoint the run goes on from: records up to and including it are kept, later
+            ones (of the run that was cut off) are dropped, as is this step's own evaluation, which follows the
+            checkpoint and is done again. None is a fresh run: it replaces the records of an earlier run.
 
     Raises:
         InputError: a line of an existing metrics.jsonl is damaged (a last line that was cut off is not
@@ -111,7 +111,9 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        kept = [] if resume_step is None else [line for line, data in _lines(path) if data["step"] <= resume_step]
+        kept = []
+        if resume_step is not None:
+            kept = [line for line, data in _lines(path) if data["step"] < resume_step + (data["kind"] == "step")]
         _write_atomically(path, "".join(kept))
         self._lines = path.open("a", buffering=1, encoding="utf-8")
         # TensorBoard hides the events of earlier files from purge_step on.

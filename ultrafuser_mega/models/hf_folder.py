@@ -109,8 +109,8 @@ def parse_architecture(path: Path, config: dict[str, Any]) -> Architecture:
         head_dim=_size(path, config, "head_dim", default=hidden_size // heads),
         vocab_rows=_size(path, config, "vocab_size"),
         max_positions=_size(path, config, "max_position_embeddings", default=2048),
-        norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e4),
+        norm_eps=_number(path, config, "rms_norm_eps", 1e-6),
+        rope_theta=_number(path, {**config, **rope}, "rope_theta", 1e4),
         rope_scaling=_rope_scaling(path, rope),
         sliding_window=_size(path, config, "sliding_window") if windowed else None,
         tied=bool(config.get("tie_word_embeddings", False)),
@@ -126,6 +126,13 @@ def _size(path: Path, config: Mapping[str, Any], field: str, default: int | None
     if type(value) is not int or value < 1:
         raise InputError(f"{path}: {field} = {value!r}; expected a positive whole number")
     return value
+
+
+def _number(path: Path, config: Mapping[str, Any], field: str, default: float) -> float:
+    value = config.get(field) or default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(f"{path}: {field} = {value!r}; expected a positive number")
+    return float(value)
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +182,8 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
         if (kind := _rope_type(rope)) not in tuple(_ROPE_FIELDS):
             _refuse(path, f"{field}.rope_type", kind, tuple(_ROPE_FIELDS))
         _refuse_partial(path, field, rope)
-    for kind in config.get("layer_types") or ():
+    layer_types = config.get("layer_types") or []
+    for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
         if kind != "full_attention":
             _refuse(path, "layer_types", kind, ("full_attention",))
 
@@ -221,6 +229,8 @@ class TensorFolder:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
             raise InputError(f"{path}: truncated or damaged safetensors file ({error}); copy it again") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error}); check its permissions") from None
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._file_of
@@ -237,6 +247,10 @@ class TensorFolder:
             found = tuple(self._slice(tensor).get_shape())
             if found != shape:
                 raise InputError(f"{self.folder}: tensor {tensor} has shape {found}, config.json calls for {shape}")
+            if not self.dtype(tensor).is_floating_point:
+                raise InputError(
+                    f"{self.folder}: tensor {tensor} is {self.dtype(tensor)}; expected fp32, bf16 or fp16 weights"
+                )
         for tensor in self._file_of:
             if tensor not in shapes and not tensor.endswith(_DERIVED):
                 raise InputError(f"{self.folder}: holds the tensor {tensor}, which config.json does not call for")

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
+from ultrafuser_mega.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, DivergedError, InputError
 from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
 
 _FAILED, _SPOKEN, _LEAVING = "failure/ranks", "failure/spoken", "failure/leaving"
@@ -28,8 +28,8 @@ _PATIENCE = timedelta(seconds=10)
 def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
     """Wrap everything a rank does; on an exception this does not return.
 
-    The first failing rank prints its error, an InputError as one line and anything else with its
-    traceback, and exits; the launcher then ends the others. Exit codes: 2 for bad input, 1 otherwise.
+    The first failing rank prints its error, an InputError or DivergedError as one line and anything else with its
+    traceback, and exits; the launcher then ends the others. Exit codes: 2 for bad input, 3 for divergence, 1 otherwise.
 
     Args:
         store: what the ranks of the job share, from :func:`ultrafuser_mega.runtime.device.launcher_store`.
@@ -48,16 +48,17 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
                 _stay_for_the_others(store)
         sys.stdout.flush()
         # No orderly shutdown: collectives that peers still wait in would never end.
-        os._exit(EXIT_BAD_INPUT if isinstance(error, InputError) else 1)
+        codes = {InputError: EXIT_BAD_INPUT, DivergedError: EXIT_DIVERGED}
+        os._exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
 
 
 def _speak(error: BaseException) -> None:
     ranks = launched_ranks()
     where = f" (rank {launched_rank()} of {ranks})" if ranks > 1 else ""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | DivergedError):
         message = f"error: {error}"
     elif isinstance(error, KeyboardInterrupt):
-        message = f"interrupted{where}; --resume goes on from the newest checkpoint"
+        message = f"interrupted{where}; --resume goes on from the newest checkpoint, if there is one"
     else:
         message = f"failed{where}:\n{''.join(traceback.format_exception(error))}"
     print(message, file=sys.stderr, flush=True)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NoReturn
 
 from ultrafuser_mega.config import FuserConfig, load_config
-from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_ranks, launcher_store
+from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_rank, launched_ranks, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 from ultrafuser_mega.runtime.layout import choose_plan
 from ultrafuser_mega.toy import make_toy
@@ -56,15 +59,16 @@ def ensure_toy(config: FuserConfig, ranks: int) -> None:
     make_toy(config.toy, progress=True)
 
 
-def launch_local(ranks: int, config_path: Path | None, overrides: Sequence[str], resume: bool) -> int:
-    """Start ``ranks`` processes of :func:`train_main` on this machine with torchrun; returns its exit code."""
+def launch_local(ranks: int, config_path: Path | None, overrides: Sequence[str], resume: bool) -> NoReturn:
+    """Become torchrun with ``ranks`` processes of :func:`train_main` on this machine: signals and exit code are its."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "ultrafuser_mega.training.launch", *overrides]
     if config_path is not None:
         command += ["--config", str(config_path)]
     if resume:
         command.append("--resume")
-    return subprocess.run(command, check=False).returncode
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 def main() -> int:
@@ -76,8 +80,21 @@ def main() -> int:
         "--requeue", action="store_true", help="--resume if the run has a checkpoint, else start afresh"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a configuration value")
-    args = parser.parse_intermixed_args()
+    args = _parsed_once(parser)
     return train_main(args.config, args.overrides, args.resume, args.requeue)
+
+
+def _parsed_once(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, which every rank reads; what there is to say about it, rank 0 says alone."""
+    if launched_rank() == 0:
+        return parser.parse_intermixed_args()
+    with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+        try:
+            return parser.parse_intermixed_args()
+        except SystemExit as end:
+            if end.code:
+                time.sleep(10)  # the launcher ends the job with the first rank that exits: let that be rank 0
+            raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and in one line.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     check_tokenizers(config.folders, vocab_size)
     _check_data_files(config)
     _check_batches(config, layout)
+    _check_run_dir(config.run_dir)
     plan = RunPlan(
         config=config,
         architectures=architectures,
@@ -110,6 +112,20 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         )
     path = checkpoints[-1][1]
     return RunPlan(**{**vars(plan), "resume": (read_progress(path, plan.identity), path)})
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Whether the run could make and write its folder; nothing is made."""
+    try:
+        place = run_dir
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"runs, name: {place} is a file; choose another runs folder or name")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"runs, name: {place} cannot be written by this user; choose another runs folder")
+    except OSError as error:
+        raise InputError(f"runs, name: {run_dir}: {error.strerror}; choose another runs folder or name") from None
 
 
 def _check_words(config: FuserConfig) -> None:
@@ -143,7 +159,8 @@ def _check_data_files(config: FuserConfig) -> None:
         for kind, paths in (("train", part.train), ("heldout", part.heldout)):
             for path in paths:
                 if not (config.data.root / path).is_file():
-                    raise InputError(f"{where}.{kind}: {config.data.root / path}: no such file")
+                    what = "a folder, no file" if (config.data.root / path).is_dir() else "no such file"
+                    raise InputError(f"{where}.{kind}: {config.data.root / path}: {what}")
         for path in part.heldout_first:
             if path not in part.train:
                 raise InputError(

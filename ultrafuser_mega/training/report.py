@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from ultrafuser_mega.analysis.console import TrainConsole
 from ultrafuser_mega.analysis.plots import plot_gate_heatmap, plot_gate_over_steps, plot_losses
@@ -25,8 +27,30 @@ from ultrafuser_mega.analysis.token_view import TokenSample, token_texts, write_
 from ultrafuser_mega.config import dump_config
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.training.evaluation import EvaluationResult
 from ultrafuser_mega.training.preflight import RunPlan
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def locked_run(run_dir: Path, *, enabled: bool) -> Iterator[None]:
+    """Make ``run_dir`` and keep other jobs out of it; one rank holds the lock.
+
+    Raises:
+        InputError: another job has it, or the folder cannot be made.
+    """
+    with ExitStack() as stack:
+        if enabled:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(run_dir / _LOCK, timeout=0))
+            except Timeout:
+                raise InputError(f"{run_dir}: another job is training under this name; choose another name") from None
+            except OSError as error:
+                raise InputError(f"{run_dir}: cannot be written: {error.strerror}; use another runs folder") from None
+        yield
 
 
 def set_aside(run_dir: Path) -> Path | None:
@@ -34,7 +58,7 @@ def set_aside(run_dir: Path) -> Path | None:
 
     Otherwise its checkpoints would pass for the new run's. Returns where it went, None if there was nothing.
     """
-    left = [path for path in run_dir.iterdir() if path.name != "store"] if run_dir.is_dir() else []
+    left = [path for path in run_dir.iterdir() if path.name not in ("store", _LOCK)] if run_dir.is_dir() else []
     if not left:
         return None
     number = 1
@@ -119,8 +143,11 @@ class RunReport:
         if self._metrics is None:
             return
         steps, evals = read_metrics(self.run_dir)
-        before = next(record for record in evals if record.step == 0)
-        loss = {name: {**before.loss[name], "fused": final.loss[name]["fused"]} for name in final.loss}
+        before = next((record.loss for record in evals if record.step == 0), None)
+        if before is None:
+            self.note("metrics.jsonl lacks the evaluation before training: the table shows no specialists")
+            before = {name: {} for name in final.loss}
+        loss = {name: {**before[name], "fused": final.loss[name]["fused"]} for name in final.loss}
         record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate)
         after_stage1 = next((e for e in evals if e.stage == 1 and e.step == config.stage1.steps > 0), None)
         tables = [loss_table(record, after_stage1=after_stage1), gate_table(record)]

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ultrafuser_mega.analysis.records import StepRecord
@@ -18,6 +19,7 @@ from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
+from ultrafuser_mega.errors import DivergedError
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
@@ -28,7 +30,7 @@ from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
 from ultrafuser_mega.training.optimizer import Trainable, make_trainable
 from ultrafuser_mega.training.preflight import DTYPES, RunPlan
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.report import RunReport, set_aside
+from ultrafuser_mega.training.report import RunReport, locked_run, set_aside
 from ultrafuser_mega.training.sources import Sources
 from ultrafuser_mega.training.totals import ClassTotals
 
@@ -38,11 +40,17 @@ STAGE_TITLES = {1: "gate only", 2: "everything"}
 def run(plan: RunPlan, device: torch.device) -> None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already."""
     groups = make_groups(plan.layout)
-    kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
-    store = open_store(plan, groups)
-    trainer = Trainer(plan, groups, store, device)
+    with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
+        store = open_store(plan, groups)
+        _run(plan, groups, Trainer(plan, groups, store, device))
+
+
+def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
     done = plan.resume[0] if plan.resume else Progress(1, 0)
-    with RunReport(plan, store, device, enabled=groups.rank == 0, done_steps=trainer.global_step(done)) as report:
+    # Only now: what could be wrong with the input has been seen, and the earlier run was where it was until here.
+    kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
+    begun = trainer.global_step(done)
+    with RunReport(plan, trainer.store, trainer.device, enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
@@ -78,11 +86,19 @@ class Trainer:
         return progress.step + (self.stage(1).steps if progress.stage == 2 else 0)
 
     def evaluate(self) -> EvaluationResult:
-        """Evaluate the model as it is."""
+        """Evaluate the model as it is; DivergedError where a loss is not finite."""
         options = self.plan.config.evaluation
-        return evaluate(
+        result = evaluate(
             self.engine, self.store, replace(self.shard, micro_batch_size=options.micro_batch_size), options
         )
+        for class_name, losses in result.loss.items():
+            for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
+                if not math.isfinite(losses[model]):
+                    raise DivergedError(
+                        f"held-out loss of {model} on {class_name} is {losses[model]}; "
+                        "look at its weights, or go on from the newest checkpoint with a smaller lr"
+                    )
+        return result
 
     def train_stage(self, number: int, done: int, report: RunReport) -> None:
         """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way."""
@@ -92,15 +108,22 @@ class Trainer:
         if self.plan.resume is not None and self.plan.resume[0] == Progress(number, done):
             load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done)
         first = self.global_step(Progress(number, 0))
+        if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
+            report.evaluated(self.evaluate(), number, first + done)
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
         for step in range(done, stage.steps):
             record = self._step(number, trainable, batches.step(step), first + step + 1)
             report.step(record)
-            finished = step + 1 == stage.steps
-            if finished or _due(step + 1, config.checkpoint.every):
+            if step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
                 self._save(Progress(number, step + 1), trainable, report)
-            if (finished and number == 1) or (not finished and _due(step + 1, config.evaluation.every)):
+            if self._evaluation_due(number, step + 1):
                 report.evaluated(self.evaluate(), number, first + step + 1)
+
+    def _evaluation_due(self, number: int, step: int) -> bool:
+        """After this step of the stage; the end of stage 2 is evaluated by ``run``."""
+        if step == self.stage(number).steps:
+            return number == 1
+        return _due(step, self.plan.config.evaluation.every)
 
     def _make_trainable(self, number: int) -> Trainable:
         """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""
@@ -124,7 +147,8 @@ class Trainer:
         started = time.perf_counter()
         config = self.plan.config
         specialists = list(config.specialists)
-        totals = ClassTotals(self.store.class_names, ["loss", *specialists], self.device)
+        gates = {name: f"gate {name}" for name in specialists}
+        totals = ClassTotals(self.store.class_names, ["loss", *gates.values()], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
         # Data parallelism averages over replicas: their number makes that a sum. Megatron's schedule likewise
         # divides by the number of microbatches; stage 1 runs its own backward, without that division.
@@ -151,8 +175,11 @@ class Trainer:
         means = totals.reduce(self.groups)
         tokens = totals.counts()
         loss = sum(means[name]["loss"] * tokens[name] for name in means) / terms
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss} at step {global_step}; gradient norm {grad_norm}")
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"loss is {loss:.6g}, gradient norm {grad_norm:.6g} at step {global_step}; "
+                "go on from the newest checkpoint with a smaller lr"
+            )
         seconds = time.perf_counter() - started
         return StepRecord(
             stage=number,
@@ -163,12 +190,16 @@ class Trainer:
             grad_norm=grad_norm,
             tokens=batch.response_tokens,
             tokens_per_s=batch.response_tokens / seconds,
-            gate={name: {other: row[other] for other in specialists} for name, row in means.items()},
+            gate={name: {other: row[gates[other]] for other in specialists} for name, row in means.items()},
             seconds=seconds,
         )
 
     def _save(self, progress: Progress, trainable: Trainable, report: RunReport) -> None:
         config = self.plan.config
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:  # nor may it push a good checkpoint out
+            raise DivergedError(f"weights are not finite after {progress}; go on from an older checkpoint")
         path = save_checkpoint(
             config.run_dir / "checkpoints",
             progress,

@@ -1,0 +1,203 @@
+"""A run harms no other and loses nothing of its own: names, locks, earlier runs, divergence, cut-off evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from trio import CPU, ONE, config_tree
+
+from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.errors import DivergedError, InputError
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.checkpoint import list_checkpoints
+from ultrafuser_mega.training.preflight import preflight
+from ultrafuser_mega.training.trainer import run
+
+PROJECT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def tree(trio: Path, tmp_path: Path) -> dict[str, Any]:
+    """A short run on one rank."""
+    tree = config_tree(trio, tmp_path / "runs", ONE)
+    tree["stage1"] |= {"steps": 2}
+    tree["stage2"] |= {"steps": 2}
+    tree["evaluation"] |= {"samples_per_class": 2, "token_views": 0, "every": 0}
+    return tree
+
+
+def train(tree: dict[str, Any], resume: bool = False) -> Path:
+    """Run it; returns its folder. What ends it is raised here with its type and message."""
+    kind, message = run_ranks(_train_rank, 1, tree, resume, timeout_s=120)[0]
+    if kind is not None:
+        raise {"InputError": InputError, "DivergedError": DivergedError}[kind](message)
+    return FuserConfig.model_validate(tree).run_dir
+
+
+def _train_rank(rank: int, tree: dict[str, Any], resume: bool) -> tuple[str | None, str]:
+    try:
+        run(preflight(FuserConfig.model_validate(tree), 1, resume), CPU)
+    except (InputError, DivergedError) as error:
+        return type(error).__name__, str(error)
+    return None, ""
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", [".", "..", ".hidden", "a/b", "", "x" * 101])
+def test_a_name_is_a_plain_folder_name(name: str) -> None:
+    with pytest.raises(InputError, match=r"^the embedded default: name: "):
+        load_config(None, [f"name={json.dumps(name)}"])
+
+
+def test_a_specialist_may_be_called_loss(trio: Path, tree: dict[str, Any]) -> None:
+    expected = records(train(tree), "step")
+    tree["name"] = "renamed"
+    tree["specialists"]["loss"] = tree["specialists"].pop("math")
+    found = records(train(tree), "step")
+    assert [step["loss"] for step in found] == [step["loss"] for step in expected]
+    assert found[0]["gate"]["text"].keys() == {"text", "code", "loss"}
+
+
+def test_divergence_is_one_line_and_never_replaces_a_good_checkpoint(tree: dict[str, Any]) -> None:
+    tree["stage2"] |= {"lr": 1e39, "warmup_steps": 0, "schedule": "constant"}
+    tree["checkpoint"] = {"every": 1, "keep": 1}
+    with pytest.raises(DivergedError, match=r"not finite|is nan|is inf"):
+        train(tree)
+    run_dir = FuserConfig.model_validate(tree).run_dir
+    ((progress, _),) = list_checkpoints(run_dir / "checkpoints")
+    assert (progress.stage, progress.step) == (1, 2)
+    tree["stage2"] |= {"lr": 1e-4}
+    assert (train(tree, resume=True) / "summary.json").is_file()
+
+
+def test_broken_weights_of_a_specialist_are_named_before_training(
+    trio: Path, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(trio, tmp_path / "trio")
+    tree["models"] = str(tmp_path / "trio")
+    path = tmp_path / "trio" / "code" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(DivergedError, match="held-out loss of code on text is nan"):
+        train(tree)
+
+
+def test_bad_input_leaves_the_earlier_run_where_it_is(tree: dict[str, Any]) -> None:
+    run_dir = train(tree)
+    tree["data"] |= {"max_length": 150}
+    with pytest.raises(InputError, match="made from other inputs"):
+        train(tree)
+    assert (run_dir / "summary.json").is_file()
+    assert not run_dir.with_name(f"{run_dir.name}.1").exists()
+
+
+def test_a_second_job_of_the_same_name_is_refused(tree: dict[str, Any]) -> None:
+    run_dir = FuserConfig.model_validate(tree).run_dir
+    run_dir.mkdir(parents=True)
+    with FileLock(run_dir / ".lock"), pytest.raises(InputError, match="another job is training under this name"):
+        train(tree)
+    train(tree)
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tree: dict[str, Any]) -> None:
+    tree["evaluation"] |= {"every": 1}
+    run_dir = train(tree)
+    whole = records(run_dir, "eval")
+    (path,) = (path for progress, path in list_checkpoints(run_dir / "checkpoints") if progress.stage == 1)
+    for other in (run_dir / "checkpoints").iterdir():  # as if killed behind the first stage's last checkpoint
+        if other != path:
+            shutil.rmtree(other)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    cut = [line for line in lines if json.loads(line)["step"] < 2 or json.loads(line)["kind"] == "step"]
+    (run_dir / "metrics.jsonl").write_text("".join(cut))
+    train(tree, resume=True)
+    assert [(e["step"], e["loss"]) for e in records(run_dir, "eval")] == [(e["step"], e["loss"]) for e in whole]
+    assert "after_stage1" in json.loads((run_dir / "summary.json").read_text())
+
+
+def test_a_finished_run_resumed_is_as_it_was(tree: dict[str, Any]) -> None:
+    run_dir = train(tree)
+    before = (run_dir / "metrics.jsonl").read_text()
+    train(tree, resume=True)
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_lost_metrics_do_not_keep_a_run_from_its_end(tree: dict[str, Any]) -> None:
+    run_dir = train(tree)
+    (run_dir / "metrics.jsonl").unlink()
+    tree["stage2"] |= {"steps": 3}
+    train(tree, resume=True)
+    results = (run_dir / "results.md").read_text()
+    assert "| fused |" in results.replace("**", "") and "| code |" not in results.partition("gate weight")[0]
+
+
+@pytest.mark.parametrize("what", ["run", "runs"])
+def test_a_run_folder_that_is_a_file_is_refused_by_plan(tree: dict[str, Any], tmp_path: Path, what: str) -> None:
+    if what == "run":
+        (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run" if what == "run" else tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match=r"runs, name: .* is a file; choose another runs folder or name"):
+        preflight(FuserConfig.model_validate(tree), 1, resume=False)
+
+
+def test_a_key_that_stands_twice_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(yaml.safe_dump(tree) + "seed: 1\nseed: 2\n")
+    with pytest.raises(InputError, match="seed stands twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--bogus", 2)])
+def test_what_there_is_to_say_about_the_command_line_is_said_once(flag: str, code: int) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "examples/pretrain_fuser.py", flag]
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=PROJECT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode == 0) == (code == 0)
+    assert (result.stdout + result.stderr).count("usage: ") == 1
+
+
+def test_train_ended_by_a_signal_leaves_no_process_behind(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["stage1"] |= {"steps": 5000}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    program = "from ultrafuser_mega.cli import main; main()"
+    arguments = [sys.executable, "-c", program, "train", "--config", str(tmp_path / "c.yaml"), "--ranks", "1"]
+    with subprocess.Popen(
+        arguments, cwd=PROJECT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        metrics, until = tmp_path / "runs" / "run" / "metrics.jsonl", time.monotonic() + 100
+        while not (metrics.is_file() and '"step"' in metrics.read_text()) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert metrics.is_file()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    size = metrics.stat().st_size
+    time.sleep(2)
+    assert metrics.stat().st_size == size
+    with FileLock(metrics.parent / ".lock", timeout=10):
+        pass
