@@ -5,6 +5,7 @@ Bad input ends every command with one line and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib.metadata import version
@@ -37,6 +38,9 @@ Without --config every command works on the embedded default: three toy speciali
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
 layouts.0.dp=2. Bad input ends a command with one line that begins "error:" and exit code 2.
 """
+
+# Not ours to mend, nor worth a traceback: full, read-only or forbidden places.
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE}
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=_HELP
@@ -275,3 +279,8 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)

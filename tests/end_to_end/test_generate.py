@@ -118,6 +118,12 @@ def test_chat_reads_lines_until_they_end(models, transformers_model, run):
         (("{release}", "hi", "--raw", "--system", "x"), "--system: --raw uses no templates"),
         (("{release}", "hi", "--gate-trace", "{trio}"), "exists already; nothing is overwritten"),
         (("{release}", "--input", "in.jsonl"), "--input and --output belong together"),
+        (("{release}", "caf\udcff"), "the prompt is not UTF-8 at character 3"),
+        (
+            ("{release}", "--input", "{trio}/data/math.heldout.jsonl", "--output", "a", "--gate-trace", "./a"),
+            "both are a; give two files",
+        ),
+        (("{release}", "hi", "--temperature", "1e-9"), "--temperature 1e-09: expected 0 (greedy) or 0.001 or more"),
         (("{release}", "hi", "--stop", ""), "--stop: the empty string"),
         (("{release}", "hi", "-n", "0"), "--max-new-tokens 0: expected 1 or more"),
         (("{release}", "hi", "--device", "tpu"), "--device tpu: expected auto, cpu or cuda:N"),

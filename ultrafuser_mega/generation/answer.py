@@ -35,6 +35,16 @@ class Limits:
             raise InputError("--stop: the empty string would end every answer at once; leave it out")
 
 
+def check_text(what: str, text: str) -> None:
+    """InputError where ``text`` is empty or no Unicode, as bytes that are not UTF-8 become on the command line."""
+    if not text.strip():
+        raise InputError(f"{what} is empty; give some text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not UTF-8 at character {error.start}; convert it first") from None
+
+
 @dataclass(frozen=True)
 class TracedToken:
     """One token of an answer: what it added to the text, and the gate weights that chose it."""
@@ -88,6 +98,8 @@ class Answerer:
             InputError: roles out of order, text that a tokenizer would read as a control token, or no room for an
                 answer.
         """
+        for message in conversation:
+            check_text(f"the {message['role']} message", message["content"])
         try:
             prompt = self._opened.model.chat_ids([conversation], self._opened.tokenizer)[0]
         except ValueError as error:

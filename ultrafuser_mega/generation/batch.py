@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,7 @@ from ultrafuser_mega.generation.answer import Answer, Answerer, Limits
 from ultrafuser_mega.generation.decoder import Prompt
 from ultrafuser_mega.generation.sampling import Sampling
 
-ANSWER = "generated"
+ANSWER, FINISH = "generated", "finish_reason"
 
 
 class PromptFile:
@@ -40,6 +41,8 @@ class PromptFile:
                 self.messages.append(to_prompt(row.value))
             except MalformedRowError as error:
                 raise InputError(f"{path}:{row.line}: {error}") from None
+            if taken := {ANSWER, FINISH} & set(row.value):
+                raise InputError(f"{path}:{row.line}: has the field {min(taken)} already; rename it")
             self.rows.append(row.value)
             self.lines.append(row.line)
         if not self.rows:
@@ -84,8 +87,7 @@ def answer_file(
                     done[event[0]] = event[1]
                     progress.advance(task)
             for row, answer in sorted(done.items()):
-                fields = source.rows[row] | {ANSWER: answer.text, "finish_reason": answer.finish_reason}
-                answers.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                answers.write(_line(source.rows[row] | {ANSWER: answer.text, FINISH: answer.finish_reason}))
                 traces.write(row, answer)
 
 
@@ -119,7 +121,16 @@ class TraceFile:
             "mean_weights": [round(weight, 6) for weight in answer.mean_weights()],
             "tokens": tokens,
         }
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.write(_line(record))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair in a field of the input
+        text = json.dumps(record)
+    return text + "\n"
 
 
 def refuse_existing(path: Path) -> None:
@@ -137,6 +148,10 @@ def new_file(path: Path) -> Iterator[IO[str]]:
         file = partial.open("w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except KeyboardInterrupt:
+        print(f"interrupted; what was finished is in {partial}", file=sys.stderr)
+        raise
     partial.rename(path)

@@ -61,7 +61,7 @@ def generate(
     --input takes rows as training data has them (instruction, question, prompt, messages or conversations; answers may
     be missing) and writes them to --output with the fields "generated" and "finish_reason" (eos, stop or length).
     """
-    from ultrafuser_mega.generation.answer import Answerer, Limits
+    from ultrafuser_mega.generation.answer import Answerer, Limits, check_text
     from ultrafuser_mega.generation.batch import PromptFile, TraceFile, answer_file, refuse_existing
     from ultrafuser_mega.generation.model import opened_model
     from ultrafuser_mega.generation.sampling import Sampling
@@ -77,8 +77,10 @@ def generate(
         raise InputError("--system: --raw uses no templates; put the text into the prompt")
     source = PromptFile(input_) if input_ is not None else None
     text = prompt if prompt is not None or source is not None else sys.stdin.read()
-    if text is not None and not text.strip():
-        raise InputError("the prompt is empty; give some text")
+    if text is not None:
+        check_text("the prompt", text)
+    if output is not None and gate_trace is not None and output.resolve() == gate_trace.resolve():
+        raise InputError(f"--output, --gate-trace: both are {output}; give two files")
     for path in (output, gate_trace):
         if path is not None:
             refuse_existing(path)

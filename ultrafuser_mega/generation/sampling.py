@@ -45,7 +45,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (
+                self.temperature == 0 or 1e-3 <= self.temperature < float("inf"),
+                "0 (greedy) or 0.001 or more",
+            ),
             "top-k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top-p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min-p": (0 <= self.min_p <= 1, "0 to 1"),

@@ -66,8 +66,9 @@ class AnswerPrinter:
 
     def _print(self, text: str, style: str) -> None:
         if self._console.is_terminal:
-            text = text.translate(_CONTROLS)
-        self._console.print(Text(text, style=style), end="", soft_wrap=True)
+            self._console.print(Text(text.translate(_CONTROLS), style=style), end="", soft_wrap=True)
+        else:  # rich would expand tabs
+            self._console.file.write(text)
         self._console.file.flush()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ultrafuser_mega.release.chat_ultrafuser import decode_response
 
+_WINDOW = 24  # tokens; longer than any character, and than any pair of tokens that changes each other's text
 _INCOMPLETE = "\ufffd"  # what decoding gives for a part of a character
 
 
@@ -38,6 +39,7 @@ class TextStream:
         self._final: str | None = None
         self._ends: list[int] = []  # where in it every token's part ends
         self._shown = 0
+        self._window = 0, ""  # the first token that is decoded again with each new one, and the text before it
         self.stopped = False
 
     @property
@@ -58,9 +60,20 @@ class TextStream:
     def push(self, token: int) -> list[Piece]:
         """Take the next token; returns what may be shown now."""
         self._ids.append(token)
-        whole = decode_response(self._tokenizer, self._ids, self._lead)
-        self._settle(whole.rstrip(_INCOMPLETE))
+        begin, before = self._window
+        lead = "" if begin else self._lead
+        tail = decode_response(self._tokenizer, self._ids[begin:], lead)
+        self._settle(before + tail.rstrip(_INCOMPLETE))
+        if len(self._ids) - begin >= 2 * _WINDOW:
+            self._slide(before + tail)
         return self._show(len(self._text) - self._possible_stop())
+
+    def _slide(self, text: str) -> None:
+        """Decode from a later token on, where that gives the same text: the whole answer again would be quadratic."""
+        begin = len(self._ids) - _WINDOW
+        tail = decode_response(self._tokenizer, self._ids[begin:], "")
+        if tail and text.endswith(tail) and _INCOMPLETE not in tail:
+            self._window = begin, text.removesuffix(tail)
 
     def finish(self) -> list[Piece]:
         """No token follows: what was held back, broken characters included."""

@@ -57,7 +57,7 @@ _WITHOUT_EFFECT = frozenset(
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens unsloth_version unsloth_fixed
+    begin_suppress_tokens unsloth_version unsloth_fixed max_sequence_length _flash_attn_2_enabled is_llama_config
     """.split()  # noqa: SIM905 (one name a line would fill a page)
 )
 

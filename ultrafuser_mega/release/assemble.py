@@ -81,12 +81,12 @@ def assemble_release(
     config.to_json_file(out_dir / "config.json")
     for file in CODE:
         shutil.copyfile(Path(__file__).with_name(file), out_dir / file)
-    _write_tokenizer(out_dir, encoders[first], _as_jinja(templates[first]))
+    _write_tokenizer(out_dir, encoders[first], _as_jinja(templates[first]), vocab_size)
     (out_dir / "chat_templates").mkdir(exist_ok=True)
     for name, template in templates.items():
         (out_dir / "chat_templates" / f"{name}.jinja").write_text(_as_jinja(template), encoding="utf-8")
         if name in own_tokenizer:
-            _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], _as_jinja(template))
+            _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], _as_jinja(template), vocab_size)
     _write_generation_config(out_dir, folders, config)
     for name, folder in folders.items():
         _copy_licences(folder, out_dir / "licenses" / name)
@@ -174,8 +174,8 @@ def _as_jinja(template: Template) -> str:
     )
 
 
-def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str) -> None:
-    """The tokenizer exactly as training loaded it.
+def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, vocab_size: int) -> None:
+    """The tokenizer exactly as training loaded it, with a padding token that the model has a row for.
 
     What ``AutoTokenizer`` makes of a folder depends on the model type beside it and on class names in it, and a Llama
     tokenizer that changes its mind about spaces changes every prompt. So the loaded one is written down as it is,
@@ -186,7 +186,8 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str) -> 
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    pad = encoder.tokenizer.convert_ids_to_tokens(_pad_id(encoder, vocab_size))
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "pad_token": pad}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     model = Path(encoder.folder) / "tokenizer.model"
     if model.is_file():

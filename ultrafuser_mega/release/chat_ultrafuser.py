@@ -16,6 +16,7 @@ message that holds one is refused.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ class ChatMixin:
         """
         device = "cpu" if self.device.type == "meta" else self.device  # accelerate has offloaded the first specialist
         rows = self.chat_ids(conversations, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = self.config.pad_token_id  # within the shared vocabulary, which a tokenizer's own may not be
         ids, masks = {}, {}
         for name in self.names:
             longest = max(len(row[name]) for row in rows)
@@ -258,6 +259,15 @@ class ChatMixin:
         lead = self.config.response_lead
         answers = [decode_response(tokenizer, ids, lead) for ids in sequences[:, prompt_length:].tolist()]
         return answers[0] if single and len(answers) == 1 else answers
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and what of the folder it was loaded from a chat and a reader need."""
+        parent: Any = super()
+        parent.save_pretrained(save_directory, *args, **kwargs)
+        source, target = Path(self.config.name_or_path or ""), Path(save_directory)
+        for part in ("tokenizers", "chat_templates", "licenses"):
+            if (source / part).is_dir() and source.resolve() != target.resolve():
+                shutil.copytree(source / part, target / part, dirs_exist_ok=True)
 
     def _tokenizer_of(self, name: str, tokenizer: Any) -> Any:
         """``tokenizer``, or the specialist's own where the release keeps one for it."""

@@ -104,6 +104,17 @@ def test_a_prompt_without_room_for_an_answer_is_named_before_anything_is_answere
         source.encode(answerer, None)
 
 
+def test_fields_that_answers_are_written_to_are_not_lost(tmp_path):
+    with pytest.raises(InputError, match=r"in\.jsonl:1: has the field generated already; rename it"):
+        write(tmp_path / "in.jsonl", [{"prompt": "x", "generated": "y"}])
+
+
+def test_half_a_surrogate_pair_in_another_field_is_kept(answerer, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": "\\ud800"}\n')
+    (answer,) = run(answerer, PromptFile(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert answer["id"] == "\ud800"
+
+
 def test_files_that_are_there_are_not_overwritten(answerer, tmp_path):
     source = write(tmp_path / "in.jsonl", ROWS)
     with pytest.raises(InputError, match=r"in\.jsonl: exists already"):

@@ -188,7 +188,7 @@ def test_draws_have_the_probabilities_of_the_filtered_softmax(model):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -0.1}, "--temperature -0.1: expected 0 (greedy) or more"),
+        ({"temperature": -0.1}, "--temperature -0.1: expected 0 (greedy) or 0.001 or more"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_k": -1}, "--top-k -1"),
         ({"top_p": 0.0}, "--top-p 0.0: expected above 0 and at most 1"),

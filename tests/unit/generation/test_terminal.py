@@ -64,8 +64,8 @@ def test_on_a_terminal_of_few_colours_no_two_specialists_look_alike():
 
 def test_without_a_terminal_there_is_the_text_and_nothing_else():
     shown, file = printer(terminal=False)
-    shown.stream(Scripted(TracedToken(5, "a [b]c[/b] " * 20, [0.9, 0.1])), {}, LIMITS, GREEDY)
-    assert file.getvalue() == "a [b]c[/b] " * 20 + "\n"
+    shown.stream(Scripted(TracedToken(5, "\ta [b]c[/b]\r\n" * 20, [0.9, 0.1])), {}, LIMITS, GREEDY)
+    assert file.getvalue() == "\ta [b]c[/b]\r\n" * 20 + "\n"
 
 
 def test_escape_sequences_of_the_model_do_not_reach_the_terminal():

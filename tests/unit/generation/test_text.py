@@ -80,6 +80,26 @@ def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizer
     assert shown == "London is the largest" and not stream.stopped
 
 
+@pytest.mark.parametrize("trio", LEADS)
+def test_a_long_answer_is_decoded_in_windows_and_is_the_same(tokenizers, trio, monkeypatch):
+    text = "Grüße, 東京 🙂\n\n    return  a + b\t# London is the largest city.\n" * 30
+    ids = response_ids(tokenizers[trio], text, LEADS[trio])
+    longest = 0
+
+    def counted(tokenizer, ids, lead):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_response(tokenizer, ids, lead)
+
+    stream = TextStream(tokenizers[trio], LEADS[trio])
+    with monkeypatch.context() as patch:
+        patch.setattr("ultrafuser_mega.generation.text.decode_response", counted)
+        shown = "".join(piece.text for token in ids for piece in stream.push(token))
+    assert longest < 100 < len(ids)
+    shown += "".join(piece.text for piece in stream.finish())
+    assert shown == stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
+
+
 def test_every_token_has_its_part_of_the_text(tokenizers):
     ids = response_ids(tokenizers["qwens"], "a 🙂 b", "")
     _, stream = streamed(tokenizers["qwens"], ids, "")

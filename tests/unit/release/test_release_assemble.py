@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from release_folder import PIECES, card_facts, write_specialist
+from transformers import PreTrainedTokenizerFast
 
 import ultrafuser_mega.release as package
 from ultrafuser_mega.errors import InputError
@@ -162,3 +163,12 @@ def test_specialists_of_different_tokenizer_families_are_refused(specialists, tm
 def test_one_specialist_is_a_fused_model_too(tmp_path):
     folder = write_specialist(tmp_path / "only", "llama", vocab_rows=PIECES, hidden_size=32, seed=0)
     assert assemble(tmp_path / "out", {"only": (folder, "ultralm")}, gate_shared=True).names == ["only"]
+
+
+def test_the_tokenizer_pads_with_a_token_that_the_model_has(copies, tmp_path):
+    path = copies["text"][0] / "tokenizer_config.json"
+    edit_json(path, pad_token="[PAD]", added_tokens_decoder={str(PIECES): {"content": "[PAD]", "special": True}})
+    assemble(tmp_path / "out", copies)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert tokenizer.pad_token_id == json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] < PIECES
+    assert tokenizer(["a", "a b c d"], padding=True, return_tensors="pt").input_ids.max() < PIECES

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_folder import PIECES, write_bytelevel_tokenizer, write_release
@@ -189,7 +190,12 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
     for name, (first, second) in aligned.prompts.items():
         assert inputs["specialist_input_ids"][name][0].tolist() == first + aligned.responses[0] + second
 
-    model.save_pretrained(tmp_path / "again")  # weights and code, as transformers does it; tokenizers stay behind
+    model.save_pretrained(tmp_path / "again")
+    again = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
+    found = again.chat_inputs([as_messages(conversation)], tokenizer)["specialist_input_ids"]
+    assert all(torch.equal(found[name], ids) for name, ids in inputs["specialist_input_ids"].items())
+
+    shutil.rmtree(tmp_path / "again" / "tokenizers")
     again = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="has no tokenizers/code, code's tokenizer; copy it from the release folder"):
         again.chat_inputs([QUESTION], tokenizer)

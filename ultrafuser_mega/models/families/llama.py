@@ -8,5 +8,10 @@ from ultrafuser_mega.models.families.rules import COMMON_LAYER
 LLAMA = Family(
     model_type="llama",
     rules=COMMON_LAYER,
-    accepts={"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": ()},
+    accepts={
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "pretraining_tp": (),
+        "rope_interleaved": (False, None),
+    },
 )
