@@ -17,7 +17,7 @@ from ultrafuser_mega.generation.batch import TraceFile
 from ultrafuser_mega.generation.decoder import Prompt
 from ultrafuser_mega.generation.sampling import Sampling
 
-_HELP = """/reset         forget the conversation
+_HELP = """/reset         forget the conversation, all but its system text
 /system TEXT   begin again with this system text (none: without)
 /help          this
 /exit          leave, as Ctrl-D does; Ctrl-C ends an answer early

@@ -184,7 +184,8 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
         _refuse_partial(path, field, rope)
     layer_types = config.get("layer_types") or []
     for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
-        if kind != "full_attention":
+        # A window that all sequences fit into (check_positions) changes nothing.
+        if kind != "full_attention" and not (kind == "sliding_attention" and config.get("sliding_window")):
             _refuse(path, "layer_types", kind, ("full_attention",))
 
 

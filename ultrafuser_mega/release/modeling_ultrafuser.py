@@ -180,6 +180,8 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         if past_key_values is not None and not isinstance(past_key_values, FusedCache):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values: a fused model needs the cache that it returned itself, found {kind}")
+        if isinstance(logits_to_keep, Tensor):
+            raise ValueError("logits_to_keep: a fused model takes how many last positions, not which positions")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache()
