@@ -22,7 +22,7 @@ from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
-from ultrafuser_mega.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ultrafuser_mega.training.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
 from ultrafuser_mega.training.optimizer import Trainable, make_trainable
@@ -38,6 +38,8 @@ STAGE_TITLES = {1: "gate only", 2: "everything"}
 def run(plan: RunPlan, device: torch.device) -> None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already."""
     groups = make_groups(plan.layout)
+    if plan.resume is not None:
+        verify_checkpoint(plan.resume[1])
     kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
     store = open_store(plan, groups)
     trainer = Trainer(plan, groups, store, device)
@@ -63,6 +65,7 @@ class Trainer:
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
+        self.sources = Sources.of(config).read() if groups.rank == 0 else None
         self.model = build_model(plan, groups, device)
         if plan.resume is None:
             load_hf_weights(self.model, config.folders)
@@ -177,7 +180,7 @@ class Trainer:
             self.groups,
             self.plan.identity,
             config.checkpoint.keep,
-            Sources.of(config),
+            self.sources,
         )
         report.note(f"checkpoint {path}")
 
