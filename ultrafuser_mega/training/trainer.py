@@ -47,6 +47,8 @@ def run(plan: RunPlan, device: torch.device) -> None:
     with RunReport(plan, store, device, enabled=groups.rank == 0, done_steps=trainer.global_step(done)) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
+        for change in plan.changes:
+            report.note(change)
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
