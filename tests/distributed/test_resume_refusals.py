@@ -124,11 +124,10 @@ def test_remarks_are_printed_once_when_the_run_goes_on(copied: dict[str, Any], t
     assert printed.count("note: seed is 5, the run had 1234\n") == 1
 
 
-def test_renamed_checkpoint_is_refused_with_its_right_name(copied: dict[str, Any]) -> None:
-    (checkpoints(copied) / STAGE2).rename(checkpoints(copied) / "stage2-step0000009")
-    with pytest.raises(
-        InputError, match=rf"/stage2-step0000009: renamed: .* that of {STAGE2}; give it this name back$"
-    ):
+@pytest.mark.parametrize("name", [STAGE1, STAGE2])
+def test_renamed_checkpoint_is_refused_with_its_right_name(copied: dict[str, Any], name: str) -> None:
+    (checkpoints(copied) / name).rename(checkpoints(copied) / "stage2-step0000009")
+    with pytest.raises(InputError, match=rf"/stage2-step0000009: renamed: .* that of {name}; give it this name back$"):
         resume(copied)
 
 

@@ -176,7 +176,8 @@ def write_checkpoint(
             state |= _optimizer_state(trainable, state)
         use_plain_results_queue()
         dist_checkpointing.save(state, str(partial))
-    if sources is not None and groups.rank == 0:
+    if groups.rank == 0:
+        assert sources is not None
         sources.write(partial)
     dist.barrier()
     files = record_files(partial)
