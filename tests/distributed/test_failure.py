@@ -5,19 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from launched import DEADLINE_S, RANKS, launch
 from trio import DISJOINT_3, config_tree, read_steps
 
 from ultrafuser_mega.errors import InputError
@@ -27,39 +23,6 @@ from ultrafuser_mega.training.checkpoint import list_checkpoints
 from ultrafuser_mega.training.launch import train_main
 
 PROJECT = Path(__file__).parents[2]
-RANKS = 3
-# Generous: a job that hangs would wait for half an hour. None of what runs here takes more than a few seconds.
-DEADLINE_S = 60.0
-
-
-def launch(function: Callable[..., Any], folder: Path, *args: Any) -> tuple[list[int | None], str]:
-    """Start RANKS processes as a launcher like srun does; returns their exit codes and what they wrote to stderr."""
-    context = multiprocessing.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    errors = folder / "stderr"
-    ranks: list[BaseProcess] = [
-        context.Process(target=_rank_main, args=(function, rank, port, errors, args)) for rank in range(RANKS)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + DEADLINE_S
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()  # does nothing to one that has ended
-    return codes, errors.read_text()
-
-
-def _rank_main(function: Callable[..., Any], rank: int, port: int, errors: Path, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with errors.open("a") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.exit(function(*args))
 
 
 def fail_while_others_wait(failing: int, error: Exception) -> int:

@@ -143,4 +143,4 @@ def _import_rank(rank: int, plan: ImportPlan, out: Path, layout: LayoutPlan) -> 
         "gate_units": plan.gate_units,
         "specialists": {name: asdict(arch) for name, arch in plan.architectures.items()},
     }
-    write_checkpoint(out, Progress(1, 0), model, None, groups, identity, plan.sources)
+    write_checkpoint(out, Progress(1, 0), model, None, groups, identity, plan.sources.read() if rank == 0 else None)

@@ -1,9 +1,9 @@
 """Sharded checkpoints: write under a temporary name, rename when complete, read into any number of ranks.
 
 A checkpoint is a folder ``stage<k>-step<s>`` holding Megatron's distributed checkpoint (torch_dist),
-``progress.json``: where the run stood, and a description of the model that another model's checkpoint cannot
-match, and what the specialists came with beside their weights (``sources``). Every tensor lies in model space
-under a layout-independent name:
+``progress.json``: where the run stood, a description of the model that another model's checkpoint cannot match, and
+size and checksum of every other file; and what the specialists came with beside their weights (``sources``). Every
+tensor lies in model space under a layout-independent name:
 
     specialists.<name>.<Megatron name>    heads.<name>    tails.<name>    gate.<...>
     optimizer.<param|exp_avg|exp_avg_sq>.<name of the parameter>
@@ -33,8 +33,9 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope, use_plain_results_queue
+from ultrafuser_mega.training.integrity import record_files, verify_files
 from ultrafuser_mega.training.optimizer import Trainable
-from ultrafuser_mega.training.sources import Sources
+from ultrafuser_mega.training.sources import SourceFiles
 
 _NAME = re.compile(r"stage(\d)-step(\d{7})$")
 PROGRESS = "progress.json"
@@ -72,21 +73,52 @@ def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
         identity: description of the model that is to be loaded, as given to :func:`save_checkpoint`.
 
     Raises:
-        InputError: not a complete checkpoint, or one of another model; names the first difference.
+        InputError: not a complete checkpoint, one of another model (names the first difference), or renamed.
     """
-    try:
-        record = json.loads((path / PROGRESS).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path / PROGRESS}: damaged ({error}); go on from an older checkpoint") from None
-    saved, wanted = _flat(record["identity"]), _flat(json.loads(json.dumps(identity)))
+    record = _read_record(path)
+    saved, wanted = flat(record["identity"]), flat(json.loads(json.dumps(identity)))
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key):
             raise InputError(
                 f"{path}: checkpoint of another model: {key} is {saved.get(key)!r} there and {wanted.get(key)!r} here"
             )
-    return Progress(**record["progress"])
+    progress = Progress(**record["progress"])
+    if _NAME.match(path.name) and path.name != progress.folder:
+        raise InputError(f"{path}: renamed: its {PROGRESS} is that of {progress.folder}; give it this name back")
+    return progress
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every file with its size and checksum as written; collective over the job, which shares the reading.
+
+    One that notes none, as the first versions wrote them, passes.
+
+    Raises:
+        InputError: a file is missing or damaged; the same message on every rank.
+    """
+    verify_files(path, _read_record(path).get("files", {}), advice(path))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What progress.json says: "progress", "identity" and "files"."""
+    file = path / PROGRESS
+    try:
+        record = json.loads(file.read_text())
+        if not isinstance(record["identity"], dict) or not isinstance(record.get("files", {}), dict):
+            raise TypeError("identity or files is no object")
+        Progress(**record["progress"]).folder  # noqa: B018 (raises unless both are whole numbers)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error!r}); {advice(path)}") from None
+    return record
+
+
+def advice(path: Path) -> str:
+    """What to do about damage of the checkpoint at ``path``; ends a message."""
+    older = [other.name for _, other in list_checkpoints(path.parent) if other.name < path.name]
+    instead = f"for --resume to go on from {older[-1]}" if older else "and start afresh: there is no older one"
+    return f"copy the checkpoint again, or remove {path.name} {instead}"
 
 
 def save_checkpoint(
@@ -97,7 +129,7 @@ def save_checkpoint(
     groups: RankGroups,
     identity: Mapping[str, Any],
     keep: int,
-    sources: Sources,
+    sources: SourceFiles | None,
 ) -> Path:
     """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
     final = folder / progress.folder
@@ -119,7 +151,7 @@ def write_checkpoint(
     trainable: Trainable | None,
     groups: RankGroups,
     identity: Mapping[str, Any],
-    sources: Sources,
+    sources: SourceFiles | None,
 ) -> None:
     """Write the folder ``final``, in place of what has this name; collective over the job.
 
@@ -130,7 +162,7 @@ def write_checkpoint(
         trainable: whose optimizer to write too; None for weights alone, which belongs to step 0.
         groups: this rank's process groups.
         identity: description of the model, checked on reading.
-        sources: where its specialists came from; copied into the folder.
+        sources: where its specialists came from, written into the folder; rank 0's, others need none.
     """
     partial = final.with_name(f".{final.name}.partial")
     if groups.rank == 0:
@@ -144,10 +176,13 @@ def write_checkpoint(
             state |= _optimizer_state(trainable, state)
         use_plain_results_queue()
         dist_checkpointing.save(state, str(partial))
-    dist.barrier()
     if groups.rank == 0:
+        assert sources is not None
         sources.write(partial)
-        record = {"progress": asdict(progress), "identity": identity}
+    dist.barrier()
+    files = record_files(partial)
+    if groups.rank == 0:
+        record = {"progress": asdict(progress), "identity": identity, "files": files}
         (partial / PROGRESS).write_text(json.dumps(record, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -296,7 +331,8 @@ def _restore_moments(trainable: Trainable, loaded: Mapping[str, Tensor], paramet
                 target.copy_(source.reshape(-1)[part].view_as(target))
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -7,7 +7,7 @@ and in one line.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ultrafuser_mega.models.hf_folder import (
 )
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, read_progress
+from ultrafuser_mega.training.resume import changed_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,6 +42,7 @@ class RunPlan:
     vocab_size: int
     gate_units: int
     resume: tuple[Progress, Path] | None
+    changes: tuple[str, ...] = ()  # settings that a resumed run had otherwise, for people
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,7 +113,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
             f"--resume: {config.run_dir / 'checkpoints'} holds no complete checkpoint; start without --resume"
         )
     path = checkpoints[-1][1]
-    return RunPlan(**{**vars(plan), "resume": (read_progress(path, plan.identity), path)})
+    progress = read_progress(path, plan.identity)
+    return replace(plan, resume=(progress, path), changes=changed_settings(path, progress, config))
 
 
 def _check_run_dir(run_dir: Path) -> None:

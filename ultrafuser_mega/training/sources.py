@@ -7,7 +7,6 @@ origin, its template and the element type of each of its tensors; ``sources/conf
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,21 +34,37 @@ class Sources:
         """Those of a run."""
         return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config)
 
-    def write(self, checkpoint: Path) -> None:
-        """Copy into ``checkpoint``, which must exist."""
-        record = {}
+    def read(self) -> SourceFiles:
+        """All of it but the weights, into memory.
+
+        Raises:
+            InputError: a folder's safetensors cannot be read.
+        """
+        files, record = {}, {}
         for name, folder in self.folders.items():
-            target = checkpoint / SOURCES / name
-            target.mkdir(parents=True)
             for path in sorted(folder.iterdir()):
                 if path.is_file() and not path.name.endswith(_WEIGHTS):
-                    shutil.copyfile(path, target / path.name)
+                    files[f"{SOURCES}/{name}/{path.name}"] = path.read_bytes()
             tensors = TensorFolder(folder)
             dtypes = {tensor: str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensors.names()}
             record[name] = {"origin": str(folder), "template": self.templates[name], "dtypes": dtypes}
-        (checkpoint / RECORD).write_text(json.dumps(record, indent=1))
+        files[RECORD] = json.dumps(record, indent=1).encode()
         if self.config is not None:
-            (checkpoint / CONFIG).write_text(dump_config(self.config))
+            files[CONFIG] = dump_config(self.config).encode()
+        return SourceFiles(files)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Path inside a checkpoint -> content. Saving needs the specialists' folders no more: they may go away."""
+
+    files: Mapping[str, bytes]
+
+    def write(self, checkpoint: Path) -> None:
+        """Write into ``checkpoint``, which must exist."""
+        for name, content in self.files.items():
+            (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkpoint / name).write_bytes(content)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
-from ultrafuser_mega.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ultrafuser_mega.training.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
 from ultrafuser_mega.training.optimizer import Trainable, make_trainable
@@ -41,6 +41,8 @@ def run(plan: RunPlan, device: torch.device) -> None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already."""
     groups = make_groups(plan.layout)
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
+        if plan.resume is not None:
+            verify_checkpoint(plan.resume[1])
         store = open_store(plan, groups)
         _run(plan, groups, Trainer(plan, groups, store, device))
 
@@ -53,6 +55,8 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
     with RunReport(plan, trainer.store, trainer.device, enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
+        for change in plan.changes:
+            report.note(change)
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
@@ -71,6 +75,7 @@ class Trainer:
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
+        self.sources = Sources.of(config).read() if groups.rank == 0 else None
         self.model = build_model(plan, groups, device)
         if plan.resume is None:
             load_hf_weights(self.model, config.folders)
@@ -208,7 +213,7 @@ class Trainer:
             self.groups,
             self.plan.identity,
             config.checkpoint.keep,
-            Sources.of(config),
+            self.sources,
         )
         report.note(f"checkpoint {path}")
 

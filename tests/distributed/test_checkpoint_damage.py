@@ -1,0 +1,178 @@
+"""A damaged checkpoint is found before anything is trained, said in one line, and what that line advises works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launched import launch
+from trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.checkpoint import list_checkpoints
+from ultrafuser_mega.training.launch import train_main
+from ultrafuser_mega.training.preflight import preflight
+from ultrafuser_mega.training.prepare import open_store
+from ultrafuser_mega.training.report import RunReport
+from ultrafuser_mega.training.trainer import Trainer
+
+OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
+STEP_IS_TEXT = '{"identity": {}, "progress": {"stage": 2, "step": "2"}}'
+
+
+def _tree(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    tree = config_tree(trio, runs, layout)
+    tree["stage1"] |= {"steps": 2}
+    tree["stage2"] |= {"steps": 2}
+    return tree | {"evaluation": {"samples_per_class": 3, "token_views": 0}}
+
+
+@pytest.fixture(scope="module")
+def finished(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder ``runs`` of a run on three ranks with a checkpoint of either stage; read only."""
+    runs = tmp_path_factory.mktemp("finished")
+    tree = _tree(trio, runs, DISJOINT_3)
+    (runs / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    train(tree, 3)
+    return runs
+
+
+@pytest.fixture
+def checkpoints(finished: Path, tmp_path: Path) -> Path:
+    """Its folder of checkpoints in a copy of the run."""
+    shutil.copytree(finished, tmp_path / "runs")
+    return tmp_path / "runs" / "run" / "checkpoints"
+
+
+def resume(checkpoints: Path) -> tuple[list[int | None], str]:
+    runs = checkpoints.parents[1]
+    return launch(train_main, runs, runs / "config.yaml", [f"runs={runs}"], True)
+
+
+def largest(checkpoint: Path) -> Path:
+    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def cut_short(checkpoint: Path) -> Path:
+    path = largest(checkpoint)
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    return path
+
+
+def flip(checkpoint: Path) -> Path:
+    path = largest(checkpoint)
+    data = bytearray(path.read_bytes())
+    middle = slice(len(data) // 2, len(data) // 2 + 4000)
+    data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
+    path.write_bytes(data)
+    return path
+
+
+def remove(name: str) -> Callable[[Path], Path]:
+    def damage(checkpoint: Path) -> Path:
+        (checkpoint / name).unlink()
+        return checkpoint / name
+
+    return damage
+
+
+def replace(text: str) -> Callable[[Path], Path]:
+    def damage(checkpoint: Path) -> Path:
+        (checkpoint / "progress.json").write_text(text)
+        return checkpoint / "progress.json"
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        pytest.param(cut_short, "damaged: 1000 bytes there, ", id="distcp_cut_short"),
+        pytest.param(flip, "damaged: its checksum is ", id="distcp_flipped"),
+        pytest.param(remove("__2_0.distcp"), "missing", id="no_distcp"),
+        pytest.param(remove(".metadata"), "missing", id="no_index"),
+        pytest.param(remove("common.pt"), "missing", id="no_common"),
+        pytest.param(remove("metadata.json"), "missing", id="no_metadata"),
+        pytest.param(remove("sources/code/config.json"), "missing", id="no_source"),
+        pytest.param(replace("[]"), "damaged (TypeError", id="progress_is_a_list"),
+        pytest.param(replace("{}"), "damaged (KeyError('identity')", id="progress_is_empty"),
+        pytest.param(
+            replace('{"identity": {}, "progress": {"stage": 2, "step": "2"}}'), "damaged (", id="step_is_text"
+        ),
+    ],
+)
+def test_damage_is_one_line_that_names_the_file_and_the_older_checkpoint(
+    checkpoints: Path, damage: Callable[[Path], Path], says: str
+) -> None:
+    path = damage(checkpoints / NEWEST)
+    before = (checkpoints.parent / "metrics.jsonl").read_bytes()
+    codes, errors = resume(checkpoints)
+    assert set(codes) <= {1, 2}
+    assert errors.startswith(f"error: {path}: {says}")
+    assert errors.endswith(f"; copy the checkpoint again, or remove {NEWEST} for --resume to go on from {OLDER}\n")
+    assert errors.count("\n") == 1
+    assert (checkpoints.parent / "metrics.jsonl").read_bytes() == before
+
+
+def test_advice_to_go_on_from_the_older_checkpoint_works(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints / NEWEST)
+    codes, _ = resume(checkpoints)
+    assert codes == [0, 0, 0]
+    assert [path.name for _, path in list_checkpoints(checkpoints)] == [OLDER, NEWEST]
+    assert [step["step"] for step in read_steps(checkpoints.parent)] == [1, 2, 3, 4]
+
+
+def test_only_checkpoint_there_is_cannot_be_replaced_by_an_older_one(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints / OLDER)
+    flip(checkpoints / NEWEST)
+    _, errors = resume(checkpoints)
+    assert errors.endswith(f"or remove {NEWEST} and start afresh: there is no older one\n")
+    assert errors.count("\n") == 1
+
+
+def test_checkpoint_of_the_first_versions_without_checksums_still_loads(checkpoints: Path) -> None:
+    path = checkpoints / OLDER / "progress.json"
+    record = json.loads(path.read_text())
+    del record["files"]
+    path.write_text(json.dumps(record))
+    shutil.rmtree(checkpoints / NEWEST)
+    codes, _ = resume(checkpoints)
+    assert codes == [0, 0, 0]
+
+
+def test_every_file_but_the_note_itself_is_noted(finished: Path) -> None:
+    checkpoint = finished / "run" / "checkpoints" / NEWEST
+    noted = json.loads((checkpoint / "progress.json").read_text())["files"]
+    there = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+    del there["progress.json"]
+    assert {name: record["bytes"] for name, record in noted.items()} == {
+        name: path.stat().st_size for name, path in there.items()
+    }
+
+
+def test_saving_needs_the_specialists_folders_no_more(trio: Path, tmp_path: Path) -> None:
+    shutil.copytree(trio, tmp_path / "models")
+    tree = _tree(tmp_path / "models", tmp_path, ONE)
+    run_ranks(_train_while_the_folders_go_away, 1, tree, tmp_path / "models" / "code")
+    kept = tmp_path / "run" / "checkpoints" / OLDER / "sources" / "code"
+    names = [path.name for path in (trio / "code").iterdir() if path.suffix != ".safetensors"]
+    assert sorted(path.name for path in kept.iterdir()) == sorted(names)
+    assert all((kept / name).read_bytes() == (trio / "code" / name).read_bytes() for name in names)
+
+
+def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Path) -> None:
+    plan = preflight(FuserConfig.model_validate(tree), 1, resume=False)
+    groups = make_groups(plan.layout)
+    store = open_store(plan, groups)
+    trainer = Trainer(plan, groups, store, CPU)
+    with RunReport(plan, store, CPU, enabled=True, done_steps=0) as report:
+        shutil.rmtree(folder)
+        trainer.train_stage(1, 0, report)

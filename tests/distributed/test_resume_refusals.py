@@ -1,0 +1,140 @@
+"""What --resume refuses, in one line and before any rank starts work, and what it only remarks on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launched import launch
+from trio import DISJOINT_3, ONE, config_tree, read_steps, train
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.training.checkpoint import Progress
+from ultrafuser_mega.training.launch import train_main
+from ultrafuser_mega.training.preflight import RunPlan, preflight
+
+STAGE1, STAGE2 = "stage1-step0000002", "stage2-step0000002"
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def tree(request: pytest.FixtureRequest, trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Configuration of a finished run of two steps in each stage."""
+    tree = config_tree(trio, tmp_path_factory.mktemp("runs"), ONE) | {"dtype": request.param}
+    tree["stage1"] |= {"steps": 2}
+    tree["stage2"] |= {"steps": 2}
+    tree["evaluation"] = {"samples_per_class": 3, "token_views": 0}
+    train(tree, 1)
+    return tree
+
+
+@pytest.fixture
+def copied(tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same over a copy of the run folder."""
+    shutil.copytree(Path(tree["runs"]), tmp_path / "runs")
+    return tree | {"runs": str(tmp_path / "runs")}
+
+
+def checkpoints(tree: dict[str, Any]) -> Path:
+    return FuserConfig.model_validate(tree).run_dir / "checkpoints"
+
+
+def resume(tree: dict[str, Any]) -> RunPlan:
+    return preflight(FuserConfig.model_validate(tree), 1, resume=True)
+
+
+def stage(tree: dict[str, Any], number: int, **changes: Any) -> dict[str, Any]:
+    return {f"stage{number}": tree[f"stage{number}"] | changes}
+
+
+def test_same_configuration_goes_on_without_a_remark(tree: dict[str, Any]) -> None:
+    plan = resume(tree)
+    assert plan.resume == (Progress(2, 2), checkpoints(tree) / STAGE2)
+    assert plan.changes == ()
+
+
+@pytest.mark.parametrize("newest", [STAGE1, STAGE2])
+def test_other_dtype_is_refused_and_the_right_one_named(copied: dict[str, Any], newest: str) -> None:
+    if newest == STAGE1:
+        shutil.rmtree(checkpoints(copied) / STAGE2)
+    was = copied["dtype"]
+    other = {"fp32": "bf16", "bf16": "fp32"}[was]
+    message = (
+        f"dtype: {other} cannot go on from {checkpoints(copied) / newest}, which was trained with dtype {was}; "
+        f"set dtype={was}"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        resume(copied | {"dtype": other})
+
+
+def test_other_stage1_steps_are_refused_once_stage_2_has_begun(tree: dict[str, Any]) -> None:
+    for steps in (1, 5):
+        with pytest.raises(InputError, match=rf"^stage1\.steps: {steps} cannot .* did 2 steps .*set stage1\.steps=2$"):
+            resume(tree | stage(tree, 1, steps=steps))
+
+
+def test_fewer_steps_than_are_done_are_refused(copied: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^stage2\.steps: 1 is less than the 2 steps that .*; set stage2\.steps to 2"):
+        resume(copied | stage(copied, 2, steps=1))
+    shutil.rmtree(checkpoints(copied) / STAGE2)
+    with pytest.raises(InputError, match=r"^stage1\.steps: 1 is less than the 2 steps that .*; set stage1\.steps to 2"):
+        resume(copied | stage(copied, 1, steps=1))
+
+
+def test_stage_2_may_become_longer(copied: dict[str, Any]) -> None:
+    longer = copied | stage(copied, 2, steps=3)
+    assert resume(longer).changes == ("note: stage2.steps is 3, the run had 2",)
+    assert [step["step"] for step in read_steps(train(longer, 1, resume=True))] == [1, 2, 3, 4, 5]
+
+
+def test_stage_1_may_become_longer_while_it_lasts(copied: dict[str, Any]) -> None:
+    shutil.rmtree(checkpoints(copied) / STAGE2)
+    steps = read_steps(train(copied | stage(copied, 1, steps=3), 1, resume=True))
+    assert [(step["stage"], step["step"]) for step in steps] == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+
+
+def test_every_changed_setting_that_matters_is_remarked_on(copied: dict[str, Any]) -> None:
+    shutil.rmtree(checkpoints(copied) / STAGE2)
+    changed = copied | stage(copied, 2, lr=1e-4, schedule="constant") | stage(copied, 1, lr=1e-3)
+    changed |= {"seed": 5, "loss": {"z_loss": 1e-3}, "optimizer": {"beta2": 0.99}}
+    changed |= {"name": "run", "layouts": [{"kind": "colocated"}], "checkpoint": {"every": 7}}
+    assert set(resume(changed).changes) == {
+        "note: seed is 5, the run had 1234",
+        "note: loss.z_loss is 0.001, the run had 0.0",
+        "note: optimizer.beta2 is 0.99, the run had 0.95",
+        "note: stage1.lr is 0.001, the run had 0.005",
+        "note: stage2.lr is 0.0001, the run had 0.0005",
+        "note: stage2.schedule is constant, the run had cosine",
+    }
+
+
+def test_settings_of_a_stage_that_is_over_are_not_remarked_on(tree: dict[str, Any]) -> None:
+    assert resume(tree | stage(tree, 1, lr=1e-3)).changes == ()
+
+
+def test_remarks_are_printed_once_when_the_run_goes_on(copied: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(copied | {"layouts": [DISJOINT_3]}, sort_keys=False))
+    codes, printed = launch(train_main, tmp_path, tmp_path / "config.yaml", ["seed=5"], True)
+    assert codes == [0, 0, 0]
+    assert printed.count("note: seed is 5, the run had 1234\n") == 1
+
+
+@pytest.mark.parametrize("name", [STAGE1, STAGE2])
+def test_renamed_checkpoint_is_refused_with_its_right_name(copied: dict[str, Any], name: str) -> None:
+    (checkpoints(copied) / name).rename(checkpoints(copied) / "stage2-step0000009")
+    with pytest.raises(InputError, match=rf"/stage2-step0000009: renamed: .* that of {name}; give it this name back$"):
+        resume(copied)
+
+
+def test_damaged_configuration_in_the_checkpoint_is_named(copied: dict[str, Any]) -> None:
+    path = checkpoints(copied) / STAGE2 / "sources" / "config.yaml"
+    message = rf"^{re.escape(str(path))}: damaged \(.*\); copy the checkpoint again, or remove {STAGE2} for --resume"
+    for text in ("a: [", "just words", json.dumps({"dtype": "fp32"})):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            resume(copied)

@@ -1,0 +1,85 @@
+"""Size and checksum of every file of a checkpoint: noted when it is written, compared before it is read.
+
+A rank sums up what it wrote itself, so no file server has to show one machine's new files to another at once. On
+reading the files are dealt over the ranks, however many there are now. CRC-32 finds damage, not forgery.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ultrafuser_mega.errors import InputError
+
+#: file, relative to the checkpoint -> {"bytes": its size, "crc32": its checksum as 8 hexadecimal digits}
+FileRecords = dict[str, dict[str, Any]]
+
+_OF_RANK = re.compile(r"__(\d+)_\d+\.distcp$")  # as Megatron's writer names them
+_READ_AT_ONCE = 1 << 24
+
+
+def record_files(folder: Path) -> FileRecords:
+    """Size and checksum of every file under ``folder``, the same on every rank; collective over the job.
+
+    Every rank reads its own ``__<rank>_<n>.distcp``, rank 0 also all that is no other rank's.
+    """
+    rank = dist.get_rank()
+    mine: FileRecords = {}
+    for path in sorted(folder.rglob("*")):
+        match = _OF_RANK.match(path.name)
+        if path.is_file() and rank == (int(match[1]) if match else 0):
+            mine[path.relative_to(folder).as_posix()] = _record(path)
+    everyone: list[FileRecords] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: record for records in everyone for name, record in records.items()}
+
+
+def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:
+    """Compare the files of ``folder`` with what was noted of them; collective over the job.
+
+    Args:
+        folder: a checkpoint.
+        files: of :func:`record_files`.
+        advice: what to do about damage; ends the message.
+
+    Raises:
+        InputError: a file is missing or not what was written; the same one on every rank.
+    """
+    problem = None
+    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+        if problem := _problem(folder / name, files[name]):
+            break
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for first in filter(None, problems):
+        raise InputError(f"{first}; {advice}")
+
+
+def _problem(path: Path, noted: Mapping[str, Any]) -> str | None:
+    try:
+        if (size := path.stat().st_size) != noted["bytes"]:
+            return f"{path}: damaged: {size} bytes there, {noted['bytes']} were written"
+        if (checksum := _checksum(path)) != noted["crc32"]:
+            return f"{path}: damaged: its checksum is {checksum}, {noted['crc32']} was written"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
