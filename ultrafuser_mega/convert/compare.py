@@ -35,7 +35,7 @@ from ultrafuser_mega.models.hf_folder import (
     parse_architecture,
     read_architecture,
 )
-from ultrafuser_mega.release.check import check_release, is_release
+from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser_mega.runtime.groups import make_groups
@@ -264,14 +264,15 @@ def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
         return result
     check_hashes(address.path)
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    if address.kind == "folder":
-        HFWeights(address.path, read_architecture(address.path))
-        model: Any = AutoModelForCausalLM.from_pretrained(address.path, **options)
-    else:
-        check_release(address.path)
-        model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
-        if address.part != FUSED:
-            model = model.specialists[address.part]
+    with loading(address.path):
+        if address.kind == "folder":
+            HFWeights(address.path, read_architecture(address.path))
+            model: Any = AutoModelForCausalLM.from_pretrained(address.path, **options)
+        else:
+            check_release(address.path)
+            model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
+            if address.part != FUSED:
+                model = model.specialists[address.part]
     with torch.no_grad():
         return [model.eval()(input_ids=ids).logits for ids in batches]
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.release.check import check_release, is_release
+from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,9 +58,10 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
         if is_release(folder):
             described = folder
             places = choose_devices(devices, check_release(folder).names)
-            model = UltraFuserForCausalLM.from_pretrained(
-                folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
-            )
+            with loading(folder):
+                model = UltraFuserForCausalLM.from_pretrained(
+                    folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
+                )
         else:
             from ultrafuser_mega.generation.restored import RestoredModel  # brings Megatron: seconds
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,29 @@ def check_release(folder: Path) -> UltraFuserConfig:
         config = UltraFuserConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"{path}: cannot be read ({_first_line(error)}); copy it again") from None
-    if (folder / _INDEX).is_file() and (folder / _SINGLE).is_file():
-        raise InputError(f"{folder}: holds both {_SINGLE} and {_INDEX}; remove the one that was not exported")
-    try:
-        tensors = TensorFolder(folder)
-    except TypeError:  # file names that are none
-        raise InputError(f"{folder / _INDEX}: damaged weight_map; copy it again") from None
-    tensors.check(_shapes(archs, fields["gate_units"], fields["gate_shared"]))
+    with loading(folder):
+        TensorFolder(folder).check(_shapes(archs, fields["gate_units"], fields["gate_shared"]))
     for place in dict.fromkeys(["", *(entry.get("tokenizer", "") for entry in entries.values())]):
         _check_tokenizer(folder / place)
     _check_generation(folder / "generation_config.json", fields["vocab_size"])
     return config
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """While a model is made of ``folder``, what transformers says of damaged files becomes one line.
+
+    Raises:
+        InputError: that, or there are two sets of weights: here the index is followed, in transformers the single file.
+    """
+    if (folder / _INDEX).is_file() and (folder / _SINGLE).is_file():
+        raise InputError(f"{folder}: holds both {_SINGLE} and {_INDEX}; remove the one that does not belong there")
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError) as error:
+        raise InputError(f"{folder}: cannot be loaded ({_first_line(error)}); copy it again") from None
 
 
 def _entries(path: Path, fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -141,7 +141,9 @@ SPOILT = [
         id="index names a file",
     ),
     pytest.param(
-        sharded(lambda weight_map: weight_map.update({"gate.w2": 7})), r"damaged weight_map", id="index holds a number"
+        sharded(lambda weight_map: weight_map.update({"gate.w2": 7})),
+        r"release: cannot be loaded \(",
+        id="index holds a number",
     ),
     pytest.param(written("model.safetensors.index.json", "{}"), r"holds both model\.safetensors and", id="two weights"),
     pytest.param(removed("tokenizer.json"), r"tokenizer\.json: missing", id="no tokenizer"),
@@ -181,6 +183,13 @@ def test_a_damaged_release_is_neither_answered_from_nor_compared(
         with pytest.raises(InputError, match=named) as caught:
             use()
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_what_transformers_itself_refuses_is_one_line(folder: Path) -> None:
+    member(0, pad_token_id=10**6)(folder)
+    with pytest.raises(InputError, match=r"release: cannot be loaded \(Padding_idx") as caught:
+        opened_model(folder, "cpu", None).__enter__()
+    assert "\n" not in str(caught.value)
 
 
 def test_fields_left_out_are_as_by_default(releases: dict[str, Path], tmp_path: Path) -> None:
