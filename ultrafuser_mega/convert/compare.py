@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.convert import SAMPLE_TEXT
-from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import check_hashes
 from ultrafuser_mega.convert.verify import Sequences
 from ultrafuser_mega.data.tokenizer import TextEncoder
@@ -41,7 +41,7 @@ from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.mcore import megatron_scope
-from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
 from ultrafuser_mega.training.checkpoint import PROGRESS, load_checkpoint, load_specialists
 from ultrafuser_mega.training.engine import Engine
 
@@ -260,7 +260,11 @@ def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
     """float32 logits (b, s, V) of every batch (b, s)."""
     if address.kind == "checkpoint":
         _check_loadable(address)
-        (result,) = run_ranks(_checkpoint_logits, 1, address, list(batches), timeout_s=3600.0)
+        try:
+            (result,) = run_ranks(_checkpoint_logits, 1, address, list(batches), timeout_s=3600.0)
+        except RankFailure:
+            _read_all(address)  # damaged chunks are named by whoever reads them one by one
+            raise
         return result
     check_hashes(address.path)
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
@@ -277,12 +281,25 @@ def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
         return [model.eval()(input_ids=ids).logits for ids in batches]
 
 
+def _parts(address: ModelAddress) -> list[RestoredSpecialist]:
+    """The specialists that take part; raises InputError where their tensors are not those of their config.json."""
+    trained = TrainedModel(address.path)
+    return [trained.specialist(name) for name in trained.sources if address.part in (FUSED, name)]
+
+
+def _read_all(address: ModelAddress) -> None:
+    """Read a checkpoint's tensors one by one; raises InputError where one cannot be read, and names its file."""
+    for part in _parts(address):
+        for tensor in part.shapes:
+            part.read(tensor)
+    trained = TrainedModel(address.path)
+    for key in trained.gate_keys() if address.part == FUSED else ():
+        trained.gate(key)
+
+
 def _check_loadable(address: ModelAddress) -> None:
     """Refuse what Megatron would end in, in a process of its own: damage beside the chunks of tensors."""
-    trained = TrainedModel(address.path)
-    for name in trained.sources:
-        if address.part in (FUSED, name):
-            trained.specialist(name)
+    _parts(address)
     path = address.path / "metadata.json"
     try:
         if (format_ := maybe_load_config(str(address.path))) is None:

@@ -205,6 +205,26 @@ def test_damage_beside_the_tensors_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (Path.unlink, r"distcp: missing; it holds (specialists|heads)\."),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:9999]),
+            r"distcp: damaged where it holds (specialists|heads)",
+        ),
+    ],
+    ids=["missing", "cut"],
+)
+def test_damaged_chunks_are_named_by_a_comparison_too(checkpoint: Path, spoil: Callable, named: str) -> None:
+    for path in checkpoint.glob("*.distcp"):
+        spoil(path)
+    address = f"{checkpoint}@{WHAT}"
+    with pytest.raises(InputError, match=named) as caught:
+        compare(address, address, "a b", 0.0)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_card_names_the_folders_that_the_specialists_came_from(fused: Path, tmp_path: Path) -> None:
     export(fused, tmp_path / "release", "fused", verify=False)
     card = (tmp_path / "release" / "README.md").read_text()
