@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.convert import SAMPLE_TEXT
-from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import check_hashes
 from ultrafuser_mega.convert.verify import Sequences
 from ultrafuser_mega.data.tokenizer import TextEncoder
@@ -30,17 +31,17 @@ from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
-    TensorFolder,
     hf_shapes,
     parse_architecture,
     read_architecture,
 )
+from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.mcore import megatron_scope
-from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
 from ultrafuser_mega.training.checkpoint import PROGRESS, load_checkpoint, load_specialists
 from ultrafuser_mega.training.engine import Engine
 
@@ -91,8 +92,8 @@ class ModelAddress:
         kind: Literal["folder", "checkpoint", "release"] = "folder"
         if (path / PROGRESS).is_file():
             kind, names = "checkpoint", list(TrainedModel(path).sources)
-        elif _model_type(path) == UltraFuserConfig.model_type:
-            kind, names = "release", UltraFuserConfig.from_pretrained(path).names
+        elif is_release(path):
+            kind, names = "release", check_release(path).names
         if kind == "folder":
             if part:
                 raise InputError(f"{text}: {path} is a Hugging Face folder, which is a single model; leave out @{part}")
@@ -185,11 +186,12 @@ class ExportCheck:
         part: "fused", or a specialist's name.
 
     Raises:
-        InputError: the checkpoint keeps no usable tokenizer, or the machine has too little memory.
+        InputError: the checkpoint is damaged or keeps no usable tokenizer, or the machine has too little memory.
     """
 
     def __init__(self, checkpoint: Path, part: str) -> None:
         self._checkpoint = ModelAddress(checkpoint, "checkpoint", part)
+        _check_loadable(self._checkpoint)
         archs = _description(self._checkpoint)[1]
         numbers = sum(math.prod(shape) for arch in archs for shape in hf_shapes(arch).values())
         needed, free = 4 * numbers + _BESIDE_WEIGHTS, psutil.virtual_memory().available
@@ -241,13 +243,6 @@ def _tokens(address: ModelAddress, text: str, rows: int, positions: int) -> Tens
     return torch.tensor([ids])
 
 
-def _model_type(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None  # read_architecture says what is wrong with it
-
-
 def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
     """A folder with the tokenizer, and the architectures that take part."""
     if address.kind == "folder":
@@ -264,20 +259,63 @@ def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
 def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
     """float32 logits (b, s, V) of every batch (b, s)."""
     if address.kind == "checkpoint":
-        (result,) = run_ranks(_checkpoint_logits, 1, address, list(batches), timeout_s=3600.0)
+        _check_loadable(address)
+        try:
+            (result,) = run_ranks(_checkpoint_logits, 1, address, list(batches), timeout_s=3600.0)
+        except RankFailure:
+            _read_all(address)  # damaged chunks are named by whoever reads them one by one
+            raise
         return result
     check_hashes(address.path)
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    if address.kind == "folder":
-        HFWeights(address.path, read_architecture(address.path))
-        model: Any = AutoModelForCausalLM.from_pretrained(address.path, **options)
-    else:
-        TensorFolder(address.path)
-        model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
-        if address.part != FUSED:
-            model = model.specialists[address.part]
+    with loading(address.path):
+        if address.kind == "folder":
+            HFWeights(address.path, read_architecture(address.path))
+            model: Any = AutoModelForCausalLM.from_pretrained(address.path, **options)
+        else:
+            check_release(address.path)
+            model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
+            if address.part != FUSED:
+                model = model.specialists[address.part]
     with torch.no_grad():
         return [model.eval()(input_ids=ids).logits for ids in batches]
+
+
+def _parts(address: ModelAddress) -> list[RestoredSpecialist]:
+    """The specialists that take part; raises InputError where their tensors are not those of their config.json."""
+    trained = TrainedModel(address.path)
+    return [trained.specialist(name) for name in trained.sources if address.part in (FUSED, name)]
+
+
+def _read_all(address: ModelAddress) -> None:
+    """Read a checkpoint's tensors one by one; raises InputError where one cannot be read, and names its file."""
+    for part in _parts(address):
+        for tensor in part.shapes:
+            part.read(tensor)
+    trained = TrainedModel(address.path)
+    for key in trained.gate_keys() if address.part == FUSED else ():
+        trained.gate(key)
+
+
+def _check_loadable(address: ModelAddress) -> None:
+    """Refuse what Megatron would end in, in a process of its own: damage beside the chunks of tensors."""
+    _parts(address)
+    path = address.path / "metadata.json"
+    try:
+        if (format_ := maybe_load_config(str(address.path))) is None:
+            raise InputError(f"{path}: missing; copy the checkpoint again")
+        if format_.sharded_backend != "torch_dist":
+            raise ValueError(f"sharded_backend = {format_.sharded_backend!r}")
+        path = address.path / "common.pt"
+        if not path.is_file():
+            raise InputError(f"{path}: missing; copy the checkpoint again")
+        if not isinstance(torch.load(path, map_location="cpu", weights_only=True), dict):
+            raise ValueError("holds no dictionary")
+    except InputError:
+        raise
+    except Exception as error:  # whatever damaged JSON and pickles make of themselves
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise InputError(f"{path}: damaged ({reason}); copy the checkpoint again") from None
 
 
 def _checkpoint_logits(rank: int, address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:

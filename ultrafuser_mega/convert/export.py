@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
-from ultrafuser_mega.convert.shards import SHARD_BYTES, Planned, write_shards
+from ultrafuser_mega.convert.shards import LEDGER, SHARD_BYTES, Planned, begin_ledger, write_shards
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD
 from ultrafuser_mega.release import CardFacts, assemble_release
@@ -53,19 +54,21 @@ def export(
         shard_bytes: largest size of a safetensors file's tensors; one tensor is never cut.
 
     Returns:
-        Notices for people: what was untied, which damaged shards were written again, how the comparison ended.
+        Notices for people: what of another export was thrown away, what was untied, which damaged shards were written
+        again, how the comparison ended.
 
     Raises:
         InputError: the checkpoint is damaged or lacks what was asked for, ``out`` exists, or an interrupted export is
-            there and ``resume`` was not asked for.
+            there and ``resume`` was not asked for, or the folder cannot be written.
         DifferentModel: the folder computes something else than the checkpoint; it keeps its hidden name.
     """
     model = TrainedModel(checkpoint)
-    unfinished = out.with_name(f".{out.name}.partial")
-    if out.exists():
-        raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
-    if unfinished.exists() and not resume:
-        raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
+    with _writing(out):
+        if out.exists():
+            raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
+        unfinished = out.with_name(f".{out.name}.partial")
+        if unfinished.exists() and not resume:
+            raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
     identity = _identity(model, what)
     part = what.removeprefix(_SPECIALIST)
     write: Callable[[], list[str]]
@@ -77,14 +80,36 @@ def export(
     else:
         raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
     check = ExportCheck(checkpoint, part) if verify else None
-    unfinished.mkdir(parents=True, exist_ok=True)
-    notices = write()
-    for path in unfinished.glob("*.partial"):
-        path.unlink()
+    with _writing(unfinished):
+        notices = _begin(unfinished, identity)
+        notices += write()
+        for path in unfinished.glob("*.partial"):
+            path.unlink()
     if check is not None:
         notices.append(check.run(unfinished))
-    unfinished.rename(out)
-    _sync(out.parent)
+    with _writing(out):
+        unfinished.rename(out)
+        _sync(out.parent)
+    return notices
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system has against it (permissions, a full disk, a file in the way) as an InputError, by name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read or written ({error.strerror or error})") from None
+
+
+def _begin(folder: Path, identity: str) -> list[str]:
+    """Make ``folder`` one of this export alone: files of another would stay among its own."""
+    notices = []
+    if folder.exists() and not begin_ledger(folder, identity):
+        shutil.rmtree(folder)
+        notices.append(f"{folder}: was left by the export of something else; thrown away and begun anew")
+    folder.mkdir(parents=True, exist_ok=True)
+    begin_ledger(folder, identity)
     return notices
 
 
@@ -93,6 +118,8 @@ def _specialist(specialist: RestoredSpecialist, folder: Path, identity: str, sha
     notices = _untied_notice(specialist, tied)
     notices += write_shards(folder, _plan(specialist, tied), specialist.read, identity, shard_bytes)
     for path in sorted(specialist.source.folder.iterdir()):
+        if path.name == LEDGER:  # of the export that the specialist came from
+            continue
         shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
     changes: dict[str, Any] = {"tie_word_embeddings": False} if specialist.arch.tied and not tied else {}
@@ -159,7 +186,8 @@ def _card(model: TrainedModel, name: str) -> CardFacts:
     summary = None
     if model.progress == Progress(2, config.stage2.steps) and (run_dir / "config.yaml").is_file():
         summary = CardFacts.from_run(run_dir, name).summary
-    return CardFacts(name=name, config=config, summary=summary)
+    origins = {specialist: source.origin for specialist, source in model.sources.items()}
+    return CardFacts(name=name, config=config, summary=summary, origins=origins)
 
 
 def _identity(model: TrainedModel, what: str) -> str:

@@ -124,6 +124,23 @@ def write_shards(
     return notices
 
 
+def begin_ledger(folder: Path, identity: str) -> bool:
+    """Note in ``folder`` whose shards it is going to hold, unless that is noted already.
+
+    Returns:
+        Whether it is ``identity`` that is noted now, or another.
+
+    Raises:
+        InputError: there are files, but nothing says of what export.
+    """
+    if (folder / LEDGER).is_file():
+        return _read_ledger(folder)["identity"] == identity
+    if any(path.suffix != ".partial" for path in folder.iterdir()):
+        raise InputError(f"{folder}: is no interrupted export (no {LEDGER}); remove it")
+    _replace(folder / LEDGER, json.dumps({"identity": identity, "shards": {}}, indent=1))
+    return True
+
+
 def check_hashes(folder: Path) -> None:
     """Compare the safetensors of an exported folder with its ledger; without a ledger there is nothing to compare.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import TensorFolder
-from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,14 +52,16 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     wanted = DTYPES[dtype] if dtype else None
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a release folder or a checkpoint")
     with ExitStack() as stack:
-        if _model_type(folder) == UltraFuserConfig.model_type:
+        if is_release(folder):
             described = folder
-            places = choose_devices(devices, UltraFuserConfig.from_pretrained(folder).names)
-            TensorFolder(folder)
-            model = UltraFuserForCausalLM.from_pretrained(
-                folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
-            )
+            places = choose_devices(devices, check_release(folder).names)
+            with loading(folder):
+                model = UltraFuserForCausalLM.from_pretrained(
+                    folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
+                )
         else:
             from ultrafuser_mega.generation.restored import RestoredModel  # brings Megatron: seconds
 
@@ -97,12 +97,3 @@ def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:
             raise InputError(f"--device {text}: expected auto, cpu or cuda:N; this machine has {gpus} GPUs")
         chosen.append(device)
     return dict(zip(names, chosen * (len(names) if len(chosen) == 1 else 1), strict=True))
-
-
-def _model_type(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a release folder or a checkpoint")
-    try:
-        return json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -33,11 +33,13 @@ class CardFacts:
         name: of the released model.
         config: of the run that trained it.
         summary: the run's summary.json, or None where the weights are not those it speaks of.
+        origins: specialist -> where it was read from, where that is another folder than the one at hand.
     """
 
     name: str
     config: FuserConfig
     summary: Mapping[str, Any] | None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_run(cls, run_dir: Path, name: str) -> CardFacts:
@@ -96,7 +98,7 @@ def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFact
     }
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {card.name}\n",
-        _introduction(specialists, model),
+        _introduction(specialists, card.origins, model),
         _use(specialists),
         _licences(specialists),
         _training(card.config),
@@ -105,9 +107,10 @@ def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFact
     path.write_text("\n".join(sections), encoding="utf-8")
 
 
-def _introduction(specialists: Sequence[SpecialistFacts], model: Any) -> str:
+def _introduction(specialists: Sequence[SpecialistFacts], origins: Mapping[str, str], model: Any) -> str:
     names = ", ".join(facts.name for facts in specialists)
-    rows = [(facts.name, facts.folder, facts.architecture, facts.template) for facts in specialists]
+    folders = {facts.name: PurePath(origins.get(facts.name, "")).name or facts.folder for facts in specialists}
+    rows = [(facts.name, folders[facts.name], facts.architecture, facts.template) for facts in specialists]
     table = _markdown(("specialist", "folder", "architecture", "template"), rows)
     gate = "one first layer for all" if model.gate_shared else "one first layer per specialist"
     return (
