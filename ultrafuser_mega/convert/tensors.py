@@ -7,8 +7,10 @@ other, chunks with ``weights_only``. Never in memory: more than the slice asked 
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import zipfile
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from ultrafuser_mega.errors import InputError
 
@@ -83,6 +84,7 @@ class CheckpointTensors:
         }
         self._storage = index.storage_data
         self._fake = FakeTensorMode()
+        self._checked: set[tuple[str, int]] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -133,7 +135,9 @@ class CheckpointTensors:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                view: Any = _create_file_view(file, place.offset, place.length)
+                view = io.BufferedReader(_Part(file, place.offset, place.length), 1 << 20)
+                self._check_once(view, (place.relative_path, place.offset))
+                view.seek(0)
                 with self._fake:  # the numbers stay in the file; noted is where they begin
                     chunk = torch.load(view, weights_only=True)
                 if chunk.shape != sizes or not chunk.is_contiguous() or chunk.storage_offset():
@@ -145,6 +149,39 @@ class CheckpointTensors:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{path}: damaged where it holds {key} ({reason}); copy the checkpoint again") from None
+
+    def _check_once(self, chunk: BinaryIO, place: tuple[str, int]) -> None:
+        """torch.save's archives carry a CRC-32, which torch.load does not look at."""
+        if place in self._checked:
+            return
+        with zipfile.ZipFile(chunk) as archive:
+            if (record := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {record} is another")
+        self._checked.add(place)
+
+
+class _Part(io.RawIOBase):
+    """Bytes ``start`` to ``start + size`` of a file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def _copy(file: BinaryIO, start: int, sizes: Sequence[int], dtype: torch.dtype, part: Slices, target: Tensor) -> None:

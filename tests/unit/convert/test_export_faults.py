@@ -136,6 +136,11 @@ def halve(checkpoint: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip_a_weight(checkpoint: Path) -> None:
+    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+
+
 def change_config(**changes: object) -> Callable[[Path], None]:
     def spoil(checkpoint: Path) -> None:
         path = checkpoint / "sources" / "a" / "config.json"
@@ -160,6 +165,11 @@ def hostile_index(checkpoint: Path) -> None:
     [
         pytest.param(no_chunks, r"distcp: missing; it holds (specialists|heads)\.", id="chunks missing"),
         pytest.param(halve, r"distcp: damaged where it holds (specialists|heads)\.", id="chunks truncated"),
+        pytest.param(
+            flip_a_weight,
+            r"distcp: damaged where it holds .* \(the checksum of .* is another\)",
+            id="one byte of a weight",
+        ),
         pytest.param(
             lambda checkpoint: (checkpoint / ".metadata").write_bytes(b"\x80"),
             r"\.metadata: damaged checkpoint index",
