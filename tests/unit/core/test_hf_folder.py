@@ -112,6 +112,9 @@ def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported; supported: 0"),
         ({"logit_scale": 0.5}, "logit_scale = 0.5 is not known for llama and might change what the model computes"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
+        ({"layer_types": 3}, "layer_types = 3 is not supported"),
+        ({"rms_norm_eps": "abc"}, "rms_norm_eps = 'abc'; expected a positive number"),
+        ({"rope_parameters": None, "rope_theta": [1]}, "rope_theta = [1]; expected a positive number"),
         ({"model_type": "qwen2", "pretraining_tp": None, "use_sliding_window": True}, "use_sliding_window = True"),
         ({"model_type": "qwen3", "pretraining_tp": None, "attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method': 'gptq'}"),
@@ -199,6 +202,12 @@ def index(**changes: str) -> Callable[[Path], None]:
             lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
             "index.json: holds no weight_map",
             id="index without a map",
+        ),
+        pytest.param(index(model__norm__weight=3), "index.json: holds no weight_map", id="index names a number"),
+        pytest.param(
+            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96, dtype=torch.int8)})),
+            "tensor model.norm.weight is torch.int8; expected fp32, bf16 or fp16 weights",
+            id="tensor of whole numbers",
         ),
         pytest.param(
             change_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
