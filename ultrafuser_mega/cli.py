@@ -180,11 +180,10 @@ def import_(
     "specialist". Needs memory for all weights at once.
     """
     from ultrafuser_mega.config import load_config
-    from ultrafuser_mega.convert.importer import DTYPES, SINGLE, import_specialists, plan_config, plan_folders
+    from ultrafuser_mega.convert.dtypes import parse_dtype
+    from ultrafuser_mega.convert.importer import SINGLE, import_specialists, plan_config, plan_folders
 
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    wanted = DTYPES[dtype] if dtype else None
+    wanted = parse_dtype(dtype)
     if source.is_dir():
         resolved = plan_folders({SINGLE: source}, wanted)
     else:

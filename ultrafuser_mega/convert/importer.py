@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.convert.dtypes import DTYPES
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
@@ -29,7 +30,6 @@ from ultrafuser_mega.training.checkpoint import Progress, write_checkpoint
 from ultrafuser_mega.training.preflight import shared_vocabulary
 from ultrafuser_mega.training.sources import Sources
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SINGLE = "specialist"  # the name of a specialist that comes alone
 
 

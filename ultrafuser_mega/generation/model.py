@@ -13,11 +13,10 @@ import torch
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from ultrafuser_mega.convert.dtypes import parse_dtype
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,7 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
     Raises:
         InputError: the folder is neither, or is damaged; a device or dtype is not there.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    wanted = DTYPES[dtype] if dtype else None
+    wanted = parse_dtype(dtype)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a release folder or a checkpoint")
     with ExitStack() as stack:
