@@ -276,11 +276,12 @@ class TensorFolder:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("a file's name is no text")
-        return weight_map
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{index}: holds no weight_map; expected the index that save_pretrained writes") from None
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise InputError(f"{index}: weight_map names {file!r} for tensor {tensor}; expected the name of a file")
+    return weight_map
 
 
 class HFWeights:

@@ -203,7 +203,11 @@ def index(**changes: str) -> Callable[[Path], None]:
             "index.json: holds no weight_map",
             id="index without a map",
         ),
-        pytest.param(index(model__norm__weight=3), "index.json: holds no weight_map", id="index names a number"),
+        pytest.param(
+            index(model__norm__weight=3),
+            "index.json: weight_map names 3 for tensor model.norm.weight; expected the name of a file",
+            id="index names a number",
+        ),
         pytest.param(
             change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96, dtype=torch.int8)})),
             "tensor model.norm.weight is torch.int8; expected fp32, bf16 or fp16 weights",
