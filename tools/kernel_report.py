@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80, 90, 100")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     arguments = parser.parse_args()
-    print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'shared B':>9} {'local B':>8}  tensor cores")
+    print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'shared B':>9} {'local B':>8} {'TMA':>4}  tensor cores")
     for capability in arguments.capability:
         for resources in report(capability, arguments.dtype):
             show(resources)
@@ -33,7 +33,8 @@ def main() -> None:
 
 def show(r: Resources) -> None:
     cores = ", ".join(f"{name} x{count}" for name, count in sorted(r.tensor_core.items())) or "-"
-    print(f"{r.kernel:52} {r.capability:4} {r.registers:9} {r.shared_bytes:9} {r.local_bytes:8}  {cores}")
+    tma = r.tma_loads or "-"
+    print(f"{r.kernel:52} {r.capability:4} {r.registers:9} {r.shared_bytes:9} {r.local_bytes:8} {tma:>4}  {cores}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python tools/tune_kernels.py [--tokens 8192 --vocab 32000 --width 5120] [--out FILE.json]
 
-The tables are streaming.TILES (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) and epilogue_triton.STEPS (BLOCK, warps). The
-entry in use comes first; a candidate that does not compile or launch is listed with its reason. Results are written
-after every kernel.
+The tables are streaming_tiles.TILES and epilogue_triton.STEPS (BLOCK, warps). The entry in use comes first; a candidate
+that does not compile or launch is listed with its reason. Results are written after every kernel.
 """
 
 from __future__ import annotations
@@ -22,20 +21,25 @@ from ultrafuser_mega.ops import epilogue_triton, streaming
 from ultrafuser_mega.ops.benchmark import Inputs, Shape
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 from ultrafuser_mega.ops.statistics import MAX, dlogit_coefficients
+from ultrafuser_mega.ops.streaming_tiles import TILES, Tile, capability, generation
 
 SPECIALISTS = 3
 ROUNDS = 5
-CANDIDATES: dict[str, list[tuple[int, ...]]] = {
+CANDIDATES: dict[str, list[tuple[Any, ...]]] = {
     "statistics": [
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (64, 256, 64, 8, 3), (64, 128, 64, 4, 4),
-        (128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, tma=True, halves=True), Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(256, 128, 64, 8, 4, tma=True, halves=True), Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(128, 128, 64, 8, 4, tma=True, specialized=True), Tile(128, 256, 64, 8, 4, tma=True, specialized=True),
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4, halves=True), Tile(64, 128, 64, 4, 4),
     ],
     "gate statistics": [
-        (64, 64, 64, 8, 4), (64, 128, 64, 8, 3), (64, 128, 32, 8, 4), (64, 64, 64, 4, 4), (128, 64, 64, 8, 3),
+        Tile(128, 64, 64, 8, 4, tma=True), Tile(64, 128, 64, 8, 3, tma=True), Tile(128, 64, 128, 8, 2, tma=True),
+        Tile(64, 64, 64, 8, 4, tma=True, specialized=True), Tile(64, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, tma=True),
     ],
     "dlogits": [
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
-        (64, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, tma=True), Tile(256, 128, 64, 8, 4, tma=True), Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(128, 128, 64, 8, 4, tma=True, specialized=True), Tile(128, 256, 64, 8, 4, tma=True, specialized=True),
+        Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3),
     ],
     "chunked: row statistics": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
     "chunked: dlogits": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
@@ -71,9 +75,7 @@ def table_of(name: str) -> tuple[dict[Any, Any], Any]:
     """The table that holds a kernel's entry for this GPU, and under which key."""
     if name.startswith("chunked: "):
         return epilogue_triton.STEPS, name.removeprefix("chunked: ")
-    capability = streaming.capability(torch.empty(0, device="cuda"))
-    table = streaming.TILES[name]
-    return table, max(known for known in table if known <= max(capability, min(table)))
+    return TILES[name], generation(capability(torch.empty(0, device="cuda")))
 
 
 def kernel_calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -35,6 +35,7 @@ SHAPES = [
     ((64, 80), 151936, 65),
     ((32,), 7, 1),
     ((48,) * 5, 1000, 40),
+    ((33, 50), 333, 37),  # rows that no tensor descriptor can describe
 ]
 
 

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ultrafuser_mega.ops import epilogue_triton, streaming, streaming_kernels
+from ultrafuser_mega.ops import epilogue_triton, streaming_kernels, streaming_tiles
 
 CAPABILITIES = (80, 90, 100)
 TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
+TMA_LOAD = r"\bUTMALDG\b"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by Triton's names
 SPECIALISTS = 3
 USAGE_OF_FUNCTION = r"(\w+(?:<[^>]*>)?)\([^()]*\):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
 
@@ -35,6 +38,7 @@ class Resources:
     shared_bytes: int  # per program
     local_bytes: int  # per thread: spilled registers
     tensor_core: dict[str, int]  # instruction: how often it stands in the code
+    tma_loads: int  # as often
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILIT
     for part in readable.split("arch = sm_")[1:]:
         capability = int(re.match(r"\d+", part)[0])  # type: ignore[index]
         for kernel, registers, stack, shared, local in re.findall(USAGE_OF_FUNCTION, part):
-            reports.append(Resources(kernel, capability, int(registers), int(shared), int(stack) + int(local), {}))
+            reports.append(Resources(kernel, capability, int(registers), int(shared), int(stack) + int(local), {}, 0))
     return reports
 
 
@@ -113,35 +117,22 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         "gate_weights": "*fp32",
         "target": "*i64",
     }
-    for per_specialist in (False, True):
-        kernel = "gate statistics" if per_specialist else "statistics"
-        blocks, warps, stages = _tile(kernel, capability)
+    statistics = {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"}
+    gradient = {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"}
+    for name, kernel, arguments in (
+        ("statistics", streaming_kernels.statistics_kernel, statistics),
+        ("gate statistics", streaming_kernels.gate_statistics_kernel, statistics),
+        ("dlogits", streaming_kernels.dlogits_kernel, coefficients | gradient),
+    ):
+        tile = streaming_tiles.tile(name, capability, DTYPES[dtype], SPECIALISTS)
         yield _Source(
-            f"streaming: {kernel}",
-            streaming_kernels.statistics_kernel,
-            operands | {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"},
-            blocks | {"PER_SPECIALIST": per_specialist, "SMOOTHING": False},
-            warps,
-            stages,
+            f"streaming: {name}",
+            kernel,
+            operands | arguments,
+            streaming_tiles.constants(tile, name, (tile.block_k,) * SPECIALISTS),
+            tile.warps,
+            tile.stages,
         )
-    blocks, warps, stages = _tile("dlogits", capability)
-    yield _Source(
-        "streaming: dlogits",
-        streaming_kernels.dlogits_kernel,
-        operands
-        | coefficients
-        | {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"},
-        blocks,
-        warps,
-        stages,
-    )
-
-
-def _tile(kernel: str, capability: int) -> tuple[dict[str, Any], int, int]:
-    block_m, block_n, block_k, warps, stages = streaming.tile(kernel, capability, SPECIALISTS)
-    return {
-        "n": SPECIALISTS, "EVEN_K": True, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-    }, warps, stages  # fmt: skip
 
 
 def _compile(source: _Source, capability: int) -> Resources:
@@ -158,7 +149,8 @@ def _compile(source: _Source, capability: int) -> Resources:
         raise RuntimeError(f"cuobjdump says nothing of registers for {source.name} on sm_{capability}: {usage[:200]}")
     counts = dict(Counter(re.findall(TENSOR_CORE, code)))
     registers, stack, local = (int(number) for number in found.groups())
-    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts)
+    loads = len(re.findall(TMA_LOAD, code))
+    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts, loads)
 
 
 def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:

@@ -36,34 +36,16 @@ from ultrafuser_mega.ops.statistics import (
     dlogit_coefficients,
     row_loss,
 )
-from ultrafuser_mega.ops.streaming_kernels import dlogits_kernel, statistics_kernel
+from ultrafuser_mega.ops.streaming_kernels import dlogits_kernel, gate_statistics_kernel, statistics_kernel
+from ultrafuser_mega.ops.streaming_tiles import launch
 
-SPLIT_COLUMNS = 4096  # fixed: a row's sums must not depend on how many rows come with it
+SPLIT_COLUMNS = 4096  # of the vocabulary, walked by one program at most
+SPLITS = 8  # at least, so that a small vocabulary fills a GPU, too
+SPLIT_MULTIPLE = 256  # whole tiles
 # backward, with room below 64 MiB for what has one number per row
 WORKSPACE_BYTES = 56 << 20
 TILE_COLUMNS = 8192  # of dz beside the fp32 sums of a block of rows: enough programs to fill a GPU
 MULTIPLE = 128  # rows or columns of a block: whole tiles
-
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by kernel and compute capability: the largest found that do not spill
-# registers (tests/unit/ops/test_kernel_report.py holds it, Triton 3.6 and 3.9); tools/tune_kernels.py times others. In
-# "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
-Tile = tuple[int, int, int, int, int]
-TILES: dict[str, dict[int, Tile]] = {
-    "statistics": {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)},
-    "gate statistics": {80: (64, 64, 32, 8, 4), 90: (64, 64, 64, 8, 4), 100: (64, 64, 64, 8, 4)},
-    "dlogits": {80: (128, 128, 32, 8, 3), 90: (128, 128, 64, 8, 3), 100: (128, 64, 64, 8, 3)},
-}
-
-
-def tile(kernel: str, capability: int, specialists: int) -> Tile:
-    """The table's entry. A generation without one takes that of the newest older one."""
-    table = TILES[kernel]
-    block_m, block_n, block_k, warps, stages = table[
-        max(known for known in table if known <= max(capability, min(table)))
-    ]
-    if kernel == "gate statistics" and specialists > 3:
-        block_n = 32
-    return block_m, block_n, block_k, warps, stages
 
 
 def mixture_loss(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -85,35 +67,38 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     """Statistics of every row over the whole vocabulary (statistics.py). gate_weights (N, n) fp32."""
     n, rows, real = len(problem.hidden), problem.rows, problem.real_rows
     width = COLUMNS + (3 * n if per_specialist else 0)
-    splits = max(1, -(-real // SPLIT_COLUMNS))
+    split = split_columns(real)
+    splits = max(1, -(-real // split))
     parts = gate_weights.new_zeros((splits, rows, width))
     parts[:, :, MAX] = float("-inf")
     parts[:, :, 2] = float("-inf")
     if rows and real:
-        kernel = "gate statistics" if per_specialist else "statistics"
-        block_m, block_n, block_k, warps, stages = tile(kernel, capability(gate_weights), n)
-        statistics_kernel[(triton.cdiv(rows, block_m), splits)](
-            *_operands(problem),
+        name, kernel = "statistics", statistics_kernel
+        if per_specialist:
+            name, kernel = "gate statistics", gate_statistics_kernel
+        launch(
+            name,
+            kernel,
+            lambda tile: triton.cdiv(rows, tile.block_m) * splits,
+            problem.hidden,
+            problem.heads,
             gate_weights,
             problem.local_target(),
             parts,
             rows,
             real,
-            SPLIT_COLUMNS,
-            n=n,
-            PER_SPECIALIST=per_specialist,
-            SMOOTHING=problem.settings.label_smoothing > 0,
-            EVEN_K=_even(problem, block_k),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=warps,
-            num_stages=stages,
+            split,
         )
-    columns = parts.new_full((splits, 1), SPLIT_COLUMNS)
-    columns[-1] = real - (splits - 1) * SPLIT_COLUMNS
+    columns = parts.new_full((splits, 1), split)
+    columns[-1] = real - (splits - 1) * split
     local = parts[0] if splits == 1 else combine(parts, columns)
     return PendingStatistics(local, real, problem.settings).wait()
+
+
+def split_columns(columns: int) -> int:
+    """Columns of the vocabulary that one program walks. Depends on nothing else: a row's sums must not either."""
+    share = max(1, -(-columns // SPLITS))
+    return min(SPLIT_COLUMNS, -(-share // SPLIT_MULTIPLE) * SPLIT_MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -162,10 +147,13 @@ class Dlogits:
             gate_logits=problem.gate_logits[rows],
             target=problem.target[rows],
         )
-        block_m, block_n, block_k, warps, stages = tile("dlogits", capability(out), len(part.hidden))
-        grid = (triton.cdiv(part.rows, block_m), triton.cdiv(block.stop - block.start, block_n))
-        dlogits_kernel[grid](
-            *_operands(part),
+        columns = block.stop - block.start
+        launch(
+            "dlogits",
+            dlogits_kernel,
+            lambda tile: triton.cdiv(part.rows, tile.block_m) * triton.cdiv(columns, tile.block_n),
+            part.hidden,
+            part.heads,
             self.gate_weights[rows],
             part.local_target(),
             self.row_max[rows],
@@ -175,42 +163,7 @@ class Dlogits:
             block.start,
             block.stop,
             out.stride(0),
-            n=len(part.hidden),
-            EVEN_K=_even(part, block_k),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=warps,
-            num_stages=stages,
         )
-
-
-def _operands(problem: Problem) -> tuple[Any, ...]:
-    hidden = tuple(_rows_contiguous(states) for states in problem.hidden)
-    heads = tuple(_rows_contiguous(head) for head in problem.heads)
-    return (
-        hidden,
-        heads,
-        tuple(states.stride(0) for states in hidden),
-        tuple(head.stride(0) for head in heads),
-        tuple(states.shape[1] for states in hidden),
-    )
-
-
-def _rows_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _even(problem: Problem, block_k: int) -> bool:
-    return all(states.shape[1] % block_k == 0 for states in problem.hidden)
-
-
-def capability(tensor: Tensor) -> int:
-    """Compute capability of the GPU a tensor lies on: 80, 90, 100, ..."""
-    if not tensor.is_cuda:
-        return 80  # Triton's interpreter
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
 
 
 class _StreamingLoss(torch.autograd.Function):

@@ -8,20 +8,27 @@ from pathlib import Path
 import pytest
 
 
-def resources(capability: int) -> list:
+def resources(capability: int, dtype: str) -> list:
     from ultrafuser_mega.ops.kernel_report import report
 
-    return report(capability)
+    return report(capability, dtype)
 
 
 @pytest.mark.parametrize(("capability", "tensor_core"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
 def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, tensor_core, compiling):
-    kernels = compiling(resources, capability)
+    kernels = compiling(resources, capability, "bf16")
     assert {kernel.kernel.split(":")[0] for kernel in kernels} == {"chunked", "gate_only", "streaming"}
     for kernel in kernels:
         assert kernel.local_bytes == 0, kernel
         if kernel.kernel.startswith("streaming"):
             assert kernel.tensor_core.get(tensor_core, 0) > 0, kernel
+            assert (kernel.tma_loads > 0) == (capability >= 90), kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_fp32_spill_nothing(capability, compiling):
+    for kernel in compiling(resources, capability, "fp32"):
+        assert kernel.local_bytes == 0, kernel
 
 
 def cuda_resources(nvcc: str) -> list:

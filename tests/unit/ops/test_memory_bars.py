@@ -132,11 +132,6 @@ def test_chunked_and_gate_only_stay_within_one_gibibyte(shape, task, reduction, 
 def test_streaming_stays_within_64_mebibytes(shape, task, reduction, silent_products, monkeypatch):
     streaming = pytest.importorskip("ultrafuser_mega.ops.streaming")
 
-    class SilentKernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: None
-
-    monkeypatch.setattr(streaming, "statistics_kernel", SilentKernel())
-    monkeypatch.setattr(streaming, "dlogits_kernel", SilentKernel())
+    monkeypatch.setattr(streaming, "launch", lambda *args: None)
     used = workspace(streaming.mixture_loss, shape, task, reduction)
     assert ROWS * 4 * 4 / MIB < used <= 64  # more than the statistics alone

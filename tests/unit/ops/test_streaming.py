@@ -16,12 +16,16 @@ from ultrafuser_mega.ops.testing import IGNORE, Case, answer_of, make_case, rule
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 
 
-def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING):
-    from ultrafuser_mega.ops import streaming
+def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: object):
+    from ultrafuser_mega.ops import streaming, streaming_tiles
     from ultrafuser_mega.ops.problem import checked_problem
 
     streaming.SPLIT_COLUMNS, streaming.TILE_COLUMNS, streaming.MULTIPLE = 256, 100, 8
     streaming.WORKSPACE_BYTES = 8 << 10
+    for name, entries in streaming_tiles.TILES.items():
+        entries[80] = streaming_tiles.Tile(32, 64, 16, 4, 2, halves=name == "statistics")  # for what is unaligned
+        entries[90] = entries[80]._replace(**tile)
+    streaming_tiles.capability = lambda _tensor: 90
 
     def loss(hidden, heads, gate_logits, target, **options):
         defaults = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
@@ -67,6 +71,58 @@ def test_error_stays_within_the_rule_of_plain_pytorch(dtype, reduction, needs, i
 def test_shapes_and_values_that_break_naive_kernels(widths, vocab, rows, values, needs, interpreted):
     case = make_case(72, rows=rows, vocab=vocab, widths=widths, **values)
     assert rule_violations(interpreted(streamed, case, needs), case) == []
+
+
+def through_descriptors(case: Case, needs: tuple[bool, bool, bool]):
+    return streamed(case, needs, tma=True)
+
+
+@pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate only"])
+@pytest.mark.parametrize(
+    ("widths", "aligned"), [((16, 24, 40), True), ((16, 24, 5), False)], ids=["aligned", "unaligned"]
+)
+def test_tensor_descriptors_change_no_bit(widths, aligned, needs, interpreted):
+    """Rows, columns and widths that no tile divides; tensors that no descriptor can describe take the pointers."""
+    case = make_case(76, rows=20, vocab=333, widths=widths, dtype=torch.float16, padding=3, label_smoothing=0.1)
+    assert all(t.stride(0) % 8 == 0 for t in case.heads) == aligned
+    plain, described = interpreted(streamed, case, needs), interpreted(through_descriptors, case, needs)
+    assert torch.equal(plain.loss, described.loss)
+    for name, gradient in described.gradients().items():
+        assert torch.equal(gradient, plain.gradients()[name]), name
+    assert rule_violations(described, case) == []
+
+
+def whole_tiles(case: Case, needs: tuple[bool, bool, bool]):
+    return streamed(case, needs, halves=False)
+
+
+def test_a_tile_looked_at_whole_or_in_halves_gives_the_same_within_the_rule(interpreted):
+    case = make_case(77, rows=20, vocab=333, widths=(16, 24, 5), label_smoothing=0.1, z_loss=1e-3)
+    assert rule_violations(interpreted(whole_tiles, case, EVERYTHING), case) == []
+
+
+def test_a_gate_weight_that_underflows_leaves_the_others_alone(interpreted):
+    """Weights of 0, 1e-38 and 1: the accumulator is rescaled from one to the next."""
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        case = make_case(78, rows=6, vocab=300, widths=(8, 6, 4), logit_scale=30.0)
+        case.gate_logits[:] = torch.tensor([-1000.0, -87.0, 0.0])[order]
+        assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
+
+
+def splits_of(columns: int) -> int:
+    from ultrafuser_mega.ops import streaming
+
+    return -(-columns // streaming.split_columns(columns))
+
+
+def test_a_small_vocabulary_is_cut_so_that_programs_are_many_and_a_large_one_into_bounded_walks(compiling):
+    assert [compiling(splits_of, columns) for columns in (1, 4000, 16032, 32000, 128256)] == [1, 8, 8, 8, 32]
+
+
+def test_every_block_has_its_program_where_they_come_in_groups(interpreted):
+    """19 blocks of rows: a whole group of 16, and one of 3."""
+    case = make_case(79, rows=600, vocab=300, widths=(4, 3))
+    assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
 
 
 def test_what_an_ignored_row_holds_does_not_matter(interpreted):
