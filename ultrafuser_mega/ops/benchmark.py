@@ -30,6 +30,8 @@ TASKS = {  # task: (needs gate, hidden, heads), GEMM passes of the floor
     "train": ((True, True, True), 3),
 }
 FLOOR = "bare GEMMs"
+# of a mean over many tokens: 16-bit logits are off by up to 2^-8 (bf16) each, but not all in one direction
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -214,13 +216,14 @@ def floor(inputs: Inputs, task: str) -> Callable[[], None]:
     return products
 
 
-def step(inputs: Inputs, loss: Loss, task: str) -> Callable[[], None]:
-    """One call as a trainer makes it: forward, and backward where something needs it."""
+def step(inputs: Inputs, loss: Loss, task: str) -> Callable[[], Tensor]:
+    """One call as a trainer makes it: forward, and backward where something needs it. Returns the loss."""
 
-    def run() -> None:
+    def run() -> Tensor:
         value = loss(inputs)
         if task != "forward":
             value.backward()
+        return value.detach()
 
     return run
 
@@ -230,25 +233,28 @@ def measure(
 ) -> list[Result]:
     """Median times over ``repeats`` rounds in which the variants take turns, then each one's peak memory.
 
-    A variant that raises (out of memory, say) is left out and its reason put in ``failed``.
+    A variant that raises (out of memory, say) or gives another loss is left out and its reason put in ``failed``.
     """
+    with torch.no_grad():
+        expected = float(ours("chunked")(inputs))
     gradient_bytes = inputs.require(TASKS[task][0])
     results: dict[str, Result] = {}
-    calls: dict[str, Callable[[], None]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for name, loss in losses.items():
-        call = step(inputs, loss, task)
         try:
-            _timed(inputs, call)  # warm up: compile, autotune, page in
+            found = float(step(inputs, loss, task)())  # warms up: compiles, autotunes, pages in
+            if not abs(found - expected) <= LOSS_TOLERANCE[inputs.shape.dtype] * expected:
+                raise ValueError(f"gives a loss of {found:.5f} where chunked gives {expected:.5f}")
         except Exception as error:  # out of memory, a kernel that does not fit: the others shall be measured
             if failed is None:
                 raise
             failed[f"{task}: {name}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue
         results[name] = Result(task, name, gradient_bytes=gradient_bytes)
-        calls[name] = call
+        calls[name] = step(inputs, loss, task)
     for name, call in calls.items():
         results[name].peak_extra_bytes = _peak(inputs, call)
-    calls = {FLOOR: floor(inputs, task)} | calls
+    calls = {FLOOR: floor(inputs, task), **calls}
     results = {FLOOR: Result(task, FLOOR)} | results
     _timed(inputs, calls[FLOOR])
     for _ in range(repeats):
@@ -257,7 +263,7 @@ def measure(
     return list(results.values())
 
 
-def _timed(inputs: Inputs, call: Callable[[], None]) -> float:
+def _timed(inputs: Inputs, call: Callable[[], object]) -> float:
     inputs.drop_gradients()
     if inputs.group is not None:
         dist.barrier()
@@ -273,7 +279,7 @@ def _timed(inputs: Inputs, call: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def _peak(inputs: Inputs, call: Callable[[], None]) -> int:
+def _peak(inputs: Inputs, call: Callable[[], object]) -> int:
     """Bytes held at the worst moment of ``call`` beyond those held before it. Linux, or CUDA's own counter."""
     inputs.drop_gradients()
     if inputs.device.type == "cuda":

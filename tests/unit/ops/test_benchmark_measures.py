@@ -36,6 +36,14 @@ def test_a_variant_that_fails_is_left_out_with_its_reason():
     assert failed == {"train: broken": "out of memory"}
 
 
+def test_a_variant_that_computes_something_else_is_not_timed():
+    failed: dict[str, str] = {}
+    losses = {"half": lambda inputs: benchmark.plain()(inputs) / 2, "chunked": benchmark.ours("chunked")}
+    results = benchmark.measure(Inputs(SHAPE, torch.device("cpu")), "train", losses, 1, failed)
+    assert [result.variant for result in results] == [FLOOR, "chunked"]
+    assert failed["train: half"].startswith("gives a loss of ")
+
+
 def test_gradient_bytes_count_what_the_task_trains():
     inputs = Inputs(SHAPE, torch.device("cpu"))
     gate, hidden, heads = 16 * 2 * 4, 16 * (8 + 4) * 4, 40 * (8 + 4) * 4
