@@ -145,7 +145,7 @@ def absorb(z, before, left, y, top, total, shifted, at_target, BLOCK_N: tl.const
     return new_top, total, shifted, at_target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "split_columns"])  # token counts change with every batch
 def statistics_kernel(
     hidden,  # n x (N, d_j)
     heads,  # n x (R, d_j)
@@ -208,7 +208,7 @@ def statistics_kernel(
     tl.store(out + 3, shifted, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "R", "split_columns"])
 def gate_statistics_kernel(
     hidden,  # n x (N, d_j)
     heads,  # n x (R, d_j)
@@ -292,7 +292,7 @@ def gate_statistics_kernel(
         tl.store(out + 4 + 2 * n + j, sums[j], mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "begin", "end"])
 def dlogits_kernel(
     hidden,  # n x (N, d_j)
     heads,  # n x (R, d_j)
