@@ -22,7 +22,7 @@ from trio import CPU, ONE, config_tree
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import list_checkpoints
+from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.trainer import run
 
@@ -74,6 +74,22 @@ def test_a_specialist_may_be_called_loss(trio: Path, tree: dict[str, Any]) -> No
     found = records(train(tree), "step")
     assert [step["loss"] for step in found] == [step["loss"] for step in expected]
     assert found[0]["gate"]["text"].keys() == {"text", "code", "loss"}
+
+
+def test_a_run_out_of_time_is_gone_on_with_as_if_it_had_not_stopped(tree: dict[str, Any]) -> None:
+    tree["evaluation"] |= {"every": 1}
+    expected = train(tree)
+    tree |= {"name": "in_parts", "checkpoint": {"stop_after_minutes": 0}}  # a step more every time, or a stage's last
+    run_dir = train(tree)
+    ends = [Progress(1, 1), Progress(2, 1), Progress(2, 2)]
+    for end in ends:
+        assert list_checkpoints(run_dir / "checkpoints")[-1][0] == end
+        assert (run_dir / "summary.json").is_file() == (end == ends[-1])
+        if end != ends[-1]:
+            train(tree, resume=True)
+    for kind in ("step", "eval"):
+        parts, whole = records(run_dir, kind), records(expected, kind)
+        assert [(r["step"], r["loss"]) for r in parts] == [(r["step"], r["loss"]) for r in whole]
 
 
 def test_divergence_is_one_line_and_never_replaces_a_good_checkpoint(tree: dict[str, Any]) -> None:

@@ -62,8 +62,9 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
         if done == Progress(1, 0):
             report.evaluated(trainer.evaluate(), done.stage, 0)
         for stage in (1, 2):
-            if done.stage <= stage:
-                trainer.train_stage(stage, done.step if done.stage == stage else 0, report)
+            if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
+                report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
+                return
         report.finish(trainer.evaluate())
 
 
@@ -72,6 +73,7 @@ class Trainer:
 
     def __init__(self, plan: RunPlan, groups: RankGroups, store: TokenStore, device: torch.device) -> None:
         config = plan.config
+        self._begun = time.monotonic()
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
@@ -105,8 +107,11 @@ class Trainer:
                     )
         return result
 
-    def train_stage(self, number: int, done: int, report: RunReport) -> None:
-        """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way."""
+    def train_stage(self, number: int, done: int, report: RunReport) -> bool:
+        """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way.
+
+        Returns whether it came to its end, or else ran out of time: then a checkpoint was written.
+        """
         config, stage = self.plan.config, self.stage(number)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
         trainable = self._make_trainable(number)
@@ -119,10 +124,23 @@ class Trainer:
         for step in range(done, stage.steps):
             record = self._step(number, trainable, batches.step(step), first + step + 1)
             report.step(record)
-            if step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
+            time_is_up = step + 1 < stage.steps and self._time_is_up()
+            if time_is_up or step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
                 self._save(Progress(number, step + 1), trainable, report)
+            if time_is_up:
+                return False
             if self._evaluation_due(number, step + 1):
                 report.evaluated(self.evaluate(), number, first + step + 1)
+        return True
+
+    def _time_is_up(self) -> bool:
+        """By the clock of rank 0, for all ranks."""
+        limit = self.plan.config.checkpoint.stop_after_minutes
+        if limit is None:
+            return False
+        left = torch.tensor([self._begun + 60 * limit - time.monotonic()], dtype=torch.float64, device=self.device)
+        dist.broadcast(left, src=0)
+        return left.item() <= 0
 
     def _evaluation_due(self, number: int, step: int) -> bool:
         """After this step of the stage; the end of stage 2 is evaluated by ``run``."""
