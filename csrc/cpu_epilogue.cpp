@@ -1,8 +1,10 @@
 #include "cpu_epilogue.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -15,6 +17,15 @@
 #define UFM_MULTIVERSION
 #endif
 #define UFM_INLINE inline __attribute__((always_inline))
+
+// PyTorch's products leave the threads of its OpenMP runtime spinning on their cores for milliseconds; threads of our
+// own would share those cores with them. So the work goes to that very team, through the entry point that GCC compiles
+// parallel regions to: weak, since a PyTorch without it must do, and no header or library is needed to build.
+#if defined(__linux__)
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* argument, unsigned threads, unsigned);
+#else
+constexpr void (*GOMP_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+#endif
 
 namespace ufm {
 namespace {
@@ -281,16 +292,31 @@ void statistics_of(const Chunk<double>& chunk, int64_t begin, int64_t end, doubl
         some_rows<double, false>(chunk, begin, end, stats, nullptr);
 }
 
-// Run body(begin, end) over [0, rows) on up to `threads` threads, the caller's own among them.
+// Run work() on `workers` threads, the caller's own among them.
+template <typename Work>
+void on_threads(int64_t workers, Work& work) {
+    if (workers > 1 && GOMP_parallel != nullptr) {
+        GOMP_parallel([](void* w) { (*static_cast<Work*>(w))(); }, &work, static_cast<unsigned>(workers), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (int64_t w = 1; w < workers; ++w) others.emplace_back(std::ref(work));
+    work();
+    for (auto& thread : others) thread.join();
+}
+
+// Run body(begin, end) over [0, rows) on up to `threads` threads. Each takes the next few rows until none are left.
 template <typename Body>
 void over_rows(int64_t rows, int64_t cols, int threads, const Body& body) {
-    constexpr int64_t kWorthAThread = 1 << 15;  // elements: about 20 us of work, what starting a thread costs
-    const int64_t useful = std::max<int64_t>(1, rows * cols / kWorthAThread);
-    const int64_t workers = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, std::min(rows, useful)));
-    std::vector<std::thread> others;
-    for (int64_t w = 1; w < workers; ++w) others.emplace_back(body, rows * w / workers, rows * (w + 1) / workers);
-    body(int64_t{0}, rows / workers);
-    for (auto& thread : others) thread.join();
+    constexpr int64_t kSlice = 1 << 15;  // elements taken at once: about 20 us of work
+    const int64_t step = std::max<int64_t>(1, kSlice / std::max<int64_t>(1, cols));
+    const int64_t workers = std::clamp<int64_t>((rows + step - 1) / step, 1, std::max(1, threads));
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        for (int64_t begin; (begin = next.fetch_add(step, std::memory_order_relaxed)) < rows;)
+            body(begin, std::min(begin + step, rows));
+    };
+    on_threads(workers, work);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """Statistics of every row without a gradient in sight: the forward pass of evaluation and of the gate-only backend.
 
 Nothing has to be kept, so the logits are cut along the vocabulary too: blocks of rows x columns that fit a small
-buffer whatever the vocabulary, each head row read once per block of rows, statistics combined as the blocks go by.
-Under a group one collective at the end of all blocks.
+buffer whatever the vocabulary, each head row read once per chunk of rows. A chunk's blocks are combined all at once;
+under a group one collective follows at the end of all chunks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ultrafuser_mega.ops.statistics import COLUMNS, PendingStatistics, combine
 
 BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
 BUFFER_BYTES = {"cpu": 72 << 20, "cuda": 896 << 20}
+HOST_BLOCK_BYTES = 30 << 20  # what glibc holds between calls ends at 32 MiB: more is zeroed page by page every time
 ROW_MULTIPLE = 128  # rows of a chunk: whole GEMM tiles
 
 
@@ -37,7 +38,7 @@ def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, 
     """Statistics over the whole vocabulary (statistics.py).
 
     Args:
-        buffer_bytes: bound on the logits and inputs of a chunk.
+        buffer_bytes: bound on the logits and scaled inputs of a chunk.
         apart: None to mix the specialists before the product. Or the gate weights (N, n), finite on ignored rows: keep
             n logit planes and return the specialists' statistics, too.
 
@@ -48,19 +49,20 @@ def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, 
     planes = 1 if apart is None else n
     gate_logits = problem.gate_logits
     columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
-    width = sum(states.shape[1] for states in problem.hidden)
+    width = sum(states.shape[1] for states in problem.hidden) if apart is None else 0
     row_bytes = planes * columns * gate_logits.element_size() + width * epilogue.operand_dtype.itemsize
+    if gate_logits.device.type == "cpu":
+        buffer_bytes = min(buffer_bytes, HOST_BLOCK_BYTES)
     chunk_rows = even_rows(problem.rows, buffer_bytes // row_bytes)
     buffer = gate_logits.new_empty((planes, chunk_rows, columns))
     statistics = gate_logits.new_empty((problem.rows, COLUMNS + (0 if apart is None else 3 * n)))
     target = problem.local_target()
     for start in range(0, problem.rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, problem.rows))
-        inputs = [states[rows] for states in problem.hidden]
+        inputs = [states[rows] for states in problem.hidden]  # NaN in an ignored row stays in that row's statistics
         if apart is None:
             _, inputs = gate_scale.scale_inputs(gate_logits[rows], kept[rows], inputs, epilogue.operand_dtype)
-        else:
-            inputs = [x.masked_fill(~kept[rows, None], 0.0) for x in inputs]  # NaN in ignored rows must not matter
+        blocks = []
         for first in range(0, max(real, 1), columns):
             last = min(first + columns, real)
             logits = buffer[:, : rows.stop - rows.start, : last - first]  # (planes, C, B)
@@ -73,14 +75,14 @@ def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, 
                 block, _ = epilogue.statistics(logits[0], column, keep=False)
             else:
                 block = epilogue.mixture_statistics(logits, apart[rows], column)
-            statistics[rows] = block if first == 0 else combine_two(statistics[rows], first, block, last - first)
+            blocks.append(block)
+        statistics[rows] = union(blocks, columns, real)
     return PendingStatistics(statistics, real, problem.settings).wait()
 
 
-def combine_two(first: Tensor, first_columns: int, second: Tensor, second_columns: int) -> Tensor:
-    """Statistics of the union of two sets of columns."""
-    stacked = first.new_empty((2, *first.shape))
-    stacked[0], stacked[1] = first, second
-    columns = first.new_full((2, 1), float(second_columns))
-    columns[0] = first_columns
-    return combine(stacked, columns)
+def union(blocks: list[Tensor], columns: int, real: int) -> Tensor:
+    """Statistics of ``real`` columns from those of consecutive blocks of ``columns``, the last one what remains."""
+    if len(blocks) == 1:  # perhaps of no columns at all, which only other shards can complete
+        return blocks[0]
+    firsts = torch.arange(0, real, columns, device=blocks[0].device)[:, None]
+    return combine(torch.stack(blocks), (real - firsts).clamp(max=columns))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +117,32 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     for statistics, gradient in results[1:]:
         assert torch.equal(statistics, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="this PyTorch has another OpenMP runtime")
+def test_the_sweeps_run_on_the_threads_that_pytorch_has_already():
+    logits, target, _ = chunk(512, 2 * BLOCK, torch.float32)
+    cpu, threads = CpuEpilogue(torch.float32), torch.get_num_threads()
+    tasks, seen, done = Path("/proc/self/task"), set(), threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.update(tasks.iterdir())
+
+    watcher = threading.Thread(target=watch)
+    try:
+        torch.set_num_threads(3)
+        cpu.statistics(logits, target, keep=False)  # the team of three, if it was not there
+        watcher.start()
+        before = set(tasks.iterdir())
+        for _ in range(100):
+            cpu.statistics(logits, target, keep=False)
+    finally:
+        done.set()
+        torch.set_num_threads(threads)
+    watcher.join()
+    assert seen and seen <= before
 
 
 def test_the_exponential_is_within_two_ulp_down_to_the_smallest_normal_number():
