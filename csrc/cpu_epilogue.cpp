@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -300,7 +301,10 @@ void on_threads(int64_t workers, Work& work) {
         return;
     }
     std::vector<std::thread> others;
-    for (int64_t w = 1; w < workers; ++w) others.emplace_back(std::ref(work));
+    try {
+        for (int64_t w = 1; w < workers; ++w) others.emplace_back(std::ref(work));
+    } catch (const std::system_error&) {  // no more threads to be had: those there are do all of it
+    }
     work();
     for (auto& thread : others) thread.join();
 }

@@ -336,7 +336,7 @@ def _deferred_gradients(ctx, upstream: Tensor) -> tuple[list[Tensor | None], Ten
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
     """gradient (rows, columns) times factor, () or (rows,), in ``dtype``; within its own memory where it may be."""
     if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient.to(dtype)
+        return gradient.to(dtype, copy=not reuse)
     # two dimensions keep the factor in fp32: PyTorch would round a 0-dimensional one to the gradient's 16 bits
     out = gradient if reuse and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor.reshape(-1, 1), out=out)

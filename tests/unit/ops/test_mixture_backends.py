@@ -202,14 +202,19 @@ def test_repeating_a_call_repeats_every_bit(reduction, needs):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_backward_may_run_twice_on_a_retained_graph(reduction):
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_backward_may_run_twice_on_a_retained_graph(reduction, factor):
     case = make_case(11, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction=reduction)
     inputs = [tensor.requires_grad_() for tensor in (case.gate_logits, *case.hidden, *case.heads)]
     loss = mixture_cross_entropy(inputs[1:3], inputs[3:], inputs[0], case.target, **case.options, backend="chunked")
-    up = torch.full_like(loss, 2.0)
+    up = torch.full_like(loss, factor)
     first = torch.autograd.grad(loss, inputs, up, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.mul_(0.5)  # the caller's own: nothing that the graph has kept
     second = torch.autograd.grad(loss, inputs, up)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+    assert all(torch.equal(0.5 * a, b) for a, b in zip(kept, first, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, inputs, up)
 
