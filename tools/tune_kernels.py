@@ -27,7 +27,7 @@ SPECIALISTS = 3
 ROUNDS = 5
 CANDIDATES: dict[str, list[tuple[Any, ...]]] = {
     "statistics": [
-        Tile(128, 256, 64, 8, 3, tma=True, halves=True), Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(128, 256, 64, 8, 4, tma=True, halves=True), Tile(128, 256, 64, 8, 4, tma=True),
         Tile(256, 128, 64, 8, 4, tma=True, halves=True), Tile(128, 128, 64, 8, 4, tma=True),
         Tile(128, 128, 64, 8, 4, tma=True, specialized=True), Tile(128, 256, 64, 8, 4, tma=True, specialized=True),
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4, halves=True), Tile(64, 128, 64, 4, 4),

@@ -154,9 +154,10 @@ class TritonEpilogue:
         rows, columns = logits.shape
         out = logits.new_empty((rows, 4))
         block, warps = STEPS["row statistics"]
-        row_statistics_kernel[(rows,)](
-            logits, target.contiguous(), out, columns, logits.stride(0), BLOCK=block, num_warps=warps
-        )
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            row_statistics_kernel[(rows,)](
+                logits, target.contiguous(), out, columns, logits.stride(0), BLOCK=block, num_warps=warps
+            )
         return out, None
 
     def dlogits(
@@ -171,20 +172,21 @@ class TritonEpilogue:
         gradient = in_place_view(logits, self.operand_dtype)
         a, b, c = (coefficient.contiguous() for coefficient in coefficients)
         block, warps = STEPS["dlogits"]
-        dlogits_kernel[(rows,)](
-            logits,
-            gradient,
-            target.contiguous(),
-            row_max.contiguous(),
-            a,
-            b,
-            c,
-            columns,
-            logits.stride(0),
-            gradient.stride(0),
-            BLOCK=block,
-            num_warps=warps,
-        )
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            dlogits_kernel[(rows,)](
+                logits,
+                gradient,
+                target.contiguous(),
+                row_max.contiguous(),
+                a,
+                b,
+                c,
+                columns,
+                logits.stride(0),
+                gradient.stride(0),
+                BLOCK=block,
+                num_warps=warps,
+            )
         return gradient
 
     def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor:
@@ -193,19 +195,20 @@ class TritonEpilogue:
             return TorchEpilogue(torch.float32).mixture_statistics(logits, gate_weights, target)
         out = logits.new_empty((rows, 4 + 3 * specialists))
         block, warps = STEPS["mixture statistics"]
-        mixture_statistics_kernel[(rows,)](
-            logits,
-            gate_weights.contiguous(),
-            target.contiguous(),
-            out,
-            columns,
-            logits.stride(1),
-            logits.stride(0),
-            specialists=specialists,
-            PADDED=triton.next_power_of_2(specialists),
-            BLOCK=block,
-            num_warps=warps,
-        )
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            mixture_statistics_kernel[(rows,)](
+                logits,
+                gate_weights.contiguous(),
+                target.contiguous(),
+                out,
+                columns,
+                logits.stride(1),
+                logits.stride(0),
+                specialists=specialists,
+                PADDED=triton.next_power_of_2(specialists),
+                BLOCK=block,
+                num_warps=warps,
+            )
         return out
 
 

@@ -26,7 +26,6 @@ CAPABILITIES = (80, 90, 100)
 TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
 TMA_LOAD = r"\bUTMALDG\b"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by Triton's names
-SPECIALISTS = 3
 USAGE_OF_FUNCTION = r"(\w+(?:<[^>]*>)?)\([^()]*\):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
 
 
@@ -51,9 +50,9 @@ class _Source:
     stages: int = 3
 
 
-def report(capability: int, dtype: str = "bf16") -> list[Resources]:
-    """Every kernel compiled for sm_<capability> with heads of ``dtype``."""
-    return [_compile(source, capability) for source in _sources(capability, dtype)]
+def report(capability: int, dtype: str = "bf16", specialists: int = 3) -> list[Resources]:
+    """Every kernel compiled for sm_<capability> and so many specialists' heads of ``dtype``."""
+    return [_compile(source, capability) for source in _sources(capability, dtype, specialists)]
 
 
 def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
@@ -74,7 +73,7 @@ def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILIT
     return reports
 
 
-def _sources(capability: int, dtype: str) -> Iterator[_Source]:
+def _sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]:
     rows = {"columns": "i32", "row_stride": "i64"}
     steps = epilogue_triton.STEPS
     coefficients = dict.fromkeys(("row_max", "coefficient_a", "coefficient_b", "coefficient_c"), "*fp32")
@@ -102,18 +101,18 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         | rows
         | {"plane_stride": "i64"},
         {
-            "specialists": SPECIALISTS,
-            "PADDED": triton.next_power_of_2(SPECIALISTS),
+            "specialists": specialists,
+            "PADDED": triton.next_power_of_2(specialists),
             "BLOCK": steps["mixture statistics"][0],
         },
         steps["mixture statistics"][1],
     )
     operands = {
-        "hidden": (f"*{dtype}",) * SPECIALISTS,
-        "heads": (f"*{dtype}",) * SPECIALISTS,
-        "hidden_strides": ("i32",) * SPECIALISTS,
-        "head_strides": ("i32",) * SPECIALISTS,
-        "widths": ("i32",) * SPECIALISTS,
+        "hidden": (f"*{dtype}",) * specialists,
+        "heads": (f"*{dtype}",) * specialists,
+        "hidden_strides": ("i32",) * specialists,
+        "head_strides": ("i32",) * specialists,
+        "widths": ("i32",) * specialists,
         "gate_weights": "*fp32",
         "target": "*i64",
     }
@@ -124,12 +123,12 @@ def _sources(capability: int, dtype: str) -> Iterator[_Source]:
         ("gate statistics", streaming_kernels.gate_statistics_kernel, statistics),
         ("dlogits", streaming_kernels.dlogits_kernel, coefficients | gradient),
     ):
-        tile = streaming_tiles.tile(name, capability, DTYPES[dtype], SPECIALISTS)
+        tile = streaming_tiles.tile(name, capability, DTYPES[dtype], specialists)
         yield _Source(
             f"streaming: {name}",
             kernel,
             operands | arguments,
-            streaming_tiles.constants(tile, name, (tile.block_k,) * SPECIALISTS),
+            streaming_tiles.constants(tile, name, (tile.block_k,) * specialists),
             tile.warps,
             tile.stages,
         )

@@ -1,17 +1,13 @@
 """Triton kernels of the streaming backend: fused logits live and die in registers, tile by tile.
 
 A tile of BLOCK_M rows x BLOCK_N vocabulary columns walks the specialists' K-segments in place (ragged widths, no
-concatenated copy) on tensor cores, in one fp32 accumulator. The gate's weights never touch an operand: between two
-segments the accumulator is rescaled,
+concatenated copy) on tensor cores: z = sum_j (w_j h_j) W_j^T in one fp32 accumulator. w_j h_j is formed in registers
+on its way to the tensor cores and rounded to the operand's type, as plain PyTorch rounds it. What happens to z differs:
 
-    z = w_n (o_n + w_{n-1} / w_n (o_{n-1} + ...)),  o_j = h_j W_j^T,
-
-so both operands go from shared memory straight into the tensor cores and w_j h_j is not rounded to 16 bits. What
-happens to z differs:
-
-    statistics_kernel  a program walks one split of the vocabulary with an online softmax and writes a few numbers per
-                       row and split (statistics.py); with PER_SPECIALIST also the expectations the gate alone needs
-    dlogits_kernel     z is turned into dz and written in the GEMM operand's type
+    statistics_kernel       a program walks one split of the vocabulary with an online softmax and writes a few numbers
+                            per row and split (statistics.py)
+    gate_statistics_kernel  the same, and the expectations that the gate alone needs: one accumulator per specialist
+    dlogits_kernel          z is turned into dz and written in the GEMM operand's type
 
 With TMA the operands are fetched through tensor descriptors (16-byte aligned rows, compute capability 9.0 and newer),
 which fill what lies beyond the edges with zeros; without, through pointers. SPECIALIZED gives the fetches warps of
@@ -35,9 +31,6 @@ import triton.language as tl
 # Programs that run at the same time share 16 blocks of rows and as many of columns as fill the GPU: about as many
 # operand rows of either kind, which is what the L2 cache likes best.
 GROUP = tl.constexpr(16)
-# Below it a gate weight counts as this: the ratio of two weights stays finite, and 2^-40 of a logit is below its
-# resolution whatever the other specialists say.
-SMALLEST_WEIGHT = tl.constexpr(2.0**-40)
 
 
 @triton.jit
@@ -64,11 +57,6 @@ def operands(
 
 
 @triton.jit
-def weight_of(gate_weights, rows, j: tl.constexpr, n: tl.constexpr):
-    return tl.maximum(tl.load(gate_weights + rows * n + j), SMALLEST_WEIGHT)
-
-
-@triton.jit
 def segment_tile(
     hidden,  # (N, width): descriptor or pointer
     head,  # (R, width): descriptor or pointer
@@ -79,17 +67,21 @@ def segment_tile(
     hidden_stride,
     head_stride,
     width,
+    weight,  # (BLOCK_M,) fp32 gate weights, used if SCALED
     tile,  # (BLOCK_M, BLOCK_N) fp32, added to
+    SCALED: tl.constexpr,
     TMA: tl.constexpr,
     SPECIALIZED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """tile + h_j W_j^T."""
+    """tile + h_j W_j^T, or tile + (w_j h_j) W_j^T with w_j h_j rounded to the operand's type if SCALED."""
     if TMA:
         for start in tl.range(0, width, BLOCK_K, warp_specialize=SPECIALIZED):
             x = hidden.load([first_row, start])
             w = head.load([first_column, start])
+            if SCALED:
+                x = (x * weight[:, None]).to(x.dtype)
             tile = tl.dot(x, w.T, tile, input_precision="ieee")  # matters for fp32 only
     else:
         k = tl.arange(0, BLOCK_K)
@@ -103,6 +95,8 @@ def segment_tile(
                 inside = start + k < width
                 x = tl.load(x_at, mask=inside[None, :], other=0.0)
                 w = tl.load(w_at, mask=inside[:, None], other=0.0)
+            if SCALED:
+                x = (x * weight[:, None]).to(x.dtype)
             tile = tl.dot(x, w, tile, input_precision="ieee")
             x_at += BLOCK_K
             w_at += BLOCK_K
@@ -118,13 +112,11 @@ def mixed_tile(
     """z (BLOCK_M, BLOCK_N) fp32 of all n specialists."""
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for j in tl.static_range(n):
-        if j > 0:
-            z *= (weight_of(gate_weights, rows, j - 1, n) / weight_of(gate_weights, rows, j, n))[:, None]
         z = segment_tile(
-            xs[j], ws[j], first_row, first_column, rows, columns, hidden_strides[j], head_strides[j], widths[j], z,
-            TMA, SPECIALIZED, EVEN_K, BLOCK_K,
+            xs[j], ws[j], first_row, first_column, rows, columns, hidden_strides[j], head_strides[j], widths[j],
+            tl.load(gate_weights + rows * n + j), z, True, TMA, SPECIALIZED, EVEN_K, BLOCK_K,
         )  # fmt: skip
-    return z * weight_of(gate_weights, rows, n - 1, n)[:, None]
+    return z
 
 
 @triton.jit
@@ -256,7 +248,7 @@ def gate_statistics_kernel(
         for j in tl.static_range(n):
             o = segment_tile(
                 xs[j], ws[j], row_block * BLOCK_M, start, rows, columns, hidden_strides[j], head_strides[j],
-                widths[j], tl.zeros((BLOCK_M, BLOCK_N), tl.float32), TMA, SPECIALIZED, EVEN_K, BLOCK_K,
+                widths[j], row, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), False, TMA, SPECIALIZED, EVEN_K, BLOCK_K,
             )  # fmt: skip
             z += tl.load(gate_weights + rows * n + j)[:, None] * o
             tiles = tiles + (o,)

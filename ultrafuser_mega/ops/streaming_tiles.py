@@ -22,14 +22,15 @@ class Tile(NamedTuple):
     halves: bool = False  # "statistics" alone: a tile is looked at in two halves
 
 
-# By kernel and compute capability: the largest found that spill no registers with Triton 3.6 and 3.9
-# (tests/unit/ops/test_kernel_report.py holds it). On 9.0 only descriptors leave room for 128 x 256, which asks the L2
-# cache for three quarters of what 128 x 128 does per product. tools/tune_kernels.py times others. In "gate statistics"
-# the tiles of all specialists are alive at once: its entries are for up to three.
+# By kernel and compute capability: the largest found that spill no registers with two or three specialists and Triton
+# 3.6 and 3.9 (tests/unit/ops/test_kernel_report.py holds it; more specialists, or pointers to widths that BLOCK_K does
+# not divide, may spill a few words). On 9.0 only descriptors leave room for 128 x 256, which asks the L2 cache for
+# three quarters of what 128 x 128 does per product. None is timed yet; tools/tune_kernels.py times these and others.
+# In "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
 TILES: dict[str, dict[int, Tile]] = {
     "statistics": {
         80: Tile(128, 128, 32, 8, 3, halves=True),
-        90: Tile(128, 256, 64, 8, 4, tma=True, halves=True),
+        90: Tile(128, 256, 64, 8, 3, tma=True, halves=True),
         100: Tile(128, 64, 64, 8, 3, tma=True),
     },
     "gate statistics": {
@@ -45,7 +46,7 @@ TILES: dict[str, dict[int, Tile]] = {
 }
 # fp32 runs beside the tensor cores: for comparisons, not for speed
 FP32_TILES = {
-    "statistics": Tile(64, 64, 32, 8, 3),
+    "statistics": Tile(64, 64, 16, 8, 3),
     "gate statistics": Tile(64, 32, 32, 8, 3),
     "dlogits": Tile(64, 64, 32, 8, 3),
 }
@@ -117,16 +118,17 @@ def launch(
         triton.set_allocator(
             lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=hidden[0].device)
         )
-        kernel[(programs(chosen),)](
-            tuple(hidden),
-            tuple(heads),
-            *strides,
-            widths,
-            *rest,
-            **constants(chosen, name, widths),
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-        )
+        with torch.cuda.device_of(hidden[0]):  # Triton launches on the current device
+            kernel[(programs(chosen),)](
+                tuple(hidden),
+                tuple(heads),
+                *strides,
+                widths,
+                *rest,
+                **constants(chosen, name, widths),
+                num_warps=chosen.warps,
+                num_stages=chosen.stages,
+            )
 
     contextvars.copy_context().run(run)
 

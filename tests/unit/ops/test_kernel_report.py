@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 
 
-def resources(capability: int, dtype: str) -> list:
+def resources(capability: int, dtype: str, specialists: int) -> list:
     from ultrafuser_mega.ops.kernel_report import report
 
-    return report(capability, dtype)
+    return report(capability, dtype, specialists)
 
 
-@pytest.mark.parametrize(("capability", "tensor_core"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
-def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, tensor_core, compiling):
-    kernels = compiling(resources, capability, "bf16")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "specialists", "tensor_core"),
+    [(80, "bf16", 3, "HMMA"), (90, "bf16", 3, "HGMMA"), (90, "fp16", 2, "HGMMA"), (100, "bf16", 3, "UTCHMMA")],
+)
+def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, dtype, specialists, tensor_core, compiling):
+    kernels = compiling(resources, capability, dtype, specialists)
     assert {kernel.kernel.split(":")[0] for kernel in kernels} == {"chunked", "gate_only", "streaming"}
     for kernel in kernels:
         assert kernel.local_bytes == 0, kernel
@@ -27,7 +30,7 @@ def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, tens
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_of_fp32_spill_nothing(capability, compiling):
-    for kernel in compiling(resources, capability, "fp32"):
+    for kernel in compiling(resources, capability, "fp32", 3):
         assert kernel.local_bytes == 0, kernel
 
 
