@@ -244,9 +244,8 @@ def sweep_figure(runs: list[dict], sweep: str):
                 if r["task"] == task:
                     lines.setdefault(r["variant"], []).append((SWEPT_SIZE[sweep](run), r["median_s"] * 1e3))
         for variant, points in lines.items():
-            panel.plot(
-                *zip(*points, strict=True), marker="o", label=variant, color="black" if variant == FLOOR else None
-            )
+            color = "black" if variant == FLOOR else f"C{VARIANTS.index(variant)}"  # the same in every panel
+            panel.plot(*zip(*points, strict=True), marker="o", label=variant, color=color)
         panel.set(title=task, xlabel=sweep, ylabel="ms", xlim=(0, None), ylim=(0, None))
         panel.legend(fontsize="small")
     return figure
