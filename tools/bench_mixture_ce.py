@@ -4,20 +4,27 @@
 
 Tasks: `forward` (no gradients), `gate_only` (stage 1: hidden states and heads frozen), `train` (everything).
 `bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them or to plain PyTorch,
-measured in the same rounds. Peers that are not installed are listed as absent.
+measured in the same rounds. Peers that are not installed, or cannot do what is asked, are listed as absent with the
+reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import os
 import platform
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from scripting import Parser, positive, result_file, write_json
 
 from ultrafuser_mega.ops import benchmark
 from ultrafuser_mega.ops.benchmark import FLOOR, TASKS, Inputs, Result, Shape
@@ -36,16 +43,22 @@ SWEEPS = {
 }
 
 
+SWEPT_SIZE = {
+    "tokens": lambda run: run["tokens"],
+    "vocab": lambda run: run["vocab"],
+    "specialists": lambda run: len(run["widths"]),
+}
+LEAST = {"tokens": 4, "vocab": 8}  # what a sweep can still divide
+VARIANTS = list(dict.fromkeys([*sum(benchmark.BACKENDS.values(), ()), *benchmark.GPU_BACKENDS, *benchmark.PEERS]))
+
+
 def main() -> None:
     arguments = parse_arguments()
     shape = PRESETS[arguments.preset]
-    if arguments.tokens:
-        shape = replace(shape, tokens=arguments.tokens)
-    if arguments.vocab:
-        shape = replace(shape, vocab=arguments.vocab)
-    shapes = SWEEPS[arguments.sweep](shape) if arguments.sweep else [shape]
+    shape = replace(shape, tokens=arguments.tokens or shape.tokens, vocab=arguments.vocab or shape.vocab)
     runs: list[dict] = []
-    for one in shapes:
+    report = {"machine": machine(arguments), "shards": arguments.vocab_shards, "runs": runs}
+    for one in SWEEPS[arguments.sweep](shape) if arguments.sweep else [shape]:
         if arguments.vocab_shards > 1:
             from ultrafuser_mega.runtime.spawn import run_ranks
 
@@ -54,42 +67,63 @@ def main() -> None:
         else:
             runs.append({})
             for runs[-1] in run_shape(one, arguments):
-                write(runs, arguments)  # a benchmark that is cut short leaves the tasks it finished
+                if arguments.out:
+                    write_json(arguments.out, report)  # a benchmark that is cut short leaves the tasks it finished
         print_table(runs[-1])
-    write(runs, arguments)
     if arguments.out:
+        write_json(arguments.out, report)
         print(f"wrote {arguments.out}")
     if arguments.plot:
-        plot(runs, arguments.plot)
+        figure = sweep_figure(runs, arguments.sweep) if arguments.sweep else shape_figure(runs[0])
+        figure.savefig(arguments.plot, dpi=120)
         print(f"wrote {arguments.plot}")
 
 
-def write(runs: list[dict], arguments: argparse.Namespace) -> None:
-    if arguments.out:
-        report = {"machine": machine(arguments.device), "shards": arguments.vocab_shards, "runs": runs}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="default: llama2-13b on a GPU, nano on a CPU")
-    parser.add_argument("--tokens", type=int, help="instead of the preset's")
-    parser.add_argument("--vocab", type=int, help="instead of the preset's")
+    parser.add_argument("--tokens", type=positive, help="instead of the preset's")
+    parser.add_argument("--vocab", type=positive, help="instead of the preset's")
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all; may be repeated")
-    parser.add_argument("--repeats", type=int, help="rounds; default 20 on a GPU, 5 on a CPU")
-    parser.add_argument("--skip", action="append", default=[], help="leave a variant out, e.g. torch.compile")
+    parser.add_argument("--repeats", type=positive, help="rounds; default 20 on a GPU, 5 on a CPU")
+    parser.add_argument("--skip", choices=VARIANTS, action="append", default=[], help="a variant to leave out")
     parser.add_argument("--sweep", choices=SWEEPS, help="repeat while one size grows")
-    parser.add_argument("--vocab-shards", type=int, default=1, help="spread the vocabulary over this many CPU ranks")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--plot", type=Path, help="PNG file (needs matplotlib)")
+    parser.add_argument("--vocab-shards", type=positive, default=1, help="spread the vocabulary over so many CPU ranks")
+    parser.add_argument("--out", type=result_file, help="JSON file")
+    parser.add_argument("--plot", type=result_file, help="PNG, SVG or PDF file (needs matplotlib)")
     arguments = parser.parse_args()
     arguments.preset = arguments.preset or ("llama2-13b" if arguments.device == "cuda" else "nano")
     arguments.repeats = arguments.repeats or (20 if arguments.device == "cuda" else 5)
-    if arguments.vocab_shards > 1 and arguments.device == "cuda":
-        parser.error("--vocab-shards: spawns gloo ranks, so it needs --device cpu")
+    arguments.task = arguments.task or list(TASKS)
+    if refusal := what_does_not_fit(arguments):
+        parser.error(refusal)
     return arguments
+
+
+def what_does_not_fit(arguments: argparse.Namespace) -> str:
+    """Of arguments that are fine one by one: what is wrong with them here or together; "" if nothing is."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return "argument --device: cuda: PyTorch finds no CUDA device; use cpu"
+    if arguments.vocab_shards > 1 and arguments.device == "cuda":
+        return f"argument --vocab-shards: {arguments.vocab_shards}: the ranks are gloo's, so it needs --device cpu"
+    if repeated := next((task for task in arguments.task if arguments.task.count(task) > 1), None):
+        return f"argument --task: {repeated}: given more than once; name each task once"
+    least, size = LEAST.get(arguments.sweep, 1), getattr(arguments, str(arguments.sweep), None)
+    if size is not None and size < least:
+        return f"argument --{arguments.sweep}: {size}: --sweep {arguments.sweep} divides it; needed at least {least}"
+    return what_cannot_be_plotted(arguments.plot) if arguments.plot else ""
+
+
+def what_cannot_be_plotted(path: Path) -> str:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"argument --plot: {path}: needs matplotlib, which is not installed; pip install matplotlib"
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() in known:
+        return ""
+    return f"argument --plot: {path}: matplotlib writes no {path.suffix or 'file without a suffix'}; use .png"
 
 
 def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> Iterator[dict]:
@@ -98,14 +132,17 @@ def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> It
     absent: dict[str, str] = {}
     peers = {}
     for name, build in benchmark.PEERS.items():
-        if name in arguments.skip or inputs.group is not None:
+        if name in arguments.skip:
+            continue
+        if arguments.vocab_shards > 1 and name in benchmark.NOT_IN_SHARDS:
+            absent[name] = f"not in shards: {benchmark.NOT_IN_SHARDS[name]}"
             continue
         try:
             peers[name] = build()
         except ImportError as error:
             absent[name] = str(error)
     results = []
-    for task in arguments.task or TASKS:
+    for task in arguments.task:
         backends = benchmark.BACKENDS[task] + (benchmark.GPU_BACKENDS if arguments.device == "cuda" else ())
         losses = {backend: benchmark.ours(backend) for backend in backends}
         chosen = {name: loss for name, loss in (losses | peers).items() if name not in arguments.skip}
@@ -126,10 +163,15 @@ def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> dict:
 
 
 def slowest(ranks: list[dict]) -> dict:
-    """Of several ranks' reports: every variant as its slowest rank saw it."""
+    """Of several ranks' reports: every variant as its slowest rank saw it, with the most memory that any rank took."""
     report = dict(ranks[0])
-    per_variant = zip(*(rank["results"] for rank in ranks), strict=True)
-    report["results"] = [max(same, key=lambda record: record["median_s"]) for same in per_variant]
+    report["results"] = []
+    for same in zip(*(rank["results"] for rank in ranks), strict=True):
+        memory = max(same, key=lambda record: record["peak_extra_bytes"])
+        report["results"].append(
+            max(same, key=lambda record: record["median_s"])
+            | {name: memory[name] for name in ("peak_extra_bytes", "gradient_bytes")}
+        )
     add_ratios(report["results"])
     return report
 
@@ -174,35 +216,93 @@ def print_table(run: dict) -> None:
         print(f"absent: {name} ({reason})")
 
 
-def plot(runs: list[dict], path: Path) -> None:
-    """Bars of time over the floor per task; one panel per shape."""
-    import matplotlib
+def shape_figure(run: dict):
+    """Bars: every task and variant's time over the floor."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(len(runs), 1, figsize=(9, 3 * len(runs)), squeeze=False)
-    for panel, run in zip(panels[:, 0], runs, strict=True):
-        records = [r for r in run["results"] if r["variant"] != FLOOR]
-        labels = [f"{r['task']}: {r['variant']}" for r in records]
-        panel.barh(labels[::-1], [r["ratio_to_floor"] for r in records][::-1], color="#4477aa")
-        panel.axvline(1.0, color="black", linewidth=1)
-        panel.set_xlabel("time relative to the bare GEMMs")
-        panel.set_title(f"{run['tokens']} tokens, vocabulary {run['vocab']}, hidden {run['widths']}, {run['dtype']}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    records = [r for r in run["results"] if r["variant"] != FLOOR]
+    figure = Figure(figsize=(9, 1.5 + 0.25 * len(records)), layout="tight")
+    panel = figure.subplots()
+    labels = [f"{r['task']}: {r['variant']}" for r in records]
+    panel.barh(labels[::-1], [r["ratio_to_floor"] for r in records][::-1], color="#4477aa")
+    panel.axvline(1.0, color="black", linewidth=1)
+    panel.set_xlabel("time relative to the bare GEMMs")
+    panel.set_title(f"{run['tokens']} tokens, vocabulary {run['vocab']}, hidden {run['widths']}, {run['dtype']}")
+    return figure
 
 
-def machine(device: str) -> dict:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+def sweep_figure(runs: list[dict], sweep: str):
+    """Lines: how each variant's time grows with the swept size; one panel per task."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(r["task"] for run in runs for r in run["results"]))
+    figure = Figure(figsize=(5 * len(tasks), 4), layout="tight")
+    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for run in runs:
+            for r in run["results"]:
+                if r["task"] == task:
+                    lines.setdefault(r["variant"], []).append((SWEPT_SIZE[sweep](run), r["median_s"] * 1e3))
+        for variant, points in lines.items():
+            color = "black" if variant == FLOOR else f"C{VARIANTS.index(variant)}"  # the same in every panel
+            panel.plot(*zip(*points, strict=True), marker="o", label=variant, color=color)
+        panel.set(title=task, xlabel=sweep, ylabel="ms", xlim=(0, None), ylim=(0, None))
+        panel.legend(fontsize="small")
+    return figure
+
+
+def machine(arguments: argparse.Namespace) -> dict:
+    """What is measured on, with what, and when."""
+    on_gpu = arguments.device == "cuda"
     return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else None,
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_model(),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads() if arguments.vocab_shards == 1 else 1,  # run_ranks gives each rank one
         "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout this file is in, with "-dirty" behind it if files differ; None where there is none."""
+    root = Path(__file__).resolve().parents[1]
+    return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def output_of(*command: str) -> str | None:
+    """First line that ``command`` prints, or None if it is not there or fails."""
+    above = str(Path(__file__).resolve().parents[2])  # not the commit of a repository this folder merely lies in
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": above},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
 
 
 if __name__ == "__main__":

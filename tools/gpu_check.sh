@@ -4,9 +4,11 @@
 #     tools/gpu_check.sh [FOLDER FOR THE RESULTS, default $OUT or else docs/benchmarks]
 #
 # Needs python3 (or $PYTHON) with torch (CUDA), triton, numpy, pybind11 and pytest, and a C++ compiler; pytest-xdist makes
-# the tests faster; with nvcc the CUDA kernels of csrc/ are built, tested and measured, too. Leaves one file,
-# <GPU's name>.json, which is written anew after every step: what matters most comes first, every step has a limit, and
-# what no longer fits into $GPU_CHECK_SECONDS (default 520) is left out. Exits with 1 if anything failed or was left out.
+# the tests faster; with nvcc the CUDA kernels of csrc/ are built, tested and measured, too; megatron-core, liger-kernel
+# and cut-cross-entropy take part in the benchmarks where they are installed. Leaves <GPU's name>.json, which is written
+# anew after every step, and at the end the same as tables beside the project's bars, <GPU's name>.md. What matters most
+# comes first, every step has a limit, and what no longer fits into $GPU_CHECK_SECONDS (default 520) is left out. Exits
+# with 1 if anything failed or was left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-${OUT:-docs/benchmarks}}")
@@ -27,20 +29,8 @@ PY
 gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '_'))")
 mkdir -p "$out"
 
-# step NAME LIMIT COMMAND...: one of them failing does not keep the others from running
-step() {
-    local name=$1 left=$((deadline - SECONDS)) limit=$2 begun=$SECONDS code=0
-    shift 2
-    if ((left < 10)); then
-        echo "gpu_check: $name left out: no time"
-        failed+=" $name"
-        return
-    fi
-    echo "== $name"
-    timeout -k 5 $((limit < left ? limit : left)) "$@" || code=$?
-    echo "== $name: $((SECONDS - begun)) s, exit code $code"
-    ((code == 0)) || failed+=" $name"
-    printf '{"seconds": %d, "exit_code": %d}\n' $((SECONDS - begun)) "$code" >"$parts/$name.step"
+# everything that the steps have left so far, in one file
+collect() {
     "$python" - "$parts" "$out/$gpu.json" <<'PY'
 import json, sys
 from pathlib import Path
@@ -54,6 +44,25 @@ for part in sorted(parts.glob("*.json")):
 out.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
 out.with_suffix(".tmp").replace(out)
 PY
+}
+
+# step NAME LIMIT COMMAND...: one of them failing does not keep the others from running
+step() {
+    local name=$1 left=$((deadline - SECONDS)) limit=$2 begun=$SECONDS code=0
+    shift 2
+    if ((left < 10)); then
+        echo "gpu_check: $name left out: no time"
+        failed+=" $name"
+        echo '{}' >"$parts/$name.step"
+        collect
+        return
+    fi
+    echo "== $name"
+    timeout -k 5 $((limit < left ? limit : left)) "$@" || code=$?
+    echo "== $name: $((SECONDS - begun)) s, exit code $code"
+    ((code == 0)) || failed+=" $name"
+    printf '{"seconds": %d, "exit_code": %d}\n' $((SECONDS - begun)) "$code" >"$parts/$name.step"
+    collect
 }
 
 benchmark() { # NAME LIMIT ARGUMENTS...
@@ -79,6 +88,7 @@ benchmark llama2-7b 40 --preset llama2-7b --repeats 5 --skip torch.compile
 benchmark qwen2.5-7b 60 --preset qwen2.5-7b --repeats 5 --skip torch.compile
 
 echo "wrote $out/$gpu.json"
+timeout 30 "$python" tools/gpu_report.py "$out/$gpu.json" || failed+=" report"
 if [[ -n $failed ]]; then
     echo "gpu_check: FAILED or left out:$failed"
     exit 1

@@ -7,16 +7,17 @@ python tools/kernel_report.py [--capability 80 90 100] [--dtype bf16]
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
+
+from scripting import Parser
 
 from ultrafuser_mega.ops.kernel_report import CAPABILITIES, Resources, cuda_report, report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80, 90, 100")
+    parser = Parser(__doc__)
+    parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     arguments = parser.parse_args()
     print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'shared B':>9} {'local B':>8} {'TMA':>4}  tensor cores")

@@ -2,22 +2,22 @@
 
     python tools/tune_kernels.py [--tokens 8192 --vocab 32000 --width 5120] [--out FILE.json]
 
-The tables are streaming_tiles.TILES and epilogue_triton.STEPS (BLOCK, warps). The entry in use comes first; a candidate
-that does not compile or launch is listed with its reason. Results are written after every kernel.
+The tables are streaming_tiles.TILES, epilogue_triton.STEPS (BLOCK, warps) and forward.BLOCK_COLUMNS. The fastest comes
+first, the entry in use is marked; a candidate that does not compile or launch is listed with its reason. Results are
+written after every kernel.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
+from scripting import Parser, positive, result_file, write_json
 
-from ultrafuser_mega.ops import epilogue_triton, streaming
+from ultrafuser_mega.ops import epilogue_triton, forward, gate_only, streaming
 from ultrafuser_mega.ops.benchmark import Inputs, Shape
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 from ultrafuser_mega.ops.statistics import MAX, dlogit_coefficients
@@ -25,7 +25,8 @@ from ultrafuser_mega.ops.streaming_tiles import TILES, Tile, capability, generat
 
 SPECIALISTS = 3
 ROUNDS = 5
-CANDIDATES: dict[str, list[tuple[Any, ...]]] = {
+GATE_BLOCKS = "gate_only: columns of a block"
+CANDIDATES: dict[str, list[Any]] = {
     "statistics": [
         Tile(128, 256, 64, 8, 4, tma=True, halves=True), Tile(128, 256, 64, 8, 4, tma=True),
         Tile(256, 128, 64, 8, 4, tma=True, halves=True), Tile(128, 128, 64, 8, 4, tma=True),
@@ -44,16 +45,17 @@ CANDIDATES: dict[str, list[tuple[Any, ...]]] = {
     "chunked: row statistics": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
     "chunked: dlogits": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
     "chunked: mixture statistics": [(block, warps) for block in (512, 1024, 2048) for warps in (4, 8)],
+    GATE_BLOCKS: [2048, 4096, 8192, 16384, 32768],
 }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--width", type=int, default=5120, help="of each of three specialists")
+    parser = Parser(__doc__)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--vocab", type=positive, default=32000)
+    parser.add_argument("--width", type=positive, default=5120, help="of each of three specialists")
     parser.add_argument("--kernel", choices=CANDIDATES, action="append", help="default: all; may be repeated")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=result_file, help="JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("tune_kernels: no CUDA device; run this on a machine with a GPU")
@@ -66,13 +68,16 @@ def main() -> None:
         report["kernels"][name] = found
         print(f"\n{name}")
         for record in found:
-            print(f"  {record['config']!s:24} {record.get('ms', record.get('failed'))}")
+            mark = "  in use" if record["in_use"] else ""
+            print(f"  {record['config']!s:24} {record.get('ms', record.get('failed'))}{mark}")
         if arguments.out:
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(arguments.out, report)
 
 
 def table_of(name: str) -> tuple[dict[Any, Any], Any]:
     """The table that holds a kernel's entry for this GPU, and under which key."""
+    if name == GATE_BLOCKS:
+        return forward.BLOCK_COLUMNS, "cuda"
     if name.startswith("chunked: "):
         return epilogue_triton.STEPS, name.removeprefix("chunked: ")
     return TILES[name], generation(capability(torch.empty(0, device="cuda")))
@@ -85,6 +90,7 @@ def kernel_calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], o
         inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, group=None, vocab_start=0, vocab_size=None,
         ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0,
     )  # fmt: skip
+    gate_training = replace(problem, gate_logits=inputs.gate_logits.clone().requires_grad_())
     gate_weights = streaming.gate_softmax(problem)
     rows = streaming.statistics(problem, gate_weights, per_specialist=False)
     coefficients = dlogit_coefficients(rows, torch.ones_like(rows[:, 0]), problem.settings)
@@ -95,6 +101,7 @@ def kernel_calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], o
         "statistics": lambda: streaming.statistics(problem, gate_weights, per_specialist=False),
         "gate statistics": lambda: streaming.statistics(problem, gate_weights, per_specialist=True),
         "dlogits": lambda: dlogits.write(slice(0, shape.tokens), block, dz),
+        GATE_BLOCKS: lambda: gate_only.mixture_loss(gate_training),
     } | epilogue_calls(problem, gate_weights)
 
 
@@ -113,18 +120,17 @@ def epilogue_calls(problem: Problem, gate_weights: torch.Tensor) -> dict[str, Ca
     }
 
 
-def tune(
-    call: Callable[[], object], table: dict[Any, Any], key: Any, candidates: list[tuple[int, ...]]
-) -> list[dict[str, Any]]:
+def tune(call: Callable[[], object], table: dict[Any, Any], key: Any, candidates: list[Any]) -> list[dict[str, Any]]:
     """One record per candidate, the fastest first, those that fail last; the table is left as it was."""
     before = table[key]
     records: list[dict[str, Any]] = []
     for config in dict.fromkeys(candidates):
         table[key] = config
+        record = {"config": config, "in_use": config == before}
         try:
-            records.append({"config": config, "ms": median_ms(call)})
+            records.append(record | {"ms": median_ms(call)})
         except Exception as error:  # whatever Triton makes of a shape that does not fit
-            records.append({"config": config, "failed": (str(error).splitlines() or [type(error).__name__])[0][:200]})
+            records.append(record | {"failed": (str(error).splitlines() or [type(error).__name__])[0][:200]})
         finally:
             table[key] = before
     return sorted(records, key=lambda record: record.get("ms", float("inf")))

@@ -4,16 +4,14 @@ and is stopped where it would call CUDA. Tensors lie in the CPU's memory; nothin
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import script
 
-TUNER = Path(__file__).parents[3] / "tools" / "tune_kernels.py"
 CAPABILITY = 90
 SHARED_BYTES = 227 << 10  # that one program may have there
 
@@ -75,10 +73,7 @@ def launches(widths: tuple[int, ...], rows: int, vocab: int) -> list[Launch]:
     from ultrafuser_mega.ops import streaming_tiles
     from ultrafuser_mega.ops.benchmark import Shape
 
-    spec = importlib.util.spec_from_file_location("tune_kernels", TUNER)
-    assert spec is not None and spec.loader is not None
-    tuner = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tuner)
+    tuner = script("tune_kernels")
     gpu = gpu_of_this_process()
     gpu.launches.clear()
     driver.set_active(gpu)

@@ -1,0 +1,29 @@
+"""The scripts of tools/ as modules, and as people call them, in this process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def script(name: str) -> ModuleType:
+    """tools/<name>.py, which like every script finds its neighbours."""
+    if str(TOOLS) not in sys.path:
+        sys.path.append(str(TOOLS))
+    return importlib.import_module(name)
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
+    """Exit code of ``python tools/<name>.py arguments...``."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    try:
+        script(name).main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
