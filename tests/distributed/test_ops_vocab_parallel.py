@@ -178,3 +178,43 @@ def test_shards_that_overlap_or_leave_gaps_are_refused_on_every_rank_and_other_r
             for backend in BACKENDS:
                 assert expected in messages[name, backend]
                 assert "\n" not in messages[name, backend]
+
+
+def order_of_products_and_waits(rank: int) -> list[str]:
+    """What two ranks do, one after the other, with chunks of two rows or so: "logits 0", "send 0", "wait 0", ..."""
+    case = on_shard(make_case(37, rows=8, vocab=54, widths=(4, 6)), rank, SHARDS["two even"])
+    chunked.buffer_budget = lambda device: 2 * (2 * (27 * 4 + 10 * 4) + 10 * 4)  # as Plan counts a row
+    events: list[str] = []
+
+    class Pending(chunked.PendingStatistics):
+        def __init__(self, *arguments):
+            self.index = sum(event.startswith("send") for event in events)
+            events.append(f"send {self.index}")
+            super().__init__(*arguments)
+
+        def wait(self):
+            events.append(f"wait {self.index}")
+            return super().wait()
+
+    product = chunked.gemm.accumulate
+
+    def accumulate(out, a, b, *, add, alpha=1.0):
+        if out.shape[1] == 27 and not add:  # the first specialist's part of a chunk's logits
+            events.append(f"logits {sum(event.startswith('logits') for event in events)}")
+        product(out, a, b, add=add, alpha=alpha)
+
+    chunked.PendingStatistics, chunked.gemm.accumulate = Pending, accumulate
+    answer_of(mixture_cross_entropy, case, (True, True, False), group=dist.group.WORLD, backend="chunked")
+    return events
+
+
+def test_a_chunks_statistics_travel_while_the_next_chunks_products_run():
+    """The collective is hidden: between its start and the wait for it lies a chunk's work."""
+    for events in run_ranks(order_of_products_and_waits, 2):
+        chunks = sum(event.startswith("send") for event in events)
+        assert chunks >= 4
+        assert sorted(events) == sorted(f"{what} {i}" for what in ("logits", "send", "wait") for i in range(chunks))
+        for i in range(chunks):
+            assert events.index(f"logits {i}") < events.index(f"send {i}") < events.index(f"wait {i}")
+        for i in range(chunks - 1):
+            assert events.index(f"logits {i + 1}") < events.index(f"wait {i}")
