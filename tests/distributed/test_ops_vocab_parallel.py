@@ -212,7 +212,7 @@ def test_a_chunks_statistics_travel_while_the_next_chunks_products_run():
     """The collective is hidden: between its start and the wait for it lies a chunk's work."""
     for events in run_ranks(order_of_products_and_waits, 2):
         chunks = sum(event.startswith("send") for event in events)
-        assert chunks >= 4
+        assert chunks >= 3
         assert sorted(events) == sorted(f"{what} {i}" for what in ("logits", "send", "wait") for i in range(chunks))
         for i in range(chunks):
             assert events.index(f"logits {i}") < events.index(f"send {i}") < events.index(f"wait {i}")
