@@ -40,7 +40,15 @@ cuda_gate = Extension(
 
 
 class BuildExtensions(build_ext):
-    """Builds the C++ extension as ever, and cuda_gate by one call of nvcc as UFM_BUILD_CUDA says."""
+    """Builds the C++ extension as ever, and cuda_gate by one call of nvcc as UFM_BUILD_CUDA says.
+
+    Where cuda_gate is not built, one of an earlier build goes, too: it would be packed or imported in its place.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if cuda_gate not in self.extensions:
+            self._remove_cuda()  # the copy that an in-place build made beside the sources
 
     def build_extensions(self) -> None:
         wanted = os.environ.get("UFM_BUILD_CUDA", "auto")
@@ -49,10 +57,12 @@ class BuildExtensions(build_ext):
         self.extensions.remove(cuda_gate)
         super().build_extensions()
         if wanted == "0":
+            self._remove_cuda()
             return
         try:
             self._build_cuda()
         except NoCudaError as reason:
+            self._remove_cuda()
             if wanted == "1":
                 raise SystemExit(f"UFM_BUILD_CUDA=1: {reason}") from None
             print(f"ultrafuser_mega: built without CUDA kernels: {reason}", flush=True)
@@ -74,7 +84,17 @@ class BuildExtensions(build_ext):
         # nothing of the static CUDA runtime may be visible outside: PyTorch has brought one of its own into the process
         hide = ["-Xlinker=--exclude-libs=ALL", "-Xlinker=-Bsymbolic", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         command = [nvcc, "-shared", "-O3", "-std=c++17", "-cudart=static", *hide, *_architectures(nvcc), *include]
-        _run([*command, "-o", str(target), *cuda_gate.sources])
+        part = target.with_name(f"{target.name}.part")  # a failed nvcc may leave a file, too
+        try:
+            _run([*command, "-o", str(part), *cuda_gate.sources])
+            part.replace(target)
+        except OSError as error:
+            raise NoCudaError(f"{nvcc} succeeded but left no library: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _remove_cuda(self) -> None:
+        Path(self.get_ext_fullpath(cuda_gate.name)).unlink(missing_ok=True)
 
 
 class NoCudaError(Exception):

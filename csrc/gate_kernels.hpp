@@ -59,6 +59,9 @@ void scale_inputs(Type type, ScaleArguments arguments, int device, void* stream)
 void unscale_gradients(Type type, Type d_hidden_type, UnscaleArguments arguments, int device, void* stream);
 
 // "" if these kernels can run on `device`, else CUDA's reason (driver too old, no code for this GPU).
+//
+// All three leave `device` as the thread's current one. The caller restores the one before: only the CUDA runtime that
+// the caller uses knows it for certain, this library has one of its own.
 std::string why_unusable(int device);
 
 }  // namespace ufm

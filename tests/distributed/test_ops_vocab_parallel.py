@@ -140,3 +140,81 @@ def test_a_sharded_call_repeats_every_bit_and_must_say_how_large_the_vocabulary_
             "vocab_size: needed when the heads are sharded over a group (this one has 2 ranks)"
         )
         assert messages[1].startswith("vocab_start: -1")
+
+
+WRONG_SHARDS = {  # [start, stop) of each rank's rows of a vocabulary of 53, and how many of them there are in all
+    "overlap": ([(0, 27), (20, 53)], 60),
+    "the same shard twice": ([(0, 53), (0, 53)], 106),
+    "gap": ([(0, 20), (27, 53)], 46),
+    "a rank's shard missing": ([(0, 20), (20, 40), (45, 53)], 48),
+    "padding beyond the vocabulary does not fill a gap": ([(0, 20), (20, 30), (40, 53), (53, 61)], 43),
+}
+
+
+def messages_of_wrong_shards(rank: int) -> dict[tuple[str, str], str]:
+    chunked.buffer_budget = gate_only.buffer_budget = lambda device: 2 * 27 * 8 * 5  # several chunks are on their way
+    case = cases(torch.float32)[0]
+    messages = {}
+    for name, (shards, _) in WRONG_SHARDS.items():
+        group = dist.new_group(list(range(len(shards))))
+        start, stop = shards[rank] if rank < len(shards) else (0, 53)
+        heads = [head[start:stop] for head in case.heads]
+        for backend in BACKENDS:
+            gate = case.gate_logits.clone().requires_grad_()
+            options = case.options | {"vocab_start": start, "group": group, "backend": backend}
+            try:
+                mixture_cross_entropy(case.hidden, heads, gate, case.target, **options)
+            except InputError as error:
+                messages[name, backend] = str(error)
+    return messages
+
+
+def test_shards_that_overlap_or_leave_gaps_are_refused_on_every_rank_and_other_ranks_are_no_shard_at_all():
+    for rank, messages in enumerate(run_ranks(messages_of_wrong_shards, 4)):
+        for name, (shards, total) in WRONG_SHARDS.items():
+            expected = f"the shards of the group hold {total} rows of the vocabulary in all, needed vocab_size = 53"
+            if rank >= len(shards):
+                expected = "group: this rank is not a member of it"
+            for backend in BACKENDS:
+                assert expected in messages[name, backend]
+                assert "\n" not in messages[name, backend]
+
+
+def order_of_products_and_waits(rank: int) -> list[str]:
+    """What two ranks do, one after the other, with chunks of two rows or so: "logits 0", "send 0", "wait 0", ..."""
+    case = on_shard(make_case(37, rows=8, vocab=54, widths=(4, 6)), rank, SHARDS["two even"])
+    chunked.buffer_budget = lambda device: 2 * (2 * (27 * 4 + 10 * 4) + 10 * 4)  # as Plan counts a row
+    events: list[str] = []
+
+    class Pending(chunked.PendingStatistics):
+        def __init__(self, *arguments):
+            self.index = sum(event.startswith("send") for event in events)
+            events.append(f"send {self.index}")
+            super().__init__(*arguments)
+
+        def wait(self):
+            events.append(f"wait {self.index}")
+            return super().wait()
+
+    product = chunked.gemm.accumulate
+
+    def accumulate(out, a, b, *, add, alpha=1.0):
+        if out.shape[1] == 27 and not add:  # the first specialist's part of a chunk's logits
+            events.append(f"logits {sum(event.startswith('logits') for event in events)}")
+        product(out, a, b, add=add, alpha=alpha)
+
+    chunked.PendingStatistics, chunked.gemm.accumulate = Pending, accumulate
+    answer_of(mixture_cross_entropy, case, (True, True, False), group=dist.group.WORLD, backend="chunked")
+    return events
+
+
+def test_a_chunks_statistics_travel_while_the_next_chunks_products_run():
+    """The collective is hidden: between its start and the wait for it lies a chunk's work."""
+    for events in run_ranks(order_of_products_and_waits, 2):
+        chunks = sum(event.startswith("send") for event in events)
+        assert chunks >= 3
+        assert sorted(events) == sorted(f"{what} {i}" for what in ("logits", "send", "wait") for i in range(chunks))
+        for i in range(chunks):
+            assert events.index(f"logits {i}") < events.index(f"send {i}") < events.index(f"wait {i}")
+        for i in range(chunks - 1):
+            assert events.index(f"logits {i + 1}") < events.index(f"wait {i}")

@@ -126,3 +126,11 @@ def test_more_specialists_than_the_kernels_hold_take_the_plain_path():
     hidden = [torch.zeros(2, 4, device="cuda")] * 17
     assert gate_scale._chosen(hidden, torch.float32) is gate_scale_torch
     assert gate_scale._chosen(hidden[:16], torch.float32) is gate_scale_cuda
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_current_device_stays_what_it_was():
+    gate_scale_cuda._kernels.cache_clear()
+    assert gate_scale_cuda.serves(torch.device("cuda", 1), torch.float32, 1)
+    assert torch.cuda.current_device() == 0
+    assert torch.zeros(1, device="cuda").device.index == 0

@@ -9,6 +9,7 @@ from ultrafuser_mega.ops import chunked, mixture_cross_entropy, parked_dlogits
 from ultrafuser_mega.ops.problem import checked_problem
 from ultrafuser_mega.ops.testing import (
     IGNORE,
+    Answer,
     answer_of,
     make_case,
     relative_error,
@@ -136,6 +137,32 @@ def test_more_logits_than_32_bits_can_count():
     for backend in ("chunked", "streaming"):
         loss = mixture_cross_entropy(hidden, case.heads, gate, target, reduction="none", backend=backend)
         torch.testing.assert_close(loss[-64:], loss[:64], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [16400, 16401], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate"])
+def test_streaming_reads_hidden_states_that_lie_further_apart_than_32_bits_can_count(needs, stride):
+    """rows * stride > 2^31. Rows that start at odd numbers of elements cannot be described to TMA."""
+    rows = 131072
+    case = make_case(90, rows=64, vocab=500, widths=(16, 16), dtype=torch.bfloat16, device="cuda", reduction="none")
+    repeats = rows // 64
+    hidden = [torch.empty(rows, stride, dtype=torch.bfloat16, device="cuda")[:, :16] for _ in range(2)]
+    for far, near in zip(hidden, case.hidden, strict=True):
+        far.copy_(near.repeat(repeats, 1)).requires_grad_(needs[1])
+        assert (rows - 64) * far.stride(0) > 2**31
+    heads = [head.clone().requires_grad_(needs[2]) for head in case.heads]
+    gate = case.gate_logits.repeat(repeats, 1).requires_grad_()
+    target = case.target.repeat(repeats)
+    loss = mixture_cross_entropy(hidden, heads, gate, target, **case.options, backend="streaming")
+    loss.backward(upstream_of(case).repeat(repeats))
+    assert torch.equal(loss[-64:], loss[:64])
+    last = Answer(
+        loss[-64:].detach(),
+        gate.grad[-64:],
+        [states.grad[-64:] for states in hidden if needs[1]],
+        [head.grad / repeats for head in heads if needs[2]],  # a power of two: exact
+    )
+    assert rule_violations(last, case) == []
 
 
 def test_a_target_outside_the_vocabulary_gives_an_infinite_loss():

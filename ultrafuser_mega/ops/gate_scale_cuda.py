@@ -7,6 +7,7 @@ this machine's; serves() says whether it can be used, and warns once where it wa
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MODULE = "ultrafuser_mega.ops._cuda_gate"
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -27,17 +29,22 @@ def serves(device: torch.device, dtype: torch.dtype, specialists: int) -> bool:
 
 @functools.cache
 def _kernels(device_index: int) -> Any:
-    """The extension, or None where it was not built or cannot run on this GPU."""
+    """The extension, or None where it was not built, cannot be loaded or cannot run on this GPU."""
     try:
-        from ultrafuser_mega.ops import _cuda_gate
+        extension = importlib.import_module(MODULE)
     except ModuleNotFoundError:
         return None
-    reason = _cuda_gate.why_unusable(device_index)
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the gate's CUDA kernels cannot be loaded: {reason}; PyTorch's take over", stacklevel=2)
+        return None
+    with torch.cuda.device(device_index):  # the kernels set the device; PyTorch's own guard sets it back
+        reason = extension.why_unusable(device_index)
     if reason:
         name = torch.cuda.get_device_name(device_index)
         warnings.warn(f"the gate's CUDA kernels cannot run on {name}: {reason}; PyTorch's take over", stacklevel=2)
         return None
-    return _cuda_gate
+    return extension
 
 
 def scale_inputs(

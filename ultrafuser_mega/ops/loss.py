@@ -85,8 +85,9 @@ def mixture_cross_entropy(
                            the caller sums the parts, and may do so towards the owner of the hidden state alone.
 
     Raises:
-        InputError: shapes, types, devices or settings that do not fit; on the CPU also a target outside the vocabulary
-            (on a GPU such a row's loss is inf, since looking would stall the device).
+        InputError: shapes, types, devices or settings that do not fit. On the CPU also a target outside the vocabulary
+            (but not inside torch.compile) and shards whose sizes do not add up to ``vocab_size``, on every rank. On a
+            GPU looking would stall the device: such a target's loss is inf, and such shards are not noticed.
     """
     return mixture_cross_entropy_with_rows(
         hidden,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
@@ -94,12 +95,18 @@ def checked_problem(
     _check_tensors(hidden, head_weight, gate_logits, target)
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction: {reduction!r} is none of {', '.join(REDUCTIONS)}")
+    _check_number("label_smoothing", label_smoothing, Real)
+    _check_number("z_loss", z_loss, Real)
+    _check_number("vocab_start", vocab_start, Integral)
+    _check_number("ignore_index", ignore_index, Integral)
+    if vocab_size is not None:
+        _check_number("vocab_size", vocab_size, Integral)
     if not 0.0 <= label_smoothing <= 1.0:
         raise InputError(f"label_smoothing: {label_smoothing} lies outside [0, 1]")
     if not 0.0 <= z_loss < float("inf"):
         raise InputError(f"z_loss: {z_loss} must be a finite number >= 0")
     held = head_weight[0].shape[0]
-    shards = 1 if group is None else dist.get_world_size(group)
+    shards = 1 if group is None else _members(group)
     if vocab_size is None:
         if shards > 1:
             raise InputError(
@@ -129,9 +136,16 @@ def checked_problem(
 def _check_tensors(
     hidden: Sequence[Tensor], head_weight: Sequence[Tensor], gate_logits: Tensor, target: Tensor
 ) -> None:
+    _check_list("hidden", hidden)
+    _check_list("head_weight", head_weight)
     n = len(hidden)
     if n == 0 or len(head_weight) != n:
         raise InputError(f"hidden, head_weight: {n} and {len(head_weight)} tensors, needed one of each per specialist")
+    for name, tensors in (("hidden", hidden), ("head_weight", head_weight)):
+        for j in range(n):
+            _check_tensor(f"{name}[{j}]", tensors[j])
+    _check_tensor("gate_logits", gate_logits)
+    _check_tensor("target", target)
     first = hidden[0]
     if first.dtype not in DTYPES:
         raise InputError(f"hidden[0]: dtype {first.dtype}, needed one of {', '.join(map(str, DTYPES))}")
@@ -159,11 +173,13 @@ def _check_tensors(
 
 def check_main_grad(head_main_grad: Sequence[Tensor | None], problem: Problem) -> None:
     """InputError unless there is one buffer, or None, per head that can receive its gradient in the wide type."""
+    _check_list("head_main_grad", head_main_grad)
     if len(head_main_grad) != len(problem.heads):
         raise InputError(f"head_main_grad: {len(head_main_grad)} buffers, needed {len(problem.heads)}, one per head")
     for j, (buffer, head) in enumerate(zip(head_main_grad, problem.heads, strict=True)):
         if buffer is None:
             continue
+        _check_tensor(f"head_main_grad[{j}]", buffer)
         if buffer.shape != head.shape:
             raise InputError(
                 f"head_main_grad[{j}]: shape {tuple(buffer.shape)}, needed {tuple(head.shape)} as the head"
@@ -171,6 +187,44 @@ def check_main_grad(head_main_grad: Sequence[Tensor | None], problem: Problem) -
         _check_kind(f"head_main_grad[{j}]", buffer, problem.accumulate_dtype, head.device)
         if buffer.requires_grad:
             raise InputError(f"head_main_grad[{j}]: requires a gradient, needed a plain buffer that is added to")
+
+
+def check_shards(columns: int, vocab_size: int) -> None:
+    """InputError unless the shards' real rows, ``columns`` in all, can be the vocabulary, each row of it once."""
+    if columns != vocab_size:
+        raise InputError(
+            f"vocab_start, head_weight: the shards of the group hold {columns} rows of the vocabulary in all,"
+            f" needed vocab_size = {vocab_size}, {'each row once' if columns > vocab_size else 'without gaps'}"
+        )
+
+
+def _members(group: dist.ProcessGroup) -> int:
+    """How many ranks share the vocabulary; InputError where this rank is none of them."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to the ranks it leaves out
+        raise InputError("group: this rank is not a member of it; only its members call the loss")
+    if not isinstance(group, dist.ProcessGroup):
+        raise InputError(f"group: {_kind(group)}, needed a process group or None")
+    return dist.get_world_size(group)
+
+
+def _check_list(name: str, values: object) -> None:
+    if isinstance(values, str) or not isinstance(values, (Sequence, torch.nn.ParameterList)):
+        raise InputError(f"{name}: {_kind(values)}, needed a list of tensors, one per specialist")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: {_kind(value)}, needed a tensor")
+
+
+def _check_number(name: str, value: object, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise InputError(f"{name}: {_kind(value)}, needed {'an integer' if kind is Integral else 'a number'}")
+
+
+def _kind(value: object) -> str:
+    """What a value of a wrong type is, in a few words: itself where it is short, else its type."""
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:

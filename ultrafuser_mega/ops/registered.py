@@ -2,7 +2,8 @@
 
 Inside a compiled graph the backends are opaque: one operator runs a backend's own autograd node and, where the upstream
 gradient enters linearly row by row, takes its gradients for an upstream of ones at once; the traced backward scales
-them. reduction="none" with trainable heads is the exception (dW mixes rows): its backward is a second operator.
+them. Two exceptions have a second operator as their backward, which runs the backend again: reduction="none" with
+trainable heads (dW mixes rows), and fp16 gradients, which would not survive in fp16 until a loss scale is known.
 Outside torch.compile these are not used: they cannot scale gradients in place.
 """
 
@@ -59,7 +60,7 @@ def mixture_forward(
 ) -> list[Tensor]:
     """[loss, row losses, gradients for an upstream of ones of what needs one (none of them if deferred)]."""
     settings = _settings(group, vocab_start, vocab_size, ignore_index, reduction, label_smoothing, z_loss)
-    wanted = [False] * len(needs) if _deferred(reduction, needs) else needs
+    wanted = [False] * len(needs) if _deferred(reduction, needs, hidden[0].dtype) else needs
     loss, row_losses, leaves = _run(target, gate_logits, hidden, heads, wanted, backend, settings)
     gradients = torch.autograd.grad(loss, leaves, torch.ones_like(loss)) if leaves else ()
     return [loss.detach(), row_losses.clone(), *(gradient.contiguous() for gradient in gradients)]
@@ -67,7 +68,7 @@ def mixture_forward(
 
 @torch.library.custom_op("ultrafuser::mixture_backward", mutates_args=())
 def mixture_backward(
-    upstream: Tensor,  # (N,)
+    upstream: Tensor,  # () or (N,), as the loss
     target: Tensor,
     gate_logits: Tensor,
     hidden: Sequence[Tensor],
@@ -82,7 +83,7 @@ def mixture_backward(
     label_smoothing: float,
     z_loss: float,
 ) -> list[Tensor]:
-    """The gradients of what needs one, for reduction="none" with trainable heads."""
+    """The gradients of what needs one, where the forward could not take them."""
     settings = _settings(group, vocab_start, vocab_size, ignore_index, reduction, label_smoothing, z_loss)
     loss, _, leaves = _run(target, gate_logits, hidden, heads, needs, backend, settings)
     return [gradient.contiguous() for gradient in torch.autograd.grad(loss, leaves, upstream)]
@@ -92,7 +93,7 @@ def mixture_backward(
 def _(target, gate_logits, hidden, heads, needs, backend, group, vocab_start, vocab_size, ignore_index, reduction, *_):
     rows = gate_logits.new_empty(target.shape[0], dtype=accumulate_dtype(hidden[0].dtype))
     loss = torch.empty_like(rows) if reduction == "none" else rows.new_empty(())
-    wanted = [False] * len(needs) if _deferred(reduction, needs) else needs
+    wanted = [False] * len(needs) if _deferred(reduction, needs, hidden[0].dtype) else needs
     return [loss, rows, *_fake_gradients((gate_logits, *hidden, *heads), wanted)]
 
 
@@ -108,11 +109,12 @@ def _fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Ten
 def _save(ctx, inputs, output) -> None:
     target, gate_logits, hidden, heads, needs, *rest = inputs
     ctx.needs, ctx.rest, ctx.n = needs, rest, len(hidden)
-    ctx.deferred = _deferred(rest[5], needs)
+    ctx.deferred = _deferred(rest[5], needs, hidden[0].dtype)
     ctx.save_for_backward(*((target, gate_logits, *hidden, *heads) if ctx.deferred else output[2:]))
     ctx.set_materialize_grads(False)
 
 
+@torch.no_grad()  # gradients have no graph, as without the operators; of one that stops here a derivative would be None
 def _backward(ctx, upstreams: Sequence[Tensor | None]):
     upstream, n = upstreams[0], ctx.n
     if upstream is None:
@@ -130,9 +132,9 @@ def _backward(ctx, upstreams: Sequence[Tensor | None]):
 mixture_forward.register_autograd(_backward, setup_context=_save)
 
 
-def _deferred(reduction: str, needs: Sequence[bool]) -> bool:
+def _deferred(reduction: str, needs: Sequence[bool], dtype: torch.dtype) -> bool:
     n = (len(needs) - 1) // 2
-    return reduction == "none" and any(needs[1 + n :])
+    return (reduction == "none" and any(needs[1 + n :])) or (dtype == torch.float16 and any(needs[1:]))
 
 
 def _settings(

@@ -5,7 +5,7 @@ A row's statistics over a set of vocabulary columns are
 all but the first relative to the maximum, so that a large common offset of the logits costs no precision. The set may
 be one rank's shard (t = -inf where y lies elsewhere; m = -inf, s = 0 for a shard without real rows) or the vocabulary.
 
-With lse = m + log s, eps = label_smoothing, lam = z_loss, u = the row's weight and V = vocab_size (DESIGN of the loss):
+With lse = m + log s, eps = label_smoothing, lam = z_loss, u = the row's weight and V = vocab_size, loss.py's loss is
     loss    = log s - (1 - eps) t - eps q / V + lam lse^2
     dz_v    = a exp(z_v - m) - b [v = y] - c,     a = u (1 + 2 lam lse) / s,  b = u (1 - eps),  c = u eps / V
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultrafuser_mega.ops.problem import Settings
+from ultrafuser_mega.ops.problem import Settings, check_shards
 
 MAX, SUM_EXP, TARGET, SHIFTED_SUM = range(4)
 COLUMNS = 4
@@ -56,6 +56,7 @@ class PendingStatistics:
 
     def __init__(self, local: Tensor, real_rows: int, settings: Settings) -> None:  # local (C, 4 + 3 n)
         self._local = local
+        self._vocab_size = settings.vocab_size
         self._work: dist.Work | None = None
         if settings.group is not None:
             columns = local.new_full((local.shape[0], 1), real_rows)
@@ -64,11 +65,19 @@ class PendingStatistics:
             self._work = dist.all_gather(list(self._gathered), payload, group=settings.group, async_op=True)
 
     def wait(self) -> Tensor:  # (C, 4 + 3 n)
-        """Statistics of the whole vocabulary. On a GPU the stream waits, not the host."""
+        """Statistics of the whole vocabulary. On a GPU the stream waits, not the host.
+
+        Raises:
+            InputError: the shards overlap or leave gaps, as far as their sizes show it. On the CPU, on every rank; on a
+                GPU looking would stall the device.
+        """
         if self._work is None:
             return self._local
         self._work.wait()
-        return combine(self._gathered[:, :, :-1], self._gathered[:, :1, -1])
+        columns = self._gathered[:, :1, -1]  # (S, 1), (S, 0) without rows
+        if columns.numel() and columns.device.type == "cpu":
+            check_shards(int(columns.sum()), self._vocab_size)
+        return combine(self._gathered[:, :, :-1], columns)
 
 
 def row_loss(statistics: Tensor, kept: Tensor, settings: Settings) -> Tensor:

@@ -1,7 +1,7 @@
 """Cases, the float64 truth and plain PyTorch's answer: what the tests and the benchmark measure the backends against.
 
-The truth is the closed form of DESIGN's equations in float64, written without autograd and without the code under
-test. Not imported by the operator itself.
+The truth is the closed form of loss.py's equations and of their derivatives (statistics.py) in float64, written without
+autograd and without the code under test. Not imported by the operator itself.
 """
 
 from __future__ import annotations

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("pybind11", reason="setup.py needs pybind11, which isolated builds bring along")
 pytest.importorskip("setuptools", reason="setup.py needs setuptools, which isolated builds bring along")
@@ -24,9 +28,14 @@ esac
 """
 BROKEN = """#!/bin/sh
 [ "$*" = --list-gpu-code ] && echo sm_80 && exit 0
+while [ "$1" != "-o" ]; do shift; done; head -c 1000 /dev/zero > "$2"
 echo "note: something" >&2
 echo "gate_kernels.cu(7): error: unsupported GNU version" >&2
 exit 2
+"""
+SILENT = """#!/bin/sh
+[ "$*" = --list-gpu-code ] && echo sm_80
+exit 0
 """
 OLD = """#!/bin/sh
 echo sm_60 sm_70
@@ -48,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(checkout: Path, wanted: str | None, nvcc: str | None) -> subprocess.CompletedProcess:
+def build(checkout: Path, wanted: str | None, nvcc: str | None, *more: str) -> subprocess.CompletedProcess:
     home = checkout / "cuda"
     (home / "bin").mkdir(parents=True, exist_ok=True)
     if nvcc:
@@ -58,12 +67,17 @@ def build(checkout: Path, wanted: str | None, nvcc: str | None) -> subprocess.Co
     environment.pop("UFM_BUILD_CUDA", None)
     if wanted is not None:
         environment["UFM_BUILD_CUDA"] = wanted
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built", *more]
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=100)
 
 
-def extension(checkout: Path) -> Path:
-    return checkout / "built" / "ultrafuser_mega" / "ops" / f"_cuda_gate{SUFFIX}"
+def extension(checkout: Path, folder: str = "built") -> Path:
+    return checkout / folder / "ultrafuser_mega" / "ops" / f"_cuda_gate{SUFFIX}"
+
+
+def libraries(checkout: Path) -> list[str]:
+    """Every file that the builds left for the CUDA extension, whole or not."""
+    return [str(path.relative_to(checkout)) for path in checkout.rglob("*_cuda_gate*")]
 
 
 @pytest.mark.parametrize("wanted", [None, "1"])
@@ -71,6 +85,7 @@ def test_a_working_nvcc_builds_for_the_generations_it_knows(checkout, wanted):
     done = build(checkout, wanted, WORKING)
     assert done.returncode == 0, done.stderr
     assert extension(checkout).read_text() == "built\n"
+    assert libraries(checkout) == [str(extension(checkout).relative_to(checkout))]
     arguments = (checkout / "cuda" / "bin" / "arguments").read_text().split()
     assert [a for a in arguments if a.startswith("-gencode")] == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -91,7 +106,7 @@ def test_auto_goes_on_without_cuda_and_says_why_in_one_line(checkout, case):
     nvcc, reason = REASONS[case]
     done = build(checkout, "auto", nvcc)
     assert done.returncode == 0, done.stderr
-    assert not extension(checkout).exists()
+    assert libraries(checkout) == []
     expected = f"ultrafuser_mega: built without CUDA kernels: {reason.format(home=checkout / 'cuda')}"
     assert expected in done.stdout.splitlines()
 
@@ -102,12 +117,40 @@ def test_1_fails_with_the_reason_in_one_line(checkout, case):
     done = build(checkout, "1", nvcc)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1] == f"UFM_BUILD_CUDA=1: {reason.format(home=checkout / 'cuda')}"
+    assert libraries(checkout) == []
+
+
+def test_1_fails_where_nvcc_claims_success_without_a_library(checkout):
+    done = build(checkout, "1", SILENT)
+    assert done.returncode != 0
+    assert f"UFM_BUILD_CUDA=1: {checkout}/cuda/bin/nvcc succeeded but left no library" in done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_a_failed_build_does_not_pass_for_one_that_is_up_to_date(checkout, wanted):
+    build(checkout, wanted, BROKEN)
+    done = build(checkout, "1", WORKING)
+    assert done.returncode == 0, done.stderr
+    assert extension(checkout).read_text() == "built\n"
 
 
 def test_0_leaves_it_out_without_looking(checkout):
     done = build(checkout, "0", WORKING)
     assert done.returncode == 0, done.stderr
     assert not extension(checkout).exists() and "CUDA" not in done.stdout
+
+
+@pytest.mark.parametrize(("wanted", "nvcc"), [("0", WORKING), ("auto", None), ("auto", BROKEN)])
+def test_what_is_not_built_is_not_left_over_from_an_earlier_build_either(checkout, wanted, nvcc):
+    """In place, where Python would import it, and in the build's folder, from which wheels are packed."""
+    (checkout / "ultrafuser_mega" / "ops").mkdir(parents=True)
+    assert build(checkout, "1", WORKING, "--inplace").returncode == 0
+    assert extension(checkout).exists() and extension(checkout, ".").exists()
+    (checkout / "cuda" / "bin" / "nvcc").unlink()
+    os.utime(checkout / "csrc" / "gate_kernels.cu")  # as after an edit: it has to be compiled again
+    done = build(checkout, wanted, nvcc, "--inplace")
+    assert done.returncode == 0, done.stderr
+    assert libraries(checkout) == []
 
 
 def test_anything_else_is_refused(checkout):
@@ -127,6 +170,60 @@ def test_the_cuda_runtime_inside_stays_invisible_to_pytorchs_own():
     assert [line for line in symbols.splitlines() if "cuda" in line.lower()] == [
         line for line in symbols.splitlines() if "PyInit__cuda_gate" in line
     ]
+
+
+@pytest.fixture
+def extension_from(tmp_path, monkeypatch):
+    """Lets gate_scale_cuda find its extension in a folder of this test alone."""
+    from ultrafuser_mega.ops import gate_scale_cuda
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gate_scale_cuda, "MODULE", "_cuda_gate")
+    monkeypatch.delitem(sys.modules, "_cuda_gate", raising=False)
+    gate_scale_cuda._kernels.cache_clear()
+    yield tmp_path
+    sys.modules.pop("_cuda_gate", None)
+    gate_scale_cuda._kernels.cache_clear()
+
+
+def served(device: int = 0) -> bool:
+    from ultrafuser_mega.ops import gate_scale_cuda
+
+    return gate_scale_cuda.serves(torch.device("cuda", device), torch.float32, 3)
+
+
+def test_plain_pytorch_takes_over_silently_where_the_extension_was_not_built(extension_from):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not served()
+
+
+def test_plain_pytorch_takes_over_with_one_warning_where_the_library_is_damaged(extension_from):
+    (extension_from / f"_cuda_gate{SUFFIX}").write_bytes(bytes(1000))
+    with pytest.warns(UserWarning, match="cannot be loaded: .*_cuda_gate.*; PyTorch's take over") as caught:
+        assert not served() and not served()
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_asking_whether_a_gpu_can_be_used_leaves_the_callers_device_as_it_was(extension_from, monkeypatch):
+    """The kernels set the device in a CUDA runtime of their own; PyTorch's guard is what sets it back."""
+    (extension_from / "_cuda_gate.py").write_text(
+        "MAX_SPECIALISTS = 16\n"
+        "guarded_by = []\n"
+        "def why_unusable(device):\n"
+        "    return '' if guarded_by == [device] else 'not guarded'\n"
+    )
+
+    @contextlib.contextmanager
+    def guard(device):
+        kernels = importlib.import_module("_cuda_gate")
+        kernels.guarded_by.append(device)
+        yield
+        kernels.guarded_by.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert served(3)
 
 
 def test_a_built_extension_imports_without_a_gpu():

@@ -8,7 +8,7 @@ import torch
 from ultrafuser_mega.ops import chunked
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
-from ultrafuser_mega.ops.testing import answer_of, make_case, relative_error, truth
+from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error, truth
 
 DEFAULTS = {
     "group": None,
@@ -58,6 +58,46 @@ def test_the_plain_pytorch_epilogue_is_a_twin_of_the_compiled_one(dtype):
     assert relative_error(compiled.loss, twin.loss) <= tolerance
     for name, gradient in compiled.gradients().items():
         assert relative_error(gradient, twin.gradients()[name]) <= tolerance, name
+
+
+class HalfDlogits(TorchEpilogue):
+    """As on a GPU: fp32 logits, dz rounded to fp16."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float16)
+
+    def dlogits(self, logits, scratch, target, row_max, coefficients):
+        return super().dlogits(logits, scratch, target, row_max, coefficients).half()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_words_too_improbable_for_fp16_keep_their_part_of_an_fp16_head_gradient(reduction):
+    """One word takes all probability but about 2^-26 for each other one, less than half of the smallest fp16 number.
+
+    A loss scale of 2^16 makes their gradients large enough for fp16 again, if they survived until it is applied.
+    """
+    case = make_case(25, rows=8, vocab=64, widths=(4, 3), dtype=torch.float16, ignored=0.0, logit_scale=0.1)
+    for states, head in zip(case.hidden, case.heads, strict=True):
+        states.abs_()  # no cancellation among rows: errors of dz are errors of the gradient
+        states[:, 0] = 1.0
+        head[0] = 0.0
+        head[0, 0] = 18.0
+    case.target[:] = 0
+    heads = [head.requires_grad_() for head in case.heads]
+    loss = chunked_loss(case.hidden, heads, case.gate_logits, case.target, reduction=reduction, epilogue=HalfDlogits())
+    found = torch.autograd.grad(loss, heads, torch.full_like(loss, 2.0**16))
+    expected = truth(Case(case.hidden, [head.detach() for head in heads], case.gate_logits, case.target, case.options))
+    share = 2.0**16 / 1.25 * (1 if reduction == "mean" else 8)  # truth: upstream 1.25, mean of 8 rows
+    weights = torch.softmax(case.gate_logits.double(), 1)
+    z = sum(
+        weights[:, j, None] * (h.double() @ w.detach().double().t())
+        for j, (h, w) in enumerate(zip(case.hidden, heads, strict=True))
+    )
+    rarest = float(torch.softmax(z, 1).min())
+    assert float(torch.softmax(z, 1)[:, 1:].max()) < 2**-25
+    half_a_step = 2**-25 / 256  # of what dz is stored in, scaled by 256
+    for gradient, true in zip(found, expected.heads, strict=True):
+        assert relative_error(gradient[1:], true[1:] * share) <= half_a_step / rarest + 3 * 2**-11
 
 
 @pytest.mark.parametrize("vocab", [1000, 3], ids=["logits weigh most", "hidden states weigh most"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,25 @@ BAD = {
     "unknown backend": ({"backend": "fast"}, "backend: 'fast' is none of auto, reference"),
     "vocabulary without a holder": ({"vocab_size": 9}, "vocab_size: 9 exceeds the 7 head rows given"),
     "empty vocabulary": ({"vocab_size": 0}, "vocab_size: 0 must be at least 1"),
+    "hidden is None": ({"hidden": None}, "hidden: None, needed a list of tensors"),
+    "hidden is one tensor": ({"hidden": torch.randn(2, 4, 3)}, "hidden: a Tensor, needed a list of tensors"),
+    "hidden is a generator": ({"hidden": (h for h in [])}, "hidden: a generator, needed a list of tensors"),
+    "heads by name": ({"head_weight": {"text": torch.randn(7, 3)}}, "head_weight: a dict, needed a list of tensors"),
+    "a hidden is None": ({"hidden": [torch.randn(4, 3), None]}, r"hidden\[1\]: None, needed a tensor"),
+    "a head is a list": ({"head_weight": [[1.0], torch.randn(7, 5)]}, r"head_weight\[0\]: a list, needed a tensor"),
+    "gate is None": ({"gate_logits": None}, "gate_logits: None, needed a tensor"),
+    "target is a list": ({"target": [0, 6, -100, 3]}, "target: a list, needed a tensor"),
+    "smoothing is text": ({"label_smoothing": "0.1"}, "label_smoothing: '0.1', needed a number"),
+    "smoothing is a flag": ({"label_smoothing": True}, "label_smoothing: True, needed a number"),
+    "z-loss is None": ({"z_loss": None}, "z_loss: None, needed a number"),
+    "vocabulary is text": ({"vocab_size": "7"}, "vocab_size: '7', needed an integer"),
+    "vocabulary is a fraction": ({"vocab_size": 7.0}, "vocab_size: 7.0, needed an integer"),
+    "start is None": ({"vocab_start": None}, "vocab_start: None, needed an integer"),
+    "ignored id is None": ({"ignore_index": None}, "ignore_index: None, needed an integer"),
+    "reduction is None": ({"reduction": None}, "reduction: None is none of mean, sum, none"),
+    "group is a name": ({"group": "fusion"}, "group: 'fusion', needed a process group or None"),
+    "buffers are text": ({"head_main_grad": ["x", None]}, r"head_main_grad\[0\]: 'x', needed a tensor"),
+    "buffers are a generator": ({"head_main_grad": (b for b in [])}, "head_main_grad: a generator, needed a list"),
     "start without a group": ({"vocab_start": 2}, "vocab_start: 2 must be 0 without a group"),
 }
 
@@ -60,3 +80,11 @@ def test_bad_input_is_named_in_one_line(what):
 
 def test_the_good_input_these_differ_from_is_accepted():
     assert torch.isfinite(mixture_cross_entropy(**good()))
+
+
+def test_lists_numbers_and_heads_may_come_in_their_usual_other_forms():
+    given = good()
+    given["hidden"] = tuple(given["hidden"])
+    given["head_weight"] = torch.nn.ParameterList(given["head_weight"])
+    loss = mixture_cross_entropy(**given, label_smoothing=np.float32(0.1), z_loss=0, vocab_size=np.int64(7))
+    assert torch.isfinite(loss)
