@@ -314,7 +314,8 @@ template <typename Body>
 void over_rows(int64_t rows, int64_t cols, int threads, const Body& body) {
     constexpr int64_t kSlice = 1 << 15;  // elements taken at once: about 20 us of work
     const int64_t step = std::max<int64_t>(1, kSlice / std::max<int64_t>(1, cols));
-    const int64_t workers = std::clamp<int64_t>((rows + step - 1) / step, 1, std::max(1, threads));
+    // All or one: a smaller team would make the runtime end threads that the next product has to start again.
+    const int64_t workers = rows > step ? std::max(1, threads) : 1;
     std::atomic<int64_t> next{0};
     auto work = [&] {
         for (int64_t begin; (begin = next.fetch_add(step, std::memory_order_relaxed)) < rows;)

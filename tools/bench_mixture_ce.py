@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from scripting import Parser, positive, result_file, write_json
+from scripting import Parser, positive, result_file, write_figure, write_json
 
 from ultrafuser_mega.ops import benchmark
 from ultrafuser_mega.ops.benchmark import FLOOR, TASKS, Inputs, Result, Shape
@@ -75,7 +75,7 @@ def main() -> None:
         print(f"wrote {arguments.out}")
     if arguments.plot:
         figure = sweep_figure(runs, arguments.sweep) if arguments.sweep else shape_figure(runs[0])
-        figure.savefig(arguments.plot, dpi=120)
+        write_figure(arguments.plot, figure)
         print(f"wrote {arguments.plot}")
 
 
@@ -91,7 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", choices=SWEEPS, help="repeat while one size grows")
     parser.add_argument("--vocab-shards", type=positive, default=1, help="spread the vocabulary over so many CPU ranks")
     parser.add_argument("--out", type=result_file, help="JSON file")
-    parser.add_argument("--plot", type=result_file, help="PNG, SVG or PDF file (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=result_file, nargs="?", const="bench_mixture_ce.png", help="PNG, SVG or PDF; default %(const)s"
+    )
     arguments = parser.parse_args()
     arguments.preset = arguments.preset or ("llama2-13b" if arguments.device == "cuda" else "nano")
     arguments.repeats = arguments.repeats or (20 if arguments.device == "cuda" else 5)

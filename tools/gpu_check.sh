@@ -20,7 +20,11 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=""
 
 "$python" - <<'PY'
-import sys, torch
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit(f"gpu_check: {sys.executable} has no torch; name one that has as PYTHON=...")
 if not torch.cuda.is_available():
     sys.exit("gpu_check: no CUDA device; run this on a machine with a GPU")
 import triton

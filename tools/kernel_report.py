@@ -2,7 +2,7 @@
 
 The CUDA kernels of csrc/ are listed where nvcc is found.
 
-python tools/kernel_report.py [--capability 80 90 100] [--dtype bf16]
+    python tools/kernel_report.py [--capability 80 90 100] [--dtype bf16]
 """
 
 from __future__ import annotations

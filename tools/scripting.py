@@ -6,9 +6,12 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultrafuser_mega.errors import EXIT_BAD_INPUT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +53,12 @@ def result_file(text: str) -> Path:
 
 def write_json(path: Path, report: Any) -> None:
     write_text(path, json.dumps(report, indent=1) + "\n")
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")  # the suffix says what to write
+    figure.savefig(unfinished, dpi=120)
+    unfinished.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

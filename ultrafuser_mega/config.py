@@ -150,7 +150,8 @@ class Checkpoint(_Section):
     every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")
     stop_after_minutes: NonNegativeFloat | None = Field(
-        None, description="write a checkpoint and end, for --resume: a scheduler's time limit less what saving takes"
+        None,
+        description="end with a checkpoint, for --resume; a scheduler's limit less an evaluation, a step and a save",
     )
 
 

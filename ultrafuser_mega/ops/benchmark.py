@@ -255,6 +255,7 @@ def measure(
     results: dict[str, Result] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name, loss in losses.items():
+        inputs.drop_gradients()
         try:
             found = float(step(inputs, loss, task)())  # warms up: compiles, autotunes, pages in
             if not abs(found - expected) <= LOSS_TOLERANCE[inputs.shape.dtype] * max(expected, 1.0):

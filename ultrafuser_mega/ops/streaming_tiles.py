@@ -107,8 +107,8 @@ def launch(
         hidden, heads: n x (N, d_j) and n x (R, d_j).
         rest: the kernel's arguments after the operands, their strides and widths.
     """
-    hidden, heads = [_rows_contiguous(t) for t in hidden], [_rows_contiguous(t) for t in heads]
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (*hidden, *heads))
+    hidden, heads = [_operand(t) for t in hidden], [_operand(t) for t in heads]
+    aligned = all(map(_aligned_rows, (*hidden, *heads)))
     chosen = tile(name, capability(hidden[0]), hidden[0].dtype, len(hidden), aligned)
     strides = [tuple(t.stride(0) for t in tensors) for tensors in (hidden, heads)]
     widths = tuple(states.shape[1] for states in hidden)
@@ -133,5 +133,13 @@ def launch(
     contextvars.copy_context().run(run)
 
 
-def _rows_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def _operand(matrix: Tensor) -> Tensor:
+    """With contiguous rows, and where these are as far apart as descriptors need it, the first one in place for them,
+    too: which tile a row meets must not depend on where in memory its batch begins."""
+    if matrix.stride(1) != 1:
+        return matrix.contiguous()
+    return matrix.clone() if _aligned_rows(matrix) and matrix.data_ptr() % 16 else matrix
+
+
+def _aligned_rows(matrix: Tensor) -> bool:
+    return matrix.stride(0) * matrix.element_size() % 16 == 0

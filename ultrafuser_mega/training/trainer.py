@@ -39,12 +39,13 @@ STAGE_TITLES = {1: "gate only", 2: "everything"}
 
 def run(plan: RunPlan, device: torch.device) -> None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already."""
+    begun = time.monotonic()
     groups = make_groups(plan.layout)
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
         if plan.resume is not None:
             verify_checkpoint(plan.resume[1])
         store = open_store(plan, groups)
-        _run(plan, groups, Trainer(plan, groups, store, device))
+        _run(plan, groups, Trainer(plan, groups, store, device, begun))
 
 
 def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
@@ -69,11 +70,17 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
 
 
 class Trainer:
-    """One rank's model and data, and the steps that train it."""
+    """One rank's model and data, and the steps that train it.
 
-    def __init__(self, plan: RunPlan, groups: RankGroups, store: TokenStore, device: torch.device) -> None:
+    Args:
+        begun: when the run began, by ``time.monotonic``.
+    """
+
+    def __init__(
+        self, plan: RunPlan, groups: RankGroups, store: TokenStore, device: torch.device, begun: float
+    ) -> None:
         config = plan.config
-        self._begun = time.monotonic()
+        self._begun = begun
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
@@ -110,7 +117,7 @@ class Trainer:
     def train_stage(self, number: int, done: int, report: RunReport) -> bool:
         """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way.
 
-        Returns whether it came to its end, or else ran out of time: then a checkpoint was written.
+        Returns False if the run is out of time: then a checkpoint was written, after which an evaluation may be due.
         """
         config, stage = self.plan.config, self.stage(number)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
@@ -124,7 +131,7 @@ class Trainer:
         for step in range(done, stage.steps):
             record = self._step(number, trainable, batches.step(step), first + step + 1)
             report.step(record)
-            time_is_up = step + 1 < stage.steps and self._time_is_up()
+            time_is_up = self._time_is_up()
             if time_is_up or step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
                 self._save(Progress(number, step + 1), trainable, report)
             if time_is_up:

@@ -77,9 +77,10 @@ def launches(widths: tuple[int, ...], rows: int, vocab: int) -> list[Launch]:
     gpu = gpu_of_this_process()
     gpu.launches.clear()
     driver.set_active(gpu)
-    streaming_tiles.capability = lambda _tensor: CAPABILITY
-    for call in tuner.kernel_calls(Shape(rows, vocab, widths, torch.bfloat16), torch.device("cpu")).values():
-        call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming_tiles, "capability", lambda _tensor: CAPABILITY)
+        for call in tuner.kernel_calls(Shape(rows, vocab, widths, torch.bfloat16), torch.device("cpu")).values():
+            call()
     return gpu.launches
 
 

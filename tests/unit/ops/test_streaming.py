@@ -18,19 +18,21 @@ def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: ob
     from ultrafuser_mega.ops import streaming, streaming_tiles
     from ultrafuser_mega.ops.problem import checked_problem
 
-    streaming.SPLIT_COLUMNS, streaming.TILE_COLUMNS, streaming.MULTIPLE = 256, 100, 8
-    streaming.WORKSPACE_BYTES = 8 << 10
-    for name, entries in streaming_tiles.TILES.items():
-        entries[80] = streaming_tiles.Tile(32, 64, 16, 4, 2, halves=name == "statistics")  # for what is unaligned
-        entries[90] = entries[80]._replace(**tile)
-    streaming_tiles.capability = lambda _tensor: 90
-
     def loss(hidden, heads, gate_logits, target, **options):
         defaults = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
         defaults |= {"label_smoothing": 0.0, "z_loss": 0.0}
         return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **(defaults | options)))[0]
 
-    return answer_of(loss, case, needs)
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"SPLIT_COLUMNS": 256, "TILE_COLUMNS": 100, "MULTIPLE": 8, "WORKSPACE_BYTES": 8 << 10}
+        for name, value in small.items():
+            patch.setattr(streaming, name, value)
+        for name, entries in streaming_tiles.TILES.items():
+            pointers = streaming_tiles.Tile(32, 64, 16, 4, 2, halves=name == "statistics")
+            patch.setitem(entries, 80, pointers)  # for what is unaligned
+            patch.setitem(entries, 90, pointers._replace(**tile))
+        patch.setattr(streaming_tiles, "capability", lambda _tensor: 90)
+        return answer_of(loss, case, needs)
 
 
 @pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate only"])
