@@ -73,14 +73,19 @@ class Trainer:
     """One rank's model and data, and the steps that train it.
 
     Args:
-        begun: when the run began, by ``time.monotonic``.
+        begun: when the run began, by ``time.monotonic``; None: now.
     """
 
     def __init__(
-        self, plan: RunPlan, groups: RankGroups, store: TokenStore, device: torch.device, begun: float
+        self,
+        plan: RunPlan,
+        groups: RankGroups,
+        store: TokenStore,
+        device: torch.device,
+        begun: float | None = None,
     ) -> None:
         config = plan.config
-        self._begun = begun
+        self._begun = time.monotonic() if begun is None else begun
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
