@@ -137,6 +137,15 @@ def absorb(z, before, left, y, top, total, shifted, at_target, BLOCK_N: tl.const
     return new_top, total, shifted, at_target
 
 
+@triton.jit
+def store_four(out, real, mine, top, total, shifted, at_target):
+    """The four numbers of statistics.py, of rows that are ``real``; ``mine`` says whose target lies in this split."""
+    tl.store(out, top, mask=real)
+    tl.store(out + 1, total, mask=real)
+    tl.store(out + 2, tl.where(mine, at_target - top, -float("inf")), mask=real)
+    tl.store(out + 3, shifted, mask=real)
+
+
 @triton.jit(do_not_specialize=["N", "R", "split_columns"])  # token counts change with every batch
 def statistics_kernel(
     hidden,  # n x (N, d_j)
@@ -193,11 +202,7 @@ def statistics_kernel(
             )
     out = statistics + (split.to(tl.int64) * N + rows) * 4
     real = row < N
-    mine = (y >= begin) & (y < end)
-    tl.store(out, top, mask=real)
-    tl.store(out + 1, total, mask=real)
-    tl.store(out + 2, tl.where(mine, at_target - top, -float("inf")), mask=real)
-    tl.store(out + 3, shifted, mask=real)
+    store_four(out, real, (y >= begin) & (y < end), top, total, shifted, at_target)
 
 
 @triton.jit(do_not_specialize=["N", "R", "split_columns"])
@@ -273,11 +278,7 @@ def gate_statistics_kernel(
         sums = new_sums
     out = statistics + (split.to(tl.int64) * N + rows) * (4 + 3 * n)
     real = row < N
-    mine = (y >= begin) & (y < end)
-    tl.store(out, top, mask=real)
-    tl.store(out + 1, total, mask=real)
-    tl.store(out + 2, tl.where(mine, at_target - top, -float("inf")), mask=real)
-    tl.store(out + 3, shifted, mask=real)
+    store_four(out, real, (y >= begin) & (y < end), top, total, shifted, at_target)
     for j in tl.static_range(n):
         tl.store(out + 4 + j, expectations[j], mask=real)
         tl.store(out + 4 + n + j, targets[j], mask=real)
