@@ -75,13 +75,24 @@ def read_architecture(folder: Path) -> Architecture:
         )
     if not path.is_file():
         raise InputError(f"{folder}: has no config.json; expected a Hugging Face model folder")
+    return parse_architecture(path, read_json_object(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file of a Hugging Face folder.
+
+    Raises:
+        InputError: it cannot be read, is no JSON or no object.
+    """
     try:
-        config = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds a {type(config).__name__}; expected a JSON object of fields")
-    return parse_architecture(path, config)
+        raise InputError(f"{path}: not valid JSON ({error}); copy it again") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: holds a {type(fields).__name__}; expected a JSON object of fields")
+    return fields
 
 
 def parse_architecture(path: Path, config: dict[str, Any]) -> Architecture:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from ultrafuser_mega.data.templates import PaperTemplate, Template, load_template
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.release.card import CardFacts, SpecialistFacts, licence_files, write_card
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 
@@ -62,7 +63,7 @@ def assemble_release(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     folders = {name: folder for name, (folder, _) in specialists.items()}
-    raw = {name: _read_config(folder) for name, folder in folders.items()}
+    raw = {name: read_json_object(folder / "config.json") for name, folder in folders.items()}
     encoders = check_tokenizers(folders, vocab_size)
     templates = {
         name: load_template(template, encoders[name].tokenizer, str(folders[name]))
@@ -96,19 +97,6 @@ def assemble_release(
     ]
     write_card(out_dir / "README.md", card, facts, config)
     return config
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected an object, found {type(fields).__name__}")
-    return fields
 
 
 def _make_config(

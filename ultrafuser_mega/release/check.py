@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,13 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import Architecture, TensorFolder, hf_shapes, parse_architecture
+from ultrafuser_mega.models.hf_folder import (
+    Architecture,
+    TensorFolder,
+    hf_shapes,
+    parse_architecture,
+    read_json_object,
+)
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 
 _DEFAULTS: dict[str, Any] = {
@@ -162,17 +167,9 @@ def _check_generation(path: Path, vocab_size: int) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; copy the folder again") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); copy it again") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: holds a {type(fields).__name__}; expected a JSON object of fields")
-    return fields
+    if not path.exists():
+        raise InputError(f"{path}: missing; copy the folder again")
+    return read_json_object(path)
 
 
 def _first_line(error: Exception) -> str:
