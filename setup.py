@@ -139,7 +139,7 @@ setup(
     description="A distributed trainer that fuses specialised language models through a token-level gate",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["ultrafuser_mega", "ultrafuser_mega.*"]),
-    package_data={"ultrafuser_mega": ["default.yaml"], "ultrafuser_mega.ops": ["*.pyi"]},
+    package_data={"ultrafuser_mega.config": ["default.yaml"], "ultrafuser_mega.ops": ["*.pyi"]},
     ext_modules=[cpu_epilogue, cuda_gate],
     cmdclass={"build_ext": BuildExtensions},
     install_requires=[

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 examples/pretrain_fuser.py [--config FILE] [--resume
 
 import sys
 
-from ultrafuser_mega.training.launch import main
+from ultrafuser_mega.launch.local import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,6 +19,6 @@ multiprocessing.set_forkserver_preload(
 @pytest.fixture(scope="session")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of three tiny specialists and their data (see trio.py); read only."""
-    from trio import write_trio  # imports Megatron, which tests of the loss alone do without
+    from support.trio import write_trio  # imports Megatron, which tests of the loss alone do without
 
     return write_trio(tmp_path_factory.mktemp("trio"))

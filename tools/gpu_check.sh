@@ -72,7 +72,7 @@ step() {
 benchmark() { # NAME LIMIT ARGUMENTS...
     local name=$1 limit=$2
     shift 2
-    step "$name" "$limit" "$python" tools/bench_mixture_ce.py --device cuda --out "$parts/$name.json" \
+    step "$name" "$limit" "$python" tools/benchmarks/bench_mixture_ce.py --device cuda --out "$parts/$name.json" \
         --task train --task gate_only --task forward "$@"
 }
 
@@ -85,14 +85,14 @@ benchmark llama3-8b 60 --preset llama3-8b --repeats 5 --skip torch.compile
 step tests 150 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/gpu
 benchmark llama2-13b_eighth 40 --preset llama2-13b --vocab 4000 --repeats 10 --skip torch.compile
 benchmark llama3-8b_eighth 40 --preset llama3-8b --vocab 16032 --repeats 10 --skip torch.compile
-step gate_kernels 30 "$python" tests/gpu/bench_gate_scale.py --out "$parts/gate_kernels.json"
-step tiles 100 "$python" tools/tune_kernels.py --out "$parts/tiles.json"
+step gate_kernels 30 "$python" tools/benchmarks/bench_gate_scale.py --out "$parts/gate_kernels.json"
+step tiles 100 "$python" tools/benchmarks/tune_kernels.py --out "$parts/tiles.json"
 benchmark llama2-13b_compiled 60 --preset llama2-13b --repeats 5 --skip megatron
 benchmark llama2-7b 40 --preset llama2-7b --repeats 5 --skip torch.compile
 benchmark qwen2.5-7b 60 --preset qwen2.5-7b --repeats 5 --skip torch.compile
 
 echo "wrote $out/$gpu.json"
-timeout 30 "$python" tools/gpu_report.py "$out/$gpu.json" || failed+=" report"
+timeout 30 "$python" tools/benchmarks/gpu_report.py "$out/$gpu.json" || failed+=" report"
 if [[ -n $failed ]]; then
     echo "gpu_check: FAILED or left out:$failed"
     exit 1

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from launched import launch
-from trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
+from support.launched import launch
+from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.launch.local import train_main
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import list_checkpoints
-from ultrafuser_mega.training.launch import train_main
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.report import RunReport
 from ultrafuser_mega.training.trainer import Trainer

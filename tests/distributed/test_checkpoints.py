@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, read_steps, train
+from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, read_steps, train
 
+from ultrafuser_mega.checkpoint import checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
-from ultrafuser_mega.training import checkpoint
-from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.trainer import build_model, run
 
 TIMES = ("seconds", "tokens_per_s")

@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from launched import DEADLINE_S, RANKS, launch
-from trio import DISJOINT_3, config_tree, read_steps
+from support.launched import DEADLINE_S, RANKS, launch
+from support.trio import DISJOINT_3, config_tree, read_steps
 
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.launch.local import train_main
 from ultrafuser_mega.runtime.device import joined_job, launched_rank, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
-from ultrafuser_mega.training.checkpoint import list_checkpoints
-from ultrafuser_mega.training.launch import train_main
 
 PROJECT = Path(__file__).parents[2]
 

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILY_CASES, write_family
+from support.families import FAMILY_CASES, write_family
+from support.trio import COLOCATED_TP2, CPU, ONE, config_tree, read_steps, train, write_trio
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from trio import COLOCATED_TP2, CPU, ONE, config_tree, read_steps, train, write_trio
 
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.verify import sharded_logits, verification_batches, verify_specialist
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import check_positions, read_architecture
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import list_checkpoints, load_checkpoint
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.trainer import build_model
 
 # Logits of up to 5 in float32, from two layers of four products of up to 96 terms: they round by some

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from reference_fuser import ReferenceLlama, fused_loss
-from trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, write_trio
+from support.reference_fuser import ReferenceLlama, fused_loss
+from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, write_trio
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.batches import TrainingBatches
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.models.fused import FusedStage
+from ultrafuser_mega.planning.preflight import RunPlan, preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.preflight import RunPlan, preflight
 from ultrafuser_mega.training.prepare import prepare
 from ultrafuser_mega.training.trainer import build_model, load_hf_weights, make_shard
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trio import (
+from support.trio import (
     COLOCATED_TP2,
     COLOCATED_TP2_PP2,
     CPU,
@@ -20,11 +20,11 @@ from trio import (
     train,
 )
 
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, load_checkpoint
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.trainer import build_model
 
 TOLERANCE = 1e-4  # of losses and gradient norms, relative; of weights, absolute

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error, truth
+from support.mixture_cases import Case, answer_of, make_case, relative_error, truth
 
 NEEDS = [(True, True, True), (True, False, False)]  # gate, hidden, heads
 CASES = [

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from support.mixture_cases import Answer, Case, answer_of, make_case, relative_error, truth
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import chunked, gate_only, mixture_cross_entropy
-from ultrafuser_mega.ops.testing import Answer, Case, answer_of, make_case, relative_error, truth
 from ultrafuser_mega.runtime.spawn import run_ranks
 
 BACKENDS = ["reference", "chunked", "gate_only"]

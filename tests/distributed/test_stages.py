@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from trio import COLOCATED_TP2, CPU, DISJOINT_8, ONE, config_tree, read_steps, train
+from support.trio import COLOCATED_TP2, CPU, DISJOINT_8, ONE, config_tree, read_steps, train
 
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import list_checkpoints
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.report import RunReport
 from ultrafuser_mega.training.trainer import Trainer

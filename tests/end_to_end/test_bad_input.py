@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from trio import COLOCATED_TP2, DISJOINT_3, ONE, PIECES, config_tree, train
+from support.trio import COLOCATED_TP2, DISJOINT_3, ONE, PIECES, config_tree, train
 
 from ultrafuser_mega.cli import main
 from ultrafuser_mega.toy import tiny_llama, tiny_tokenizer

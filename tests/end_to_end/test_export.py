@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command import ultrafuser
-from families import write_family
-from fresh_process import run_without_this_package
 from safetensors.torch import load_file
-from trio import CPU, DISJOINT_8, ONE, PIECES, config_tree, train
+from support.command import ultrafuser
+from support.families import write_family
+from support.fresh_process import run_without_this_package
+from support.trio import CPU, DISJOINT_8, ONE, PIECES, config_tree, train
 
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints, load_checkpoint
 from ultrafuser_mega.training.evaluation import EvaluationResult
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.trainer import Trainer
 

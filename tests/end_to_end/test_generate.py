@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command import ultrafuser
+from support.command import ultrafuser
+from support.trio import ONE, config_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trio import ONE, config_tree
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.generation.model import choose_devices, opened_model
+from ultrafuser_mega.inference.model import choose_devices, opened_model
 
 PROMPT = "What is 12 plus 30?"
 STEPS = 12

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_process import run_without_this_package
-from release_folder import Reference, write_release
+from support.fresh_process import run_without_this_package
+from support.release_folder import Reference, write_release
 from transformers import PreTrainedTokenizerFast
 
 from ultrafuser_mega.release.chat_ultrafuser import decode_response

@@ -17,13 +17,13 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from trio import CPU, ONE, config_tree
+from support.trio import CPU, ONE, config_tree
 
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import DivergedError, InputError
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import Progress, list_checkpoints
-from ultrafuser_mega.training.preflight import preflight
 from ultrafuser_mega.training.trainer import run
 
 PROJECT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trio import DISJOINT_3, config_tree
+from support.trio import DISJOINT_3, config_tree
 
 from ultrafuser_mega.config import load_config
 

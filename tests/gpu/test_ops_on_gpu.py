@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from ultrafuser_mega.ops import chunked, mixture_cross_entropy, parked_dlogits
-from ultrafuser_mega.ops.problem import checked_problem
-from ultrafuser_mega.ops.testing import (
+from support.mixture_cases import (
     IGNORE,
     Answer,
     answer_of,
@@ -17,6 +14,9 @@ from ultrafuser_mega.ops.testing import (
     truth,
     upstream_of,
 )
+
+from ultrafuser_mega.ops import chunked, mixture_cross_entropy, parked_dlogits
+from ultrafuser_mega.ops.problem import checked_problem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, load_checkpoint, load_specialists
 from ultrafuser_mega.convert import SAMPLE_TEXT
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import check_hashes
@@ -42,7 +43,6 @@ from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
-from ultrafuser_mega.training.checkpoint import PROGRESS, load_checkpoint, load_specialists
 from ultrafuser_mega.training.engine import Engine
 
 FUSED = "fused"

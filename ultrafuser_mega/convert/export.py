@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
+from ultrafuser_mega.checkpoint.sources import CONFIG
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
@@ -27,8 +29,6 @@ from ultrafuser_mega.convert.shards import LEDGER, SHARD_BYTES, Planned, begin_l
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD
 from ultrafuser_mega.release import CardFacts, assemble_release
-from ultrafuser_mega.training.checkpoint import PROGRESS, Progress
-from ultrafuser_mega.training.sources import CONFIG
 
 _SPECIALIST = "specialist:"
 

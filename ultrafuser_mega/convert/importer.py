@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
+from ultrafuser_mega.checkpoint.sources import Sources
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.dtypes import DTYPES
 from ultrafuser_mega.errors import InputError
@@ -22,13 +24,11 @@ from ultrafuser_mega.models.hf_folder import (
     check_parallel_sizes,
     read_architecture,
 )
+from ultrafuser_mega.planning.preflight import shared_vocabulary
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import LayoutPlan, plan_colocated
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.checkpoint import Progress, write_checkpoint
-from ultrafuser_mega.training.preflight import shared_vocabulary
-from ultrafuser_mega.training.sources import Sources
 
 SINGLE = "specialist"  # the name of a specialist that comes alone
 

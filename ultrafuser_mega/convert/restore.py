@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
+from ultrafuser_mega.checkpoint.sources import Source, read_sources
 from ultrafuser_mega.convert.tensors import CheckpointTensors
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import EMBEDDING, FINAL_NORM, HEAD, hf_shapes, read_architecture
-from ultrafuser_mega.training.checkpoint import PROGRESS, Progress
-from ultrafuser_mega.training.sources import Source, read_sources
 
 _ROWS_AT_ONCE = 8192
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 
-# (BLOCK, warps) by kernel: columns that a program looks at in one step; tools/tune_kernels.py times others
+# (BLOCK, warps) by kernel: columns that a program looks at in one step; tools/benchmarks/tune_kernels.py times others
 STEPS = {
     "row statistics": (4096, 8),
     "dlogits": (4096, 8),

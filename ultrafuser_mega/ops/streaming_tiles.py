@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 # By kernel and compute capability: the largest found that spill no registers with two or three specialists and Triton
 # 3.6 and 3.9 (tests/unit/ops/test_kernel_report.py holds it; more specialists, or pointers to widths that BLOCK_K does
 # not divide, may spill a few words). On 9.0 only descriptors leave room for 128 x 256, which asks the L2 cache for
-# three quarters of what 128 x 128 does per product. None is timed yet; tools/tune_kernels.py times these and others.
+# three quarters of what 128 x 128 does per product. None is timed yet; tools/benchmarks/tune_kernels.py times others.
 # In "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
 TILES: dict[str, dict[int, Tile]] = {
     "statistics": {

@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from ultrafuser_mega.analysis.records import MEAN, SUMMARY_FILE, EvalRecord
-from ultrafuser_mega.analysis.tables import gate_table, loss_table, to_markdown
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.reporting.records import MEAN, SUMMARY_FILE, EvalRecord
+from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
 NOT_STATED = "not stated"
 _LICENCE_FILES = ("license*", "licence*", "copying*", "notice*", "use_policy*")

@@ -12,8 +12,8 @@ from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
-from ultrafuser_mega.training.preflight import RunPlan
 
 
 def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) -> PrepareReport:

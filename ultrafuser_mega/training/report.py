@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ultrafuser_mega.analysis.console import TrainConsole
-from ultrafuser_mega.analysis.plots import plot_gate_heatmap, plot_gate_over_steps, plot_losses
-from ultrafuser_mega.analysis.records import (
+from ultrafuser_mega.config import dump_config
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.data.tokenizer import TextEncoder
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.reporting.console import TrainConsole
+from ultrafuser_mega.reporting.plots import plot_gate_heatmap, plot_gate_over_steps, plot_losses
+from ultrafuser_mega.reporting.records import (
     EvalRecord,
     MetricsWriter,
     StepRecord,
@@ -22,14 +27,9 @@ from ultrafuser_mega.analysis.records import (
     read_metrics,
     write_summary,
 )
-from ultrafuser_mega.analysis.tables import gate_table, loss_table, print_tables, to_markdown
-from ultrafuser_mega.analysis.token_view import TokenSample, token_texts, write_token_view
-from ultrafuser_mega.config import dump_config
-from ultrafuser_mega.data.store import TokenStore
-from ultrafuser_mega.data.tokenizer import TextEncoder
-from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.reporting.tables import gate_table, loss_table, print_tables, to_markdown
+from ultrafuser_mega.reporting.token_view import TokenSample, token_texts, write_token_view
 from ultrafuser_mega.training.evaluation import EvaluationResult
-from ultrafuser_mega.training.preflight import RunPlan
 
 _LOCK = ".lock"
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultrafuser_mega.analysis.records import StepRecord
+from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.sources import Sources
 from ultrafuser_mega.config import Stage
 from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
@@ -22,16 +23,15 @@ from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
+from ultrafuser_mega.planning.preflight import DTYPES, RunPlan
+from ultrafuser_mega.reporting.records import StepRecord
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
-from ultrafuser_mega.training.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
 from ultrafuser_mega.training.optimizer import Trainable, make_trainable
-from ultrafuser_mega.training.preflight import DTYPES, RunPlan
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.report import RunReport, locked_run, set_aside
-from ultrafuser_mega.training.sources import Sources
 from ultrafuser_mega.training.totals import ClassTotals
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}

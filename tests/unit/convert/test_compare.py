@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import write_family
 from safetensors.torch import load_file, save_file
+from support.families import write_family
 
 from ultrafuser_mega.convert.compare import ModelAddress, compare
 from ultrafuser_mega.convert.export import export

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from families import write_family
+from support.families import write_family
 
 from ultrafuser_mega.convert.compare import compare
 from ultrafuser_mega.errors import InputError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import write_family
-from trio import ONE, config_tree
+from support.families import write_family
+from support.trio import ONE, config_tree
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.compare import compare

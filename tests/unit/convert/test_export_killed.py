@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import write_family
-from trio import ONE, config_tree
+from support.families import write_family
+from support.trio import ONE, config_tree
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert import shards

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import write_family
 from safetensors.torch import load_file, save_file
+from support.families import write_family
 from torch import Tensor
 
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
 from ultrafuser_mega.convert.compare import ROUNDING, DifferentModel
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_folders
 from ultrafuser_mega.convert.restore import RestoredSpecialist
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.training.checkpoint import PROGRESS
 
 WHAT = "specialist:a"
 

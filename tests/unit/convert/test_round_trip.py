@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILY_CASES, write_family
 from safetensors.torch import load_file, save_file
+from support.families import FAMILY_CASES, write_family
 
 from ultrafuser_mega.convert import restore
 from ultrafuser_mega.convert import tensors as stored

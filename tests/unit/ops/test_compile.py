@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import Case, answer_of, make_case, relative_error, truth
 
 from ultrafuser_mega.ops import mixture_cross_entropy
 from ultrafuser_mega.ops.registered import mixture_forward
-from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error, truth
 
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import answer_of, make_case, rule_violations
 
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
-from ultrafuser_mega.ops.testing import answer_of, make_case, rule_violations
 
 
 def kernels_on(logits, target, row_max, coefficients, dtype):

@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
+from support.mixture_cases import relative_error
 
 from ultrafuser_mega.ops import gate_scale, gate_scale_torch
-from ultrafuser_mega.ops.testing import relative_error
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [(8,), (16, 7), (8, 12, 5), (1, 3, 24, 130, 4)]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import Case, make_case, truth
 
 from ultrafuser_mega.ops import chunked
 from ultrafuser_mega.ops.problem import checked_problem
-from ultrafuser_mega.ops.testing import Case, make_case, truth
 
 WIDTHS = (4, 4)
 SIZES = {  # of the logits

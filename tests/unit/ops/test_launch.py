@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import script
+from support.scripts import script
 
 CAPABILITY = 90
 SHARED_BYTES = 227 << 10  # that one program may have there
@@ -67,11 +67,11 @@ def gpu_of_this_process() -> Gpu:
 
 
 def launches(widths: tuple[int, ...], rows: int, vocab: int) -> list[Launch]:
-    """Of every kernel in tools/tune_kernels.py, called as the loss calls it, with bf16 operands."""
+    """Of every kernel in tools/benchmarks/tune_kernels.py, called as the loss calls it, with bf16 operands."""
+    from benchmark import Shape
     from triton.runtime import driver
 
     from ultrafuser_mega.ops import streaming_tiles
-    from ultrafuser_mega.ops.benchmark import Shape
 
     tuner = script("tune_kernels")
     gpu = gpu_of_this_process()

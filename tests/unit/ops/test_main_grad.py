@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import Case, answer_of, make_case, relative_error, truth, upstream_of
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import chunked, mixture_cross_entropy
 from ultrafuser_mega.ops.problem import checked_problem
-from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error, truth, upstream_of
 
 REDUCTIONS = ["mean", "sum", "none"]
 

@@ -10,9 +10,9 @@ import math
 
 import pytest
 import torch
+from support.mixture_cases import IGNORE, answer_of, make_case, relative_error, rule_violations, truth
 
 from ultrafuser_mega.ops import mixture_cross_entropy, mixture_cross_entropy_with_rows
-from ultrafuser_mega.ops.testing import IGNORE, answer_of, make_case, relative_error, rule_violations, truth
 
 TRAINABLE_BACKENDS = ["reference", "chunked"]
 REDUCTIONS = ["mean", "sum", "none"]

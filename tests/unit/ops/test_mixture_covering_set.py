@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import IGNORE, Case, Rule, answer_of, make_case, relative_error, truth
 
 from ultrafuser_mega.ops import mixture_cross_entropy
-from ultrafuser_mega.ops.testing import IGNORE, Case, Rule, answer_of, make_case, relative_error, truth
 
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 BACKENDS = [("reference", EVERYTHING), ("chunked", EVERYTHING), ("chunked", GATE), ("gate_only", GATE)]

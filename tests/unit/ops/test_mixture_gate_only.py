@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import IGNORE, answer_of, make_case, relative_error, rule_violations, truth
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import gate_only, gemm, mixture_cross_entropy, mixture_cross_entropy_with_rows
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
-from ultrafuser_mega.ops.testing import IGNORE, answer_of, make_case, relative_error, rule_violations, truth
 
 GATE = (True, False, False)
 REDUCTIONS = ["mean", "sum", "none"]

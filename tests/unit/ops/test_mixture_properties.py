@@ -7,11 +7,11 @@ import itertools
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.mixture_cases import Case, answer_of, make_case, relative_error
 
 from ultrafuser_mega.ops import mixture_cross_entropy
 from ultrafuser_mega.ops.epilogue_cpu import CpuEpilogue
 from ultrafuser_mega.ops.statistics import combine
-from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error
 
 cases = st.builds(
     lambda seed, rows, vocab, widths, scale, eps, reduction: make_case(

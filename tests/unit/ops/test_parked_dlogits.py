@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import Case, answer_of, make_case, relative_error, rule_violations, truth
 
 from ultrafuser_mega.ops import chunked, parked_dlogits
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
-from ultrafuser_mega.ops.testing import Case, answer_of, make_case, relative_error, rule_violations, truth
 
 
 @pytest.mark.parametrize("block_columns", [1, 128, 4096])

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.mixture_cases import IGNORE, Case, answer_of, make_case, rule_violations
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import mixture_cross_entropy
-from ultrafuser_mega.ops.testing import IGNORE, Case, answer_of, make_case, rule_violations
 
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 

@@ -1,1 +1,1 @@
-from release_fixtures import *  # noqa: F403  fixtures
+from support.release_fixtures import *  # noqa: F403  fixtures

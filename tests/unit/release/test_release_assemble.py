@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from release_folder import PIECES, card_facts, write_specialist
+from support.release_folder import PIECES, card_facts, write_specialist
 from transformers import PreTrainedTokenizerFast
 
 import ultrafuser_mega.release as package

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from release_folder import PIECES
+from support.release_folder import PIECES
 
-from ultrafuser_mega.analysis.records import EvalRecord, build_summary, write_summary
 from ultrafuser_mega.config import dump_config, load_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.release import CardFacts, assemble_release
+from ultrafuser_mega.reporting.records import EvalRecord, build_summary, write_summary
 
 
 def evaluation(stage: int, step: int, fused: float) -> EvalRecord:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from release_folder import PIECES, write_bytelevel_tokenizer, write_release
+from support.release_folder import PIECES, write_bytelevel_tokenizer, write_release
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ultrafuser_mega.data.align import Aligner, Dropped

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from release_fixtures import TRIOS
 from safetensors.torch import load_file, save_file
+from support.release_fixtures import TRIOS
 
 from ultrafuser_mega.convert.compare import ModelAddress
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.generation.model import opened_model
+from ultrafuser_mega.inference.model import opened_model
 from ultrafuser_mega.release.check import check_release
 
 Fields = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from release_prompts import PROMPTS, STEPS, batch, of_row, response
+from support.release_prompts import PROMPTS, STEPS, batch, of_row, response
 from transformers import StoppingCriteria
 
 

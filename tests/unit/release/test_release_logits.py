@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from release_folder import PIECES
+from support.release_folder import PIECES
 
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 

@@ -6,11 +6,10 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import benchmark
 import pytest
-from scripts import run_script, script
-
-from ultrafuser_mega.ops import benchmark
-from ultrafuser_mega.ops.benchmark import FLOOR
+from benchmark import FLOOR
+from support.scripts import run_script, script
 
 NAME = "bench_mixture_ce"
 TINY = ("--device", "cpu", "--tokens", 16, "--vocab", 64, "--repeats", 2)
@@ -66,10 +65,10 @@ def test_the_commit_is_that_of_the_checkout_alone(monkeypatch, tmp_path):
     git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c")
     assert bench.output_of(*git, "init", "-q") is None
     assert bench.output_of(*git, "commit", "--allow-empty", "-m", "first") is not None
-    (tmp_path / "copy" / "tools").mkdir(parents=True)
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "copy" / "tools" / "bench.py"))
+    (tmp_path / "copy" / "tools" / "benchmarks").mkdir(parents=True)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "copy" / "tools" / "benchmarks" / "bench.py"))
     assert bench.commit() is None
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "tools" / "bench.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "tools" / "benchmarks" / "bench.py"))
     assert len(bench.commit()) == 40
 
 
@@ -191,7 +190,7 @@ def test_a_picture_that_cannot_be_written_is_refused(monkeypatch, capsys, nothin
 @pytest.mark.parametrize("capability", ["70", "123", "80 70", "x"])
 def test_the_kernel_report_refuses_a_generation_it_cannot_compile_for(monkeypatch, capsys, capability):
     pytest.importorskip("triton")
-    line = refusal(monkeypatch, capsys, "kernel_report", f"--capability {capability}")
+    line = refusal(monkeypatch, capsys, "report_kernels", f"--capability {capability}")
     assert "argument --capability: invalid " in line
     assert capability.split()[-1] in line
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts import TOOLS
+from support.scripts import TOOLS
 
 # Answers for the device, and is Python for everything else.
 PYTHON_WITH_A_GPU = f"""#!/bin/sh

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import benchmark
 import pytest
-from scripts import run_script, script
-
-from ultrafuser_mega.ops import benchmark
-from ultrafuser_mega.ops.benchmark import FLOOR
+from benchmark import FLOOR
+from support.scripts import run_script, script
 
 MIB = 1 << 20
 MILLISECONDS = {  # of every variant, so that each bar is met

@@ -1,0 +1,187 @@
+"""Cases, the float64 truth and plain PyTorch's answer: what the tests and the benchmark measure the backends against.
+
+The truth is the closed form of loss.py's equations and of their derivatives (statistics.py) in float64, written without
+autograd and without the code under test. Not imported by the operator itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peers import plain_loss
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call; no tensor requires a gradient. ``options`` are keyword arguments of the loss."""
+
+    hidden: list[Tensor]  # n x (N, d_j)
+    heads: list[Tensor]  # n x (V_local, d_j)
+    gate_logits: Tensor  # (N, n)
+    target: Tensor  # (N,)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def with_options(self, **options: Any) -> Case:
+        return replace(self, options=self.options | options)
+
+
+@dataclass(frozen=True)
+class Answer:
+    loss: Tensor  # () or (N,)
+    gate: Tensor | None  # (N, n)
+    hidden: list[Tensor | None]  # n x (N, d_j)
+    heads: list[Tensor | None]  # n x (V_local, d_j)
+
+    def gradients(self) -> dict[str, Tensor]:
+        named = {"gate": self.gate}
+        named |= {f"hidden[{j}]": value for j, value in enumerate(self.hidden)}
+        named |= {f"heads[{j}]": value for j, value in enumerate(self.heads)}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def make_case(
+    seed: int,
+    *,
+    rows: int,
+    vocab: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    ignored: float = 0.2,
+    logit_scale: float = 3.0,
+    gate_scale: float = 1.0,
+    common_offset: float = 0.0,
+    padding: int = 0,
+    **options: Any,
+) -> Case:
+    """A random case whose logits have about ``logit_scale`` standard deviation around ``common_offset``.
+
+    The numbers are drawn in float64 on the CPU and rounded, so every dtype and device sees the same case. ``padding``
+    more head rows than ``vocab`` are appended, filled with large numbers that must not be seen.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    hidden = [normal(rows, d) for d in widths]
+    heads = [normal(vocab, d) * (logit_scale / d**0.5) for d in widths]
+    if common_offset:  # the first hidden unit carries it: the gate's weights sum to 1
+        root = abs(common_offset) ** 0.5
+        for states, head in zip(hidden, heads, strict=True):
+            states[:, 0] = root
+            head[:, 0] = common_offset / root
+    heads = [torch.cat((head, torch.full((padding, head.shape[1]), 99.0, dtype=torch.float64))) for head in heads]
+    target = torch.randint(0, vocab, (rows,), generator=draw)
+    target[torch.rand(rows, generator=draw, dtype=torch.float64) < ignored] = IGNORE
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Case(
+        [states.to(dtype).to(device) for states in hidden],
+        [head.to(dtype).to(device) for head in heads],
+        (normal(rows, len(widths)) * gate_scale).to(wide).to(device),
+        target.to(device),
+        {"vocab_size": vocab, **options},
+    )
+
+
+def upstream_of(case: Case) -> Tensor:
+    """An upstream gradient that no shortcut survives: not 1, and different per row for reduction="none"."""
+    wide = case.gate_logits.dtype
+    if case.options.get("reduction", "mean") == "none":
+        return torch.linspace(0.5, 1.5, case.target.shape[0], dtype=wide).to(case.target.device)
+    return torch.tensor(1.25, dtype=wide, device=case.target.device)
+
+
+def truth(case: Case) -> Answer:
+    """Loss and all gradients under upstream_of(case), in float64 from the closed form."""
+    options = case.options
+    eps, lam = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    reduction = options.get("reduction", "mean")
+    vocab = options["vocab_size"]
+    kept = case.target != IGNORE
+    hidden = [states.double() for states in case.hidden]
+    heads = [head.double()[:vocab] for head in case.heads]
+    weights = torch.softmax(case.gate_logits.double(), 1)  # (N, n)
+    parts = [states @ head.t() for states, head in zip(hidden, heads, strict=True)]  # n x (N, V)
+    z = torch.stack([weights[:, j, None] * part for j, part in enumerate(parts)]).sum(0)
+    lse = torch.logsumexp(z, 1)
+    onehot = F.one_hot(case.target.clamp(min=0), vocab).double()
+    z_y = (z * onehot).sum(1)
+    rows = (1 - eps) * (lse - z_y) + eps * (lse - z.mean(1)) + lam * lse.square()
+    rows = torch.where(kept, rows, 0.0)
+    factor = upstream_of(case).double() * kept  # dL/drow
+    if reduction == "mean":
+        factor = factor / max(1, int(kept.sum()))
+    softmax = torch.exp(z - lse[:, None])
+    dz = factor[:, None] * (softmax * (1 + 2 * lam * lse)[:, None] - (1 - eps) * onehot - eps / vocab)  # (N, V)
+    dx = [dz @ head for head in heads]
+    dw = torch.stack([(states * d).sum(1) for states, d in zip(hidden, dx, strict=True)], 1)  # (N, n)
+    loss = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / max(1, int(kept.sum()))}[reduction]
+    padded = [torch.zeros_like(head, dtype=torch.float64) for head in case.heads]
+    for j, out in enumerate(padded):
+        out[:vocab] = dz.t() @ (weights[:, j, None] * hidden[j])
+    return Answer(
+        loss,
+        weights * (dw - (weights * dw).sum(1, keepdim=True)),
+        [weights[:, j, None] * d for j, d in enumerate(dx)],
+        list(padded),
+    )
+
+
+def answer_of(
+    loss_function: Any, case: Case, needs: tuple[bool, bool, bool] = (True, True, True), **more: Any
+) -> Answer:
+    """Loss and gradients of ``loss_function`` on ``case``; needs: gate, hidden, heads."""
+    gate = case.gate_logits.clone().requires_grad_(needs[0])
+    hidden = [states.clone().requires_grad_(needs[1]) for states in case.hidden]
+    heads = [head.clone().requires_grad_(needs[2]) for head in case.heads]
+    loss = loss_function(hidden, heads, gate, case.target, **case.options, **more)
+    if any(needs):
+        loss.backward(upstream_of(case).to(loss.dtype))
+    return Answer(loss.detach(), gate.grad, [states.grad for states in hidden], [head.grad for head in heads])
+
+
+def rule_violations(answer: Answer, case: Case) -> list[str]:
+    """Where ``answer`` is further from the truth than the rule allows; [] is a pass."""
+    return Rule(case).violations(answer)
+
+
+class Rule:
+    """How far from the truth of ``case`` an answer may be: QuACK's rule; its measure is plain PyTorch in the same type.
+
+    Loss error at most 3x plain PyTorch's + 1e-5, gradient errors at most 2x + 1e-4; the constants cover what plain
+    PyTorch gets exact by luck. The yardstick of a scalar loss is the error of the row losses it is made of, because in
+    a sum errors cancel by luck, too.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.expected, plain = truth(case), answer_of(plain_loss, case)
+        row_case = case.with_options(reduction="none")
+        row_losses = answer_of(plain_loss, row_case, (False, False, False)).loss
+        self.allowed = {"loss": 3 * relative_error(row_losses, truth(row_case).loss) + 1e-5}
+        for name, gradient in plain.gradients().items():
+            self.allowed[name] = 2 * relative_error(gradient, self.expected.gradients()[name]) + 1e-4
+
+    def violations(self, answer: Answer) -> list[str]:
+        """One line per value that is too far away; [] is a pass."""
+        expected = {"loss": self.expected.loss} | self.expected.gradients()
+        found = {"loss": answer.loss} | answer.gradients()
+        errors = {name: relative_error(value, expected[name]) for name, value in found.items()}
+        return [
+            f"{name}: error {error:.3g} > {self.allowed[name]:.3g}"
+            for name, error in errors.items()
+            if not error <= self.allowed[name]
+        ]
+
+
+def relative_error(value: Tensor, true: Tensor) -> float:
+    """||value - true|| / ||true||, or ||value|| where the truth is zero. NaN if anything is NaN."""
+    value, true = value.detach().double().cpu(), true.detach().double().cpu()
+    scale = float(true.norm()) if true.numel() else 0.0
+    return float((value - true).norm()) / (scale or 1.0)

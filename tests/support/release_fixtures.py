@@ -1,0 +1,77 @@
+"""Fixtures: two released trios, Llamas with a gate layer each and Qwens with a shared one, and their references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.release_folder import PIECES, Reference, write_release, write_specialist
+
+from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
+
+# name -> family, vocabulary rows, hidden size, template; the names are in no alphabetical order.
+TRIOS = {
+    "llamas": {
+        "text": ("llama", PIECES, 64, "ultralm"),
+        "code": ("mistral", PIECES + 16, 48, "codellama"),
+        "math": ("llama", PIECES + 1, 96, "wizardmath"),
+    },
+    "qwens": {
+        "text": ("qwen2", PIECES + 16, 64, "hf"),
+        "code": ("qwen3", PIECES, 64, "hf"),
+        "math": ("qwen2", PIECES + 1, 64, "wizardmath"),
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def specialists(tmp_path_factory):
+    """Trio -> specialist -> its Hugging Face folder and the name of its template."""
+    root = tmp_path_factory.mktemp("specialists")
+    return {
+        trio: {
+            name: (
+                write_specialist(root / trio / name, family, vocab_rows=rows, hidden_size=width, seed=seed),
+                template,
+            )
+            for seed, (name, (family, rows, width, template)) in enumerate(members.items())
+        }
+        for trio, members in TRIOS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def releases(specialists, tmp_path_factory) -> dict[str, Path]:
+    """Trio -> its release folder; read only."""
+    root = tmp_path_factory.mktemp("releases")
+    return {trio: write_release(root / trio, members) for trio, members in specialists.items()}
+
+
+@pytest.fixture(scope="session")
+def models(releases) -> dict[str, UltraFuserForCausalLM]:
+    return {trio: UltraFuserForCausalLM.from_pretrained(folder).eval() for trio, folder in releases.items()}
+
+
+@pytest.fixture(scope="session")
+def references(releases) -> dict[str, Reference]:
+    return {trio: Reference.load(folder) for trio, folder in releases.items()}
+
+
+@pytest.fixture(params=TRIOS)
+def trio(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def release(releases, trio) -> Path:
+    return releases[trio]
+
+
+@pytest.fixture
+def model(models, trio) -> UltraFuserForCausalLM:
+    return models[trio]
+
+
+@pytest.fixture
+def reference(references, trio) -> Reference:
+    return references[trio]

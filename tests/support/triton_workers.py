@@ -1,0 +1,34 @@
+"""Worker processes in which Triton interprets kernels, or compiles them: it decides at import, once per process."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from support.interpreter import teach_bf16
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Calls a function in a process whose Triton interprets kernels on CPU tensors."""
+    with _worker(interpret=True) as worker:
+        worker.submit(teach_bf16).result()
+        yield lambda function, *args: worker.submit(function, *args).result()
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """Calls a function in a process whose Triton compiles."""
+    with _worker(interpret=False) as worker:
+        yield lambda function, *args: worker.submit(function, *args).result()
+
+
+def _worker(interpret: bool) -> ProcessPoolExecutor:
+    pytest.importorskip("triton")
+    worker = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", str(int(interpret)))
+        worker.submit(torch.set_num_threads, 1).result()  # the process starts here and inherits the variable
+    return worker

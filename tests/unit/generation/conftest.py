@@ -1,1 +1,0 @@
-from release_fixtures import *  # noqa: F403  fixtures

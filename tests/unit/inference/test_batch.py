@@ -1,0 +1,137 @@
+"""Files of prompts: every shape that training data has, answers in order, nothing half-written under a final name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.release_prompts import STEPS
+from transformers import PreTrainedTokenizerFast
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.answer import Answerer, Limits
+from ultrafuser_mega.inference.batch import PromptFile, answer_file
+from ultrafuser_mega.inference.model import OpenedModel
+from ultrafuser_mega.inference.sampling import Sampling
+
+ROWS = [
+    {"instruction": "Which city is the largest?", "input": "Berlin, Rome", "id": 7},
+    {"question": "Janet has 3 apples and buys 14 more.", "answer": "17"},
+    {"prompt": "def add(a, b):"},
+    {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Which city?"}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "Which city?"},
+            {"from": "gpt", "value": "London"},
+            {"from": "human", "value": "Is it the largest?"},
+            {"from": "gpt", "value": "an answer that is left out"},
+        ]
+    },
+]
+
+
+@pytest.fixture
+def answerer(model, release) -> Answerer:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
+    return Answerer(OpenedModel(model, tokenizer, frozenset({2})))
+
+
+def write(path, rows) -> PromptFile:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PromptFile(path)
+
+
+def run(answerer, source, out, trace=None, batch_size=2, system=None) -> list[dict]:
+    prompts = source.encode(answerer, system)
+    answer_file(answerer, source, prompts, out, trace, batch_size, Limits(STEPS), Sampling())
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_rows_keep_their_fields_and_order_and_get_the_answers_of_single_prompts(answerer, model, tmp_path):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    answers = run(answerer, source, tmp_path / "out.jsonl")
+    assert [{k: v for k, v in row.items() if k not in ("generated", "finish_reason")} for row in answers] == ROWS
+    tokenizer = answerer._opened.tokenizer
+    for messages, row in zip(source.messages, answers, strict=True):
+        assert row["generated"] == model.chat(messages, tokenizer=tokenizer, max_new_tokens=STEPS)
+        assert row["finish_reason"] in ("eos", "length")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_the_batch_size_changes_nothing(answerer, tmp_path, batch_size):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    reference = run(answerer, source, tmp_path / "a.jsonl", batch_size=2)
+    assert run(answerer, source, tmp_path / "b.jsonl", batch_size=batch_size) == reference
+
+
+def test_the_trace_holds_every_token_with_the_weight_of_each_specialist(answerer, tmp_path):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    answers = run(answerer, source, tmp_path / "out.jsonl", trace=tmp_path / "trace.jsonl")
+    traces = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert [trace["row"] for trace in traces] == list(range(len(ROWS)))
+    for trace, row in zip(traces, answers, strict=True):
+        assert trace["specialists"] == answerer.names
+        if "\ufffd" not in row["generated"]:
+            assert "".join(token["text"] for token in trace["tokens"]) == row["generated"]
+        assert all(abs(sum(token["weights"]) - 1) < 1e-5 for token in trace["tokens"])
+
+
+def test_a_system_text_opens_conversations_that_bring_none(answerer, tmp_path):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    plain, opened = source.encode(answerer, None), source.encode(answerer, "Answer in German.")
+    assert [a == b for a, b in zip(plain, opened, strict=True)] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"instruction": 3}', r'in.jsonl:2: "instruction" must be text, found a number'),
+        ('{"text": "x"}', r"in.jsonl:2: unknown shape: expected messages"),
+        ("{", r"in.jsonl:2: bad JSON at column 2"),
+        ('{"messages": []}', r'in.jsonl:2: "messages" holds no assistant message'),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named_by_its_line(tmp_path, line, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "x"}\n' + line + "\n")
+    with pytest.raises(InputError, match=message):
+        PromptFile(path)
+
+
+def test_a_prompt_without_room_for_an_answer_is_named_before_anything_is_answered(answerer, tmp_path):
+    source = write(tmp_path / "in.jsonl", [ROWS[0], {"prompt": "word " * 300}])
+    with pytest.raises(InputError, match=r"in\.jsonl:2: the prompt has \d+ tokens for text, which reads 256 at most"):
+        source.encode(answerer, None)
+
+
+def test_fields_that_answers_are_written_to_are_not_lost(tmp_path):
+    with pytest.raises(InputError, match=r"in\.jsonl:1: has the field generated already; rename it"):
+        write(tmp_path / "in.jsonl", [{"prompt": "x", "generated": "y"}])
+
+
+def test_half_a_surrogate_pair_in_another_field_is_kept(answerer, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": "\\ud800"}\n')
+    (answer,) = run(answerer, PromptFile(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert answer["id"] == "\ud800"
+
+
+def test_files_that_are_there_are_not_overwritten(answerer, tmp_path):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    with pytest.raises(InputError, match=r"in\.jsonl: exists already"):
+        run(answerer, source, tmp_path / "in.jsonl")
+
+
+def test_an_interrupted_file_does_not_get_its_name(answerer, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", ROWS)
+    stream = answerer.stream
+
+    def interrupted(prompts, *arguments, first_row):
+        if first_row == 2:
+            raise KeyboardInterrupt
+        return stream(prompts, *arguments, first_row=first_row)
+
+    monkeypatch.setattr(answerer, "stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(answerer, source, tmp_path / "out.jsonl", trace=tmp_path / "trace.jsonl")
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "trace.jsonl").exists()
+    assert len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) == 2

@@ -1,0 +1,109 @@
+"""Streamed text: what was shown is never taken back, and all of it together is the decoded answer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from ultrafuser_mega.inference.text import TextStream
+from ultrafuser_mega.release.chat_ultrafuser import SpecialistEncoder, decode_response
+
+LEADS = {"llamas": " ", "qwens": ""}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(releases):
+    return {trio: PreTrainedTokenizerFast.from_pretrained(folder) for trio, folder in releases.items()}
+
+
+def response_ids(tokenizer, text: str, lead: str) -> list[int]:
+    """As in training, without EOS."""
+    encoder = SpecialistEncoder(tokenizer, {"first": "{instruction}", "later": "{instruction}"})
+    return encoder.encode_response(text, lead)[:-1]
+
+
+def streamed(tokenizer, ids, lead, stop=()) -> tuple[str, TextStream]:
+    stream = TextStream(tokenizer, lead, stop)
+    shown = ""
+    for token in ids:
+        shown += "".join(piece.text for piece in stream.push(token))
+        if stream.stopped:
+            break
+    return shown + "".join(piece.text for piece in stream.finish()), stream
+
+
+@pytest.mark.parametrize("trio", LEADS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "London is the largest city.",
+        "    return a + b\n\n  indented",
+        "Grüße, 東京 and a 🙂 emoji",
+        "a",
+        "\n\nstarts with line breaks",
+    ],
+)
+def test_streamed_text_is_the_text(tokenizers, trio, text):
+    ids = response_ids(tokenizers[trio], text, LEADS[trio])
+    shown, stream = streamed(tokenizers[trio], ids, LEADS[trio])
+    assert shown == stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
+    if trio == "qwens":  # byte-level: nothing is lost
+        assert shown == text
+
+
+@pytest.mark.parametrize("trio", LEADS)
+@given(ids=st.lists(st.integers(3, 390), min_size=1, max_size=20))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_tokens_stream_to_their_decoded_text(tokenizers, trio, ids):
+    """Except where bytes are no characters: shown is shown, whatever later bytes make of it."""
+    shown, stream = streamed(tokenizers[trio], ids, LEADS[trio])
+    assert stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
+    if "\ufffd" not in stream.text:
+        assert shown == stream.text
+
+
+@pytest.mark.parametrize("trio", LEADS)
+@pytest.mark.parametrize("stop", [("largest",), ("st ci",), ("nowhere", "is the"), ("L",), (".",)])
+def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers, trio, stop):
+    text = "London is the largest city. Berlin is smaller."
+    ids = response_ids(tokenizers[trio], text, LEADS[trio])
+    shown, stream = streamed(tokenizers[trio], ids, LEADS[trio], stop)
+    assert stream.stopped
+    assert shown == stream.text == text[: min(text.find(s) for s in stop if s in text)]
+
+
+def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizers):
+    ids = response_ids(tokenizers["qwens"], "London is the largest", "")
+    shown, stream = streamed(tokenizers["qwens"], ids, "", ("largest city",))
+    assert shown == "London is the largest" and not stream.stopped
+
+
+@pytest.mark.parametrize("trio", LEADS)
+def test_a_long_answer_is_decoded_in_windows_and_is_the_same(tokenizers, trio, monkeypatch):
+    text = "Grüße, 東京 🙂\n\n    return  a + b\t# London is the largest city.\n" * 30
+    ids = response_ids(tokenizers[trio], text, LEADS[trio])
+    longest = 0
+
+    def counted(tokenizer, ids, lead):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_response(tokenizer, ids, lead)
+
+    stream = TextStream(tokenizers[trio], LEADS[trio])
+    with monkeypatch.context() as patch:
+        patch.setattr("ultrafuser_mega.inference.text.decode_response", counted)
+        shown = "".join(piece.text for token in ids for piece in stream.push(token))
+    assert longest < 100 < len(ids)
+    shown += "".join(piece.text for piece in stream.finish())
+    assert shown == stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
+
+
+def test_every_token_has_its_part_of_the_text(tokenizers):
+    ids = response_ids(tokenizers["qwens"], "a 🙂 b", "")
+    _, stream = streamed(tokenizers["qwens"], ids, "")
+    pieces = stream.pieces()
+    assert [piece.token for piece in pieces] == list(range(len(ids)))
+    assert "".join(piece.text for piece in pieces) == "a 🙂 b"
+    assert "" in [piece.text for piece in pieces]  # bytes of the emoji before its last

@@ -1,0 +1,169 @@
+"""What the compilers made of every Triton and CUDA kernel, for a GPU that need not be there.
+
+Kernels are compiled ahead of time; registers, local memory and tensor-core instructions are read out of the cubin with
+the cuobjdump that ships with Triton. report_kernels.py prints this; a test holds it to "nothing spills".
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ultrafuser_mega.ops import epilogue_triton, streaming_kernels, streaming_tiles
+
+CAPABILITIES = (80, 90, 100)
+TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
+TMA_LOAD = r"\bUTMALDG\b"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by Triton's names
+USAGE_OF_FUNCTION = r"(\w+(?:<[^>]*>)?)\([^()]*\):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+
+
+@dataclass(frozen=True)
+class Resources:
+    kernel: str
+    capability: int
+    registers: int  # per thread
+    shared_bytes: int  # per program
+    local_bytes: int  # per thread: spilled registers
+    tensor_core: dict[str, int]  # instruction: how often it stands in the code
+    tma_loads: int  # as often
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+
+
+def report(capability: int, dtype: str = "bf16", specialists: int = 3) -> list[Resources]:
+    """Every kernel compiled for sm_<capability> and so many specialists' heads of ``dtype``."""
+    return [_compile(source, capability) for source in _sources(capability, dtype, specialists)]
+
+
+def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
+    """Every kernel of the CUDA file ``source``, compiled by ``nvcc`` for each sm_<capability>."""
+    targets = [f"-gencode=arch=compute_{capability},code=sm_{capability}" for capability in capabilities]
+    with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
+        command = [nvcc, "-fatbin", "-O3", "-std=c++17", *targets, str(source), "-o", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{nvcc} refuses {source}: {done.stderr.strip()}")
+        usage = _cuobjdump(file.name, "--dump-resource-usage")
+    readable = subprocess.run(["c++filt"], input=usage, capture_output=True, text=True, check=True).stdout
+    reports = []
+    for part in readable.split("arch = sm_")[1:]:
+        capability = int(re.match(r"\d+", part)[0])  # type: ignore[index]
+        for kernel, registers, stack, shared, local in re.findall(USAGE_OF_FUNCTION, part):
+            reports.append(Resources(kernel, capability, int(registers), int(shared), int(stack) + int(local), {}, 0))
+    return reports
+
+
+def _sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]:
+    rows = {"columns": "i32", "row_stride": "i64"}
+    steps = epilogue_triton.STEPS
+    coefficients = dict.fromkeys(("row_max", "coefficient_a", "coefficient_b", "coefficient_c"), "*fp32")
+    yield _Source(
+        "chunked: row_statistics",
+        epilogue_triton.row_statistics_kernel,
+        {"logits": "*fp32", "target": "*i64", "statistics": "*fp32"} | rows,
+        {"BLOCK": steps["row statistics"][0]},
+        steps["row statistics"][1],
+    )
+    yield _Source(
+        "chunked: dlogits",
+        epilogue_triton.dlogits_kernel,
+        {"logits": "*fp32", "gradient": f"*{dtype}", "target": "*i64"}
+        | coefficients
+        | rows
+        | {"gradient_stride": "i64"},
+        {"BLOCK": steps["dlogits"][0]},
+        steps["dlogits"][1],
+    )
+    yield _Source(
+        "gate_only: mixture_statistics",
+        epilogue_triton.mixture_statistics_kernel,
+        {"logits": "*fp32", "gate_weights": "*fp32", "target": "*i64", "statistics": "*fp32"}
+        | rows
+        | {"plane_stride": "i64"},
+        {
+            "specialists": specialists,
+            "PADDED": triton.next_power_of_2(specialists),
+            "BLOCK": steps["mixture statistics"][0],
+        },
+        steps["mixture statistics"][1],
+    )
+    operands = {
+        "hidden": (f"*{dtype}",) * specialists,
+        "heads": (f"*{dtype}",) * specialists,
+        "hidden_strides": ("i32",) * specialists,
+        "head_strides": ("i32",) * specialists,
+        "widths": ("i32",) * specialists,
+        "gate_weights": "*fp32",
+        "target": "*i64",
+    }
+    statistics = {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"}
+    gradient = {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"}
+    for name, kernel, arguments in (
+        ("statistics", streaming_kernels.statistics_kernel, statistics),
+        ("gate statistics", streaming_kernels.gate_statistics_kernel, statistics),
+        ("dlogits", streaming_kernels.dlogits_kernel, coefficients | gradient),
+    ):
+        tile = streaming_tiles.tile(name, capability, DTYPES[dtype], specialists)
+        yield _Source(
+            f"streaming: {name}",
+            kernel,
+            operands | arguments,
+            streaming_tiles.constants(tile, name, (tile.block_k,) * specialists),
+            tile.warps,
+            tile.stages,
+        )
+
+
+def _compile(source: _Source, capability: int) -> Resources:
+    signature = source.signature | dict.fromkeys(source.constants, "constexpr")
+    ast = ASTSource(source.kernel, signature, constexprs=source.constants, attrs=_aligned(signature))
+    options = {"num_warps": source.warps, "num_stages": source.stages}
+    compiled = triton.compile(ast, GPUTarget("cuda", capability, 32), options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(file.name, option) for option in ("--dump-resource-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers for {source.name} on sm_{capability}: {usage[:200]}")
+    counts = dict(Counter(re.findall(TENSOR_CORE, code)))
+    registers, stack, local = (int(number) for number in found.groups())
+    loads = len(re.findall(TMA_LOAD, code))
+    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts, loads)
+
+
+def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:
+    """What the launcher would find out by itself: pointers, strides and widths are multiples of 16."""
+    hint = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], list] = {}
+    for index, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            attributes |= {(index, j): hint for j in range(len(kind))}
+        elif kind.startswith("*") or name.endswith("stride"):
+            attributes[(index,)] = hint
+    return attributes
+
+
+def _cuobjdump(file: str, option: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, option, file], capture_output=True, text=True, check=True).stdout

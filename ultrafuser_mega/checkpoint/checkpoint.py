@@ -1,0 +1,338 @@
+"""Sharded checkpoints: write under a temporary name, rename when complete, read into any number of ranks.
+
+A checkpoint is a folder ``stage<k>-step<s>`` holding Megatron's distributed checkpoint (torch_dist),
+``progress.json``: where the run stood, a description of the model that another model's checkpoint cannot match, and
+size and checksum of every other file; and what the specialists came with beside their weights (``sources``). Every
+tensor lies in model space under a layout-independent name:
+
+    specialists.<name>.<Megatron name>    heads.<name>    tails.<name>    gate.<...>
+    optimizer.<param|exp_avg|exp_avg_sq>.<name of the parameter>
+
+Nothing rank-specific is stored (no parameter groups, no flat buffers), so a plain and a distributed optimizer
+read each other's checkpoints too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from ultrafuser_mega.checkpoint.integrity import record_files, verify_files
+from ultrafuser_mega.checkpoint.sources import SourceFiles
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.fused import FusedStage
+from ultrafuser_mega.runtime.groups import RankGroups
+from ultrafuser_mega.runtime.mcore import megatron_scope, use_plain_results_queue
+from ultrafuser_mega.training.optimizer import Trainable
+
+_NAME = re.compile(r"stage(\d)-step(\d{7})$")
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True, order=True)
+class Progress:
+    """How far a run is: ``step`` steps of ``stage`` are done."""
+
+    stage: int
+    step: int
+
+    @property
+    def folder(self) -> str:
+        """Name of the checkpoint folder."""
+        return f"stage{self.stage}-step{self.step:07d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[Progress, Path]]:
+    """Complete checkpoints in ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.iterdir():
+        if (match := _NAME.match(path.name)) and (path / PROGRESS).is_file():
+            found.append((Progress(int(match[1]), int(match[2])), path))
+    return sorted(found)
+
+
+def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
+    """Where the checkpoint at ``path`` stands.
+
+    Args:
+        path: a checkpoint folder.
+        identity: description of the model that is to be loaded, as given to :func:`save_checkpoint`.
+
+    Raises:
+        InputError: not a complete checkpoint, one of another model (names the first difference), or renamed.
+    """
+    record = _read_record(path)
+    saved, wanted = flat(record["identity"]), flat(json.loads(json.dumps(identity)))
+    for key in sorted(saved.keys() | wanted.keys()):
+        if saved.get(key) != wanted.get(key):
+            raise InputError(
+                f"{path}: checkpoint of another model: {key} is {saved.get(key)!r} there and {wanted.get(key)!r} here"
+            )
+    progress = Progress(**record["progress"])
+    if _NAME.match(path.name) and path.name != progress.folder:
+        raise InputError(f"{path}: renamed: its {PROGRESS} is that of {progress.folder}; give it this name back")
+    return progress
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every file with its size and checksum as written; collective over the job, which shares the reading.
+
+    One that notes none, as the first versions wrote them, passes.
+
+    Raises:
+        InputError: a file is missing or damaged; the same message on every rank.
+    """
+    verify_files(path, _read_record(path).get("files", {}), advice(path))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What progress.json says: "progress", "identity" and "files"."""
+    file = path / PROGRESS
+    try:
+        record = json.loads(file.read_text())
+        if not isinstance(record["identity"], dict) or not isinstance(record.get("files", {}), dict):
+            raise TypeError("identity or files is no object")
+        Progress(**record["progress"]).folder  # noqa: B018 (raises unless both are whole numbers)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error!r}); {advice(path)}") from None
+    return record
+
+
+def advice(path: Path) -> str:
+    """What to do about damage of the checkpoint at ``path``; ends a message."""
+    older = [other.name for _, other in list_checkpoints(path.parent) if other.name < path.name]
+    instead = f"for --resume to go on from {older[-1]}" if older else "and start afresh: there is no older one"
+    return f"copy the checkpoint again, or remove {path.name} {instead}"
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    model: FusedStage,
+    trainable: Trainable,
+    groups: RankGroups,
+    identity: Mapping[str, Any],
+    keep: int,
+    sources: SourceFiles | None,
+) -> Path:
+    """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
+    final = folder / progress.folder
+    if groups.rank == 0:
+        for unfinished in folder.glob(".*.partial"):
+            shutil.rmtree(unfinished)
+    write_checkpoint(final, progress, model, trainable, groups, identity, sources)
+    if groups.rank == 0:
+        for _, old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def write_checkpoint(
+    final: Path,
+    progress: Progress,
+    model: FusedStage,
+    trainable: Trainable | None,
+    groups: RankGroups,
+    identity: Mapping[str, Any],
+    sources: SourceFiles | None,
+) -> None:
+    """Write the folder ``final``, in place of what has this name; collective over the job.
+
+    Args:
+        final: the checkpoint folder.
+        progress: where the run stands.
+        model: this rank's share.
+        trainable: whose optimizer to write too; None for weights alone, which belongs to step 0.
+        groups: this rank's process groups.
+        identity: description of the model, checked on reading.
+        sources: where its specialists came from, written into the folder; rank 0's, others need none.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    if groups.rank == 0:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with megatron_scope(next(model.parameters()).device):
+        state = _model_state(model, groups)
+        if trainable is not None:
+            state |= _optimizer_state(trainable, state)
+        use_plain_results_queue()
+        dist_checkpointing.save(state, str(partial))
+    if groups.rank == 0:
+        assert sources is not None
+        sources.write(partial)
+    dist.barrier()
+    files = record_files(partial)
+    if groups.rank == 0:
+        record = {"progress": asdict(progress), "identity": identity, "files": files}
+        (partial / PROGRESS).write_text(json.dumps(record, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    dist.barrier()
+
+
+def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:
+    """Read the model, and with ``trainable`` its optimizer too; collective over the job.
+
+    Args:
+        path: a checkpoint folder.
+        model: filled in place.
+        groups: this rank's process groups; they may differ from those it was saved with.
+        trainable: the stage's optimizer and schedule, advanced to ``steps``; None to read weights only.
+        steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
+    """
+    device = next(model.parameters()).device
+    with megatron_scope(device), torch.no_grad():
+        state = _model_state(model, groups)
+        parameters = {key: shard.data for key, shard in state.items()}
+        moments = trainable is not None and steps > 0
+        if trainable is not None and moments:
+            _create_moments(trainable, steps)
+            state |= _optimizer_state(trainable, state)
+        loaded = dist_checkpointing.load(state, str(path))
+        for key, parameter in parameters.items():
+            parameter.copy_(loaded[key])
+        if trainable is not None:
+            if not any(key.startswith("optimizer.param.") for key in loaded):
+                trainable.optimizer.reload_model_params()  # the model's own weights are the master weights
+            if moments:
+                _restore_moments(trainable, loaded, parameters)
+            trainable.schedule.step(steps)
+
+
+def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
+    """Read the weights but for the gate's into a model of some of the checkpoint's specialists; collective."""
+    with megatron_scope(next(model.parameters()).device), torch.no_grad():
+        state = {key: shard for key, shard in _model_state(model, groups).items() if not key.startswith("gate.")}
+        parameters = {key: shard.data for key, shard in state.items()}
+        loaded = dist_checkpointing.load(state, str(path))
+        for key, parameter in parameters.items():
+            parameter.copy_(loaded[key])
+
+
+def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:
+    """Flat name -> ShardedTensor (or factory of several) of everything this rank holds of the model."""
+    state: dict[str, Any] = {}
+    metadata = {"dp_cp_group": groups.data}
+    for name, stage in model.stages.items():
+        shards = stage.sharded_state_dict(prefix=f"specialists.{name}.", metadata=metadata)
+        state |= {key: shard for key, shard in shards.items() if isinstance(getattr(shard, "data", None), Tensor)}
+    if model.fusion is not None:
+        state |= model.fusion.sharded_state_dict(groups.replica_index)
+    return state
+
+
+def _inner(trainable: Trainable) -> Any:
+    return trainable.optimizer.chained_optimizers[0]
+
+
+def _model_parameters(trainable: Trainable) -> list[nn.Parameter]:
+    return [p for p in trainable.wrapped.module.parameters() if p.requires_grad]
+
+
+def _moments_of(trainable: Trainable, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tensor that the optimizer updates for a model parameter (itself, its fp32 copy, or a shard) and its state."""
+    inner = _inner(trainable)
+    if isinstance(inner, DistributedOptimizer):
+        group, order = inner.model_param_group_index_map[parameter]
+        main = inner.optimizer.param_groups[group]["params"][order]
+    else:
+        main = getattr(parameter, "main_param", None)
+        main = parameter if main is None else main
+    return main, inner.optimizer.state[main]
+
+
+def _owned(trainable: Trainable) -> list[nn.Parameter]:
+    """Parameters whose optimizer state, or a part of it, lives on this rank."""
+    inner = _inner(trainable)
+    if isinstance(inner, DistributedOptimizer):
+        return list(inner.model_param_group_index_map)
+    return _model_parameters(trainable)
+
+
+def _create_moments(trainable: Trainable, steps: int) -> None:
+    """What AdamW would hold after ``steps`` steps, with zero moments, so that a checkpoint can be read into it."""
+    torch_counts = isinstance(_inner(trainable).optimizer, torch.optim.AdamW)
+    if not torch_counts:  # apex and TransformerEngine count steps per parameter group
+        for group in _inner(trainable).optimizer.param_groups:
+            group["step"] = steps
+    for parameter in _owned(trainable):
+        main, state = _moments_of(trainable, parameter)
+        if torch_counts:
+            state["step"] = torch.tensor(float(steps))
+        state["exp_avg"] = torch.zeros_like(main.data)
+        state["exp_avg_sq"] = torch.zeros_like(main.data)
+
+
+def _optimizer_state(trainable: Trainable, model_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Model-space optimizer tensors: "optimizer.<kind>.<parameter name>" -> sharded like the parameter."""
+    names = {id(shard.data): key for key, shard in model_state.items()}
+    inner = _inner(trainable)
+    result = {}
+    whole = _gathered_state(inner) if isinstance(inner, DistributedOptimizer) else None
+    for parameter in _model_parameters(trainable):
+        key = names[id(parameter)]
+        if whole is not None:
+            tensors = whole[parameter]
+        else:
+            main, state = _moments_of(trainable, parameter)
+            tensors = {"param": main.data, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        if parameter.dtype == torch.float32:
+            del tensors["param"]  # the model's own weights already say it
+        for kind, tensor in tensors.items():
+            prefix = f"optimizer.{kind}"
+            result[f"{prefix}.{key}"] = make_sharded_optimizer_tensor(model_state[key], tensor, prefix)
+    return result
+
+
+def _gathered_state(inner: DistributedOptimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Undo the distributed optimizer's sharding: whole tensors, shaped like their parameters, on every replica."""
+    flat = inner.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+    result = {}
+    for index, ranges in enumerate(inner.gbuf_ranges):
+        (tensors,) = (flat[index][dtype] for dtype in ranges)
+        for parameter, (start, end, _) in inner.buffers[index].param_index_map.items():
+            result[parameter] = {
+                kind: tensors[kind][start:end].view(parameter.shape) for kind in ("param", "exp_avg", "exp_avg_sq")
+            }
+    return result
+
+
+def _restore_moments(trainable: Trainable, loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    names = {id(parameter): key for key, parameter in parameters.items()}
+    inner = _inner(trainable)
+    for parameter in _owned(trainable):
+        key = names[id(parameter)]
+        main, state = _moments_of(trainable, parameter)
+        part = slice(None)
+        if isinstance(inner, DistributedOptimizer):
+            local = inner._get_model_param_range_map(parameter)["param"]
+            part = slice(local.start, local.end)
+        for kind, target in (("param", main.data), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+            if (source := loaded.get(f"optimizer.{kind}.{key}")) is not None:
+                target.copy_(source.reshape(-1)[part].view_as(target))
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,0 +1,144 @@
+"""``ultrafuser generate`` and ``ultrafuser chat``: their options, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ultrafuser_mega.errors import InputError
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="release folder or checkpoint", show_default=False)]
+System = Annotated[str | None, typer.Option(help="system text before the conversation", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="longest answer, in tokens")]
+Temperature = Annotated[float, typer.Option(help="0: the most likely token; above: draws")]
+TopK = Annotated[int, typer.Option(help="draw from the k most likely tokens; 0: all")]
+TopP = Annotated[float, typer.Option(help="draw from the most likely tokens that add up to this probability")]
+MinP = Annotated[float, typer.Option(help="draw from tokens at least this times as likely as the likeliest")]
+RepetitionPenalty = Annotated[float, typer.Option(help="above 1 discourages tokens that were there before")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="text that ends an answer and is left out; repeatable", show_default=False)
+]
+Seed = Annotated[int, typer.Option(help="of the draws")]
+GateTrace = Annotated[Path | None, typer.Option(help="JSONL to write: gate weights of every token", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist: cuda:0,cuda:1,cuda:2")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored", show_default=False)]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="default: standard input", show_default=False)
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text as it stands, without templates")] = False,
+    system: System = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="JSON or JSONL file of prompts", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="JSONL file of answers; must not exist", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts of --input at a time", min=1)] = 8,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    gate_trace: GateTrace = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Answer one prompt, or a file of prompts.
+
+    A prompt is an instruction: every specialist gets it in the template that it was trained with. On a terminal each
+    token has the colour of the specialist with the largest gate weight.
+
+    --input takes rows as training data has them (instruction, question, prompt, messages or conversations; answers may
+    be missing) and writes them to --output with the fields "generated" and "finish_reason" (eos, stop or length).
+    """
+    from ultrafuser_mega.cli.terminal import AnswerPrinter
+    from ultrafuser_mega.inference.answer import Answerer, Limits, check_text
+    from ultrafuser_mega.inference.batch import PromptFile, TraceFile, answer_file, refuse_existing
+    from ultrafuser_mega.inference.model import opened_model
+    from ultrafuser_mega.inference.sampling import Sampling
+
+    limits = Limits(max_new_tokens, tuple(stop or ()))
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if (input_ is None) != (output is None):
+        raise InputError("--input and --output belong together; give both or neither")
+    if input_ is not None and (prompt is not None or raw):
+        raise InputError("--input: takes neither PROMPT nor --raw; leave one of them out")
+    if raw and system:
+        raise InputError("--system: --raw uses no templates; put the text into the prompt")
+    source = PromptFile(input_) if input_ is not None else None
+    text = prompt if prompt is not None or source is not None else sys.stdin.read()
+    if text is not None:
+        check_text("the prompt", text)
+    if output is not None and gate_trace is not None and output.resolve() == gate_trace.resolve():
+        raise InputError(f"--output, --gate-trace: both are {output}; give two files")
+    for path in (output, gate_trace):
+        if path is not None:
+            refuse_existing(path)
+    with opened_model(model, device, dtype) as opened:
+        answerer = Answerer(opened)
+        if source is not None:
+            assert output is not None
+            prompts = source.encode(answerer, system)
+            answer_file(answerer, source, prompts, output, gate_trace, batch_size, limits, sampling)
+            print(f"wrote {output}: {len(prompts)} answers")
+            return
+        assert text is not None
+        if raw:
+            encoded = answerer.encode_raw(text)
+        else:
+            opening = [{"role": "system", "content": system}] if system else []
+            encoded = answerer.encode([*opening, {"role": "user", "content": text}])
+        with TraceFile(gate_trace, answerer.names) as traces:
+            traces.write(0, AnswerPrinter(answerer.names).stream(answerer, encoded, limits, sampling, lead=not raw))
+
+
+def chat(
+    model: Model,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    gate_trace: GateTrace = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Talk to a fused model; /help at its prompt shows commands.
+
+    A turn computes only what is new: caches keep the conversation.
+    """
+    from ultrafuser_mega.cli import terminal
+    from ultrafuser_mega.inference.answer import Answerer, Limits
+    from ultrafuser_mega.inference.batch import TraceFile, refuse_existing
+    from ultrafuser_mega.inference.model import opened_model
+    from ultrafuser_mega.inference.sampling import Sampling
+
+    limits = Limits(max_new_tokens, tuple(stop or ()))
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if gate_trace is not None:
+        refuse_existing(gate_trace)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  line editing and history for input()
+    with opened_model(model, device, dtype) as opened:
+        answerer = Answerer(opened)
+        with TraceFile(gate_trace, answerer.names) as traces:
+            if interactive:
+                print("Say something; /help shows what else there is.")
+            printer = terminal.AnswerPrinter(answerer.names)
+            read = input if interactive else lambda prompt: input()
+            terminal.chat(answerer, printer, traces, limits, sampling, system, read)

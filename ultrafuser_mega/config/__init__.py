@@ -1,0 +1,3 @@
+"""The configuration tree of a run."""
+
+from ultrafuser_mega.config.config import *  # noqa

@@ -1,0 +1,66 @@
+"""A checkpoint as the released model class, its tensors read one at a time as an export reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers.initialization import no_init_weights
+
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
+from ultrafuser_mega.checkpoint.sources import CONFIG
+from ultrafuser_mega.config import load_config
+from ultrafuser_mega.convert.restore import TrainedModel
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.release import CardFacts, assemble_release
+from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
+
+
+class RestoredModel:
+    """What a checkpoint would be as a release folder.
+
+    Args:
+        folder: the checkpoint.
+        described: an empty folder, which gets everything of a release folder but the weights.
+
+    Attributes:
+        config: of the model.
+
+    Raises:
+        InputError: not a checkpoint, or one of single specialists.
+    """
+
+    def __init__(self, folder: Path, described: Path) -> None:
+        if not (folder / PROGRESS).is_file():
+            raise InputError(
+                f"{folder}: expected what ultrafuser export wrote, or a checkpoint (runs/<name>/checkpoints/...)"
+            )
+        self._trained = trained = TrainedModel(folder)
+        if not (folder / CONFIG).is_file():
+            raise InputError(f"{folder}: was imported from single folders; a fused model needs a configuration")
+        self._dtype = trained.tensors.dtype("gate.b1")
+        parts = {name: (source.folder, source.template) for name, source in trained.sources.items()}
+        card = CardFacts(name=folder.name, config=load_config(folder / CONFIG), summary=None)
+        shared = "gate.w1.shared" in trained.tensors
+        self.config = assemble_release(
+            described, parts, trained.vocab_size, trained.gate_units, shared, self._dtype, card
+        )
+        self.config.name_or_path = str(described)  # where chat_ids looks for tokenizers of single specialists
+
+    @torch.no_grad()
+    def load(self, dtype: torch.dtype | None) -> UltraFuserForCausalLM:
+        """The model on the CPU, in ``dtype`` or in that of the checkpoint."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or self._dtype)
+        try:
+            with no_init_weights():
+                model = UltraFuserForCausalLM(self.config)
+        finally:
+            torch.set_default_dtype(before)
+        for name in self.config.names:
+            part = self._trained.specialist(name)
+            for tensor in part.shapes:
+                model.get_parameter(f"specialists.{name}.{tensor}").copy_(part.read(tensor))
+        for key in self._trained.gate_keys():
+            model.get_parameter(key).copy_(self._trained.gate(key))
+        return model

@@ -1,0 +1,1 @@
+"""How a job comes to its ranks: torchrun on this machine, Slurm across machines."""

@@ -1,0 +1,180 @@
+"""Everything about a run that can be wrong and can be known before any rank starts work.
+
+Each rank runs this alone, reads the same files and reaches the same verdict, so bad input ends a job at once
+and in one line.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
+from ultrafuser_mega.checkpoint.resume import changed_settings
+from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
+from ultrafuser_mega.data.templates import TEMPLATE_NAMES
+from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import (
+    Architecture,
+    HFWeights,
+    check_parallel_sizes,
+    check_positions,
+    read_architecture,
+)
+from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A configuration with everything resolved that the outside world decides."""
+
+    config: FuserConfig
+    architectures: dict[str, Architecture]
+    layout: LayoutPlan
+    vocab_size: int
+    gate_units: int
+    resume: tuple[Progress, Path] | None
+    changes: tuple[str, ...] = ()  # settings that a resumed run had otherwise, for people
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to fit this model."""
+        return {
+            "vocab_size": self.vocab_size,
+            "gate_units": self.gate_units,
+            "specialists": {name: asdict(arch) for name, arch in self.architectures.items()},
+        }
+
+
+def plan_layouts(config: FuserConfig) -> list[LayoutPlan]:
+    """All configured layouts, resolved; raises InputError for one that cannot be."""
+    plans = []
+    for index, layout in enumerate(config.layouts):
+        try:
+            plans.append(_resolve(config, layout))
+        except InputError as error:
+            raise InputError(f"layouts.{index}: {error}") from None
+    return plans
+
+
+def shared_vocabulary(config: FuserConfig) -> int:
+    """Entries of the vocabulary that the specialists share: as configured, or all that the smallest head has.
+
+    Raises:
+        InputError: more are asked for than the smallest head has.
+    """
+    smallest = shared_vocab_size(config.folders)
+    wanted = config.vocab_size or smallest
+    if wanted > smallest:
+        raise InputError(f"vocab_size: {wanted} is more than the {smallest} rows of the smallest specialist head")
+    return wanted
+
+
+def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
+    """Check ``config`` against the files it names and the ranks it was launched on.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    layout = choose_plan(plan_layouts(config), world_size)
+    _check_words(config)
+    architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
+    for name, arch in architectures.items():
+        placement = layout.placements[name]
+        check_parallel_sizes(name, arch, placement.tp, placement.pp)
+        HFWeights(config.folders[name], arch)
+        check_positions("data.max_length", config.data.max_length, name, arch)
+    vocab_size = shared_vocabulary(config)
+    check_tokenizers(config.folders, vocab_size)
+    _check_data_files(config)
+    _check_batches(config, layout)
+    _check_run_dir(config.run_dir)
+    plan = RunPlan(
+        config=config,
+        architectures=architectures,
+        layout=layout,
+        vocab_size=vocab_size,
+        gate_units=config.gate.hidden_size or max(arch.hidden_size for arch in architectures.values()),
+        resume=None,
+    )
+    if not resume:
+        return plan
+    checkpoints = list_checkpoints(config.run_dir / "checkpoints")
+    if not checkpoints:
+        raise InputError(
+            f"--resume: {config.run_dir / 'checkpoints'} holds no complete checkpoint; start without --resume"
+        )
+    path = checkpoints[-1][1]
+    progress = read_progress(path, plan.identity)
+    return replace(plan, resume=(progress, path), changes=changed_settings(path, progress, config))
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Whether the run could make and write its folder; nothing is made."""
+    try:
+        place = run_dir
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"runs, name: {place} is a file; choose another runs folder or name")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"runs, name: {place} cannot be written by this user; choose another runs folder")
+    except OSError as error:
+        raise InputError(f"runs, name: {run_dir}: {error.strerror}; choose another runs folder or name") from None
+
+
+def _check_words(config: FuserConfig) -> None:
+    """Names and choices that the configuration's own types cannot judge."""
+    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+    for name, specialist in config.specialists.items():
+        if name in taken:
+            raise InputError(f"specialists.{name}: torch keeps the name {name!r} for itself; choose another")
+        if specialist.template not in TEMPLATE_NAMES:
+            known = ", ".join(TEMPLATE_NAMES)
+            raise InputError(f"specialists.{name}.template: {specialist.template!r} is not known; use one of {known}")
+    if config.loss.backend == "gate_only" and config.stage2.steps:
+        raise InputError("loss.backend: gate_only cannot train stage 2; use auto, which takes it in stage 1")
+
+
+def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
+    share = config.micro_batch_size * layout.dp
+    for stage_name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        batch = stage.samples_per_class * len(config.data.classes)
+        if batch % share:
+            raise InputError(
+                f"{stage_name}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
+                f"{batch} samples do not split into microbatches of {config.micro_batch_size} on {layout.dp} "
+                f"replica(s); make the product a multiple of {share}"
+            )
+
+
+def _check_data_files(config: FuserConfig) -> None:
+    for name, part in config.data.classes.items():
+        where = f"data.classes.{name}"
+        for kind, paths in (("train", part.train), ("heldout", part.heldout)):
+            for path in paths:
+                if not (config.data.root / path).is_file():
+                    what = "a folder, no file" if (config.data.root / path).is_dir() else "no such file"
+                    raise InputError(f"{where}.{kind}: {config.data.root / path}: {what}")
+        for path in part.heldout_first:
+            if path not in part.train:
+                raise InputError(
+                    f"{where}.heldout_first: {path} is not one of its training files, {', '.join(map(str, part.train))}"
+                )
+        if not part.heldout and not part.heldout_first:
+            raise InputError(f"{where}: nothing is held out to evaluate on; give heldout files or heldout_first rows")
+
+
+def _resolve(config: FuserConfig, layout: Layout) -> LayoutPlan:
+    if isinstance(layout, ColocatedLayout):
+        return plan_colocated(list(config.specialists), layout.tp, layout.pp, layout.dp)
+    sizes = {name: layout.specialists[name] for name in config.specialists}
+    return plan_disjoint({name: (s.tp, s.pp, s.first_rank) for name, s in sizes.items()}, layout.dp)
