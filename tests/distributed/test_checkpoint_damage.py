@@ -17,11 +17,11 @@ from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.launch.local import train_main
 from ultrafuser_mega.planning.preflight import preflight
+from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.report import RunReport
-from ultrafuser_mega.training.trainer import Trainer
+from ultrafuser_mega.training.trainer import Trainer, run_facts
 
 OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
 STEP_IS_TEXT = '{"identity": {}, "progress": {"stage": 2, "step": "2"}}'
@@ -173,6 +173,6 @@ def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Pa
     groups = make_groups(plan.layout)
     store = open_store(plan, groups)
     trainer = Trainer(plan, groups, store, CPU)
-    with RunReport(plan, store, CPU, enabled=True, done_steps=0) as report:
+    with RunReport(run_facts(plan, CPU), enabled=True, done_steps=0) as report:
         shutil.rmtree(folder)
         trainer.train_stage(1, 0, report)

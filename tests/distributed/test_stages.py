@@ -13,11 +13,11 @@ from support.trio import COLOCATED_TP2, CPU, DISJOINT_8, ONE, config_tree, read_
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.planning.preflight import preflight
+from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.report import RunReport
-from ultrafuser_mega.training.trainer import Trainer
+from ultrafuser_mega.training.trainer import Trainer, run_facts
 
 
 def test_stage_one_trains_the_gate_and_nothing_else(trio: Path, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str
     trainables = []
     make = trainer._make_trainable
     trainer._make_trainable = lambda number: trainables.append(make(number)) or trainables[-1]  # type: ignore[method-assign]
-    with RunReport(plan, trainer.store, CPU, enabled=rank == 0, done_steps=0) as report:
+    with RunReport(run_facts(plan, CPU), enabled=rank == 0, done_steps=0) as report:
         trainer.train_stage(1, 0, report)
     after = dict(trainer.model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}

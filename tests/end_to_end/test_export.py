@@ -20,9 +20,9 @@ from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, lo
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.planning.preflight import preflight
+from ultrafuser_mega.reporting.records import EvaluationResult
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.evaluation import EvaluationResult
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.trainer import Trainer
 

@@ -35,7 +35,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope, use_plain_results_queue
-from ultrafuser_mega.training.optimizer import Trainable
+from ultrafuser_mega.runtime.trainable import Trainable
 
 _NAME = re.compile(r"stage(\d)-step(\d{7})$")
 PROGRESS = "progress.json"

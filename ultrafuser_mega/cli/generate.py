@@ -1,4 +1,4 @@
-"""``ultrafuser generate`` and ``ultrafuser chat``: their options, and nothing else."""
+"""``ultrafuser generate``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from typing import Annotated
 
 import typer
 
+from ultrafuser_mega.cli.sampling_options import (
+    Device,
+    Dtype,
+    GateTrace,
+    MaxNewTokens,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 from ultrafuser_mega.errors import InputError
-
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="release folder or checkpoint", show_default=False)]
-System = Annotated[str | None, typer.Option(help="system text before the conversation", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="longest answer, in tokens")]
-Temperature = Annotated[float, typer.Option(help="0: the most likely token; above: draws")]
-TopK = Annotated[int, typer.Option(help="draw from the k most likely tokens; 0: all")]
-TopP = Annotated[float, typer.Option(help="draw from the most likely tokens that add up to this probability")]
-MinP = Annotated[float, typer.Option(help="draw from tokens at least this times as likely as the likeliest")]
-RepetitionPenalty = Annotated[float, typer.Option(help="above 1 discourages tokens that were there before")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="text that ends an answer and is left out; repeatable", show_default=False)
-]
-Seed = Annotated[int, typer.Option(help="of the draws")]
-GateTrace = Annotated[Path | None, typer.Option(help="JSONL to write: gate weights of every token", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist: cuda:0,cuda:1,cuda:2")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored", show_default=False)]
 
 
 def generate(
@@ -100,45 +99,3 @@ def generate(
             encoded = answerer.encode([*opening, {"role": "user", "content": text}])
         with TraceFile(gate_trace, answerer.names) as traces:
             traces.write(0, AnswerPrinter(answerer.names).stream(answerer, encoded, limits, sampling, lead=not raw))
-
-
-def chat(
-    model: Model,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = 0,
-    gate_trace: GateTrace = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-) -> None:
-    """Talk to a fused model; /help at its prompt shows commands.
-
-    A turn computes only what is new: caches keep the conversation.
-    """
-    from ultrafuser_mega.cli import terminal
-    from ultrafuser_mega.inference.answer import Answerer, Limits
-    from ultrafuser_mega.inference.batch import TraceFile, refuse_existing
-    from ultrafuser_mega.inference.model import opened_model
-    from ultrafuser_mega.inference.sampling import Sampling
-
-    limits = Limits(max_new_tokens, tuple(stop or ()))
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    if gate_trace is not None:
-        refuse_existing(gate_trace)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401  line editing and history for input()
-    with opened_model(model, device, dtype) as opened:
-        answerer = Answerer(opened)
-        with TraceFile(gate_trace, answerer.names) as traces:
-            if interactive:
-                print("Say something; /help shows what else there is.")
-            printer = terminal.AnswerPrinter(answerer.names)
-            read = input if interactive else lambda prompt: input()
-            terminal.chat(answerer, printer, traces, limits, sampling, system, read)

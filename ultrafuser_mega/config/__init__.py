@@ -1,3 +1,38 @@
-"""The configuration tree of a run."""
+"""The one configuration tree: YAML file -> ``key.sub=value`` overrides -> validated objects.
 
-from ultrafuser_mega.config.config import *  # noqa
+Every key a run understands is a field of a section here, with its default and its meaning; ``default.yaml`` is what a
+run without a file does. Unknown keys, wrong types and impossible values are refused in one line that names the key.
+What needs the outside world to be checked (folders, tokenizers, rank counts) is checked by ``planning``.
+"""
+
+from ultrafuser_mega.config.checkpoint import Checkpoint
+from ultrafuser_mega.config.data import Data, DataClass
+from ultrafuser_mega.config.evaluation import Evaluation
+from ultrafuser_mega.config.fuser import FuserConfig
+from ultrafuser_mega.config.gate import GateOptions
+from ultrafuser_mega.config.layouts import ColocatedLayout, DisjointLayout, Layout, Parallel, Sizes
+from ultrafuser_mega.config.load import default_config_text, dump_config, load_config
+from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.specialists import Specialist
+from ultrafuser_mega.config.stages import Optimizer, Stage
+
+__all__ = [
+    "Checkpoint",
+    "ColocatedLayout",
+    "Data",
+    "DataClass",
+    "DisjointLayout",
+    "Evaluation",
+    "FuserConfig",
+    "GateOptions",
+    "Layout",
+    "Loss",
+    "Optimizer",
+    "Parallel",
+    "Sizes",
+    "Specialist",
+    "Stage",
+    "default_config_text",
+    "dump_config",
+    "load_config",
+]

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from ultrafuser_mega.errors import InputError
@@ -45,6 +46,25 @@ class StepRecord:
     tokens_per_s: float
     gate: GateWeights
     seconds: float  # wall time of this step
+
+
+@dataclass(frozen=True)
+class SampleGate:
+    """What the gate did on one held-out sample of T response tokens."""
+
+    class_name: str
+    index: int  # in the class's held-out split
+    weights: np.ndarray  # (T, n)
+    losses: np.ndarray  # (T,) of the fused model
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean losses and gate weights over response tokens; ``samples`` on rank 0 only."""
+
+    loss: dict[str, dict[str, float]]  # class -> "fused" or specialist -> nats
+    gate: dict[str, dict[str, float]]  # class -> specialist -> weight
+    samples: list[SampleGate]
 
 
 @dataclass(frozen=True, kw_only=True)

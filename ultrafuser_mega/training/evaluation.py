@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,27 +10,9 @@ from ultrafuser_mega.config import Evaluation
 from ultrafuser_mega.data.batches import EvaluationBatches, Shard
 from ultrafuser_mega.data.collate import IGNORED, MicroBatch
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.reporting.records import EvaluationResult, SampleGate
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.totals import ClassTotals
-
-
-@dataclass(frozen=True)
-class SampleGate:
-    """What the gate did on one held-out sample of T response tokens."""
-
-    class_name: str
-    index: int  # in the class's held-out split
-    weights: np.ndarray  # (T, n)
-    losses: np.ndarray  # (T,) of the fused model
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Mean losses and gate weights over response tokens; ``samples`` on rank 0 only."""
-
-    loss: dict[str, dict[str, float]]  # class -> "fused" or specialist -> nats
-    gate: dict[str, dict[str, float]]  # class -> specialist -> weight
-    samples: list[SampleGate]
 
 
 def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluation) -> EvaluationResult:

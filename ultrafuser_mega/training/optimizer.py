@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -11,7 +9,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,36 +17,7 @@ from torch import nn
 from ultrafuser_mega.config import Optimizer as OptimizerOptions
 from ultrafuser_mega.config import Stage
 from ultrafuser_mega.runtime.mcore import megatron_scope
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """A module being trained on this rank: gradients over replicas, one optimizer, one schedule."""
-
-    wrapped: DistributedDataParallel
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
-    device: torch.device
-
-    def zero_grad(self) -> None:
-        """Clear gradients before a step."""
-        self.wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-    def reduce_gradients(self) -> None:
-        """Sum gradients over replicas, for a backward that ran outside Megatron's schedule."""
-        with megatron_scope(self.device):
-            self.wrapped.finish_grad_sync()
-
-    def step(self) -> tuple[float, float]:
-        """Clip by the one global norm, update, advance the schedule; returns (gradient norm, lr used)."""
-        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
-        with megatron_scope(self.device):
-            _, norm, _ = self.optimizer.step()
-            if norm is None:  # clipping is off
-                norm = self.optimizer.get_grad_norm()
-        self.schedule.step(1)
-        return float(norm), float(lr)
+from ultrafuser_mega.runtime.trainable import Trainable
 
 
 def make_trainable(

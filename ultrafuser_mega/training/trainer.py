@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrafuser_mega.checkpoint.sources import Sources
-from ultrafuser_mega.config import Stage
+from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
@@ -24,14 +24,17 @@ from ultrafuser_mega.errors import DivergedError
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.planning.preflight import DTYPES, RunPlan
-from ultrafuser_mega.reporting.records import StepRecord
+from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
+from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
+from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.engine import Engine
-from ultrafuser_mega.training.evaluation import EvaluationResult, evaluate
-from ultrafuser_mega.training.optimizer import Trainable, make_trainable
+from ultrafuser_mega.training.evaluation import evaluate
+from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.report import RunReport, locked_run, set_aside
+from ultrafuser_mega.training.run_folder import locked_run, set_aside
+from ultrafuser_mega.training.token_samples import token_samples
 from ultrafuser_mega.training.totals import ClassTotals
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
@@ -53,7 +56,7 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
     # Only now: what could be wrong with the input has been seen, and the earlier run was where it was until here.
     kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
     begun = trainer.global_step(done)
-    with RunReport(plan, trainer.store, trainer.device, enabled=groups.rank == 0, done_steps=begun) as report:
+    with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
         for change in plan.changes:
@@ -66,7 +69,23 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
             if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
                 report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
                 return
-        report.finish(trainer.evaluate())
+        final = trainer.evaluate()
+        report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
+
+
+def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
+    """What the report says of the run that ``plan`` describes."""
+    config = plan.config
+    return RunFacts(
+        name=config.name,
+        run_dir=config.run_dir,
+        config_text=dump_config(config),
+        layout=plan.layout.describe(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        specialists=list(config.specialists),
+        stage_steps=(config.stage1.steps, config.stage2.steps),
+        resumed_from=plan.resume[1] if plan.resume else None,
+    )
 
 
 class Trainer:

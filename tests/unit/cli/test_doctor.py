@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ultrafuser_mega.cli import doctor
+from ultrafuser_mega.cli import machine
 
 
 def run_doctor() -> tuple[bool, dict[str, str]]:
     """(healthy, first word of every row -> the row)."""
     out = io.StringIO()
-    healthy = doctor.report(Console(file=out, width=200))
+    healthy = machine.report(Console(file=out, width=200))
     rows = [line.strip("│┃ ").strip() for line in out.getvalue().splitlines()]
     return healthy, {row.split("  ")[0].strip(" │"): row for row in rows if row}
 
@@ -23,11 +23,11 @@ def run_doctor() -> tuple[bool, dict[str, str]]:
 def test_working_installation_is_healthy() -> None:
     healthy, rows = run_doctor()
     assert healthy
-    assert {*doctor.REQUIRED, "C++ extension", "device", "backend", "triton"} <= {row.split(" │")[0] for row in rows}
+    assert {*machine.REQUIRED, "C++ extension", "device", "backend", "triton"} <= {row.split(" │")[0] for row in rows}
 
 
 def test_missing_requirement_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "REQUIRED", (*doctor.REQUIRED, "no-such-package"))
+    monkeypatch.setattr(machine, "REQUIRED", (*machine.REQUIRED, "no-such-package"))
     healthy, rows = run_doctor()
     assert not healthy
     (row,) = (row for row in rows.values() if row.startswith("no-such-package"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ultrafuser_mega.training.report import set_aside
+from ultrafuser_mega.training.run_folder import set_aside
 
 
 def test_earlier_run_is_moved_to_the_next_free_number_without_its_store(tmp_path: Path) -> None:

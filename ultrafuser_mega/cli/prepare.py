@@ -1,0 +1,34 @@
+"""``ultrafuser prepare``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ultrafuser_mega.cli.options import Config, Overrides, wide_console
+
+
+def prepare(
+    overrides: Overrides = None,
+    config: Config = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="rebuild a store made from other inputs")] = False,
+) -> None:
+    """Tokenise the data; tell what was dropped and why.
+
+    The memory-mapped store goes where data.store says, by default into the run's folder. A training job does this by
+    itself where it was not done before, and uses a store that was made from the same inputs.
+    """
+    from ultrafuser_mega.config import load_config
+    from ultrafuser_mega.planning.preflight import shared_vocabulary
+    from ultrafuser_mega.toy import make_toy
+    from ultrafuser_mega.training.prepare import prepare as prepare_data
+
+    loaded = load_config(config, overrides or [])
+    if loaded.toy is not None:
+        make_toy(loaded.toy, progress=True)
+    report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)
+    console = wide_console()
+    console.print(report.table())
+    for line in report.problems():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

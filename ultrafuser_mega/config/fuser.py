@@ -1,0 +1,73 @@
+"""A whole run: the sections together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ultrafuser_mega.config.checkpoint import Checkpoint
+from ultrafuser_mega.config.data import Data
+from ultrafuser_mega.config.evaluation import Evaluation
+from ultrafuser_mega.config.gate import GateOptions
+from ultrafuser_mega.config.layouts import DisjointLayout, Layout, Parallel
+from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.section import Section
+from ultrafuser_mega.config.specialists import Specialist
+from ultrafuser_mega.config.stages import Optimizer, Stage
+
+
+class FuserConfig(Section):
+    """A whole run."""
+
+    name: str = Field("demo", pattern=r"^\w[\w.-]*$", max_length=100, coerce_numbers_to_str=True)
+    runs: Path = Field(Path("runs"), description="runs/<name> receives everything the run writes")
+    seed: int = Field(1234, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    toy: Path | None = Field(None, description="make the toy specialists and their data here when they are missing")
+    models: Path = Field(Path(), description="relative specialist paths are taken from here")
+    specialists: dict[str, Specialist] = Field(min_length=1)
+    layouts: list[Layout] = Field(min_length=1, description="the first that uses exactly the launched ranks is taken")
+    parallel: Parallel = Parallel()
+    vocab_size: PositiveInt | None = Field(None, description="shared vocabulary; default: the specialists' smallest")
+    gate: GateOptions = GateOptions()
+    loss: Loss = Loss()
+    data: Data
+    micro_batch_size: PositiveInt = Field(1, description="samples per microbatch and replica")
+    stage1: Stage
+    stage2: Stage
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes."""
+        return self.runs / self.name
+
+    @property
+    def store_dir(self) -> Path:
+        """Where its token store is."""
+        return self.data.store or self.run_dir / "store"
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Specialist name -> Hugging Face folder."""
+        return {name: self.models / specialist.path for name, specialist in self.specialists.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FuserConfig:
+        for name in [*self.specialists, *self.data.classes]:
+            if not name.isidentifier() or name in ("fused", "mean", "shared"):
+                raise ValueError(
+                    f"{name!r} cannot name a specialist or class; use a plain word other than fused, mean, shared"
+                )
+        for index, layout in enumerate(self.layouts):
+            if isinstance(layout, DisjointLayout) and set(layout.specialists) != set(self.specialists):
+                raise ValueError(
+                    f"layouts.{index}.specialists places {', '.join(layout.specialists)}; "
+                    f"it must place exactly {', '.join(self.specialists)}"
+                )
+        return self

@@ -1,0 +1,65 @@
+"""What is wrong with a configuration, in one line that names the key and what was perhaps meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from ultrafuser_mega.config.fuser import FuserConfig
+from ultrafuser_mega.config.section import Section
+
+
+def first_problem(error: ValidationError) -> str:
+    """The one to mend first."""
+    # A misspelt key usually comes with "missing" for the right one; the spelling is what to mend.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    kind, value = problem["type"], problem.get("input")
+    where = ".".join(str(part) for part in problem["loc"] if part not in ("disjoint", "colocated"))
+    if kind == "extra_forbidden":
+        return f"unknown key {where}{_suggestion(where)}"
+    if kind == "missing":
+        return f"{where} is missing; it has no default"
+    if kind == "union_tag_not_found":
+        return f"{where}.kind is missing; use disjoint or colocated"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where}: expected keys and values (found {value!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = f" (found {value!r})" if where and not isinstance(value, dict | list) else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _suggestion(unknown: str) -> str:
+    """The keys that were perhaps meant: of the nearest spelling, in the same section if it has one."""
+    known = [(section.split("."), name) for section, _, name in (key.rpartition(".") for key in _keys(FuserConfig))]
+    *section, last = unknown.split(".")
+    close = difflib.get_close_matches(last, {name for _, name in known}, n=1)
+    meant = [place for place, name in known if name in close]
+    here = ".".join([*section, *close])
+    if any(_is_section(place, section) for place in meant):
+        return f"; did you mean {here}?"
+    elsewhere = dict.fromkeys(".".join([*place, *close]).removeprefix(".") for place in meant)
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+
+
+def _is_section(pattern: list[str], section: list[str]) -> bool:
+    section = section or [""]
+    return len(pattern) == len(section) and all(p in ("*", s) for p, s in zip(pattern, section, strict=True))
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key there is, as in stage1.steps; "*" stands for a name or an index."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner, many in _sections_in(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.*." if many else f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[Section], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation, many
+    for argument in get_args(annotation):
+        yield from _sections_in(argument, many=True)

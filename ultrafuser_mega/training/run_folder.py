@@ -1,0 +1,49 @@
+"""The folder of a run: one job at a time, and what an earlier run of the same name left is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ultrafuser_mega.errors import InputError
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def locked_run(run_dir: Path, *, enabled: bool) -> Iterator[None]:
+    """Make ``run_dir`` and keep other jobs out of it; one rank holds the lock.
+
+    Raises:
+        InputError: another job has it, or the folder cannot be made.
+    """
+    with ExitStack() as stack:
+        if enabled:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(run_dir / _LOCK, timeout=0))
+            except Timeout:
+                raise InputError(f"{run_dir}: another job is training under this name; choose another name") from None
+            except OSError as error:
+                raise InputError(f"{run_dir}: cannot be written: {error.strerror}; use another runs folder") from None
+        yield
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Keep what an earlier run of the same name left: move it to ``<run_dir>.1`` (or .2, ...), all but its token store.
+
+    Otherwise its checkpoints would pass for the new run's. Returns where it went, None if there was nothing.
+    """
+    left = [path for path in run_dir.iterdir() if path.name not in ("store", _LOCK)] if run_dir.is_dir() else []
+    if not left:
+        return None
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    kept.mkdir()
+    for path in left:
+        path.rename(kept / path.name)
+    return kept
