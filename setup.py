@@ -1,4 +1,4 @@
-"""Builds the extensions and names the package; pyproject.toml holds the tools' configuration.
+"""Builds the extensions; everything else about the package stands in pyproject.toml.
 
 The C++ extension is required: without it the package does not install. The CUDA extension is a faster form of something
 that PyTorch computes, too; the environment variable UFM_BUILD_CUDA says what becomes of it:
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Extension, setup
 
 CUDA_ARCHITECTURES = (80, 90, 100)
 NVCC_TIMEOUT_S = 180  # ten times what it takes: a toolkit that hangs must not hang the installation
@@ -133,49 +133,4 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-setup(
-    name="ultrafuser_mega",
-    version="0.1.0",
-    description="A distributed trainer that fuses specialised language models through a token-level gate",
-    python_requires=">=3.11",
-    packages=find_namespace_packages(include=["ultrafuser_mega", "ultrafuser_mega.*"]),
-    package_data={"ultrafuser_mega.config": ["default.yaml"], "ultrafuser_mega.ops": ["*.pyi"]},
-    ext_modules=[cpu_epilogue, cuda_gate],
-    cmdclass={"build_ext": BuildExtensions},
-    install_requires=[
-        "torch>=2.11,<2.14",
-        "megatron-core>=0.16.1,<0.17",
-        "transformers>=5.0,<5.24",
-        "sentencepiece>=0.2,<0.3",
-        "tokenizers>=0.22,<0.24",
-        "safetensors>=0.6,<0.9",
-        "numpy>=2.0,<2.4",
-        # Megatron-core uses these without asking for them; without psutil its checkpoint save hangs.
-        "psutil>=6,<8",
-        "einops>=0.8,<0.9",
-        # CUDA builds of torch bring the Triton they were built with; elsewhere this one runs the kernels' tests.
-        "triton>=3.6,<3.10; platform_system == 'Linux'",
-        "pydantic>=2.10,<3",
-        "pyyaml>=6,<7",
-        "typer>=0.20,<0.30",
-        "rich>=14,<16",
-        "filelock>=3.16,<5",
-        "tensorboard>=2.18,<3",
-        "matplotlib>=3.9,<4",
-    ],
-    extras_require={
-        "dev": [
-            # tests run setup.py in place
-            "pybind11>=3.0,<3.2",
-            "setuptools>=77,<85",
-            "pytest>=8,<10",
-            "pytest-timeout>=2.3,<3",
-            "hypothesis>=6.100,<7",
-            "ruff>=0.14,<0.18",
-            "mypy>=1.18,<3",
-            "import-linter>=2.5,<3",
-            "types-PyYAML>=6,<7",
-        ],
-    },
-    entry_points={"console_scripts": ["ultrafuser=ultrafuser_mega.cli:main"]},
-)
+setup(ext_modules=[cpu_epilogue, cuda_gate], cmdclass={"build_ext": BuildExtensions})
