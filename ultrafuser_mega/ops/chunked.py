@@ -263,7 +263,7 @@ def _held(dtype: torch.dtype) -> torch.dtype:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, target: Tensor, gate_logits: Tensor, *tensors: Tensor):
+    def forward(ctx: Any, plan: Plan, target: Tensor, gate_logits: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         problem = plan.problem(target, gate_logits, tensors)
         n = len(problem.hidden)
         wanted = ctx.needs_input_grad[2:] if plan.grad_enabled else (False,) * (1 + 2 * n)
@@ -297,7 +297,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor | None, _row_losses: None):
+    def backward(ctx: Any, upstream: Tensor | None, _row_losses: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * (2 + len(ctx.dtypes))
         if ctx.deferred:
@@ -319,7 +319,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, None, *returned
 
 
-def _deferred_gradients(ctx, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
+def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
     """The gradients of reduction="none" with trainable heads, up to one common factor (): a second sweep."""
     statistics, target, gate_logits, *tensors = ctx.saved_tensors
     problem = ctx.plan.problem(target, gate_logits, tensors)

@@ -5,6 +5,8 @@ rounding). Their gradient is written over them in the GEMM's operand type: a 16-
 started and fills its first half, so one buffer serves both and the GEMM reads it with twice the leading dimension.
 """
 
+# What a kernel takes is typed by Triton's compiler.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch

@@ -8,6 +8,7 @@ vocabulary as the softmax, as a running sum beside the sum-exp (statistics.py ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ class GateOnlyLoss(torch.autograd.Function):
     """(loss, row losses) from statistics_of(problem, gate_weights (N, n)) -> (N, 4 + 3 n), in chunks or streamed."""
 
     @staticmethod
-    def forward(ctx, problem: Problem, statistics_of: Callable[[Problem, Tensor], Tensor], gate_logits: Tensor):
+    def forward(
+        ctx: Any, problem: Problem, statistics_of: Callable[[Problem, Tensor], Tensor], gate_logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         kept = problem.kept()
         gate_weights = torch.softmax(gate_logits.masked_fill(~kept[:, None], 0.0), dim=1)
         statistics = statistics_of(problem, gate_weights)
@@ -57,7 +60,7 @@ class GateOnlyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor | None, _row_losses: None):
+    def backward(ctx: Any, upstream: Tensor | None, _row_losses: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None
         (gradient,) = ctx.saved_tensors

@@ -200,7 +200,7 @@ def check_shards(columns: int, vocab_size: int) -> None:
 
 def _members(group: dist.ProcessGroup) -> int:
     """How many ranks share the vocabulary; InputError where this rank is none of them."""
-    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to the ranks it leaves out
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]  # what new_group gives to the ranks it leaves out
         raise InputError("group: this rank is not a member of it; only its members call the loss")
     if not isinstance(group, dist.ProcessGroup):
         raise InputError(f"group: {_kind(group)}, needed a process group or None")

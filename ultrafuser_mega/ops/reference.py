@@ -7,6 +7,8 @@ Not for training: slow and large on purpose.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,7 +62,7 @@ class _SumValues(torch.autograd.Function):
     """Sum over the group; the gradient, equal on all ranks, goes to every summand."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if group is None:
             return value.view_as(value)
         total = value.clone()
@@ -68,7 +70,7 @@ class _SumValues(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -76,12 +78,12 @@ class _SumGradients(torch.autograd.Function):
     """Identity on a replicated tensor; its gradient is the sum of every rank's part."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.group is not None:
             gradient = gradient.clone()
             dist.all_reduce(gradient, group=ctx.group)

@@ -10,6 +10,7 @@ Outside torch.compile these are not used: they cannot scale gradients in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,20 @@ def mixture_backward(
 
 
 @mixture_forward.register_fake
-def _(target, gate_logits, hidden, heads, needs, backend, group, vocab_start, vocab_size, ignore_index, reduction, *_):
+def _(
+    target: Tensor,
+    gate_logits: Tensor,
+    hidden: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
+    group: str,
+    vocab_start: int,
+    vocab_size: int,
+    ignore_index: int,
+    reduction: str,
+    *_: float,
+) -> list[Tensor]:
     rows = gate_logits.new_empty(target.shape[0], dtype=accumulate_dtype(hidden[0].dtype))
     loss = torch.empty_like(rows) if reduction == "none" else rows.new_empty(())
     wanted = [False] * len(needs) if _deferred(reduction, needs, hidden[0].dtype) else needs
@@ -98,7 +112,15 @@ def _(target, gate_logits, hidden, heads, needs, backend, group, vocab_start, vo
 
 
 @mixture_backward.register_fake
-def _(upstream, target, gate_logits, hidden, heads, needs, *_):
+def _(
+    upstream: Tensor,
+    target: Tensor,
+    gate_logits: Tensor,
+    hidden: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    needs: Sequence[bool],
+    *_: Any,
+) -> list[Tensor]:
     return _fake_gradients((gate_logits, *hidden, *heads), needs)
 
 
@@ -106,7 +128,7 @@ def _fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Ten
     return [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, needs, strict=True) if need]
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     target, gate_logits, hidden, heads, needs, *rest = inputs
     ctx.needs, ctx.rest, ctx.n = needs, rest, len(hidden)
     ctx.deferred = _deferred(rest[5], needs, hidden[0].dtype)
@@ -115,7 +137,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 @torch.no_grad()  # gradients have no graph, as without the operators; of one that stops here a derivative would be None
-def _backward(ctx, upstreams: Sequence[Tensor | None]):
+def _backward(ctx: Any, upstreams: Sequence[Tensor | None]) -> tuple[Any, ...]:
     upstream, n = upstreams[0], ctx.n
     if upstream is None:
         return None, None, [None] * n, [None] * n, *(None,) * 9
@@ -140,7 +162,7 @@ def _deferred(reduction: str, needs: Sequence[bool], dtype: torch.dtype) -> bool
 def _settings(
     group: str, start: int, size: int, ignore: int, reduction: str, smoothing: float, z_loss: float
 ) -> Settings:
-    ranks = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type]
+    ranks = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type, attr-defined]
     return Settings(ranks, start, size, ignore, smoothing, z_loss, reduction)
 
 

@@ -168,7 +168,9 @@ class Dlogits:
 
 class _StreamingLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings: Any, grad_enabled: bool, target: Tensor, gate_logits: Tensor, *tensors: Tensor):
+    def forward(
+        ctx: Any, settings: Any, grad_enabled: bool, target: Tensor, gate_logits: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         n = len(tensors) // 2
         problem = Problem(tensors[:n], tensors[n:], gate_logits, target, settings)
         wanted = ctx.needs_input_grad[3:] if grad_enabled else (False,) * (1 + 2 * n)
@@ -187,7 +189,7 @@ class _StreamingLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor | None, _row_losses: None):
+    def backward(ctx: Any, upstream: Tensor | None, _row_losses: None) -> tuple[Tensor | None, ...]:
         rows, target, gate_logits, *tensors = ctx.saved_tensors
         n = len(tensors) // 2
         if upstream is None:

@@ -23,6 +23,8 @@ The tuples of tensors are unrolled at compile time: one compiled kernel per numb
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+# What a kernel takes is typed by Triton's compiler.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import triton

@@ -14,8 +14,9 @@ Colocated specialists skip the forward: every rank of the fusion group already h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,7 @@ class HiddenExchange:
     def _slot_numel(self, n: int) -> int:
         return max(sum(piece.numel(n) for piece in pieces) for pieces in self.pieces)
 
-    def _walk(self, slots: Tensor, n: int):
+    def _walk(self, slots: Tensor, n: int) -> Iterator[tuple[Any, Tensor]]:
         """Yield (piece, its part of its owner's slot viewed as (rows, d_j)) for slots (F, slot)."""
         for slot, pieces in zip(slots, self.pieces, strict=True):
             offset = 0
@@ -139,7 +140,7 @@ class HiddenExchange:
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, exchange: HiddenExchange, *local: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, exchange: HiddenExchange, *local: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
         by_name = dict(zip(exchange.local, local, strict=True))
         if exchange.everyone_has_all:
@@ -147,7 +148,7 @@ class _Exchange(torch.autograd.Function):
         return tuple(exchange.gather(by_name))
 
     @staticmethod
-    def backward(ctx, *partial: Tensor):
+    def backward(ctx: Any, *partial: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *ctx.exchange.reduce_to_owners(partial))
 
 
@@ -155,11 +156,11 @@ class SumForward(torch.autograd.Function):
     """All-reduce in forward, identity in backward: for a sum of parts whose gradient every rank already has."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = x.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

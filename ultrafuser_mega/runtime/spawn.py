@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -82,7 +82,15 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _rank_main(function, rank, world_size, meeting, timeout_s, sender, args) -> None:
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    meeting: str,
+    timeout_s: float,
+    sender: Connection,
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     try:

@@ -15,6 +15,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -50,7 +51,7 @@ class ToyRecipe:
     batch_size: int = 16
     lr: float = 5e-3
 
-    def shape(self, name: str) -> dict:
+    def shape(self, name: str) -> dict[str, Any]:
         """Arguments of :func:`llama_config` for specialist ``name``."""
         own = {
             "text": {"vocab_rows": self.pieces, "kv_heads": self.heads, "rope_theta": 1e4},
@@ -120,7 +121,9 @@ def make_toy(
     return _folders(root)
 
 
-def _build(partial: Path, recipe: ToyRecipe, seed: int, device: str, identity: dict, console: Console) -> None:
+def _build(
+    partial: Path, recipe: ToyRecipe, seed: int, device: str, identity: dict[str, Any], console: Console
+) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     data = partial / "data"
     data.mkdir(parents=True)
@@ -174,7 +177,7 @@ def _publish(root: Path) -> None:
     partial.rmdir()
 
 
-def _is_finished(root: Path, identity: dict) -> bool:
+def _is_finished(root: Path, identity: dict[str, Any]) -> bool:
     try:
         finished = json.loads((root / RECIPE_FILE).read_text())
         sizes = {name: (root / name).stat().st_size for name in finished["files"]}

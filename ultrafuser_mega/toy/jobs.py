@@ -44,7 +44,7 @@ def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
     Raises:
         RuntimeError: a worker failed; the others are ended first.
     """
-    messages: SimpleQueue[tuple[str, dict | None]] = SimpleQueue()
+    messages: SimpleQueue[tuple[str, dict[str, Any] | None]] = SimpleQueue()
     threads = max(1, _cores() // len(jobs))
     workers = {job.name: _start(job, threads) for job in jobs}
     said: dict[str, list[str]] = {name: [] for name in workers}
@@ -96,7 +96,7 @@ def _start(job: Job, threads: int) -> subprocess.Popen[str]:
     )
 
 
-def _relay(name: str, worker: subprocess.Popen[str], messages: SimpleQueue) -> None:
+def _relay(name: str, worker: subprocess.Popen[str], messages: SimpleQueue[tuple[str, dict[str, Any] | None]]) -> None:
     assert worker.stdout is not None
     for line in worker.stdout:
         messages.put((name, json.loads(line)))

@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -86,7 +87,7 @@ def tiny_tokenizer(out_dir: Path | str, pieces: int = 512) -> Path:
     return Path(out_dir)
 
 
-def training_documents(rows: dict[str, Iterable]) -> Iterable[str]:
+def training_documents(rows: dict[str, Iterable[Any]]) -> Iterable[str]:
     """What the toy tokenizer is trained on: every class's rows (``Row``s by class) inside that class's own template."""
     for name, members in rows.items():
         for row in members:

@@ -7,6 +7,9 @@ specialists know some of the same words and differ in what they say about them.
 from __future__ import annotations
 
 from random import Random
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NAMES = (
     "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ines", "Jonas", "Kim", "Laura",
@@ -30,7 +33,7 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def two(rng: Random, choices: tuple) -> tuple:
+def two(rng: Random, choices: tuple[T, ...]) -> tuple[T, T]:
     """Two different members of ``choices``, in random order."""
     first, second = rng.sample(choices, 2)
     return first, second

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -43,7 +44,7 @@ def main() -> None:
     _tell({"heldout_loss": losses})
 
 
-def _tell(message: dict) -> None:
+def _tell(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 

@@ -86,7 +86,7 @@ class Engine:
         self._run(self.model, microbatches, loss, forward_only=True)
 
     def _run(self, model: Any, microbatches: Batches[B], loss: LossFunction[B], forward_only: bool) -> None:
-        def forward_step(batches: Any, stage: Any) -> tuple[Any, Callable]:
+        def forward_step(batches: Any, stage: Any) -> tuple[Any, Callable[[Any], tuple[Tensor, dict[str, Any]]]]:
             batch = next(batches).to(self.device)
             with torch.set_grad_enabled(not forward_only):
                 output = stage(batch.tokens, batch.rows)
