@@ -10,8 +10,10 @@ Backends: ``reference`` (plain PyTorch, the definition), ``chunked`` (row chunks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import chunked, reference, registered
 from ultrafuser_mega.ops.problem import Problem, check_main_grad, checked_problem
 
+P = ParamSpec("P")
+
 BACKENDS = ("auto", "reference", "chunked", "gate_only", "streaming")
 
 
@@ -29,7 +33,7 @@ class LossWithRows(NamedTuple):
     row_losses: Tensor  # (N,) fp32 (fp64 for fp64 inputs), without gradient; 0 on ignored rows
 
 
-def mixture_cross_entropy(
+def mixture_cross_entropy_with_rows(
     hidden: Sequence[Tensor],  # n x (N, d_j)
     head_weight: Sequence[Tensor],  # n x (V_local, d_j)
     gate_logits: Tensor,  # (N, n)
@@ -44,7 +48,7 @@ def mixture_cross_entropy(
     z_loss: float = 0.0,
     backend: str = "auto",
     head_main_grad: Sequence[Tensor | None] | None = None,  # n x (V_local, d_j)
-) -> Tensor:
+) -> LossWithRows:
     """Cross-entropy of z = sum_j softmax(gate_logits)_j W_j h_j against ``target``.
 
     Per kept row, with lse = log sum_v exp(z_v) and the mean over the ``vocab_size`` real rows of the vocabulary:
@@ -73,7 +77,9 @@ def mixture_cross_entropy(
             of dW_j between forward and backward.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 inputs): (), or (N,) for reduction="none".
+        The loss in fp32 (fp64 for fp64 inputs), () or (N,) for reduction="none", and every row's loss, detached, at no
+        extra cost. This is what a trainer wants: the scalar of "sum" or "mean" takes 3 GEMM passes where "none" with
+        trainable heads takes 4, and the rows are there for logging. :func:`mixture_cross_entropy` is the loss alone.
 
     Gradients are computed for the arguments that require them and only for those.
 
@@ -88,44 +94,6 @@ def mixture_cross_entropy(
         InputError: shapes, types, devices or settings that do not fit. On the CPU also a target outside the vocabulary
             (but not inside torch.compile) and shards whose sizes do not add up to ``vocab_size``, on every rank. On a
             GPU looking would stall the device: such a target's loss is inf, and such shards are not noticed.
-    """
-    return mixture_cross_entropy_with_rows(
-        hidden,
-        head_weight,
-        gate_logits,
-        target,
-        group=group,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        backend=backend,
-        head_main_grad=head_main_grad,
-    ).loss
-
-
-def mixture_cross_entropy_with_rows(
-    hidden: Sequence[Tensor],  # n x (N, d_j)
-    head_weight: Sequence[Tensor],  # n x (V_local, d_j)
-    gate_logits: Tensor,  # (N, n)
-    target: Tensor,  # (N,)
-    *,
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    backend: str = "auto",
-    head_main_grad: Sequence[Tensor | None] | None = None,  # n x (V_local, d_j)
-) -> LossWithRows:
-    """:func:`mixture_cross_entropy` together with every row's loss, detached, at no extra cost.
-
-    This is what a trainer wants: the scalar of reduction="sum" or "mean" takes 3 GEMM passes where "none" with
-    trainable heads takes 4, and the rows are there for logging per class.
     """
     if backend not in BACKENDS:
         raise InputError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}")
@@ -166,6 +134,21 @@ def mixture_cross_entropy_with_rows(
         if torch.compiler.is_compiling():
             return LossWithRows(*registered.mixture_loss(problem, backend))
         return LossWithRows(*registered.backend_loss(problem, backend))
+
+
+def _loss_alone(with_rows: Callable[P, LossWithRows]) -> Callable[P, Tensor]:
+    @functools.wraps(with_rows)
+    def loss_alone(*args: P.args, **options: P.kwargs) -> Tensor:
+        return with_rows(*args, **options).loss
+
+    loss_alone.__name__ = loss_alone.__qualname__ = "mixture_cross_entropy"
+    signature = inspect.signature(with_rows).replace(return_annotation="Tensor")
+    vars(loss_alone)["__signature__"] = signature  # what help() shows
+    return loss_alone
+
+
+#: :func:`mixture_cross_entropy_with_rows` without the rows: the loss alone, from the same arguments.
+mixture_cross_entropy = _loss_alone(mixture_cross_entropy_with_rows)
 
 
 def _trainable(problem: Problem) -> str:
