@@ -16,15 +16,3 @@ runtime    devices, layouts to process groups, the exchange of hidden states
 toy        small specialists made on the spot
 config     every key of a run
 """
-
-import logging
-import warnings
-
-# Megatron-core warns at import, once per rank, about every optional accelerator that is not installed, and later
-# about CUDA settings that mean nothing on a CPU. `ultrafuser doctor` tells what was found.
-warnings.filterwarnings("ignore", module=r"megatron\.core")
-# What Megatron-core 0.16 uses of torch and newer torch versions announce to replace.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
-# A CUDA build of torch on a machine with nvcc and without a GPU, from every rank.
-logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())

@@ -15,6 +15,7 @@ import typer
 
 from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, train, verify
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
+from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 _HELP = """Fuse specialised language models into one, token by token.
 
@@ -71,6 +72,7 @@ app.command("chat")(chat.chat)
 
 def main() -> None:
     """Entry point of the ``ultrafuser`` command."""
+    quiet_dependencies()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of transformers' loading are for people
     try:

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ultrafuser_mega.runtime.quiet import quiet_dependencies
+
 
 class RankFailure(RuntimeError):  # noqa: N818 (it is the rank that failed, not an error to handle)
     """A spawned rank raised or died; carries the first failing rank's own traceback."""
@@ -43,8 +45,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     # The ranks meet in a file: a free port found here may be taken by the time they bind it.
     meeting = tempfile.mkdtemp(prefix="ranks-")
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    work = pickle.dumps((function, args))  # reading it imports Megatron-core: the rank does that once it is quiet
     ranks = [
-        context.Process(target=_rank_main, args=(function, rank, world_size, meeting, timeout_s, pipes[rank][1], args))
+        context.Process(target=_rank_main, args=(work, rank, world_size, meeting, timeout_s, pipes[rank][1]))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -82,18 +85,12 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _rank_main(
-    function: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    meeting: str,
-    timeout_s: float,
-    sender: Connection,
-    args: tuple[Any, ...],
-) -> None:
+def _rank_main(work: bytes, rank: int, world_size: int, meeting: str, timeout_s: float, sender: Connection) -> None:
+    quiet_dependencies()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     try:
+        function, args = pickle.loads(work)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{meeting}/store",
