@@ -109,7 +109,7 @@ class Roundings:
       probabilistic rounding error analysis, 2019, assume less and find sqrt(n) u T times a small constant.) The
       rounding of the products themselves costs no more than one addition more.
     - But a term below u T may be lost entirely, and all such terms are where one accumulator takes word after word
-      (MKL's does on processors of other vendors). These losses are no accident, so they add up with their signs.
+      (MKL's code for any processor does). These losses are no accident, so they add up with their signs.
 
     The certain bound is n u T, far above both. Where terms repeat, their roundings repeat, too, and only it holds.
     """
