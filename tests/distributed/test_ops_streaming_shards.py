@@ -33,9 +33,12 @@ def on_shard(case: Case, rank: int) -> Case:
 
 
 def rank_answers(rank: int, store: str) -> list[dict[str, list]]:
+    from interpreter import teach_gpu_arithmetic
+
     from ultrafuser_mega.ops import streaming
     from ultrafuser_mega.ops.problem import checked_problem
 
+    teach_gpu_arithmetic()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "group": dist.group.WORLD}

@@ -7,14 +7,14 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from support.interpreter import teach_bf16
+from support.interpreter import teach_gpu_arithmetic
 
 
 @pytest.fixture(scope="session")
 def interpreted():
     """Calls a function in a process whose Triton interprets kernels on CPU tensors."""
     with _worker(interpret=True) as worker:
-        worker.submit(teach_bf16).result()
+        worker.submit(teach_gpu_arithmetic).result()
         yield lambda function, *args: worker.submit(function, *args).result()
 
 

@@ -18,7 +18,10 @@ units: N <= sum d_j.
 
 The upstream gradient is not known in the forward. It is one scalar for "sum" and "mean", and one factor per row of dh
 and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
-the statistics alone and the backward runs the sweep again with the upstream factors as row weights (4 passes in all).
+the row losses alone and the backward runs the whole sweep with the upstream factors as row weights (4 passes in all).
+The sweep takes its statistics from its own z. The forward's were taken of other blocks of columns, and a BLAS gives a
+logit other bits in a product of another shape: a last bit of a logit of 1e6 is 6 % of a probability, so that under the
+forward's sum of exponentials a row of dz would no longer add up.
 
 A head may have a buffer in which a trainer collects its gradient in the wide type over several calls (Megatron's
 weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" by the sweep's GEMMs
@@ -122,11 +125,12 @@ class _Chunk:
     gate_weights: Tensor  # (C, n)
     inputs: list[Tensor]  # n x (C, d_j): x_j = w_j h_j
     scratch: Any  # the epilogue's
-    pending: PendingStatistics | None  # None: the statistics were known before
+    pending: PendingStatistics
 
 
 class Sweep:
-    """One pass over all chunks. ``statistics`` given: they are taken as the truth and no collective is needed.
+    """One pass over all chunks.
+
     ``into``: buffers that the heads' gradients are added to as they come, None for those that get a sum of their own.
 
     After run(): statistics (N, 4) of the whole vocabulary; gate (N, n), summed over the group; hidden n x (N, d_j),
@@ -139,11 +143,9 @@ class Sweep:
         plan: Plan,
         needs: Needs,
         weight: Tensor,  # (N,): 0 on ignored rows
-        statistics: Tensor | None = None,
         into: Sequence[Tensor | None] = (),
     ) -> None:
         self.problem, self.plan, self.needs, self.weight = problem, plan, needs, weight
-        self.known = statistics is not None
         wide = problem.accumulate_dtype
         n, rows = len(problem.hidden), problem.rows
         self.target = problem.local_target()
@@ -151,7 +153,7 @@ class Sweep:
         self.real_heads = [head[: problem.real_rows] for head in problem.heads]  # n x (R, d_j)
         self.scale = FP16_SCALE if plan.epilogue.operand_dtype == torch.float16 else 1.0
 
-        self.statistics = weight.new_empty((rows, COLUMNS)) if statistics is None else statistics
+        self.statistics = weight.new_empty((rows, COLUMNS))
         self.gate = weight.new_zeros((rows, n)) if needs.gate else None
         self.hidden = [
             torch.empty_like(states, dtype=_held(states.dtype), memory_format=torch.contiguous_format) if need else None
@@ -224,13 +226,12 @@ class Sweep:
         for j, (x, head) in enumerate(zip(inputs, self.real_heads, strict=True)):
             gemm.accumulate(logits, x, head.t(), add=j > 0)
         local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=True)
-        pending = None if self.known else PendingStatistics(local, self.problem.real_rows, self.problem.settings)
+        pending = PendingStatistics(local, self.problem.real_rows, self.problem.settings)
         return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
 
     def _finish(self, chunk: _Chunk, buffers: list[Tensor | None]) -> None:
         rows = chunk.rows
-        if chunk.pending is not None:
-            self.statistics[rows] = chunk.pending.wait()
+        self.statistics[rows] = chunk.pending.wait()
         statistics = self.statistics[rows]
         coefficients = dlogit_coefficients(statistics, self.weight[rows] * self.scale, self.problem.settings)
         dz = self.plan.epilogue.dlogits(
@@ -281,7 +282,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
         if ctx.deferred or not needs.any:
             statistics = forward_statistics(problem, plan.epilogue, plan.buffer_bytes)
-            ctx.save_for_backward(statistics, target, gate_logits, *tensors)
+            ctx.save_for_backward(target, gate_logits, *tensors)
         else:
             sweep = Sweep(problem, plan, needs, weight if share is None or late_share is not None else weight * share)
             sweep.run()
@@ -320,15 +321,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients of reduction="none" with trainable heads, up to one common factor (): a second sweep."""
-    statistics, target, gate_logits, *tensors = ctx.saved_tensors
+    """The gradients of reduction="none" with trainable heads, up to one common factor (): a sweep of its own."""
+    target, gate_logits, *tensors = ctx.saved_tensors
     problem = ctx.plan.problem(target, gate_logits, tensors)
     weight = torch.where(problem.kept(), upstream, 0.0)
     factor, into = weight.new_ones(()), ctx.plan.main_grad
     if problem.hidden[0].dtype == torch.float16 and problem.rows:  # a loss scale of 2^16 does not fit fp16
         factor = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
         weight, into = weight / factor, ()
-    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, statistics, into)
+    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, into)
     sweep.run()
     return [sweep.gate, *sweep.hidden, *sweep.heads], factor
 

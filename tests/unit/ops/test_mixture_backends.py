@@ -30,6 +30,7 @@ SHAPES = {  # widths, vocab, rows: a covering set, not the product
 VALUES = {
     "ordinary": {},
     "logits of 1e4": {"logit_scale": 1e4},
+    "common offset of 1e4": {"common_offset": 1e4},
     "common offset of 1e6": {"common_offset": 1e6},
     "gate saturated": {"gate_scale": 200.0},
     "all rows ignored": {"ignored": 2.0},

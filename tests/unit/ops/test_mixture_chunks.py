@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.mixture_cases import Case, answer_of, make_case, relative_error, truth
+from support.mixture_cases import Case, answer_of, make_case, relative_error, rule_violations, truth
 
-from ultrafuser_mega.ops import chunked
+from ultrafuser_mega.ops import chunked, gemm
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
 
@@ -47,6 +47,21 @@ def test_sixteen_bit_head_gradients_do_not_grow_worse_with_the_number_of_chunks(
     rounding = torch.finfo(dtype).eps / 2
     for j, gradient in enumerate(answer.heads):
         assert relative_error(gradient, truth(case).heads[j]) <= 2 * rounding
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_may_round_otherwise_in_a_product_of_another_shape(reduction, monkeypatch):
+    """As some BLAS do. With "none" the forward's products are blocks of the vocabulary, the backward's are not."""
+    product = gemm.accumulate
+
+    def by_shape(out, a, b, **options):
+        if out.shape[1] < 2500:  # from the last k to the first
+            a, b = a.flip(1), b.flip(0)
+        product(out, a, b, **options)
+
+    case = make_case(26, rows=20, vocab=2500, widths=(16, 24, 8), reduction=reduction, common_offset=1e6)
+    monkeypatch.setattr(gemm, "accumulate", by_shape)
+    assert rule_violations(answer_of(chunked_loss, case), case) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -6,9 +6,11 @@ Everything is held to the rule of plain PyTorch in the same type (testing.Rule).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support.mixture_cases import IGNORE, Case, Rule, answer_of, make_case, relative_error, truth
+from support.mixture_cases import IGNORE, Case, Rule, answer_of, make_case
 
 from ultrafuser_mega.ops import mixture_cross_entropy
 
@@ -67,14 +69,18 @@ def test_every_backend_stays_within_the_rule_of_plain_pytorch(shape):
     rule = Rule(case)
     for backend, needs in BACKENDS:
         answer = answer_of(mixture_cross_entropy, case, needs, backend=backend)
-        assert rule.violations(answer) == [], (backend, needs)
+        assert rule.violations(answer, gate_alone=backend == "gate_only") == [], (backend, needs)
         if shape[4] == "masked" and needs == EVERYTHING:
             assert all(torch.count_nonzero(head[1::2]) == 0 for head in answer.heads)
 
 
 @pytest.mark.parametrize(("backend", "needs"), [("chunked", EVERYTHING), ("gate_only", GATE)], ids=["all", "gate"])
 def test_4096_rows_of_32000_words(backend, needs):
-    """64 rows repeated 64 times: the truth of the 64 is the truth of all, and only the answer pays for the size."""
+    """64 rows repeated 64 times: the truth of the 64 is the truth of all, and only the answer pays for the size.
+
+    Sums over words are held to the rule. In a sum over rows that repeat roundings repeat, too, and add up: there only
+    the certain bound n u T holds in any order (testing.Roundings), with T below 4 times the sum's size here.
+    """
     few = make_case(114, rows=64, vocab=32000, widths=(4, 3, 5), reduction="sum")
     repeats = 64
     many = Case(
@@ -84,14 +90,16 @@ def test_4096_rows_of_32000_words(backend, needs):
         few.target.repeat(repeats),
         few.options,
     )
-    answer, expected = answer_of(mixture_cross_entropy, many, needs, backend=backend), truth(few)
-    tolerance = 1e-5  # fp32 sums over 32000 words and 4096 rows, both in blocks
-    assert relative_error(answer.loss / repeats, expected.loss) <= tolerance
-    assert relative_error(answer.gate, expected.gate.repeat(repeats, 1)) <= tolerance
-    for gradient, true in zip(answer.hidden, expected.hidden, strict=True):
-        assert gradient is None or relative_error(gradient, true.repeat(repeats, 1)) <= tolerance
-    for gradient, true in zip(answer.heads, expected.heads, strict=True):
-        assert gradient is None or relative_error(gradient / repeats, true) <= tolerance
+    answer, rule = answer_of(mixture_cross_entropy, many, needs, backend=backend), Rule(few)
+    rule.expected = replace(
+        rule.expected,
+        loss=rule.expected.loss * repeats,
+        gate=rule.expected.gate.repeat(repeats, 1),
+        hidden=[true.repeat(repeats, 1) for true in rule.expected.hidden],
+        heads=[true * repeats for true in rule.expected.heads],
+    )
+    rule.allowed |= {f"heads[{j}]": 4 * 4096 * 2.0**-24 for j in range(3)}
+    assert rule.violations(answer, gate_alone=backend == "gate_only") == []
 
 
 def streamed(case: Case, needs: tuple[bool, bool, bool]):
@@ -119,4 +127,4 @@ def streamed(case: Case, needs: tuple[bool, bool, bool]):
 )
 def test_interpreted_streaming_stays_within_the_rule_of_plain_pytorch(shape, needs, interpreted):
     case = case_of(*shape)
-    assert Rule(case).violations(interpreted(streamed, case, needs)) == []
+    assert Rule(case).violations(interpreted(streamed, case, needs), gate_alone=needs == GATE) == []
