@@ -33,7 +33,7 @@ def on_shard(case: Case, rank: int) -> Case:
 
 
 def rank_answers(rank: int, store: str) -> list[dict[str, list]]:
-    from interpreter import teach_gpu_arithmetic
+    from support.interpreter import teach_gpu_arithmetic
 
     from ultrafuser_mega.ops import streaming
     from ultrafuser_mega.ops.problem import checked_problem
