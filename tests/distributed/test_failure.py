@@ -18,7 +18,7 @@ from support.trio import DISJOINT_3, config_tree, read_steps
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.launch.local import train_main
+from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.runtime.device import joined_job, launched_rank, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 

@@ -16,7 +16,7 @@ from support.trio import DISJOINT_3, ONE, config_tree, read_steps, train
 from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.launch.local import train_main
+from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.planning.preflight import RunPlan, preflight
 
 STAGE1, STAGE2 = "stage1-step0000002", "stage2-step0000002"
