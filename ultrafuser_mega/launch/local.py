@@ -38,7 +38,9 @@ def launch_local(ranks: int, program: Sequence[str], run_dir: Path) -> int:
         run_dir: of the run, whose newest checkpoint the last line names.
     """
     # The elastic library's account of what it does to which process is not for the users of this command.
-    logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
+    log = logging.getLogger("torch.distributed.elastic")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
     sys.stdout.flush()
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # hosted here: it outlives any rank
@@ -58,10 +60,8 @@ def launch_local(ranks: int, program: Sequence[str], run_dir: Path) -> int:
             _end(processes)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    assert ended is not None  # waited for without a time limit
-    if not ended.is_failed():
-        return 0
-    return _failed(ended.failures, ranks, run_dir)
+        assert ended is not None  # waited for without a time limit
+        return _failed(ended.failures, ranks, run_dir) if ended.is_failed() else 0
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -108,9 +108,9 @@ def _failed(failures: Mapping[int, ProcessFailure], ranks: int, run_dir: Path) -
     rank, first = next(iter(failures.items()))
     if Path(first.error_file).is_file():
         return first.exitcode
-    what = f"killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
+    what = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
     hint = " (by the system, when memory runs out)" if first.exitcode == -signal.SIGKILL else ""
-    print(f"failed: rank {rank} of {ranks} was {what}{hint}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+    print(f"failed: rank {rank} of {ranks} {what}{hint}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
     return max(first.exitcode, 1)
 
 
