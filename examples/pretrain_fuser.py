@@ -3,9 +3,7 @@
 torchrun --nproc-per-node 8 examples/pretrain_fuser.py [--config FILE] [--resume] [key.sub=value ...]
 """
 
-import sys
-
-from ultrafuser_mega.launch.local import main
+from ultrafuser_mega.cli.rank import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

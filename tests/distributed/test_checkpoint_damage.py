@@ -15,7 +15,7 @@ from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig
-from ultrafuser_mega.launch.local import train_main
+from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ import torch.distributed as dist
 import yaml
 from support.launched import DEADLINE_S, RANKS, launch
 from support.trio import DISJOINT_3, config_tree, read_steps
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.launch.local import train_main
+from ultrafuser_mega.launch.rank import train_main
+from ultrafuser_mega.runtime import failure
 from ultrafuser_mega.runtime.device import joined_job, launched_rank, launcher_store
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 
@@ -52,6 +56,53 @@ def test_bad_input_of_one_rank_is_one_line_without_a_traceback(tmp_path: Path, f
     assert 0 not in codes
     assert errors.count("error: data.root: 'x' is not there\n") == 1
     assert "Traceback" not in errors
+
+
+def die_while_others_wait(dying: int) -> int:
+    """A job in which one rank is killed, which no exception tells of, and the others lose it in a collective."""
+    failure._PATIENCE_S = 1.0
+    store = launcher_store()
+    with first_failure_ends_job(store), joined_job(torch.device("cpu"), store):
+        dist.barrier()
+        if launched_rank() == dying:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+    return 0
+
+
+def test_a_rank_killed_in_silence_is_told_of_once_by_a_survivor(tmp_path: Path) -> None:
+    codes, errors = launch(die_while_others_wait, tmp_path, 2)
+    assert codes == [1, 1, -signal.SIGKILL]
+    assert errors.count("failed (rank ") == 1
+    assert errors.splitlines()[-1].startswith("another rank is gone and did not say why: killed, ")
+
+
+def fail_after_the_others_noticed(failing: int) -> int:
+    """The connection breaks before the rank that broke it says why."""
+    store = launcher_store()
+    with first_failure_ends_job(store):
+        if launched_rank() == failing:
+            time.sleep(2.0)
+            raise InputError("data.root: 'x' is not there")
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4321")
+
+
+def test_a_survivor_never_speaks_before_the_cause(tmp_path: Path) -> None:
+    codes, errors = launch(fail_after_the_others_noticed, tmp_path, 1)
+    assert codes == [1, 2, 1]
+    assert errors == "error: data.root: 'x' is not there\n"
+
+
+def leave_a_file_for_torchrun(folder: str) -> int:
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{launched_rank()}.json"
+    return fail_after_the_others_noticed(1)
+
+
+def test_every_ranks_part_of_torchruns_report_names_the_first_cause(tmp_path: Path) -> None:
+    launch(leave_a_file_for_torchrun, tmp_path, str(tmp_path))
+    found = [ProcessFailure(rank, 0, 1, str(tmp_path / f"{rank}.json")) for rank in range(RANKS)]
+    report = ChildFailedError("job", dict(enumerate(found))).format_msg()
+    assert report.count("traceback : error: data.root: 'x' is not there\n") == RANKS
 
 
 def fail_together() -> int:

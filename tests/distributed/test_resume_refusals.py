@@ -15,9 +15,11 @@ from support.trio import DISJOINT_3, ONE, config_tree, read_steps, train
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.launch.local import train_main
-from ultrafuser_mega.planning.preflight import RunPlan, preflight
+from ultrafuser_mega.launch.rank import train_main
+from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data, preflight
+from ultrafuser_mega.training.prepare import prepare
 
 STAGE1, STAGE2 = "stage1-step0000002", "stage2-step0000002"
 
@@ -122,6 +124,101 @@ def test_remarks_are_printed_once_when_the_run_goes_on(copied: dict[str, Any], t
     codes, printed = launch(train_main, tmp_path, tmp_path / "config.yaml", ["seed=5"], True)
     assert codes == [0, 0, 0]
     assert printed.count("note: seed is 5, the run had 1234\n") == 1
+
+
+def with_data(tree: dict[str, Any]) -> tuple[str, ...]:
+    """What a resumed run remarks on, its data included."""
+    plan = resume(tree)
+    return compared_with_data(plan, TokenStore.open(plan.config.store_dir)).changes
+
+
+def prepared_again(tree: dict[str, Any], folder: Path, *files: str) -> dict[str, Any]:
+    """``tree`` over a copy of its data in which these files have lost their last row, as prepare --overwrite does it."""
+    shutil.copytree(tree["data"]["root"], folder)
+    for file in files:
+        rows = (folder / file).read_text().splitlines(keepends=True)
+        (folder / file).write_text("".join(rows[:-1]))
+    tree = tree | {"data": tree["data"] | {"root": str(folder)}}
+    prepare(FuserConfig.model_validate(tree), resume(tree).vocab_size, overwrite=True)
+    return tree
+
+
+def evaluating(tree: dict[str, Any], samples: int) -> dict[str, Any]:
+    return tree | {"evaluation": tree["evaluation"] | {"samples_per_class": samples}}
+
+
+def test_data_that_only_moved_are_not_remarked_on(copied: dict[str, Any], tmp_path: Path) -> None:
+    assert with_data(copied) == ()
+    assert with_data(prepared_again(copied, tmp_path / "moved")) == ()
+
+
+def test_other_training_data_are_remarked_on(copied: dict[str, Any], tmp_path: Path) -> None:
+    changed = prepared_again(copied, tmp_path / "data", "text.train.jsonl", "math.train.jsonl")
+    assert with_data(changed) == ("note: the training samples of text, math are not those that the run had",)
+
+
+def test_other_held_out_data_are_refused_in_stage_2(copied: dict[str, Any], tmp_path: Path) -> None:
+    changed = prepared_again(copied, tmp_path / "data", "code.heldout.jsonl")
+    with pytest.raises(
+        InputError, match=rf"^data: the held-out samples of code are other ones; .*{STAGE2} is in stage 2, and"
+    ):
+        with_data(changed)
+    shutil.rmtree(checkpoints(copied) / STAGE2)
+    assert with_data(changed) == (
+        "note: the held-out samples of code are not those that the run had; all models are evaluated anew",
+    )
+
+
+def test_another_number_of_held_out_samples_is_refused_in_stage_2(tree: dict[str, Any]) -> None:
+    with pytest.raises(
+        InputError,
+        match=r"^evaluation\.samples_per_class: 5, the run had 3; set evaluation\.samples_per_class=3, or start a run",
+    ):
+        with_data(evaluating(tree, 5))
+
+
+def test_a_number_that_takes_the_same_held_out_samples_is_not_refused(copied: dict[str, Any], tmp_path: Path) -> None:
+    config = checkpoints(copied) / STAGE2 / "sources" / "config.yaml"
+    config.write_text(config.read_text().replace("samples_per_class: 3", "samples_per_class: 12"))
+    assert with_data(evaluating(copied, 500)) == ()  # there are 12
+
+
+def test_all_rows_of_the_table_are_of_the_samples_of_a_run_resumed_in_stage_1(copied: dict[str, Any]) -> None:
+    shutil.rmtree(checkpoints(copied) / STAGE2)
+    changed = evaluating(copied, 5)
+    assert with_data(changed) == (
+        "note: evaluation.samples_per_class is 5, the run had 3; all models are evaluated anew",
+    )
+    run_dir = train(changed, 1, resume=True)
+    evals = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    evals = [record for record in evals if record["kind"] == "eval"]
+    assert [(record["stage"], record["step"]) for record in evals] == [(1, 0), (1, 2), (2, 4)]
+    summary = json.loads((run_dir / "summary.json").read_text())["eval"]
+    for name in ("text", "code", "math"):
+        for specialist in ("text", "code", "math"):
+            assert summary[name][specialist] == evals[1]["loss"][name][specialist]  # of 5 samples, untrained
+            assert summary[name][specialist] != evals[0]["loss"][name][specialist]  # of 3
+
+
+def test_a_checkpoint_without_a_record_of_its_data_goes_on_with_a_remark(copied: dict[str, Any]) -> None:
+    path = checkpoints(copied) / STAGE2
+    (path / "sources" / "data.json").unlink()
+    progress = json.loads((path / "progress.json").read_text())
+    del progress["files"]["sources/data.json"]
+    (path / "progress.json").write_text(json.dumps(progress))
+    note = f"note: {path} does not say what data the run had; they are taken to be those of now"
+    assert with_data(copied) == (note,)
+    with pytest.raises(InputError, match=r"^evaluation\.samples_per_class: 5, the run had 3; "):
+        with_data(evaluating(copied, 5))
+    train(copied | stage(copied, 2, steps=3), 1, resume=True)
+
+
+def test_damaged_record_of_the_data_is_named(copied: dict[str, Any]) -> None:
+    path = checkpoints(copied) / STAGE2 / "sources" / "data.json"
+    for text in ("{", "[]", '{"fingerprint": "x"}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: damaged \(.*\); copy the checkpoint again"):
+            with_data(copied)
 
 
 @pytest.mark.parametrize("name", [STAGE1, STAGE2])

@@ -196,7 +196,7 @@ def test_what_there_is_to_say_about_the_command_line_is_said_once(flag: str, cod
         check=False,
     )
     assert (result.returncode == 0) == (code == 0)
-    assert (result.stdout + result.stderr).count("usage: ") == 1
+    assert (result.stdout + result.stderr).count("Usage: ") == 1
 
 
 def test_train_ended_by_a_signal_leaves_no_process_behind(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -1,23 +1,31 @@
-"""What a run that is resumed may change: its configuration against the one its checkpoint was written under.
+"""What a run that is resumed may change: its configuration and data against those its checkpoint was written under.
 
 Some changes cannot be followed and are refused. Others are someone's decision, or an override that was forgotten on
 the second command line: those are said.
+
+A table compares the fused model with the specialists as they came, all on the same held-out samples. In stage 1 the
+specialists still are as they came, so other samples only mean evaluating all models again, which every resumed run
+does; from stage 2 on their rows could not be made again.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, advice, flat
-from ultrafuser_mega.checkpoint.sources import CONFIG
+from ultrafuser_mega.checkpoint.sources import CONFIG, DATA
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.data.store import SPLITS, TokenStore, digest
 from ultrafuser_mega.errors import InputError
 
 # Settings under which other numbers come out. Layouts, paths and how often something is evaluated or saved do not.
 _MATTERS = ("seed", "specialists.", "loss.", "data.max_length", "data.classes.", "data.on_malformed", "optimizer.")
+
+_AGAIN = "all models are evaluated anew"
 
 
 def changed_settings(path: Path, progress: Progress, config: FuserConfig) -> tuple[str, ...]:
@@ -39,6 +47,85 @@ def changed_settings(path: Path, progress: Progress, config: FuserConfig) -> tup
         for key in dict.fromkeys([*now, *before])
         if key.startswith(_MATTERS + stages) and not key.endswith(".path") and before.get(key) != now.get(key)
     )
+
+
+def data_record(store: TokenStore) -> dict[str, Any]:
+    """What a checkpoint says of its run's data: enough to tell later which samples are other ones."""
+    parts = store.manifest["splits"]
+    splits = {
+        name: {
+            split: {"samples": parts[name][split]["kept"], "digest": digest(parts[name][split]["files"])}
+            for split in SPLITS
+        }
+        for name in store.class_names
+    }
+    return {"fingerprint": store.fingerprint, "splits": splits}
+
+
+def changed_data(path: Path, progress: Progress, config: FuserConfig, store: TokenStore) -> tuple[str, ...]:
+    """A line for each way in which the samples of ``store`` are not those of the run that wrote ``path``.
+
+    Raises:
+        InputError: a run in stage 2 would be evaluated on other samples than its specialists were.
+    """
+    if progress.step == 0 or not (path / CONFIG).is_file():
+        return ()
+    now = data_record(store)
+    before = _data(path)
+    remarks = []
+    if before is None:
+        remarks.append(f"note: {path} does not say what data the run had; they are taken to be those of now")
+        before = now
+    elif before["fingerprint"] == now["fingerprint"]:
+        before = now
+    if trained := _other_classes(before, now, "train"):
+        remarks.append(f"note: the training samples of {', '.join(trained)} are not those that the run had")
+    key = "evaluation.samples_per_class"
+    had, has = int(_settings(path).get(key, config.evaluation.samples_per_class)), config.evaluation.samples_per_class
+    if held_out := _other_classes(before, now, "heldout"):
+        _refuse_in_stage_2(
+            path,
+            progress,
+            f"data: the held-out samples of {', '.join(held_out)} are other ones; give back those that the run had",
+        )
+        remarks.append(f"note: the held-out samples of {', '.join(held_out)} are not those that the run had; {_AGAIN}")
+    if _evaluated(now, has) != _evaluated(now, had):
+        _refuse_in_stage_2(path, progress, f"{key}: {has}, the run had {had}; set {key}={had}")
+        remarks.append(f"note: {key} is {has}, the run had {had}; {_AGAIN}")
+    return tuple(remarks)
+
+
+def _other_classes(before: dict[str, Any], now: dict[str, Any], split: str) -> list[str]:
+    """Classes whose samples of ``split`` changed, came or went."""
+    then = before["splits"]
+    names = dict.fromkeys([*now["splits"], *then])
+    return [name for name in names if then.get(name, {}).get(split) != now["splits"].get(name, {}).get(split)]
+
+
+def _evaluated(record: dict[str, Any], samples_per_class: int) -> dict[str, int]:
+    """How many samples of each class an evaluation takes."""
+    return {name: min(samples_per_class, splits["heldout"]["samples"]) for name, splits in record["splits"].items()}
+
+
+def _refuse_in_stage_2(path: Path, progress: Progress, problem: str) -> None:
+    if progress.stage == 2:
+        raise InputError(
+            f"{problem}, or start a run of another name: {path} is in stage 2, and its tables compare the fused model "
+            "with specialists as they came on the same samples"
+        )
+
+
+def _data(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint at ``path`` keeps of :func:`data_record`; None from a version that kept nothing."""
+    try:
+        record: dict[str, Any] = json.loads((path / DATA).read_text())
+        if not isinstance(record["fingerprint"], str) or not isinstance(record["splits"], dict):
+            raise ValueError("no fingerprint or no splits")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / DATA}: damaged ({error!r}); {advice(path)}") from None
+    return record
 
 
 def _refuse_other_dtype(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Where a checkpoint's specialists came from, kept beside the weights so that they can leave as they came.
 
 ``sources/<name>/`` holds every file of the specialist's folder but its weights, byte for byte; ``sources.json`` its
-origin, its template and the element type of each of its tensors; ``sources/config.yaml`` the run's configuration.
+origin, its template and the element type of each of its tensors; ``sources/config.yaml`` the run's configuration,
+``sources/data.json`` what data it had.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,22 +19,24 @@ from ultrafuser_mega.config import FuserConfig, dump_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import TensorFolder
 
-SOURCES, RECORD, CONFIG = "sources", "sources.json", "sources/config.yaml"
+SOURCES, RECORD = "sources", "sources.json"
+CONFIG, DATA = "sources/config.yaml", "sources/data.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What to keep with a checkpoint: name -> folder, name -> template; the configuration where there is one."""
+    """What to keep with a checkpoint: name -> folder, name -> template; of a run, its configuration and data too."""
 
     folders: Mapping[str, Path]
     templates: Mapping[str, str]
     config: FuserConfig | None
+    data: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, config: FuserConfig) -> Sources:
+    def of(cls, config: FuserConfig, data: Mapping[str, Any] | None = None) -> Sources:
         """Those of a run."""
-        return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config)
+        return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config, data)
 
     def read(self) -> SourceFiles:
         """All of it but the weights, into memory.
@@ -51,6 +55,8 @@ class Sources:
         files[RECORD] = json.dumps(record, indent=1).encode()
         if self.config is not None:
             files[CONFIG] = dump_config(self.config).encode()
+        if self.data is not None:
+            files[DATA] = json.dumps(self.data, indent=1).encode()
         return SourceFiles(files)
 
 

@@ -8,24 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ultrafuser_mega.cli.sampling_options import (
-    Device,
-    Dtype,
-    GateTrace,
-    MaxNewTokens,
-    MinP,
-    Model,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    System,
-    Temperature,
-    TopK,
-    TopP,
-)
+from ultrafuser_mega.cli.sampling_options import AnswerOptions, Model, System, takes_answer_options
 from ultrafuser_mega.errors import InputError
 
 
+@takes_answer_options(max_new_tokens=256)
 def generate(
     model: Model,
     prompt: Annotated[
@@ -40,17 +27,8 @@ def generate(
         Path | None, typer.Option("--output", help="JSONL file of answers; must not exist", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="prompts of --input at a time", min=1)] = 8,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = 0,
-    gate_trace: GateTrace = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
+    *,
+    answer: AnswerOptions,
 ) -> None:
     """Answer one prompt, or a file of prompts.
 
@@ -61,13 +39,11 @@ def generate(
     be missing) and writes them to --output with the fields "generated" and "finish_reason" (eos, stop or length).
     """
     from ultrafuser_mega.cli.terminal import AnswerPrinter
-    from ultrafuser_mega.inference.answer import Answerer, Limits, check_text
+    from ultrafuser_mega.inference.answer import Answerer, check_text
     from ultrafuser_mega.inference.batch import PromptFile, TraceFile, answer_file, refuse_existing
     from ultrafuser_mega.inference.model import opened_model
-    from ultrafuser_mega.inference.sampling import Sampling
 
-    limits = Limits(max_new_tokens, tuple(stop or ()))
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    limits, sampling, gate_trace = answer.limits, answer.sampling, answer.gate_trace
     if (input_ is None) != (output is None):
         raise InputError("--input and --output belong together; give both or neither")
     if input_ is not None and (prompt is not None or raw):
@@ -83,7 +59,7 @@ def generate(
     for path in (output, gate_trace):
         if path is not None:
             refuse_existing(path)
-    with opened_model(model, device, dtype) as opened:
+    with opened_model(model, answer.device, answer.dtype) as opened:
         answerer = Answerer(opened)
         if source is not None:
             assert output is not None

@@ -15,6 +15,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key.sub=value]...", help="override configuration values", show_default=False),
 ]
+Ranks = Annotated[
+    int | None,
+    typer.Option(help="processes of the job; default: those of the first of layouts", min=1, show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")]
+Requeue = Annotated[bool, typer.Option("--requeue", help="--resume if the run has a checkpoint, else start afresh")]
 
 
 def wide_console() -> Console:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from ultrafuser_mega.cli.options import Config, Overrides
+from ultrafuser_mega.cli.options import Config, Overrides, Ranks, Requeue, Resume
 
 
 def train(
     overrides: Overrides = None,
     config: Config = None,
-    ranks: Annotated[int, typer.Option(help="processes to start on this machine")] = 8,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")] = False,
+    ranks: Ranks = None,
+    resume: Resume = False,
+    requeue: Requeue = False,
 ) -> None:
     """Check everything, tokenise, then train on this machine.
 
@@ -23,11 +22,19 @@ def train(
     On several machines: torchrun or SLURM with examples/pretrain_fuser.py, see examples/slurm.
     """
     from ultrafuser_mega.config import load_config
-    from ultrafuser_mega.launch.local import ensure_toy, launch_local
-    from ultrafuser_mega.planning.preflight import preflight
+    from ultrafuser_mega.data.store import TokenStore
+    from ultrafuser_mega.launch.local import launch_local
+    from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, resumes
+    from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     loaded = load_config(config, overrides or [])
+    ranks = ranks or first_layouts_ranks(loaded)
+    check_launch(loaded, ranks)
     ensure_toy(loaded, ranks)
-    prepare_data(loaded, preflight(loaded, ranks, resume).vocab_size)
-    launch_local(ranks, config, overrides or [], resume)
+    resume = resumes(loaded, resume, requeue)
+    plan = preflight(loaded, ranks, resume)
+    prepare_data(loaded, plan.vocab_size)
+    compared_with_data(plan, TokenStore.open(loaded.store_dir, verify=False))
+    program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config, overrides or [], resume)]
+    raise typer.Exit(launch_local(ranks, program, loaded.run_dir))

@@ -1,101 +1,119 @@
-"""The body of a training process: configuration, checks, toy specialists where asked for, the run.
+"""A training job on this machine: one process per rank, all of which end with the first that fails or with a signal.
 
-``examples/pretrain_fuser.py`` and ``ultrafuser train`` both end here, on every rank.
+What torchrun does on one machine, by its own building blocks, but for the end: the line that says why is the last one,
+and the exit code is the failing rank's (2: bad input, 3: divergence, 1: otherwise) or 128 + the signal's number.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import logging
 import os
+import signal
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from rich.console import Console
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
-from ultrafuser_mega.config import FuserConfig, load_config
-from ultrafuser_mega.planning.preflight import plan_layouts, preflight
-from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_rank, launched_ranks, launcher_store
-from ultrafuser_mega.runtime.failure import first_failure_ends_job
-from ultrafuser_mega.runtime.layout import choose_plan
-from ultrafuser_mega.toy import make_toy
-from ultrafuser_mega.training.trainer import run
 
-DESCRIPTION = """Fuse specialists into one model: stage 1 trains the gate, stage 2 everything.
-
-    torchrun --nproc-per-node 8 examples/pretrain_fuser.py
-    torchrun --nproc-per-node 8 examples/pretrain_fuser.py --config my.yaml stage2.steps=1000 dtype=bf16
-    torchrun --nproc-per-node 8 examples/pretrain_fuser.py --config my.yaml --resume
-
-Without --config it runs the embedded default: three toy specialists, made on first use, on generated
-text / code / math data. Every key of the configuration can be overridden as key.sub=value.
-
-Results go to runs/<name>: metrics.jsonl, TensorBoard events, checkpoints, plots, and at the end results.md and
-summary.json. `ultrafuser plan` checks a configuration and shows what every rank would hold, without training.
-"""
+_HOST = "127.0.0.1"
+_LOOK_EVERY_S = 0.1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those that end a job
+_UNTIL_KILLED_S = 10  # of a rank that SIGTERM does not end
 
 
-def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
-    """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
-    store = launcher_store()
-    with first_failure_ends_job(store):
-        config = load_config(config_path, overrides)
-        ensure_toy(config, launched_ranks())
-        resume = resume or (requeue and bool(list_checkpoints(config.run_dir / "checkpoints")))
-        plan = preflight(config, launched_ranks(), resume)
-        device = choose_device(config.device)
-        with joined_job(device, store):
-            run(plan, device)
-    return 0
+def launch_local(ranks: int, program: Sequence[str], run_dir: Path) -> int:
+    """Run ``ranks`` processes of ``python program...``; returns the job's exit code when all are gone.
 
-
-def ensure_toy(config: FuserConfig, ranks: int) -> None:
-    """Make the toy specialists when the configuration asks for them; one rank works, the others wait for it."""
-    if config.toy is None:
-        return
-    choose_plan(plan_layouts(config), ranks)  # a wrong rank count should not cost minutes first
-    make_toy(config.toy, progress=True)
-
-
-def launch_local(ranks: int, config_path: Path | None, overrides: Sequence[str], resume: bool) -> NoReturn:
-    """Become torchrun with ``ranks`` processes of :func:`train_main` on this machine: signals and exit code are its."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "ultrafuser_mega.launch.local", *overrides]
-    if config_path is not None:
-        command += ["--config", str(config_path)]
-    if resume:
-        command.append("--resume")
+    Args:
+        ranks: processes to start.
+        program: what each runs, arguments included; says by itself why it fails
+            (:func:`ultrafuser_mega.runtime.failure.first_failure_ends_job`).
+        run_dir: of the run, whose newest checkpoint the last line names.
+    """
+    # The elastic library's account of what it does to which process is not for the users of this command.
+    log = logging.getLogger("torch.distributed.elastic")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
     sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
-def main() -> int:
-    """Command line of one rank; ``examples/pretrain_fuser.py`` documents it."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file; default: the embedded one")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
-    parser.add_argument(
-        "--requeue", action="store_true", help="--resume if the run has a checkpoint, else start afresh"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a configuration value")
-    args = _parsed_once(parser)
-    return train_main(args.config, args.overrides, args.resume, args.requeue)
-
-
-def _parsed_once(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, which every rank reads; what there is to say about it, rank 0 says alone."""
-    if launched_rank() == 0:
-        return parser.parse_intermixed_args()
-    with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # hosted here: it outlives any rank
+    with tempfile.TemporaryDirectory(prefix="ultrafuser-") as logs:
+        processes = start_processes(
+            "rank",
+            sys.executable,
+            {rank: tuple(program) for rank in range(ranks)},
+            {rank: _environment(rank, ranks, store.port) for rank in range(ranks)},
+            DefaultLogsSpecs(log_dir=logs),
+        )
         try:
-            return parser.parse_intermixed_args()
-        except SystemExit as end:
-            if end.code:
-                time.sleep(10)  # the launcher ends the job with the first rank that exits: let that be rank 0
-            raise
+            ended = processes.wait(period=_LOOK_EVERY_S)
+        except SignalException as end:
+            return _signalled(end.sigval, processes, run_dir)
+        finally:
+            _end(processes)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert ended is not None  # waited for without a time limit
+        return _failed(ended.failures, ranks, run_dir) if ended.is_failed() else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank, as far as anything here or in torch asks for it."""
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": _HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:  # as torchrun: the ranks share the cores
+        environment["OMP_NUM_THREADS"] = "1"
+    return environment
+
+
+def _end(processes: PContext) -> None:
+    """End what still runs, children of ranks that are gone included.
+
+    Further signals change nothing meanwhile: they would leave processes behind.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    processes.close(signal.SIGTERM, _UNTIL_KILLED_S)
+    for group in processes.pids().values():  # every rank leads a process group
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    Console(stderr=True).show_cursor()  # the progress display hid it
+
+
+def _signalled(number: signal.Signals, processes: PContext, run_dir: Path) -> int:
+    _end(processes)
+    what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    print(f"{what}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+def _failed(failures: Mapping[int, ProcessFailure], ranks: int, run_dir: Path) -> int:
+    """Exit code of the rank that failed first; says what became of it where it could not."""
+    rank, first = next(iter(failures.items()))
+    if Path(first.error_file).is_file():
+        return first.exitcode
+    what = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
+    hint = " (by the system, when memory runs out)" if first.exitcode == -signal.SIGKILL else ""
+    print(f"failed: rank {rank} of {ranks} {what}{hint}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+    return max(first.exitcode, 1)
+
+
+def _way_on(run_dir: Path) -> str:
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    return f"--resume goes on from {checkpoints[-1][1]}" if checkpoints else "the run has no checkpoint yet"

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
-from ultrafuser_mega.checkpoint.resume import changed_settings
+from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
 from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
+from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
@@ -63,6 +64,20 @@ def plan_layouts(config: FuserConfig) -> list[LayoutPlan]:
         except InputError as error:
             raise InputError(f"layouts.{index}: {error}") from None
     return plans
+
+
+def first_layouts_ranks(config: FuserConfig) -> int:
+    """Ranks of a job that nobody gave a number: those of the layout that stands first."""
+    return plan_layouts(config)[0].world_size
+
+
+def chosen_layout(plan: RunPlan) -> str:
+    """Which of the configured layouts ``plan`` takes, and what the others are for, in one line."""
+    plans = plan_layouts(plan.config)
+    taken = plans.index(plan.layout)
+    others = dict.fromkeys(other.world_size for other in plans if other.world_size != plan.layout.world_size)
+    line = f"layouts.{taken}, for {plan.layout.world_size} rank(s)"
+    return f"{line}; --ranks {', '.join(map(str, others))} would take another of the layouts" if others else line
 
 
 def shared_vocabulary(config: FuserConfig) -> int:
@@ -115,6 +130,18 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     path = checkpoints[-1][1]
     progress = read_progress(path, plan.identity)
     return replace(plan, resume=(progress, path), changes=changed_settings(path, progress, config))
+
+
+def compared_with_data(plan: RunPlan, store: TokenStore) -> RunPlan:
+    """``plan`` with a remark on all that a resumed run would have otherwise in ``store``, its data.
+
+    Raises:
+        InputError: the run cannot go on with these data; see :func:`changed_data`.
+    """
+    if plan.resume is None:
+        return plan
+    progress, path = plan.resume
+    return replace(plan, changes=(*plan.changes, *changed_data(path, progress, plan.config, store)))
 
 
 def _check_run_dir(run_dir: Path) -> None:

@@ -99,8 +99,8 @@ class RunReport:
     def finish(self, final: EvaluationResult, views: Sequence[TokenSample]) -> None:
         """The run is over: tables, plots, the token view and summary.json.
 
-        The tables compare the fused model with the specialists as they came: their losses are those of the
-        evaluation before training. ``views`` are the samples to colour token by token.
+        The tables compare the fused model with the specialists as they came: their losses are those of the last
+        evaluation in which they still were, of stage 1. ``views`` are the samples to colour token by token.
         """
         stage1_steps, stage2_steps = self.facts.stage_steps
         last = stage1_steps + stage2_steps
@@ -108,9 +108,9 @@ class RunReport:
         if self._metrics is None:
             return
         steps, evals = read_metrics(self.run_dir)
-        before = next((record.loss for record in evals if record.step == 0), None)
+        before = next((record.loss for record in reversed(evals) if record.stage == 1), None)
         if before is None:
-            self.note("metrics.jsonl lacks the evaluation before training: the table shows no specialists")
+            self.note("metrics.jsonl lacks the evaluations of stage 1: the table shows no specialists")
             before = {name: {} for name in final.loss}
         loss = {name: {**before[name], "fused": final.loss[name]["fused"]} for name in final.loss}
         record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate)

@@ -23,22 +23,40 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_here() -> int:
+    """Ranks of this job on this machine according to its launcher, as far as it tells; 1 when started by hand."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+
+
 def choose_device(wanted: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` -> this rank's device.
 
     Raises:
-        InputError: CUDA is asked for and there is no GPU for this rank.
+        InputError: this machine has GPUs, or they are asked for, and there are fewer than ranks.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count()
-    if wanted == "cuda" and local_rank >= gpus:
-        raise InputError(
-            f"device = cuda: local rank {local_rank} needs a GPU of its own, this machine has {gpus}; use device=cpu"
-        )
-    enough = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if wanted == "cpu" or (wanted == "auto" and not enough):
+    if kind_of_device(wanted, launched_here()) == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def kind_of_device(wanted: str, ranks: int) -> str:
+    """``cpu`` or ``cuda`` for all of ``ranks`` processes on this machine; nothing is initialised.
+
+    Raises:
+        InputError: as :func:`choose_device`. A job that wants GPUs never falls to the CPU in silence.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    gpus = torch.cuda.device_count()
+    if gpus >= ranks:
+        return "cuda"
+    if wanted == "auto" and gpus == 0:
+        return "cpu"
+    fewer = f"launch {gpus} or fewer ranks here, or " if gpus else ""
+    raise InputError(
+        f"device = {wanted}: every rank needs a GPU of its own: {ranks} rank(s) on this machine, which has {gpus}; "
+        f"{fewer}set device=cpu"
+    )
 
 
 def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:

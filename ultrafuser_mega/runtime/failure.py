@@ -1,19 +1,22 @@
 """When one rank fails: show its error once, first, and end the job.
 
 The other ranks fail too, either by the same cause or, a moment later, because their peer is gone; what they would
-print is noise. All ranks share the launcher's store, and the first to fail claims the right to speak.
+print is noise. All ranks share the launcher's store, and the first to fail claims the right to speak. A rank that has
+lost its peer is never that first one: it lets the peer, or the launcher that ends it, go before. What was said is also
+left where torchrun looks for it (``TORCHELASTIC_ERROR_FILE``), so that its report names the cause too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -21,7 +24,12 @@ from ultrafuser_mega.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, DivergedError,
 from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
 
 _FAILED, _SPOKEN, _LEAVING = "failure/ranks", "failure/spoken", "failure/leaving"
-_PATIENCE = timedelta(seconds=10)
+_PATIENCE_S = 10.0
+# Launchers look after their ranks several times a second and end the job with the first that is gone: nobody else
+# should exit before they have seen that one.
+_LAUNCHER_S = 1.0
+# Of gloo and of the store's sockets. NCCL's have a type of their own.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 
 
 @contextmanager
@@ -38,34 +46,68 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(dist.DistError):  # the store's host is gone: it has failed, and spoken, before
-            if store.add(_FAILED, 1) == 1:
-                _speak(error)
-                store.set(_SPOKEN, "")
-            else:
-                store.wait([_SPOKEN], _PATIENCE)  # once one rank has exited, the launcher ends the others
+            first = _claims_to_be_first(error, store)
+            if first:
+                message = _message(error)
+                _leave_for_torchrun(message)
+                print(message, file=sys.stderr, flush=True)
+                store.set(_SPOKEN, message)
+            elif _spoken(store):  # should torchrun's report be about this rank nevertheless
+                _leave_for_torchrun(store.get(_SPOKEN).decode())
             store.add(_LEAVING, 1)
-            if launched_rank() == 0:
+            if launched_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 _stay_for_the_others(store)
+            if not first:
+                time.sleep(_LAUNCHER_S)
         sys.stdout.flush()
         # No orderly shutdown: collectives that peers still wait in would never end.
         codes = {InputError: EXIT_BAD_INPUT, DivergedError: EXIT_DIVERGED}
         os._exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
 
 
-def _speak(error: BaseException) -> None:
+def lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` says that another rank is gone, rather than why."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST_PEER)
+
+
+def _claims_to_be_first(error: BaseException, store: dist.Store) -> bool:
+    """Whether this rank may speak: nobody else has claimed it, nor, where a peer was lost, does so for a while."""
+    return not (lost_peer(error) and _spoken(store)) and store.add(_FAILED, 1) == 1
+
+
+def _spoken(store: dist.Store) -> bool:
+    """Wait for the rank that failed first to say why; False if none does."""
+    until = time.monotonic() + _PATIENCE_S
+    while not store.check([_SPOKEN]):  # store.wait would print warnings of its own
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _message(error: BaseException) -> str:
     ranks = launched_ranks()
     where = f" (rank {launched_rank()} of {ranks})" if ranks > 1 else ""
     if isinstance(error, InputError | DivergedError):
-        message = f"error: {error}"
-    elif isinstance(error, KeyboardInterrupt):
-        message = f"interrupted{where}; --resume goes on from the newest checkpoint, if there is one"
-    else:
-        message = f"failed{where}:\n{''.join(traceback.format_exception(error))}"
-    print(message, file=sys.stderr, flush=True)
+        return f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; --resume goes on from the newest checkpoint, if there is one"
+    message = f"failed{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"
+    if lost_peer(error):
+        message += "\nanother rank is gone and did not say why: killed, out of memory, or cut off from the network"
+    return message
+
+
+def _leave_for_torchrun(message: str) -> None:
+    """Write the file that torchrun's report quotes, in its form; it gives every rank a name for it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}))
 
 
 def _stay_for_the_others(store: dist.Store) -> None:
-    """Without torchrun, rank 0 hosts the store: give the ranks that fail by the same cause time to ask it."""
+    """Where rank 0 hosts the store: give the ranks that fail by the same cause time to ask it."""
     until = time.monotonic() + 2.0
     while store.add(_LEAVING, 0) < launched_ranks() and time.monotonic() < until:
         time.sleep(0.02)

@@ -32,6 +32,17 @@ def locked_run(run_dir: Path, *, enabled: bool) -> Iterator[None]:
         yield
 
 
+def refuse_running(run_dir: Path) -> None:
+    """Look whether a job trains in ``run_dir`` now, before anything costs minutes; nothing is made or kept.
+
+    Raises:
+        InputError: one does.
+    """
+    if (run_dir / _LOCK).is_file():
+        with locked_run(run_dir, enabled=True):
+            pass
+
+
 def set_aside(run_dir: Path) -> Path | None:
     """Keep what an earlier run of the same name left: move it to ``<run_dir>.1`` (or .2, ...), all but its token store.
 

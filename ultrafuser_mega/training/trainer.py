@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.sources import Sources
 from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
@@ -23,7 +24,7 @@ from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
-from ultrafuser_mega.planning.preflight import DTYPES, RunPlan
+from ultrafuser_mega.planning.preflight import DTYPES, RunPlan, compared_with_data
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
@@ -48,6 +49,7 @@ def run(plan: RunPlan, device: torch.device) -> None:
         if plan.resume is not None:
             verify_checkpoint(plan.resume[1])
         store = open_store(plan, groups)
+        plan = compared_with_data(plan, store)
         _run(plan, groups, Trainer(plan, groups, store, device, begun))
 
 
@@ -108,7 +110,7 @@ class Trainer:
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
-        self.sources = Sources.of(config).read() if groups.rank == 0 else None
+        self.sources = Sources.of(config, data_record(store)).read() if groups.rank == 0 else None
         self.model = build_model(plan, groups, device)
         if plan.resume is None:
             load_hf_weights(self.model, config.folders)

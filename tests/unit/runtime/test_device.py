@@ -21,18 +21,29 @@ def test_every_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPat
         assert choose(monkeypatch, wanted, gpus=8, local_rank=5, local_ranks=8) == "cuda:5"
 
 
-def test_auto_takes_the_cpu_on_all_ranks_where_gpus_do_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on the ranks that could have had one: a job runs on one kind of device."""
-    for local_rank in (0, 7):
-        assert choose(monkeypatch, "auto", gpus=4, local_rank=local_rank, local_ranks=8) == "cpu"
+@pytest.mark.parametrize("local_rank", [0, 7])
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_more_ranks_than_gpus_are_refused_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, local_rank: int
+) -> None:
+    """Also on the ranks that could have had one, and never a job on CPUs beside idle GPUs."""
+    message = (
+        f"^device = {wanted}: every rank needs a GPU of its own: 8 rank\\(s\\) on this machine, which has 4; "
+        "launch 4 or fewer ranks here, or set device=cpu$"
+    )
+    with pytest.raises(InputError, match=message):
+        choose(monkeypatch, wanted, gpus=4, local_rank=local_rank, local_ranks=8)
+
+
+def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, "auto", gpus=0, local_rank=3, local_ranks=8) == "cpu"
 
 
 def test_cpu_is_taken_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(monkeypatch, "cpu", gpus=8, local_rank=0, local_ranks=1) == "cpu"
+    assert choose(monkeypatch, "cpu", gpus=4, local_rank=7, local_ranks=8) == "cpu"
 
 
 def test_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        InputError, match=r"device = cuda: local rank 4 needs a GPU of its own, this machine has 4; use"
-    ):
-        choose(monkeypatch, "cuda", gpus=4, local_rank=4, local_ranks=8)
+    with pytest.raises(InputError, match=r"1 rank\(s\) on this machine, which has 0; set device=cpu$"):
+        choose(monkeypatch, "cuda", gpus=0, local_rank=0, local_ranks=1)

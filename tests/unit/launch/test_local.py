@@ -1,0 +1,121 @@
+"""A job on this machine: what is the last line, the exit code, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ultrafuser_mega.launch.local import launch_local
+
+RANK = "import json, os, pathlib, signal, subprocess, sys, time; rank = int(os.environ['RANK']); "
+WAIT = "time.sleep(60)"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Of a run with two checkpoints."""
+    for name in ("stage1-step0000003", "stage1-step0000006"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / name / "progress.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def launch(run_dir: Path, program: str) -> int:
+    return launch_local(3, ["-c", RANK + program], run_dir)
+
+
+def is_gone(process: int) -> bool:
+    """Whether it is no more, or only for its parent to ask after."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split(")")[-1].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def wait_for(path: Path) -> str:
+    until = time.monotonic() + 60
+    while not (path.is_file() and path.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_ranks_are_told_their_places_and_end_well(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = ["LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"]
+    program = f"sys.stdout.write(' '.join(os.environ[key] for key in {told}) + chr(10))"
+    assert launch(run_dir, program) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.split("\n")) == ["", "0 3 3", "1 3 3", "2 3 3"]
+    assert err == ""
+
+
+def test_a_rank_that_is_killed_is_named_last(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(run_dir, f"os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else {WAIT}") == 1
+    assert capfd.readouterr().err == (
+        "failed: rank 1 of 3 was killed by SIGKILL (by the system, when memory runs out); "
+        f"--resume goes on from {run_dir}/checkpoints/stage1-step0000006\n"
+    )
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_what_a_rank_has_said_is_the_last_word_and_its_exit_code_the_jobs(
+    run_dir: Path, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    said = "pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text(json.dumps({'message': 'x'}))"
+    program = f"rank == 2 or {WAIT}; {said}; sys.stderr.write('error: x' + chr(10)); sys.exit({code})"
+    assert launch(run_dir, program) == code
+    assert capfd.readouterr().err == "error: x\n"
+
+
+def test_a_rank_that_ends_without_a_word_is_named(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(run_dir / "new", f"sys.exit(7) if rank == 0 else {WAIT}") == 7
+    assert capfd.readouterr().err == "failed: rank 0 of 3 ended with exit code 7; the run has no checkpoint yet\n"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "line"),
+    [
+        ([signal.SIGINT], 130, "interrupted; --resume goes on from "),
+        ([signal.SIGINT] * 5, 130, "interrupted; --resume goes on from "),
+        ([signal.SIGTERM], 143, "ended by SIGTERM; --resume goes on from "),
+    ],
+)
+def test_a_signal_ends_every_rank(
+    run_dir: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    numbers: list[signal.Signals],
+    code: int,
+    line: str,
+) -> None:
+    def send() -> None:
+        for rank in range(3):
+            wait_for(tmp_path / f"{rank}")
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGINT)
+    sender = threading.Thread(target=send)
+    sender.start()
+    # What answers SIGTERM slowly is killed in the end; this one answers after a second signal would have come.
+    slow = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(1)))"
+    put = f"pathlib.Path({str(tmp_path)!r}, str(rank)).write_text(str(os.getpid()))"
+    assert launch(run_dir, f"{slow}; {put}; {WAIT}") == code
+    sender.join()
+    assert capfd.readouterr().err == f"{line}{run_dir}/checkpoints/stage1-step0000006\n"
+    assert all(is_gone(int((tmp_path / f"{rank}").read_text())) for rank in range(3))
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_processes_that_a_killed_rank_had_started_are_ended_too(run_dir: Path, tmp_path: Path) -> None:
+    child = f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
+    assert launch(run_dir, f"rank == 1 or {WAIT}; {child}; os.kill(os.getpid(), signal.SIGKILL)") == 1
+    left, until = int((tmp_path / "child").read_text()), time.monotonic() + 30
+    while not is_gone(left) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert is_gone(left)

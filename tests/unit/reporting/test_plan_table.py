@@ -1,0 +1,46 @@
+"""How a rank's share of a plan reads."""
+
+from __future__ import annotations
+
+import pytest
+from rich.table import Table
+
+from ultrafuser_mega.reporting.plan_table import RankShare, plan_table
+
+
+def column(table: Table, header: str) -> list[str]:
+    (found,) = (column for column in table.columns if column.header == header)
+    return [str(cell) for cell in found.cells]
+
+
+def share(vocabulary_rows: range | None, stage1_bytes: float = 0, stage2_bytes: float = 0) -> RankShare:
+    return RankShare(
+        rank=3,
+        specialists=("text", "code"),
+        tensor=(1, 2),
+        stage=(0, 4),
+        vocabulary_rows=vocabulary_rows,
+        parameters=1234567,
+        stage1_bytes=stage1_bytes,
+        stage2_bytes=stage2_bytes,
+    )
+
+
+def test_places_count_from_one() -> None:
+    table = plan_table("colocated: ...", [share(range(8))])
+    found = {header: column(table, header)[0] for header in ("rank", "specialist", "tp", "stage", "parameters")}
+    assert found == {"rank": "3", "specialist": "text, code", "tp": "2/2", "stage": "1/4", "parameters": "1,234,567"}
+    assert table.title == "colocated: ..."
+
+
+def test_vocabulary_rows_are_a_span_padding_or_none() -> None:
+    table = plan_table("", [share(range(72, 144)), share(range(32, 32)), share(None)])
+    assert column(table, "vocabulary rows") == ["72-143", "padding", "-"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 * 2**20, "3 MiB"), (2.5 * 2**30, "2.5 GiB")]
+)
+def test_sizes_are_in_the_largest_unit_that_they_fill(count: float, text: str) -> None:
+    table = plan_table("", [share(None, stage1_bytes=count, stage2_bytes=count)])
+    assert column(table, "stage 1") == column(table, "stage 2") == [text]

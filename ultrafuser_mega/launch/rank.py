@@ -1,0 +1,68 @@
+"""One rank of a training job: its command line, and its body from the configuration to the end of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.planning.preflight import plan_layouts, preflight
+from ultrafuser_mega.runtime.device import (
+    choose_device,
+    joined_job,
+    kind_of_device,
+    launched_rank,
+    launched_ranks,
+    launcher_store,
+)
+from ultrafuser_mega.runtime.failure import first_failure_ends_job
+from ultrafuser_mega.runtime.layout import choose_plan
+from ultrafuser_mega.toy import make_toy
+from ultrafuser_mega.training.run_folder import refuse_running
+from ultrafuser_mega.training.trainer import run
+
+
+def rank_arguments(config_path: Path | None, overrides: Sequence[str], resume: bool) -> list[str]:
+    """The command line behind the program that every rank runs, whatever launches it."""
+    arguments = [] if config_path is None else ["--config", str(config_path)]
+    return [*arguments, *(["--resume"] if resume else []), "--", *overrides]
+
+
+def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
+    """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
+    store = launcher_store()
+    with first_failure_ends_job(store):
+        config = load_config(config_path, overrides)
+        device = choose_device(config.device)
+        if launched_rank() == 0:
+            refuse_running(config.run_dir)
+        ensure_toy(config, launched_ranks())
+        plan = preflight(config, launched_ranks(), resumes(config, resume, requeue))
+        with joined_job(device, store):
+            run(plan, device)
+    return 0
+
+
+def resumes(config: FuserConfig, resume: bool, requeue: bool) -> bool:
+    """Whether the run goes on from a checkpoint: as told, or because it has one."""
+    return resume or (requeue and bool(list_checkpoints(config.run_dir / "checkpoints")))
+
+
+def check_launch(config: FuserConfig, ranks: int) -> None:
+    """What would end ``ranks`` processes on this machine as soon as they are up, known without starting them.
+
+    Raises:
+        InputError: no layout for so many, too few GPUs, or another job trains under this name.
+    """
+    choose_plan(plan_layouts(config), ranks)
+    kind_of_device(config.device, ranks)
+    refuse_running(config.run_dir)
+
+
+def ensure_toy(config: FuserConfig, ranks: int) -> None:
+    """Make the toy specialists when the configuration asks for them; one rank works, the others wait for it."""
+    if config.toy is None:
+        return
+    choose_plan(plan_layouts(config), ranks)  # a wrong rank count should not cost minutes first
+    make_toy(config.toy, progress=True)
