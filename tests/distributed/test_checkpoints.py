@@ -26,8 +26,8 @@ TIMES = ("seconds", "tokens_per_s")
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:
     tree = config_tree(trio, runs, layout) | {"parallel": parallel, "dtype": dtype, "micro_batch_size": 2}
-    tree["stage1"] |= {"steps": 4}
-    tree["stage2"] |= {"steps": 6}
+    tree["stage1"] |= {"steps": 4, "warmup_steps": 3}  # cuts fall into the warm-ups too
+    tree["stage2"] |= {"steps": 6, "warmup_steps": 3}
     tree["checkpoint"] = {"every": 2, "keep": 20}
     tree["evaluation"] = {"samples_per_class": 3, "token_views": 0}
     return tree

@@ -176,6 +176,12 @@ def test_a_run_folder_that_is_a_file_is_refused_by_plan(tree: dict[str, Any], tm
         preflight(FuserConfig.model_validate(tree), 1, resume=False)
 
 
+def test_a_schedule_that_cannot_be_followed_ends_the_run_before_it_starts(tree: dict[str, Any]) -> None:
+    tree["stage2"] |= {"min_lr": 0.1}
+    with pytest.raises(InputError, match=r"^stage2\.min_lr: 0\.1 is more than stage2\.lr, 0\.0005; make it smaller$"):
+        preflight(FuserConfig.model_validate(tree), 1, resume=False)
+
+
 def test_a_key_that_stands_twice_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text(yaml.safe_dump(tree) + "seed: 1\nseed: 2\n")
