@@ -21,7 +21,7 @@ from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
 from ultrafuser_mega.training.trainer import build_model, run
 
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "data_seconds", "peak_memory_bytes")
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.reference_fuser import ReferenceLlama, fused_loss, sequences_of
 from support.reference_run import reference_stage
 from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train

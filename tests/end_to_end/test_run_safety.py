@@ -24,6 +24,7 @@ from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training import trainer
 from ultrafuser_mega.training.trainer import run
 
 PROJECT = Path(__file__).parents[2]
@@ -103,6 +104,37 @@ def test_divergence_is_one_line_and_never_replaces_a_good_checkpoint(tree: dict[
     tree["stage2"] |= {"lr": 1e-4}
     tree["optimizer"] = {}
     assert (train(tree, resume=True) / "summary.json").is_file()
+
+
+def test_weights_that_are_finite_but_ruined_never_replace_a_good_checkpoint(tree: dict[str, Any]) -> None:
+    tree["stage2"] |= {"steps": 3, "lr": 3.0, "schedule": "constant"}
+    tree["checkpoint"] = {"every": 1, "keep": 1}
+    with pytest.raises(
+        DivergedError, match=r"ruined weights.*last good checkpoint is stage1-step0000002: --resume.*smaller lr$"
+    ):
+        train(tree)
+    run_dir = FuserConfig.model_validate(tree).run_dir
+    assert [progress for progress, _ in list_checkpoints(run_dir / "checkpoints")] == [Progress(1, 2)]
+    assert len(records(run_dir, "step")) == 5  # it might have recovered
+    tree["stage2"] |= {"lr": 1e-4}
+    assert (train(tree, resume=True) / "summary.json").is_file()
+
+
+def test_a_spike_that_passes_delays_a_checkpoint_and_ends_nothing(tree: dict[str, Any]) -> None:
+    tree["stage1"] |= {"steps": 0}
+    tree["stage2"] |= {"steps": 6}
+    tree["checkpoint"] = {"every": 2, "keep": 9}
+    # As measured before the stage; after its steps 2, 3 and 4 (the spike); after 4 it is asked again; at the end.
+    run_ranks(_train_with_measured_losses, 1, tree, [1.0, 1.8, 1.75, 1.6, 0.9], timeout_s=120)
+    checkpoints = FuserConfig.model_validate(tree).run_dir / "checkpoints"
+    assert [progress.step for progress, _ in list_checkpoints(checkpoints)] == [4, 6]
+
+
+def _train_with_measured_losses(rank: int, tree: dict[str, Any], losses: list[float]) -> None:
+    left = iter(losses)
+    trainer.measured_loss = lambda *of: next(left)
+    run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
+    assert list(left) == []
 
 
 def test_broken_weights_of_a_specialist_are_named_before_training(

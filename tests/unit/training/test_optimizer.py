@@ -26,7 +26,8 @@ def rates(**stage: Any) -> list[float]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_step_k_of_a_warm_up_of_n_has_k_nths_of_the_rate(schedule: str) -> None:
-    assert rates(steps=20, lr=1e-3, warmup_steps=4, schedule=schedule)[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    found = rates(steps=20, lr=1.0, warmup_steps=4, schedule=schedule)
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
