@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 class DivergedError(ArithmeticError):
-    """Training ruined the numbers: a loss, gradient or weight is not finite, or the weights are far worse than they were.
+    """Training ruined the numbers: a loss, gradient or weight is not finite, or far worse than it was.
 
     Which one, where, and what to go on from, in one line.
     """
