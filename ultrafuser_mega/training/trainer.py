@@ -67,7 +67,7 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
-            report.evaluated(trainer.evaluate(), done.stage, 0)
+            report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
         for stage in (1, 2):
             if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
                 report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
@@ -131,8 +131,8 @@ class Trainer:
         """The folder of the run's checkpoints."""
         return self.plan.config.run_dir / "checkpoints"
 
-    def evaluate(self) -> EvaluationResult:
-        """Evaluate the model as it is; DivergedError where a loss is not finite."""
+    def evaluate(self, *, trained: bool = True) -> EvaluationResult:
+        """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
         options = self.plan.config.evaluation
         result = evaluate(
             self.engine, self.store, replace(self.shard, micro_batch_size=options.micro_batch_size), options
@@ -140,10 +140,8 @@ class Trainer:
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
-                    raise DivergedError(
-                        f"held-out loss of {model} on {class_name} is {losses[model]}; "
-                        f"look at its weights; {remedy(self.checkpoints)}"
-                    )
+                    advice = remedy(self.checkpoints) if trained else "look at its weights"
+                    raise DivergedError(f"held-out loss of {model} on {class_name} is {losses[model]}; {advice}")
         return result
 
     def train_stage(self, number: int, done: int, report: RunReport) -> bool:
@@ -290,15 +288,15 @@ class Trainer:
         Args:
             loss: of the weights as they are, measured.
         """
-        config = self.plan.config
+        where = f"stage {progress.stage} step {progress.step}"
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
-            raise DivergedError(f"weights are not finite after {progress}; {remedy(self.checkpoints)}")
+            raise DivergedError(f"{where}: weights are not finite; {remedy(self.checkpoints)}")
         if not judge.accepts(loss):
             return (
-                f"stage {progress.stage} step {progress.step}: ruined weights: their loss on the stage's first batch "
-                f"is {loss:.4g}, more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
+                f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
+                f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
         path = save_checkpoint(
             self.checkpoints,
@@ -307,7 +305,7 @@ class Trainer:
             trainable,
             self.groups,
             self.plan.identity,
-            config.checkpoint.keep,
+            self.plan.config.checkpoint.keep,
             self.sources,
         )
         report.note(f"checkpoint {path}")
