@@ -146,7 +146,7 @@ def test_broken_weights_of_a_specialist_are_named_before_training(
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(DivergedError, match="held-out loss of code on text is nan; look at its weights$"):
+    with pytest.raises(DivergedError, match=r"held-out loss of code on text is nan; look at its weights$"):
         train(tree)
 
 
