@@ -14,4 +14,7 @@ class InputError(ValueError):
 
 
 class DivergedError(ArithmeticError):
-    """A loss, gradient or weight is not finite: which one, where, and what to go on from, in one line."""
+    """Training ruined the numbers: a loss, gradient or weight is not finite, or far worse than it was.
+
+    Which one, where, and what to go on from, in one line.
+    """

@@ -21,13 +21,13 @@ from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
 from ultrafuser_mega.training.trainer import build_model, run
 
-TIMES = ("seconds", "tokens_per_s")
+TIMES = ("seconds", "tokens_per_s", "data_seconds", "peak_memory_bytes")
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:
     tree = config_tree(trio, runs, layout) | {"parallel": parallel, "dtype": dtype, "micro_batch_size": 2}
-    tree["stage1"] |= {"steps": 4}
-    tree["stage2"] |= {"steps": 6}
+    tree["stage1"] |= {"steps": 4, "warmup_steps": 3}  # cuts fall into the warm-ups too
+    tree["stage2"] |= {"steps": 6, "warmup_steps": 3}
     tree["checkpoint"] = {"every": 2, "keep": 20}
     tree["evaluation"] = {"samples_per_class": 3, "token_views": 0}
     return tree

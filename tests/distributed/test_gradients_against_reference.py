@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.reference_fuser import ReferenceLlama, fused_loss
+from support.reference_fuser import ReferenceLlama, fused_loss, sequences_of
 from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, write_trio
 
 from ultrafuser_mega.config import FuserConfig
@@ -86,19 +86,7 @@ def _reference(plan: RunPlan, gate: dict[str, torch.Tensor], folder: Path) -> fl
     batches = TrainingBatches(
         store, plan.config.stage2.samples_per_class, plan.config.seed + 2, _FirstReplica.shard(plan)
     )
-    sequences = []
-    for class_name, index in batches.sampler.batch(0):
-        sample = store.split(class_name, "train")[index]
-        sequence = {}
-        for name in plan.architectures:
-            ids: list[int] = []
-            positions: list[int] = []
-            for prompt, response in zip(sample.prompts_of(name), sample.responses, strict=True):
-                ids += prompt.tolist()
-                positions += range(len(ids), len(ids) + len(response))
-                ids += response.tolist()
-            sequence[name] = (ids, positions)
-        sequences.append(sequence)
+    sequences = sequences_of(store, batches.sampler.batch(0), list(plan.architectures))
     specialists = {name: ReferenceLlama(path) for name, path in plan.config.folders.items()}
     leaves = {name: tensor.double().requires_grad_() for name, tensor in gate.items()}
     loss = fused_loss(specialists, leaves, sequences, plan.vocab_size)

@@ -24,6 +24,7 @@ from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training import trainer
 from ultrafuser_mega.training.trainer import run
 
 PROJECT = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_divergence_is_one_line_and_never_replaces_a_good_checkpoint(tree: dict[
     tree["stage2"] |= {"lr": 1e37, "warmup_steps": 0, "schedule": "constant"}
     tree["optimizer"] = {"weight_decay": 1e4}  # one step takes weights beyond float32
     tree["checkpoint"] = {"every": 1, "keep": 1}
-    with pytest.raises(DivergedError, match=r"not finite|is nan|is inf"):
+    with pytest.raises(DivergedError, match=r"(not finite|is nan|is inf).*last good checkpoint is stage1-step0000002"):
         train(tree)
     run_dir = FuserConfig.model_validate(tree).run_dir
     ((progress, _),) = list_checkpoints(run_dir / "checkpoints")
@@ -103,6 +104,37 @@ def test_divergence_is_one_line_and_never_replaces_a_good_checkpoint(tree: dict[
     tree["stage2"] |= {"lr": 1e-4}
     tree["optimizer"] = {}
     assert (train(tree, resume=True) / "summary.json").is_file()
+
+
+def test_weights_that_are_finite_but_ruined_never_replace_a_good_checkpoint(tree: dict[str, Any]) -> None:
+    tree["stage2"] |= {"steps": 3, "lr": 3.0, "schedule": "constant"}
+    tree["checkpoint"] = {"every": 1, "keep": 1}
+    with pytest.raises(
+        DivergedError, match=r"ruined weights.*last good checkpoint is stage1-step0000002: --resume.*smaller lr$"
+    ):
+        train(tree)
+    run_dir = FuserConfig.model_validate(tree).run_dir
+    assert [progress for progress, _ in list_checkpoints(run_dir / "checkpoints")] == [Progress(1, 2)]
+    assert len(records(run_dir, "step")) == 5  # it might have recovered
+    tree["stage2"] |= {"lr": 1e-4}
+    assert (train(tree, resume=True) / "summary.json").is_file()
+
+
+def test_a_spike_that_passes_delays_a_checkpoint_and_ends_nothing(tree: dict[str, Any]) -> None:
+    tree["stage1"] |= {"steps": 0}
+    tree["stage2"] |= {"steps": 6}
+    tree["checkpoint"] = {"every": 2, "keep": 9}
+    # As measured before the stage; after step 2, in the spike; after 3, because of it; after 4 and 6, which are due.
+    run_ranks(_train_with_measured_losses, 1, tree, [1.0, 1.8, 1.6, 1.2, 0.9], timeout_s=120)
+    checkpoints = FuserConfig.model_validate(tree).run_dir / "checkpoints"
+    assert [progress.step for progress, _ in list_checkpoints(checkpoints)] == [3, 4, 6]
+
+
+def _train_with_measured_losses(rank: int, tree: dict[str, Any], losses: list[float]) -> None:
+    left = iter(losses)
+    trainer.measured_loss = lambda *of: next(left)
+    run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
+    assert list(left) == []
 
 
 def test_broken_weights_of_a_specialist_are_named_before_training(
@@ -114,7 +146,7 @@ def test_broken_weights_of_a_specialist_are_named_before_training(
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(DivergedError, match="held-out loss of code on text is nan"):
+    with pytest.raises(DivergedError, match=r"held-out loss of code on text is nan; look at its weights$"):
         train(tree)
 
 
@@ -173,6 +205,12 @@ def test_a_run_folder_that_is_a_file_is_refused_by_plan(tree: dict[str, Any], tm
         (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run" if what == "run" else tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match=r"runs, name: .* is a file; choose another runs folder or name"):
+        preflight(FuserConfig.model_validate(tree), 1, resume=False)
+
+
+def test_a_schedule_that_cannot_be_followed_ends_the_run_before_it_starts(tree: dict[str, Any]) -> None:
+    tree["stage2"] |= {"min_lr": 0.1}
+    with pytest.raises(InputError, match=r"^stage2\.min_lr: 0\.1 is more than stage2\.lr, 0\.0005; make it smaller$"):
         preflight(FuserConfig.model_validate(tree), 1, resume=False)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.trio import DISJOINT_3, config_tree
+from support.trio import DISJOINT_3, config_tree, read_steps
 
 from ultrafuser_mega.config import load_config
 
@@ -51,6 +51,25 @@ def test_summary_holds_losses_gate_and_speed(finished: tuple[Path, subprocess.Co
     assert summary["wall_s"] > 0
     assert summary["device"] == "cpu"
     assert summary["layout"].startswith("disjoint")
+
+
+def test_metrics_say_what_a_step_took_and_held(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    steps = read_steps(finished[0])
+    for step in steps:
+        assert step["tokens_per_s"] == pytest.approx(step["tokens"] / step["seconds"])
+        assert step["processed_tokens"] > len(SPECIALISTS) * step["tokens"]
+        assert 0 < step["data_seconds"] < step["seconds"]
+        assert step["peak_memory_bytes"] > 2**26  # Python with torch alone is more
+    assert [s["peak_memory_bytes"] for s in steps] == sorted(s["peak_memory_bytes"] for s in steps)
+
+
+def test_the_gate_is_averaged_per_token_and_per_sample(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    for name in CLASSES:
+        assert sum(summary["gate_per_sample"][name].values()) == pytest.approx(1.0, abs=1e-5)
+        assert list(summary["gate_per_sample"][name]) == list(summary["gate"][name])
 
 
 def test_run_folder_is_complete(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -1,16 +1,20 @@
 """The fused model written a second time: one process, plain PyTorch, float64, straight from the paper.
 
-Shares no code with the package: Llama from its definition, equations 1 and 2, gradients by autograd.
+Shares no code with the package: Llama from its definition, equations 1 and 2, gradients by autograd. Only the samples
+come from the package's token store.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ultrafuser_mega.data.store import TokenStore
 
 
 class ReferenceLlama:
@@ -92,3 +96,23 @@ def fused_loss(
         z = sum(weights[:, j, None] * o for j, o in enumerate(logits))
         terms.append(torch.nn.functional.cross_entropy(z, target, reduction="none"))
     return torch.cat(terms).mean()
+
+
+def sequences_of(
+    store: TokenStore, picks: Sequence[tuple[str, int]], specialists: Sequence[str]
+) -> list[dict[str, tuple[list[int], list[int]]]]:
+    """The training samples ``picks`` (class, index) as :func:`fused_loss` takes them."""
+    sequences = []
+    for class_name, index in picks:
+        sample = store.split(class_name, "train")[index]
+        sequence = {}
+        for name in specialists:
+            ids: list[int] = []
+            positions: list[int] = []
+            for prompt, response in zip(sample.prompts_of(name), sample.responses, strict=True):
+                ids += prompt.tolist()
+                positions += range(len(ids), len(ids) + len(response))
+                ids += response.tolist()
+            sequence[name] = (ids, positions)
+        sequences.append(sequence)
+    return sequences

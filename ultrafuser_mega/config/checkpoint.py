@@ -8,7 +8,7 @@ from ultrafuser_mega.config.section import Section
 
 
 class Checkpoint(Section):
-    """Sharded checkpoints, always at the end of each stage."""
+    """Sharded checkpoints, always at the end of each stage; never of ruined weights (see training/divergence.py)."""
 
     every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")

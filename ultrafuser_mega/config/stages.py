@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ultrafuser_mega.config.section import Section
+from ultrafuser_mega.errors import InputError
 
 
 class Stage(Section):
@@ -14,10 +15,34 @@ class Stage(Section):
 
     steps: NonNegativeInt
     samples_per_class: PositiveInt = Field(description="n: samples of each class in every global batch")
-    lr: PositiveFloat
-    min_lr: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
+    lr: PositiveFloat = Field(description="the highest rate: of the warm-up's last step, without a warm-up the first's")
+    min_lr: NonNegativeFloat = Field(0.0, description="where the cosine would be one step after the last")
+    warmup_steps: NonNegativeInt = Field(0, description="n: steps k = 1 .. n have the rate lr k / n")
     schedule: Literal["cosine", "constant"] = "cosine"
+
+    def check_schedule(self, name: str) -> None:
+        """Refuse a schedule that cannot be followed; no concern of one who reads what a run was, so not of validation.
+
+        Args:
+            name: of the stage, for the message.
+
+        Raises:
+            InputError: the rate would climb where it should fall, never reach ``lr``, or leave a setting unread.
+        """
+        if self.steps == 0:  # the stage is left out
+            return
+        if self.min_lr > self.lr:
+            raise InputError(f"{name}.min_lr: {self.min_lr:g} is more than {name}.lr, {self.lr:g}; make it smaller")
+        if self.warmup_steps > self.steps:
+            raise InputError(
+                f"{name}.warmup_steps: {self.warmup_steps} is more than the stage's {self.steps} steps, which would "
+                f"never reach {name}.lr; set {name}.warmup_steps to {self.steps} or less"
+            )
+        if self.schedule == "constant" and self.min_lr:
+            raise InputError(
+                f"{name}.min_lr: {self.min_lr:g} is never reached with {name}.schedule constant; "
+                f"leave it out, or set {name}.schedule=cosine"
+            )
 
 
 class Optimizer(Section):
@@ -26,5 +51,5 @@ class Optimizer(Section):
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = Field(0.0, description="of matrices, embeddings among them; not biases and norms")
     clip_grad: NonNegativeFloat = Field(1.0, description="bound on the global gradient norm; 0: none")

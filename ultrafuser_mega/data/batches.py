@@ -35,18 +35,22 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """``microbatches`` of this rank; ``response_tokens`` and ``samples`` of the GLOBAL batch."""
+    """``microbatches`` of this rank; the counts are of the GLOBAL batch.
+
+    ``processed_tokens``: of prompts and responses, for every specialist of the store; padding does not count.
+    """
 
     microbatches: list[MicroBatch]
     response_tokens: int
     samples: int
+    processed_tokens: int
 
 
 class TrainingBatches:
     """The training split of every class of a store, balanced; ``step(i)`` is a pure function of i."""
 
     def __init__(self, store: TokenStore, samples_per_class: int, seed: int, shard: Shard) -> None:
-        self.class_names = store.class_names
+        self.class_names, self.specialists = store.class_names, store.specialists
         self.splits = {name: store.split(name, "train") for name in self.class_names}
         self.sampler = ClassBalanceSampler({n: len(s) for n, s in self.splits.items()}, samples_per_class, seed)
         self.shard = shard
@@ -64,6 +68,11 @@ class TrainingBatches:
             [self._collate([picks[position] for position in positions]) for positions in plan],
             sum(int(self.splits[name].response_tokens(indexes[name]).sum()) for name in self.class_names),
             len(picks),
+            sum(
+                int(self.splits[name].lengths(specialist, indexes[name]).sum())
+                for name in self.class_names
+                for specialist in self.specialists
+            ),
         )
 
     def _collate(self, picks: Sequence[tuple[str, int]]) -> MicroBatch:

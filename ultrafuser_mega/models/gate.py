@@ -3,7 +3,8 @@
     a_j = w2 . relu(W1 h_j + b1)         w = softmax(a_1 .. a_n)
 
 All specialists share it; where their hidden sizes differ each has its own W1 (a projection into the shared
-hidden layer), while b1 and w2 stay shared. There is no output bias: it would shift all a_j alike.
+hidden layer), while b1 and w2 stay shared. There is no output bias: it would shift all a_j alike. w2 is the second
+layer's 1 x m matrix, kept as a vector; weight decay treats it as the matrix that it is.
 
 The hidden units are sharded over the fusion group (column- then row-parallel): replicated, the gate of a 13B
 trio would cost as much as a head shard. Units that pad their number to a multiple of the group are zero on

@@ -101,6 +101,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     """
     layout = choose_plan(plan_layouts(config), world_size)
     _check_words(config)
+    config.stage1.check_schedule("stage1")
+    config.stage2.check_schedule("stage2")
     architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
     for name, arch in architectures.items():
         placement = layout.placements[name]

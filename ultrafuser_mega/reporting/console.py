@@ -211,7 +211,7 @@ def _facts(record: StepRecord) -> list[tuple[str, str]]:
         ("loss", f"{record.loss:.4f}"),
         ("lr", f"{record.lr:.2e}"),
         ("grad norm", f"{record.grad_norm:.3g}"),
-        ("tokens/s", _count(record.tokens_per_s)),
+        ("response tokens/s", _count(record.tokens_per_s)),
     ]
 
 

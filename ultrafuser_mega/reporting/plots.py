@@ -88,7 +88,7 @@ def plot_losses(path: str | Path, steps: Sequence[StepRecord], evals: Sequence[E
 
 
 def plot_gate_over_steps(path: str | Path, steps: Sequence[StepRecord]) -> Path:
-    """Average gate weight of every specialist over the training steps, one panel per class.
+    """Average gate weight per token of every specialist over the training steps, one panel per class.
 
     Raises:
         InputError: there is no training step to draw.
@@ -110,7 +110,7 @@ def plot_gate_over_steps(path: str | Path, steps: Sequence[StepRecord]) -> Path:
             axes.plot(x, moving_average(raw, window), color=colors[specialist], linewidth=1.8)
         axes.set_ylim(0, top)
         _mark_stages(axes, steps)
-    _label_edges(panels, x="step", y="average gate weight")
+    _label_edges(panels, x="step", y="gate weight per token")
     handles = [Line2D([], [], color=colors[name], linewidth=1.8, label=name) for name in specialists]
     _legend(figure, [*handles, Line2D([], [], color=FAINT, linewidth=1.2, label="equal weights")])
     return _save(figure, path)
@@ -123,7 +123,8 @@ def plot_gate_heatmap(
     specialists: Sequence[str],
 ) -> Path:
     """The paper's figure 6: one panel per class, a column per held-out sample, a row per specialist,
-    darker for more weight. The number right of a row is its mean over the samples; the largest is bold.
+    darker for more weight. The number right of a row is the average gate weight per sample, which gives short
+    responses the same say as long ones (the tables' is per token); the largest is bold.
 
     Raises:
         InputError: no sample, or shapes that do not fit together.
@@ -150,7 +151,7 @@ def plot_gate_heatmap(
         axes.spines[:].set_visible(False)
         means = own.mean(axis=0)  # (n,)
         axes.annotate(
-            "mean",
+            "per sample",
             (1.008, 1.0),
             xycoords="axes fraction",
             xytext=(0, 4),
@@ -170,7 +171,7 @@ def plot_gate_heatmap(
                 fontweight="bold" if mean == means.max() else "normal",
             )
     bar = figure.colorbar(image, ax=all_axes, fraction=0.025, pad=0.012, aspect=28)
-    bar.set_label("average gate weight", fontsize=9, color=MUTED)
+    bar.set_label("gate weight per sample", fontsize=9, color=MUTED)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
     bar.outline.set_visible(False)
     return _save(figure, path)

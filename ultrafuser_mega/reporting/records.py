@@ -5,6 +5,9 @@ Losses are mean response-token cross-entropies in nats. A *class* is a kind of d
 Steps count from 1 through both stages, so that the last step of stage 1 is N1 and stage 2 goes on
 from N1 + 1; step 0 is the state before training.
 
+A gate weight is averaged in one of two ways. *Per token*: over all response tokens, so that long responses count for
+more; everything that is called ``gate`` here. *Per sample*: over a sample's response tokens first, then over samples.
+
 Not here: computing any of these numbers (training) and showing them (console, tables, plots).
 """
 
@@ -29,7 +32,7 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 TENSORBOARD_FOLDER = "tensorboard"
 
-GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> average weight over response tokens
+GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> average weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,14 @@ class StepRecord:
     class_loss: Mapping[str, float]  # class -> nats
     lr: float
     grad_norm: float  # before clipping
-    tokens: int  # response tokens in the global batch
-    tokens_per_s: float
-    gate: GateWeights
-    seconds: float  # wall time of this step
+    tokens: int  # response tokens of the global batch: those that carry the loss
+    tokens_per_s: float  # response tokens per second of the whole step
+    gate: GateWeights  # per token
+    seconds: float  # wall time of the whole step: data to update, and the logging of the step before
+    # nan in what earlier versions wrote:
+    processed_tokens: float = math.nan  # prompts and responses of the global batch, for every specialist, no padding
+    data_seconds: float = math.nan  # of ``seconds``, to make the microbatches; the slowest rank's
+    peak_memory_bytes: float = math.nan  # at most so far, allocated by CUDA or resident on the CPU; of the largest rank
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,20 @@ class EvaluationResult:
     """Mean losses and gate weights over response tokens; ``samples`` on rank 0 only."""
 
     loss: dict[str, dict[str, float]]  # class -> "fused" or specialist -> nats
-    gate: dict[str, dict[str, float]]  # class -> specialist -> weight
+    gate: dict[str, dict[str, float]]  # class -> specialist -> weight, per token
     samples: list[SampleGate]
+
+    def sample_weights(self) -> np.ndarray:
+        """(samples, n): every sample's gate weights, averaged over its response tokens."""
+        return np.stack([sample.weights.mean(axis=0) for sample in self.samples])
+
+    def gate_per_sample(self) -> dict[str, dict[str, float]]:
+        """class -> specialist -> weight, per sample."""
+        classes, weights = np.array([sample.class_name for sample in self.samples]), self.sample_weights()
+        return {
+            name: dict(zip(row, weights[classes == name].mean(axis=0).tolist(), strict=True))
+            for name, row in self.gate.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +170,11 @@ class MetricsWriter:
         self._tensorboard.close()
 
     def write_step(self, record: StepRecord) -> None:
-        """Scalars: loss/train, loss/train/<class>, gate/<class>/<specialist>, lr, grad_norm, tokens_per_s."""
+        """Scalars: loss/train, loss/train/<class>, gate/<class>/<specialist>, lr, grad_norm, tokens_per_s, seconds,
+        data_seconds, peak_memory_bytes."""
         self._append("step", record)
-        scalars = {"loss/train": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
-        scalars["tokens_per_s"] = record.tokens_per_s
+        same = ("lr", "grad_norm", "tokens_per_s", "seconds", "data_seconds", "peak_memory_bytes")
+        scalars = {"loss/train": record.loss} | {name: getattr(record, name) for name in same}
         scalars |= {f"loss/train/{name}": value for name, value in record.class_loss.items()}
         scalars |= _flat("gate", record.gate)
         self._scalars(scalars, record.step)
@@ -206,9 +226,11 @@ def build_summary(
     device: str,
     wall_s: float,
     after_stage1: EvalRecord | None = None,
+    gate_per_sample: GateWeights | None = None,
 ) -> dict[str, Any]:
-    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>, gate.<class>.<specialist>,
-    train.tokens_per_s, steps, layout, device, wall_s; ``after_stage1`` holds an eval and a gate of its own."""
+    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>, gate.<class>.<specialist> (per
+    token), gate_per_sample.<class>.<specialist>, train.tokens_per_s (response tokens), steps, layout, device, wall_s;
+    ``after_stage1`` holds an eval and a gate of its own."""
     summary = {
         **_eval_summary(final),
         "train": {"tokens_per_s": tokens_per_s},
@@ -217,6 +239,8 @@ def build_summary(
         "device": device,
         "wall_s": wall_s,
     }
+    if gate_per_sample is not None:
+        summary["gate_per_sample"] = gate_per_sample
     if after_stage1 is not None:
         summary["after_stage1"] = _eval_summary(after_stage1)
     return summary

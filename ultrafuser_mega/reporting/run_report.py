@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from ultrafuser_mega.reporting.console import TrainConsole
 from ultrafuser_mega.reporting.plots import plot_gate_heatmap, plot_gate_over_steps, plot_losses
 from ultrafuser_mega.reporting.records import (
@@ -130,9 +128,10 @@ class RunReport:
             device=self.facts.device,
             wall_s=time.perf_counter() - self._started,
             after_stage1=after_stage1,
+            gate_per_sample=final.gate_per_sample(),
         )
         write_summary(self.run_dir, summary)
-        self.note(f"wrote summary.json, results.md, plots/ and checkpoints/ in {self.run_dir}")
+        self.note(f"{self.run_dir} holds {_found(self.run_dir)}")
 
     def _draw(
         self, steps: list[StepRecord], evals: list[EvalRecord], final: EvaluationResult, views: Sequence[TokenSample]
@@ -143,9 +142,15 @@ class RunReport:
         if steps:
             plot_losses(plots / "loss.png", steps, evals)
             plot_gate_over_steps(plots / "gate_over_steps.png", steps)
-        averages = np.stack([sample.weights.mean(axis=0) for sample in final.samples])
-        plot_gate_heatmap(
-            plots / "gate_heatmap.png", [sample.class_name for sample in final.samples], averages, specialists
-        )
+        sample_classes = [sample.class_name for sample in final.samples]
+        plot_gate_heatmap(plots / "gate_heatmap.png", sample_classes, final.sample_weights(), specialists)
         if views:
             write_token_view(plots / "token_gate.html", views, specialists)
+
+
+def _found(run_dir: Path) -> str:
+    """What a reader of the results finds in the run's folder, in words."""
+    files = [name for name in ("summary.json", "results.md") if (run_dir / name).is_file()]
+    folders = [name for name in ("plots", "checkpoints") if any((run_dir / name).glob("[!.]*"))]
+    *most, last = [*files, *(f"{name}/" for name in folders)]
+    return f"{', '.join(most)} and {last}" if most else last

@@ -54,11 +54,11 @@ def loss_table(final: EvalRecord, *, after_stage1: EvalRecord | None = None) -> 
 
 
 def gate_table(final: EvalRecord) -> ResultTable:
-    """Average gate weight over the response tokens of every class (the paper's table 6)."""
+    """Average gate weight per token: over all response tokens of a class (the paper's table 6)."""
     values = [[final.gate[name].get(model, math.nan) for name in final.gate] for model in final.specialists]
     columns = [f"{name} data" for name in final.gate]
     rows = [f"w_{name}" for name in final.specialists]
-    return ResultTable("Average gate weight", "weight", columns, rows, values, _best(values, max), 2)
+    return ResultTable("Average gate weight per token", "weight", columns, rows, values, _best(values, max), 2)
 
 
 def to_rich(table: ResultTable) -> Table:

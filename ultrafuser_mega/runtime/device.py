@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,6 +59,14 @@ def kind_of_device(wanted: str, ranks: int) -> str:
         f"device = {wanted}: every rank needs a GPU of its own: {ranks} rank(s) on this machine, which has {gpus}; "
         f"{fewer}set device=cpu"
     )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: allocated on its GPU; where it computes on the CPU, resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:

@@ -1,4 +1,17 @@
-"""Megatron's data parallelism, optimizer and learning-rate schedule around the parameters a stage trains."""
+"""Megatron's data parallelism, optimizer and learning-rate schedule around the parameters a stage trains.
+
+The rate of step k = 1 .. S of a stage, with a warm-up of n steps and m = max(n, 1):
+
+    k <= n              lr k / n, so that the first step already moves the weights and step n has lr
+    k >= m, cosine      min_lr + (lr - min_lr) (1 + cos(pi (k - m) / (S - m + 1))) / 2
+    k >= m, constant    lr
+
+Step m has lr; the cosine would reach min_lr at step S + 1, so that no step is spent on a rate of zero.
+
+The optimizer is AdamW. Weight decay takes matrices: those of linear layers, the embeddings, the output heads, and both
+layers of the gate (its second, ``w2``, is a 1 x m matrix that is kept as a vector). Biases and norms do not decay.
+Before the update gradients are scaled by min(1, clip_grad / (norm + 1e-6)); the norm is the whole model's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +21,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +31,9 @@ from ultrafuser_mega.config import Optimizer as OptimizerOptions
 from ultrafuser_mega.config import Stage
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.trainable import Trainable
+
+#: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
+NOT_DECAYED = ("*.bias", "*.b1", "*layernorm.weight")
 
 
 def make_trainable(
@@ -36,7 +52,7 @@ def make_trainable(
         module: this rank's module; every rank of ``groups.mp`` must make one.
         config: Megatron's model configuration; its gradient hooks are set here.
         groups: ``dp`` reduces gradients, ``mp`` (``intra_dist_opt``) sums the squared gradient norm.
-        stage: steps and learning rate.
+        stage: steps and learning rate, with a schedule that was checked.
         options: AdamW's.
         distributed_optimizer: shard optimizer state over ``groups.dp``.
     """
@@ -62,22 +78,32 @@ def make_trainable(
             use_distributed_optimizer=distributed_optimizer,
         )
         optimizer = get_megatron_optimizer(
-            optimizer_config, [wrapped], use_gloo_process_groups=False, pg_collection=groups
+            optimizer_config,
+            [wrapped],
+            config_overrides={ParamKey(name=NOT_DECAYED): {"wd_mult": 0.0}},
+            use_gloo_process_groups=False,
+            pg_collection=groups,
         )
-    schedule = OptimizerParamScheduler(
+    return Trainable(wrapped, optimizer, make_schedule(optimizer, stage, options.weight_decay), device)
+
+
+def make_schedule(optimizer: MegatronOptimizer, stage: Stage, weight_decay: float) -> OptimizerParamScheduler:
+    """The stage's rates as this module describes them, into the groups of ``optimizer``."""
+    # Megatron counts from 0 and gives its first step the initial rate: that of step 1 here, lr / n.
+    warmup = max(stage.warmup_steps, 1)
+    return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=stage.lr / warmup,
         max_lr=stage.lr,
-        min_lr=min(stage.min_lr, stage.lr) if stage.schedule == "cosine" else stage.lr,
-        lr_warmup_steps=min(stage.warmup_steps, max(stage.steps - 1, 0)),
-        lr_decay_steps=max(stage.steps, 1),
+        min_lr=stage.min_lr,
+        lr_warmup_steps=warmup - 1,
+        lr_decay_steps=max(stage.steps, warmup),
         lr_decay_style=stage.schedule,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return Trainable(wrapped, optimizer, schedule, device)
 
 
 def _fresh_parameters(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Averages per class over every response token of the job, however its rows are spread over ranks."""
+"""Numbers of the whole job: averages per class over its response tokens, and the largest of its ranks'."""
 
 from __future__ import annotations
 
@@ -45,3 +45,10 @@ class ClassTotals:
     def counts(self) -> dict[str, int]:
         """class -> rows of the job; after :meth:`reduce`."""
         return {name: int(count) for name, count in zip(self.classes, self._sums[:, -1].tolist(), strict=True)}
+
+
+def largest_of_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest there is on any rank, of each value; collective over the job."""
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [float(value) for value in largest.tolist()]

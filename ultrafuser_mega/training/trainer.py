@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, sav
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.sources import Sources
 from ultrafuser_mega.config import Stage, dump_config
-from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
+from ultrafuser_mega.data.batches import Shard, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
@@ -27,16 +28,18 @@ from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.planning.preflight import DTYPES, RunPlan, compared_with_data
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
+from ultrafuser_mega.runtime.device import peak_memory
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
 from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.run_folder import locked_run, set_aside
 from ultrafuser_mega.training.token_samples import token_samples
-from ultrafuser_mega.training.totals import ClassTotals
+from ultrafuser_mega.training.totals import ClassTotals, largest_of_ranks
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
 
@@ -66,7 +69,7 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
-            report.evaluated(trainer.evaluate(), done.stage, 0)
+            report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
         for stage in (1, 2):
             if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
                 report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
@@ -125,8 +128,13 @@ class Trainer:
         """Steps done since the start of stage 1."""
         return progress.step + (self.stage(1).steps if progress.stage == 2 else 0)
 
-    def evaluate(self) -> EvaluationResult:
-        """Evaluate the model as it is; DivergedError where a loss is not finite."""
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.plan.config.run_dir / "checkpoints"
+
+    def evaluate(self, *, trained: bool = True) -> EvaluationResult:
+        """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
         options = self.plan.config.evaluation
         result = evaluate(
             self.engine, self.store, replace(self.shard, micro_batch_size=options.micro_batch_size), options
@@ -134,16 +142,17 @@ class Trainer:
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
-                    raise DivergedError(
-                        f"held-out loss of {model} on {class_name} is {losses[model]}; "
-                        "look at its weights, or go on from the newest checkpoint with a smaller lr"
-                    )
+                    advice = remedy(self.checkpoints) if trained else "look at its weights"
+                    raise DivergedError(f"held-out loss of {model} on {class_name} is {losses[model]}; {advice}")
         return result
 
     def train_stage(self, number: int, done: int, report: RunReport) -> bool:
         """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way.
 
         Returns False if the run is out of time: then a checkpoint was written, after which an evaluation may be due.
+
+        Raises:
+            DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
         config, stage = self.plan.config, self.stage(number)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
@@ -154,17 +163,33 @@ class Trainer:
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
+        if done == stage.steps:
+            return True
+        judge, overdue = Judge(self._measured_loss(batches)), False
+        begun = time.perf_counter()
         for step in range(done, stage.steps):
-            record = self._step(number, trainable, batches.step(step), first + step + 1)
+            record = self._step(number, trainable, batches, step, begun)
+            begun = time.perf_counter()  # what follows belongs to the next step, but for checkpoints and evaluations
             report.step(record)
-            time_is_up = self._time_is_up()
-            if time_is_up or step + 1 == stage.steps or _due(step + 1, config.checkpoint.every):
-                self._save(Progress(number, step + 1), trainable, report)
+            progress, time_is_up = Progress(number, step + 1), self._time_is_up()
+            is_last = time_is_up or step + 1 == stage.steps
+            if is_last or overdue or _due(step + 1, config.checkpoint.every):
+                problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
+                if problem and is_last:
+                    raise DivergedError(f"{problem}; {remedy(self.checkpoints)}")
+                if problem and not overdue:
+                    report.note(f"{problem}; no checkpoint until that has passed")
+                overdue = problem is not None
+                begun = time.perf_counter()
             if time_is_up:
                 return False
             if self._evaluation_due(number, step + 1):
                 report.evaluated(self.evaluate(), number, first + step + 1)
+                begun = time.perf_counter()
         return True
+
+    def _measured_loss(self, batches: TrainingBatches) -> float:
+        return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
 
     def _time_is_up(self) -> bool:
         """By the clock of rank 0, for all ranks."""
@@ -199,8 +224,12 @@ class Trainer:
             device=self.device,
         )
 
-    def _step(self, number: int, trainable: Trainable, batch: StepBatch, global_step: int) -> StepRecord:
-        started = time.perf_counter()
+    def _step(self, number: int, trainable: Trainable, batches: TrainingBatches, step: int, begun: float) -> StepRecord:
+        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
+        asked = time.perf_counter()
+        batch = batches.step(step)
+        data_seconds = time.perf_counter() - asked
+        global_step = self.global_step(Progress(number, step + 1))
         config = self.plan.config
         specialists = list(config.specialists)
         gates = {name: f"gate {name}" for name in specialists}
@@ -233,10 +262,10 @@ class Trainer:
         loss = sum(means[name]["loss"] * tokens[name] for name in means) / terms
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
-                f"loss is {loss:.6g}, gradient norm {grad_norm:.6g} at step {global_step}; "
-                "go on from the newest checkpoint with a smaller lr"
+                f"loss is {loss:.6g}, gradient norm {grad_norm:.6g} at step {global_step}; {remedy(self.checkpoints)}"
             )
-        seconds = time.perf_counter() - started
+        worst_data, worst_memory = largest_of_ranks([data_seconds, float(peak_memory(self.device))], self.device)
+        seconds = time.perf_counter() - begun
         return StepRecord(
             stage=number,
             step=global_step,
@@ -248,25 +277,41 @@ class Trainer:
             tokens_per_s=batch.response_tokens / seconds,
             gate={name: {other: row[gates[other]] for other in specialists} for name, row in means.items()},
             seconds=seconds,
+            processed_tokens=batch.processed_tokens,
+            data_seconds=worst_data,
+            peak_memory_bytes=int(worst_memory),
         )
 
-    def _save(self, progress: Progress, trainable: Trainable, report: RunReport) -> None:
-        config = self.plan.config
+    def _publish(
+        self, progress: Progress, trainable: Trainable, judge: Judge, loss: float, report: RunReport
+    ) -> str | None:
+        """Write a checkpoint, unless the weights are ruined: then say so.
+
+        Args:
+            loss: of the weights as they are, measured.
+        """
+        where = f"stage {progress.stage} step {progress.step}"
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite:  # nor may it push a good checkpoint out
-            raise DivergedError(f"weights are not finite after {progress}; go on from an older checkpoint")
+        if not finite:
+            raise DivergedError(f"{where}: weights are not finite; {remedy(self.checkpoints)}")
+        if not judge.accepts(loss):
+            return (
+                f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
+                f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
+            )
         path = save_checkpoint(
-            config.run_dir / "checkpoints",
+            self.checkpoints,
             progress,
             self.model,
             trainable,
             self.groups,
             self.plan.identity,
-            config.checkpoint.keep,
+            self.plan.config.checkpoint.keep,
             self.sources,
         )
         report.note(f"checkpoint {path}")
+        return None
 
 
 def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> FusedStage:

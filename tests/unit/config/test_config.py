@@ -38,7 +38,8 @@ def test_shipped_configuration_is_consistent(path: Path | None) -> None:
     """Everything that can be known without the models: layouts resolve, every layout splits the batches."""
     config = load_config(path)
     for plan in plan_layouts(config):
-        for stage in (config.stage1, config.stage2):
+        for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+            stage.check_schedule(name)
             assert stage.samples_per_class * len(config.data.classes) % (config.micro_batch_size * plan.dp) == 0
 
 
@@ -195,3 +196,21 @@ def test_file_that_is_no_configuration(tmp_path: Path, content: str, message: st
 def test_missing_file() -> None:
     with pytest.raises(InputError, match=r"--config nowhere\.yaml: no such file"):
         load_config(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage1.lr=1e-3", "stage1.min_lr=0.1"], r"^stage1\.min_lr: 0\.1 is more than stage1\.lr, 0\.001; make it"),
+        (["stage1.steps=3"], r"^stage1\.warmup_steps: 5 is more than the stage's 3 steps, .* to 3 or less$"),
+        (["stage1.schedule=constant", "stage1.min_lr=1e-5"], r"^stage1\.min_lr: 1e-05 is never reached .*constant"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused_by_name(overrides: list[str], message: str) -> None:
+    stage = load_config(None, overrides).stage1  # what a run was may be read: it was followed somehow
+    with pytest.raises(InputError, match=message):
+        stage.check_schedule("stage1")
+
+
+def test_the_schedule_of_a_stage_that_is_left_out_does_not_matter() -> None:
+    load_config(None, ["stage1.steps=0", "stage1.min_lr=1.0"]).stage1.check_schedule("stage1")

@@ -87,7 +87,7 @@ def test_heat_map_has_a_column_per_sample_a_row_per_specialist_and_the_mean_besi
     np.testing.assert_array_equal(law.images[0].get_array(), weights[[0, 2, 3]].T)
     np.testing.assert_array_equal(chat.images[0].get_array(), weights[[1, 4]].T)
     assert law.images[0].get_clim() == (0.0, 1.0)
-    assert _texts(law) == ["0.80", "0.20", "mean"] or _texts(law) == ["mean", "0.80", "0.20"]
+    assert _texts(law) == ["0.80", "0.20", "per sample"] or _texts(law) == ["per sample", "0.80", "0.20"]
     colors = law.images[0].get_cmap()(np.linspace(0, 1, 9))[:, :3]  # (9, 3)
     assert (np.diff(colors.sum(axis=1)) < 0).all()  # more weight is darker
 

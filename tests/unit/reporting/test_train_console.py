@@ -66,7 +66,7 @@ def test_a_log_line_is_one_line_of_plain_ascii_with_every_number(step_of):
         console.step(step_of(401, stage=2))
     line = output.getvalue().splitlines()[1]
     assert line == (
-        "stage 2  step 1/100  loss -1.0100  lr 2.00e-03  grad norm 0.5  tokens/s 12.3k  eta 0:00:25  "
+        "stage 2  step 1/100  loss -1.0100  lr 2.00e-03  grad norm 0.5  response tokens/s 12.3k  eta 0:00:25  "
         "gate text[*text 0.45 code 0.29 math 0.26]  code[text 0.23 *code 0.59 math 0.18]  "
         "math[text 0.18 code 0.39 *math 0.43]"
     )
@@ -102,7 +102,7 @@ def test_a_terminal_shows_bar_numbers_and_gate_per_class(step_of):
     shown = _text(output)
     assert "waiting for the first step" in shown
     assert "2/4 eta 0:00:04" in shown  # two steps left at two seconds each
-    assert "loss 2.9800  lr 2.00e-03  grad norm 0.5  tokens/s 12.3k" in shown
+    assert "loss 2.9800  lr 2.00e-03  grad norm 0.5  response tokens/s 12.3k" in shown
     assert re.search(r"loss +w_text +w_code +w_math", shown)
     assert re.search(r"code data +3\.0800 +0\.23 +0\.59 +0\.18", shown)
 
@@ -123,7 +123,7 @@ def test_the_live_display_redraws_at_most_ten_times_a_second(step_of):
         for step in range(1, 501):
             clock.now += 0.01
             console.step(step_of(step))
-    frames = _text(output).count("tokens/s")
+    frames = _text(output).count("response tokens/s")
     assert 40 <= frames <= 60  # 5 seconds
 
 

@@ -1,0 +1,60 @@
+"""What is said at the end of a run is what its folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ultrafuser_mega.reporting.records import EvaluationResult, SampleGate
+from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
+
+WEIGHTS = {  # two responses of one class: 4 tokens and 1
+    0: np.array([[0.9, 0.1]] * 4),
+    1: np.array([[0.4, 0.6]]),
+}
+
+
+def result() -> EvaluationResult:
+    samples = [SampleGate("law", index, weights, np.ones(len(weights))) for index, weights in WEIGHTS.items()]
+    loss = {"law": {"fused": 1.0, "jurist": 1.5, "general": 2.0}}
+    return EvaluationResult(loss=loss, gate={"law": {"jurist": 0.8, "general": 0.2}}, samples=samples)
+
+
+def finish(run_dir: Path) -> None:
+    facts = RunFacts(
+        name="r",
+        run_dir=run_dir,
+        config_text="",
+        layout="one",
+        device="cpu",
+        specialists=["jurist", "general"],
+        stage_steps=(0, 0),
+    )
+    with RunReport(facts, enabled=True, done_steps=0) as report:
+        report.finish(result(), [])
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_the_end_names_only_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], with_checkpoint: bool
+) -> None:
+    (tmp_path / "checkpoints" / ".stage1-step0000001.partial").mkdir(parents=True)
+    if with_checkpoint:
+        (tmp_path / "checkpoints" / "stage1-step0000001").mkdir()
+    finish(tmp_path)
+    end = capsys.readouterr().err.splitlines()[-1]
+    assert end.startswith(f"{tmp_path} holds summary.json, results.md")
+    assert end.endswith("plots/ and checkpoints/" if with_checkpoint else " and plots/")
+
+
+def test_per_token_long_responses_weigh_more_and_per_sample_they_do_not() -> None:
+    assert result().gate_per_sample() == {"law": {"jurist": pytest.approx(0.65), "general": pytest.approx(0.35)}}
+    assert result().gate == {"law": {"jurist": 0.8, "general": 0.2}}
+
+
+def test_both_averages_are_in_the_summary_and_the_table_under_their_names(tmp_path: Path) -> None:
+    finish(tmp_path)
+    assert '"gate_per_sample"' in (tmp_path / "summary.json").read_text()
+    assert "**Average gate weight per token**" in (tmp_path / "results.md").read_text()
