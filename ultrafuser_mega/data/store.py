@@ -122,6 +122,16 @@ class TokenStore:
         self.eos_id: int = manifest["eos_id"]
         self._splits: dict[tuple[str, str], Split] = {}
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that the store was made from: two stores of one fingerprint hold the same samples.
+
+        The contents of the data files and how they are read, held-out rows, templates, tokenizers, vocabulary,
+        max_length and the format; not names or places of files.
+        """
+        fingerprint: str = self.manifest["fingerprint"]
+        return fingerprint
+
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> TokenStore:
         """Open a finished store.

@@ -157,7 +157,9 @@ def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_re
     prepare()
     written = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
     moved = sources["code"][0].rename(tmp_path / "renamed.jsonl")
+    before = TokenStore.open(tmp_path / "store").fingerprint
     report = prepare(sources={**sources, "code": [moved]})
+    assert TokenStore.open(tmp_path / "store").fingerprint == before
     assert report.reused and report.counts("code", "train")["kept"] == 5
     assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == written
 
@@ -176,7 +178,9 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(prepare, sources,
     word = {"max_length": "max_length", "template": "specialists", "content": "sources"}[change]
     with pytest.raises(InputError, match=rf"holds a store made from other inputs \({word}\)"):
         prepare(**changes)
+    before = TokenStore.open(tmp_path / "store").fingerprint
     assert not prepare(**changes, overwrite=True).reused
+    assert TokenStore.open(tmp_path / "store").fingerprint != before
     assert prepare(**changes).reused
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
