@@ -14,11 +14,8 @@ from ultrafuser_mega.errors import InputError
 
 _OPTIONAL = ("input", "history", "system", "system_prompt")
 _OF_A_MESSAGE = tuple(key for keys in MESSAGE_KEYS for key in keys)
-NAMES = tuple(
-    dict.fromkeys(
-        [*MESSAGES, *_OF_A_MESSAGE, *(name for ask, answers in PAIRS for name in (ask, *answers)), *_OPTIONAL]
-    )
-)
+_OF_A_PAIR = (name for ask, answers in PAIRS for name in (ask, *answers))
+NAMES = tuple(dict.fromkeys([*MESSAGES, *_OF_A_MESSAGE, *_OF_A_PAIR, *_OPTIONAL]))
 
 
 def check_columns(columns: Mapping[str, str]) -> None:

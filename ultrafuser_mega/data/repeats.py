@@ -41,5 +41,4 @@ class Repeats:
         else:
             repeats = np.isin(np.frombuffer(self._hashes["heldout"], np.uint64), train)
         places = np.frombuffer(self._places[split], np.uint32).reshape(-1, 3)
-        for source, line, row in places[repeats].tolist():
-            yield source, line, row
+        yield from map(tuple, places[repeats].tolist())

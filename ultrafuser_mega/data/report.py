@@ -21,7 +21,7 @@ class PrepareReport:
     reused: bool
 
     def counts(self, class_name: str, split: str) -> dict[str, Any]:
-        """rows, kept, cut, dropped {reason: count}, unread, repeated, response_tokens, prompt_tokens (store_writer.py)."""
+        """rows, kept, cut, dropped, unread, repeated, response_tokens, prompt_tokens: see store_writer.py."""
         counts: dict[str, Any] = self.manifest["splits"][class_name][split]
         return counts
 

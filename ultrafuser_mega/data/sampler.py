@@ -51,7 +51,7 @@ class ClassBalanceSampler:
 
 
 def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, int]]) -> list[str]:
-    """How often training passes each class's rows, for people: a line per stage, and one per class too small for a batch.
+    """How often training passes each class's rows, for people: a line per stage and per class too small for a batch.
 
     ``sizes``: class name -> number of its training samples; ``stages``: title -> (steps, samples_per_class).
     """
