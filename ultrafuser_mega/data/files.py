@@ -38,6 +38,7 @@ _FOREIGN = (
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _HEAD = 1 << 16  # bytes that are looked at
 _LINES = 50
+_LONGEST_TOKEN = 16  # characters of what is not a string: "-Infinity"
 
 
 class Format(Enum):
@@ -105,10 +106,10 @@ def _refuse_other_text(path: Path, text: bytes, *, is_whole: bool) -> None:
     lines = text.split(b"\n")
     complete = [line.strip() for line in (lines if is_whole or len(lines) == 1 else lines[:-1])]
     first = [line for line in complete if line][:_LINES]
+    if _is_object_over_many_lines(text.decode("utf-8", "replace").lstrip(), is_whole):
+        raise InputError(f"{path}: is one JSON object over many lines; expected an array [...] or an object per line")
     if not first or any(_is_object(line) for line in first) or all(line.startswith(b"{") for line in first):
         return
-    if first[0].startswith(b"{"):
-        raise InputError(f"{path}: is one JSON object over many lines; expected an array [...] or an object per line")
     suffix = path.name.lower().removesuffix(".gz")
     for ending, what in _NOT_READ.items():
         if suffix.endswith(ending):
@@ -122,6 +123,18 @@ def _is_object(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_object_over_many_lines(text: str, is_whole: bool) -> bool:
+    if not text.startswith("{"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:  # perhaps only where the text was cut off
+        end = error.pos if not is_whole and error.pos + _LONGEST_TOKEN > len(text) else 0
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text[:end]
 
 
 def _need_pyarrow(path: Path) -> None:
