@@ -22,6 +22,7 @@ def prepare(
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.planning.preflight import shared_vocabulary
     from ultrafuser_mega.toy import make_toy
+    from ultrafuser_mega.training.prepare import data_notes
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     loaded = load_config(config, overrides or [])
@@ -30,5 +31,5 @@ def prepare(
     report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)
     console = wide_console()
     console.print(report.table())
-    for line in report.problems():
+    for line in [*report.problems(), *data_notes(loaded, report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -5,6 +5,8 @@ prompt. The sequence of specialist s is
 
     prompt_0[s] response_0 prompt_1[s] response_1 ...          prompt_0[s] opens with the one BOS
 
+A turn that is not trained stands in the same place, but its ids count as a part of the next trained turn's prompt.
+
 What does not fit into ``max_length`` tokens for the specialist with the longest sequence is cut off at
 the same response token for all of them; a response that was cut has no EOS. A conversation is dropped,
 with a reason, when not even one token of its first response fits, when a template cannot render it, or
@@ -28,7 +30,7 @@ UNFIT = "template cannot render it"
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """``prompts[s][t]`` and ``responses[t]`` are the ids of turn t; ``was_cut`` if max_length cut it."""
+    """``prompts[s][t]`` and ``responses[t]`` are the ids of trained turn t; ``was_cut`` if max_length cut it."""
 
     prompts: dict[str, list[list[int]]]
     responses: list[list[int]]
@@ -79,7 +81,9 @@ class Aligner:
         for place in range(len(conversations)):
             if results[place] is None:
                 own = {name: prompts[name][place] for name in prompts}
-                results[place] = self._beyond_vocabulary(own, responses[place]) or self._fit(own, responses[place])
+                results[place] = self._beyond_vocabulary(own, responses[place]) or self._fit(
+                    *_trained_turns(own, responses[place], conversations[place].untrained)
+                )
         return results  # type: ignore[return-value]  # no None is left
 
     def _encode_prompts(self, name: str, texts: list[list[str]]) -> list[list[list[int]]]:
@@ -122,3 +126,19 @@ class Aligner:
                 used[name] += len(response)
         was_cut = len(kept) < len(responses) or len(kept[-1]) < len(responses[len(kept) - 1])
         return Aligned({name: own[: len(kept)] for name, own in prompts.items()}, kept, was_cut)
+
+
+def _trained_turns(
+    prompts: dict[str, list[list[int]]], responses: list[list[int]], untrained: frozenset[int]
+) -> tuple[dict[str, list[list[int]]], list[list[int]]]:
+    """The same sequences, where the turns of ``untrained`` are a part of the next trained turn's prompt."""
+    if not untrained:
+        return prompts, responses
+    trained = [turn for turn in range(len(responses)) if turn not in untrained]
+    bounds = [0, *(turn + 1 for turn in trained)]
+    joined: dict[str, list[list[int]]] = {name: [] for name in prompts}
+    for name, own in prompts.items():
+        for start, turn in zip(bounds, trained, strict=False):
+            context = [ids for before in range(start, turn) for ids in (own[before], responses[before])]
+            joined[name].append([token for ids in (*context, own[turn]) for token in ids])
+    return joined, [responses[turn] for turn in trained]

@@ -1,15 +1,18 @@
 """One pass over the source files into the arrays of a store: read, check, align, write, in batches.
 
-Memory does not depend on the size of the files. Every row ends in exactly one place: a sample of its
-split, or a line of dropped.jsonl that names file, line, row and reason, and a count under that reason.
+Memory hardly depends on the size of the files: 20 bytes are kept per row, to find repeated ones. Every row
+ends in exactly one place: a sample of its split, or a line of dropped.jsonl that names file, line, row and
+reason, and a count under that reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,24 +20,32 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ultrafuser_mega.data.align import Aligner, Dropped
+from ultrafuser_mega.data.columns import renamed
 from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, to_conversation
 from ultrafuser_mega.data.readers import Row, read_rows
+from ultrafuser_mega.data.repeats import Repeats
 from ultrafuser_mega.data.store import DROPPED, SPLITS
 from ultrafuser_mega.data.store_writer import SplitWriter, token_dtype
+from ultrafuser_mega.data.unread import unread_fields
 from ultrafuser_mega.errors import InputError
 
 MALFORMED = "malformed"
 _BATCH_ROWS = 512
 _EXAMPLES = 3  # rows named per reason in the report; dropped.jsonl names them all
+_TOLD = 10  # malformed rows named at once where they end the work
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of one class; its first ``holdout`` rows (None: all) go to the held-out split."""
+    """One file of one class; its first ``holdout`` rows (None: all) go to the held-out split.
+
+    ``columns``: the file's own names for the fields of a row, see columns.py.
+    """
 
     class_name: str
     path: Path
     holdout: int | None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def split_of(self, row: Row) -> str:
         return "heldout" if self.holdout is None or row.number <= self.holdout else "train"
@@ -45,36 +56,27 @@ def write_splits(
 ) -> dict[str, dict[str, Any]]:
     """Write every class's two splits and dropped.jsonl under ``folder``; {class: {split: manifest part}}.
 
-    Raises InputError at the first malformed row if ``on_malformed`` is "fail".
+    Raises InputError that names the malformed rows of the first file that has some if ``on_malformed`` is "fail".
     """
     classes = dict.fromkeys(source.class_name for source in sources)
     dtype = token_dtype(aligner.vocab_size)
+    repeats = Repeats()
     with ExitStack() as stack:
         dropped = stack.enter_context((folder / DROPPED).open("w", encoding="utf-8"))
         show = stack.enter_context(_progress_bar(sources, progress))
-        parts = {}
+        parts: _Parts = {}
         for name, split in ((name, split) for name in classes for split in SPLITS):
             writer = stack.enter_context(SplitWriter(folder / name / split, list(aligner.encoders), dtype))
             parts[name, split] = _Part(name, split, writer, dropped)
-        for source in sources:
-            batch: list[tuple[Row, Conversation]] = []
-            for row in read_rows(source.path):
-                part = parts[source.class_name, source.split_of(row)]
-                part.rows += 1
-                try:
-                    if row.problem:
-                        raise MalformedRowError(row.problem)
-                    batch.append((row, to_conversation(row.value)))
-                except MalformedRowError as error:
-                    if on_malformed == "fail":
-                        raise InputError(f"{_place(source, row)}: {error}") from None
-                    part.drop(source, row, Dropped(MALFORMED, str(error)))
-                if len(batch) == _BATCH_ROWS:
-                    _write_batch(source, batch, aligner, parts)
-                    batch = []
-                    show(row.end_byte)
-            _write_batch(source, batch, aligner, parts)
+        for number, source in enumerate(sources):
+            rows = _conversations(source, parts, on_malformed)
+            while batch := list(islice(rows, _BATCH_ROWS)):
+                _write_batch(number, source, batch, aligner, parts, repeats)
+                show(batch[-1][0].end_byte)
             show(None)
+        for split in SPLITS:
+            for number, line, row in repeats.found(split):
+                parts[sources[number].class_name, split].repeat(f"{sources[number].path}:{line} (row {row})")
         return {name: {split: parts[name, split].close() for split in SPLITS} for name in classes}
 
 
@@ -90,6 +92,9 @@ class _Part:
     cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0
+    repeated_examples: list[str] = field(default_factory=list)
 
     def drop(self, source: Source, row: Row, dropped: Dropped) -> None:
         self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
@@ -107,6 +112,11 @@ class _Part:
         }
         self.dropped_file.write(json.dumps(entry) + "\n")
 
+    def repeat(self, place: str) -> None:
+        self.repeated += 1
+        if len(self.repeated_examples) < _EXAMPLES:
+            self.repeated_examples.append(place)
+
     def close(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
@@ -114,21 +124,57 @@ class _Part:
             "cut": self.cut,
             "dropped": self.dropped,
             "dropped_examples": self.examples,
+            "unread": dict(self.unread),
+            "repeated": self.repeated,
+            "repeated_examples": self.repeated_examples,
             **self.writer.close(),
         }
 
 
+_Parts = dict[tuple[str, str], _Part]
+
+
+def _conversations(source: Source, parts: _Parts, on_malformed: str) -> Iterator[tuple[Row, Conversation]]:
+    """The rows that are conversations, counted; the others are dropped, or told at once when the file has been read."""
+    malformed: list[str] = []
+    count = 0
+    for row in read_rows(source.path):
+        part = parts[source.class_name, source.split_of(row)]
+        part.rows += 1
+        try:
+            if row.problem:
+                raise MalformedRowError(row.problem)
+            conversation = to_conversation(renamed(row.value, source.columns))
+        except MalformedRowError as error:
+            part.drop(source, row, Dropped(MALFORMED, str(error)))
+            count += 1
+            if len(malformed) < _TOLD:
+                malformed.append(f"{_place(source, row)}: {error}")
+            continue
+        part.unread.update(unread_fields(row.value, source.columns))
+        if on_malformed == "skip" or not count:
+            yield row, conversation
+    if count and on_malformed == "fail":
+        more = f"; and {count - len(malformed)} more" if count > len(malformed) else ""
+        raise InputError(
+            f"{'; '.join(malformed)}{more}; mend the {count} malformed row(s), "
+            "or leave them out with data.on_malformed: skip"
+        )
+
+
 def _write_batch(
+    number: int,
     source: Source,
     batch: Sequence[tuple[Row, Conversation]],
     aligner: Aligner,
-    parts: dict[tuple[str, str], _Part],
+    parts: _Parts,
+    repeats: Repeats,
 ) -> None:
     results = aligner.align([conversation for _, conversation in batch])
     for split in SPLITS:
         part = parts[source.class_name, split]
         kept = []
-        for (row, _), result in zip(batch, results, strict=True):
+        for (row, conversation), result in zip(batch, results, strict=True):
             if source.split_of(row) != split:
                 continue
             if isinstance(result, Dropped):
@@ -136,6 +182,7 @@ def _write_batch(
             else:
                 kept.append(result)
                 part.cut += result.was_cut
+                repeats.add(split, (number, row.line, row.number), conversation)
         part.writer.add(kept)
 
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from ultrafuser_mega.data.align import Aligner
 from ultrafuser_mega.data.build import Source, write_splits
+from ultrafuser_mega.data.columns import check_columns
+from ultrafuser_mega.data.files import expand_files, find_format
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import FORMAT_VERSION, MANIFEST, TokenStore, digest, hash_file, read_manifest
 from ultrafuser_mega.data.store_writer import token_dtype, write_manifest
@@ -35,20 +37,22 @@ def prepare_store(
     max_length: int,
     holdout_rows: Mapping[str | Path, int] | None = None,
     holdout_files: Mapping[str, Sequence[str | Path]] | None = None,
+    columns: Mapping[str | Path, Mapping[str, str]] | None = None,
     on_malformed: Literal["skip", "fail"] = "skip",
     overwrite: bool = False,
     progress: bool = False,
 ) -> PrepareReport:
     """Tokenise the files of every class for every specialist into the store ``out_dir``.
 
-    sources        class name -> its JSON or JSONL files
+    sources        class name -> its files, folders of files or globs (files.py says what is read)
     specialists    name -> (folder of its tokenizer, template name: see templates.TEMPLATE_NAMES)
     vocab_size     rows of the shared vocabulary (tokenizer.shared_vocab_size gives the usual choice)
     max_length     tokens of the longest specialist's sequence
     holdout_rows   file (one of ``sources``) -> how many of its first rows are held out; rows are counted
                    as they stand in the file, those that are dropped included
-    holdout_files  class name -> further files, held out as a whole
-    on_malformed   "skip" counts and names malformed rows, "fail" stops at the first
+    holdout_files  class name -> further files, folders or globs, held out as a whole
+    columns        one of ``sources`` or ``holdout_files`` -> its names for a row's fields (columns.py)
+    on_malformed   "skip" counts and names malformed rows, "fail" stops at the first file that has some
     overwrite      rebuild where ``out_dir`` holds a store made from other inputs
     progress       show a bar on stderr
 
@@ -58,7 +62,7 @@ def prepare_store(
     out = Path(out_dir)
     if on_malformed not in ("skip", "fail"):
         raise InputError(f'on_malformed is "{on_malformed}"; expected "skip" or "fail"')
-    planned = _plan(sources, holdout_rows or {}, holdout_files or {})
+    planned = _plan(sources, holdout_rows or {}, holdout_files or {}, columns or {})
     _check_names("specialist", specialists)
     encoders = check_tokenizers({name: folder for name, (folder, _) in specialists.items()}, vocab_size)
     templates = {
@@ -84,6 +88,7 @@ def prepare_store(
                 "class": source.class_name,
                 "file": source.path.name,
                 "holdout": source.holdout,
+                "columns": dict(source.columns),
                 "bytes": source.path.stat().st_size,
                 "blake2b": hash_file(source.path),
             }
@@ -126,35 +131,48 @@ def _plan(
     sources: Mapping[str, Sequence[str | Path]],
     holdout_rows: Mapping[str | Path, int],
     holdout_files: Mapping[str, Sequence[str | Path]],
+    columns: Mapping[str | Path, Mapping[str, str]],
 ) -> list[Source]:
     """The files in the order in which they are read; raises InputError for every way to get them wrong."""
     _check_names("class", sources)
     for name, files in sources.items():
         if not files:
-            raise InputError(f'class "{name}" has no training files; expected at least one JSON or JSONL file')
+            raise InputError(f'class "{name}" has no training files; expected at least one')
     held = {Path(file).resolve(): (file, count) for file, count in holdout_rows.items()}
+    own_names = {Path(entry): names for entry, names in columns.items()}
     planned: list[Source] = []
     seen: set[Path] = set()
-    for class_name, path, is_heldout in (
+    for class_name, entry, is_heldout in (
         *((name, Path(file), False) for name, files in sources.items() for file in files),
         *((name, Path(file), True) for name, files in holdout_files.items() for file in files),
     ):
         if class_name not in sources:
             raise InputError(f'held-out class "{class_name}" has no training files; classes are {", ".join(sources)}')
-        if not path.is_file():
-            raise InputError(f'class "{class_name}": {path}: no such file; expected a JSON or JSONL file')
-        resolved = path.resolve()
-        if resolved in seen:
-            raise InputError(f'class "{class_name}": {path} is listed twice; a file may serve once, in one class')
-        seen.add(resolved)
-        _, count = held.pop(resolved, (None, 0)) if not is_heldout else (None, None)
-        planned.append(Source(class_name, path, count))
-    for file, count in held.values():
+        names = own_names.get(entry, {})
+        try:
+            check_columns(names)
+            files_of_entry = expand_files(entry)
+            for path in files_of_entry:
+                find_format(path)
+        except InputError as error:
+            raise InputError(f'class "{class_name}": {error}') from None
+        for path in files_of_entry:
+            resolved = path.resolve()
+            if resolved in seen:
+                raise InputError(f'class "{class_name}": {path} is listed twice; a file may serve once, in one class')
+            seen.add(resolved)
+            _, count = held.pop(resolved, (None, 0)) if not is_heldout else (None, None)
+            planned.append(Source(class_name, path, count, names))
+    _check_holdout_rows(held.values(), holdout_rows)
+    return planned
+
+
+def _check_holdout_rows(unknown: Iterable[tuple[str | Path, int]], holdout_rows: Mapping[str | Path, int]) -> None:
+    for file, count in unknown:
         raise InputError(f"holdout_rows: {file} (first {count} rows) is not one of the training files")
     for file, count in holdout_rows.items():
         if not isinstance(count, int) or count < 0:
             raise InputError(f"holdout_rows: {file}: {count!r}; expected how many of its first rows to hold out")
-    return planned
 
 
 def _check_names(kind: str, names: Iterable[str]) -> None:
@@ -202,9 +220,10 @@ def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:
         for split in ("train", "heldout") if asks_heldout else ("train",):
             if of_class[split]["kept"] == 0:
                 dropped = ", ".join(f"{count} {reason}" for reason, count in of_class[split]["dropped"].items())
+                examples = [places[0] for places in of_class[split]["dropped_examples"].values()]
                 raise InputError(
                     f'class "{class_name}" is left without {split} rows: {of_class[split]["rows"]} read, '
-                    f"dropped: {dropped or 'none'}"
+                    f"dropped: {dropped or 'none'}{f', as {examples[0]}' if examples else ''}"
                 )
 
 

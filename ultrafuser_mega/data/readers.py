@@ -1,8 +1,8 @@
-"""Rows out of JSON and JSONL files, one at a time, with the place of each.
+"""Rows out of JSON, JSONL and Parquet files, one at a time, with the place of each.
 
-Memory does not grow with the file: JSONL is read by the line, and a JSON array through a sliding
-window in which ``json.JSONDecoder.raw_decode`` reads one element after the other. Which of the two a
-file is, its first character says (``[`` opens an array), so a wrong extension does no harm.
+Memory does not grow with the file: JSONL is read by the line, Parquet by the batch (by pyarrow), and a JSON
+array through a sliding window in which ``json.JSONDecoder.raw_decode`` reads one element after the other.
+Which of them a file is, and whether it is gzipped, its first bytes say (files.py).
 
 What cannot be decoded is named, never passed over. A JSONL line that is not JSON is a row with a
 ``problem``, since the next line starts afresh. A syntax error inside an array leaves no way to tell
@@ -13,25 +13,27 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultrafuser_mega.data.files import GZIP_ERRORS, Bytes, Format, find_format, unpacked
 from ultrafuser_mega.errors import InputError
 
 WINDOW_BYTES = 1 << 20
 LARGEST_ROW = 1 << 26  # characters of one array element, bytes of one line
+_PARQUET_ROWS = 512  # decoded at a time
 _LONGEST_TOKEN = 16  # what the window's end cuts, other than a string, is shorter: "-Infinity", "\\uXXXX"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One element of an array or one non-blank line.
+    """One element of an array, one non-blank line or one row of a table.
 
-    ``number`` counts rows from 1; ``line`` is the line (from 1) on which the row starts; ``end_byte``
-    is how much of the file has been read, for a progress bar. ``problem`` is None or why the row
-    could not be decoded, in which case ``value`` is None.
+    ``number`` counts rows from 1; ``line`` is the line (from 1) on which the row starts, in a table its
+    number. ``end_byte`` is how much of the file has been read, for a progress bar. ``problem`` is None or
+    why the row could not be decoded, in which case ``value`` is None.
     """
 
     number: int
@@ -42,69 +44,94 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Every row of a JSON array or JSONL file, in order; blank lines are no rows.
+    """Every row of a file, in order; blank lines are no rows.
 
-    Raises InputError for a missing or unreadable file, for an array with a syntax error (with the row
-    and the line), and for a row longer than 64 MiB.
+    Raises InputError for a missing or unreadable file, for another format than JSON, JSONL and Parquet, for
+    an array with a syntax error (with the row and the line), for damage in a gzipped or Parquet file, and for
+    a row longer than 64 MiB.
     """
+    match find_format(path):
+        case Format.PARQUET:
+            return _parquet_rows(path)
+        case Format.ARRAY:
+            return _unpacked(path, _array_rows)
+        case Format.LINES:
+            return _unpacked(path, _line_rows)
+
+
+def _unpacked(path: Path, rows_of: Callable[[Path, Bytes, Callable[[], int]], Iterator[Row]]) -> Iterator[Row]:
+    with path.open("rb") as raw, unpacked(raw) as file:
+        try:
+            yield from rows_of(path, file, raw.tell)  # of a gzipped file, how far the file itself has been read
+        except GZIP_ERRORS as error:
+            raise InputError(f"{path}: damaged gzip: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    size, number = path.stat().st_size, 0
     try:
-        with path.open("rb") as file:
-            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return _array_rows(path) if start.startswith(b"[") else _line_rows(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            total = file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    # What JSON has no word for (dates, bytes) becomes text: a row is a JSON value everywhere.
+                    plain = json.loads(json.dumps(value, default=str))
+                    yield Row(number, number, size * number // total, plain)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _line_rows(path: Path) -> Iterator[Row]:
-    number = line = read = 0
-    with path.open("rb") as file:
-        while raw := file.readline(LARGEST_ROW + 1):
-            line += 1
-            read += len(raw)
-            if len(raw) > LARGEST_ROW:
-                raise InputError(f"{path}:{line}: the line is longer than {LARGEST_ROW >> 20} MiB; is this JSONL?")
-            raw = (raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw).rstrip()
-            if not raw:
-                continue
+def _line_rows(path: Path, file: Bytes, position: Callable[[], int]) -> Iterator[Row]:
+    number = line = 0
+    while raw := file.readline(LARGEST_ROW + 1):
+        line += 1
+        if len(raw) > LARGEST_ROW:
+            raise InputError(f"{path}:{line}: the line is longer than {LARGEST_ROW >> 20} MiB; is this JSONL?")
+        raw = (raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw).rstrip()
+        if not raw:
+            continue
+        number += 1
+        value, problem = None, None
+        try:
+            value = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 at byte {error.start + 1} of the line"
+        except json.JSONDecodeError as error:
+            problem = f"bad JSON at column {error.colno}: {error.msg}"
+        except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+            problem = f"bad JSON: {error}"
+        yield Row(number, line, position(), value, problem)
+
+
+def _array_rows(path: Path, file: Bytes, position: Callable[[], int]) -> Iterator[Row]:
+    window = _Window(path, file)
+    window.take("[")
+    number = 0
+    if window.next_character() == "]":
+        window.take("]")
+    else:
+        while True:
             number += 1
-            value, problem = None, None
-            try:
-                value = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                problem = f"not UTF-8 at byte {error.start + 1} of the line"
-            except json.JSONDecodeError as error:
-                problem = f"bad JSON at column {error.colno}: {error.msg}"
-            except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
-                problem = f"bad JSON: {error}"
-            yield Row(number, line, read, value, problem)
-
-
-def _array_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        window = _Window(path, file)
-        window.take("[")
-        number = 0
-        if window.next_character() == "]":
-            window.take("]")
-        else:
-            while True:
-                number += 1
-                window.next_character()
-                line = window.line
-                value = window.decode_element(number)
-                yield Row(number, line, window.bytes_read, value)
-                if window.next_character() == "]":
-                    window.take("]")
-                    break
-                window.take(",")
-        if rest := window.next_character():
-            raise InputError(f"{path}:{window.line}: {rest!r} after the end of the array; expected the end of the file")
+            window.next_character()
+            line = window.line
+            value = window.decode_element(number)
+            yield Row(number, line, position(), value)
+            if window.next_character() == "]":
+                window.take("]")
+                break
+            window.take(",")
+    if rest := window.next_character():
+        raise InputError(f"{path}:{window.line}: {rest!r} after the end of the array; expected the end of the file")
 
 
 class _Window:
     """The part of a text file between what has been consumed and what has been read."""
 
-    def __init__(self, path: Path, file) -> None:
+    def __init__(self, path: Path, file: Bytes) -> None:
         self.path = path
         self.file = file
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -112,7 +139,6 @@ class _Window:
         self.text = ""
         self.position = 0
         self.line = 1
-        self.bytes_read = 0
         self.at_end = False
 
     def fill(self) -> None:
@@ -120,7 +146,6 @@ class _Window:
         self.text = self.text[self.position :]
         self.position = 0
         chunk = self.file.read(max(WINDOW_BYTES, len(self.text)))
-        self.bytes_read += len(chunk)
         self.at_end = not chunk
         try:
             self.text += self.decoder.decode(chunk, final=self.at_end)

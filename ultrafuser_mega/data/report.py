@@ -1,7 +1,8 @@
-"""What preparing a store did, for people: rows kept and dropped, why, and token counts."""
+"""What preparing a store did, for people: rows kept and dropped, why, token counts, and what in the data looks odd."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ class PrepareReport:
     reused: bool
 
     def counts(self, class_name: str, split: str) -> dict[str, Any]:
-        """rows, kept, cut, dropped {reason: count}, response_tokens, prompt_tokens {specialist: count}."""
-        return self.manifest["splits"][class_name][split]
+        """rows, kept, cut, dropped, unread, repeated, response_tokens, prompt_tokens: see store_writer.py."""
+        counts: dict[str, Any] = self.manifest["splits"][class_name][split]
+        return counts
 
     def table(self) -> Table:
         """A rich table, one row per class and split."""
@@ -55,3 +57,27 @@ class PrepareReport:
                     if unnamed:
                         lines.append(f"{reason}: {unnamed} more in {class_name} {split}")
         return [*lines, f"all dropped rows: {self.folder / DROPPED}"] if lines else []
+
+    def notices(self) -> list[str]:
+        """A line for each thing about the rows that were kept which nobody may have meant; [] if there is none."""
+        lines = []
+        for name in self.manifest["classes"]:
+            unread = sum((Counter(self.counts(name, split)["unread"]) for split in SPLITS), Counter[str]())
+            for field, rows in unread.items():
+                lines.append(f"{name}: field {field} is not read, it holds content in {rows:,} row(s)")
+            train, heldout = (self.counts(name, split) for split in SPLITS)
+            if train["repeated"]:
+                lines.append(
+                    f"{name}: {train['repeated']:,} of {train['kept']:,} training rows repeat an earlier one"
+                    + _named(train["repeated_examples"])
+                )
+            if heldout["repeated"]:
+                lines.append(
+                    f"{name}: {heldout['repeated']:,} of {heldout['kept']:,} held-out rows are also trained on"
+                    + _named(heldout["repeated_examples"])
+                )
+        return lines
+
+
+def _named(places: list[str]) -> str:
+    return f", as {', '.join(places)}"

@@ -50,6 +50,27 @@ class ClassBalanceSampler:
         return int(known[1][place])
 
 
+def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, int]]) -> list[str]:
+    """How often training passes each class's rows, for people: a line per stage and per class too small for a batch.
+
+    ``sizes``: class name -> number of its training samples; ``stages``: title -> (steps, samples_per_class).
+    """
+    lines = []
+    for title, (steps, samples_per_class) in stages.items():
+        if not steps:
+            continue
+        taken = steps * samples_per_class
+        often = ", ".join(f"{name} {taken / size:.2f} times" for name, size in sizes.items())
+        lines.append(f"{title} takes {steps:,} x {samples_per_class} samples of each class: {often} through its rows")
+        for name, size in sizes.items():
+            if size < samples_per_class:
+                lines.append(
+                    f"{title}: {name} has {size} training rows and every batch takes {samples_per_class}: "
+                    "a batch holds the same row more than once"
+                )
+    return lines
+
+
 def shuffled(size: int, seed: int, name: str, epoch: int) -> np.ndarray:
     """(size,) int64: the order of a class in one epoch.
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from ultrafuser_mega.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # also goes up when the same rows are read otherwise
 MANIFEST = "manifest.json"
 DROPPED = "dropped.jsonl"
 SPLITS = ("train", "heldout")
@@ -36,7 +36,7 @@ Ids = np.ndarray  # (k,) uint16 | uint32, a view into the mapped file
 
 
 class Sample:
-    """One conversation of a split; ``prompts[s][t]`` and ``responses[t]`` are the ids of turn t.
+    """One conversation of a split; ``prompts[s][t]`` and ``responses[t]`` are the ids of trained turn t.
 
     The sequence of specialist s is prompts[s][0], responses[0], prompts[s][1], responses[1], ...
     """

@@ -6,7 +6,9 @@ The manifest is written last; a folder without one is no store.
     format, fingerprint, inputs     what the store was made from (prepare.py): compared before reuse
     classes, specialists            names; per specialist its template (name, text) and tokenizer hash
     vocab_size, max_length, bos_id, eos_id, token_dtype, response_lead
-    splits.<class>.<split>          rows, kept, cut, dropped {reason: count}, turns, response_tokens,
+    splits.<class>.<split>          rows, kept, cut, dropped {reason: count}, unread {field: rows},
+                                    repeated (train: rows that repeat an earlier one; heldout: that are trained
+                                    on as well), turns (trained ones), response_tokens,
                                     prompt_tokens {specialist: count}, files {name: {bytes, blake2b}}
     checksum                        of all of the above
 """

@@ -67,6 +67,10 @@ class TextEncoder:
         """The ids of tokens that were added beside the trained vocabulary."""
         return set(self._backend.get_added_tokens_decoder())
 
+    def describe(self) -> str:
+        """Folder, class and size of the tokenizer, for messages."""
+        return f"{self.folder}, {type(self.tokenizer).__name__} of {len(self.tokenizer)} tokens"
+
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text gets."""
         whole = f"{self.bos_id} {self.eos_id} {self._backend.to_str()}"
@@ -133,8 +137,9 @@ def check_tokenizers(folders: Mapping[str, str | Path], vocab_size: int) -> dict
 
     Compared over ids below ``vocab_size``: the piece of each id (an id that one tokenizer merely adds
     and another lacks is no disagreement), BOS, EOS, and how a handful of texts with spaces, line breaks,
-    accents, other scripts and code are split. Raises InputError naming the two specialists and the
-    first difference.
+    accents, other scripts and code are split. Raises InputError naming the two specialists, their tokenizers'
+    classes and the first difference; where only tokens differ that each added by itself, also the ``vocab_size``
+    below which all agree.
     """
     encoders = {name: TextEncoder(folder) for name, folder in folders.items()}
     (first_name, first), *others = encoders.items()
@@ -144,15 +149,25 @@ def check_tokenizers(folders: Mapping[str, str | Path], vocab_size: int) -> dict
                 raise InputError(
                     f"{encoder.folder}: {name}'s {kind} id {token} lies beyond the shared vocabulary of {vocab_size}"
                 )
+    ends = []
     for name, other in others:
         difference = _first_difference(first, other, vocab_size)
-        if difference:
-            what, here, there = difference
-            raise InputError(
-                f"tokenizers of {first_name} ({first.folder}) and {name} ({other.folder}) disagree: "
-                f"{what} is {here} for {first_name} and {there} for {name}; "
-                "fusing needs specialists of one tokenizer family"
-            )
+        if not difference:
+            continue
+        end = _where_own_tokens_begin(first, other, vocab_size)
+        what, here, there = difference
+        disagreement = (
+            f"tokenizers of {first_name} ({first.describe()}) and {name} ({other.describe()}) disagree: "
+            f"{what} is {here} for {first_name} and {there} for {name}"
+        )
+        if end is None:
+            raise InputError(f"{disagreement}; fusing needs specialists of one tokenizer family")
+        ends.append((end, disagreement))
+    if ends:
+        end, disagreement = min(ends)
+        raise InputError(
+            f"{disagreement}; below id {end} they agree, what differs are tokens that each added: set vocab_size: {end}"
+        )
     return encoders
 
 
@@ -178,12 +193,9 @@ def _first_difference(one: TextEncoder, two: TextEncoder, vocab_size: int) -> tu
         if id_one != id_two:
             return what, str(id_one), str(id_two)
     pieces_one, pieces_two = one.pieces(), two.pieces()
-    added_one, added_two = one.added(), two.added()
-    for token in range(vocab_size):
-        here, there = pieces_one.get(token), pieces_two.get(token)
-        only_added = (here is None and token in added_two) or (there is None and token in added_one)
-        if here != there and not only_added:
-            return f"the piece of id {token}", _quoted(here), _quoted(there)
+    token = _first_other_piece(one, two, vocab_size)
+    if token is not None:
+        return f"the piece of id {token}", _quoted(pieces_one.get(token)), _quoted(pieces_two.get(token))
     for lead in (" ", ""):
         encoded = zip(_PROBES, one.encode_responses(_PROBES, lead), two.encode_responses(_PROBES, lead), strict=True)
         for text, ids_one, ids_two in encoded:
@@ -191,6 +203,27 @@ def _first_difference(one: TextEncoder, two: TextEncoder, vocab_size: int) -> tu
                 if ids_one[place : place + 1] != ids_two[place : place + 1]:
                     what = f"token {place + 1} of {text!r}"
                     return what, _piece(ids_one, place, pieces_one), _piece(ids_two, place, pieces_two)
+    return None
+
+
+def _where_own_tokens_begin(one: TextEncoder, two: TextEncoder, vocab_size: int) -> int | None:
+    """The first id from which on both have nothing but tokens of their own, if they agree below it; else None."""
+    end = _first_other_piece(one, two, vocab_size)
+    trained = (max(encoder.pieces().keys() - encoder.added(), default=-1) for encoder in (one, two))
+    if end is None or end <= max(trained) or _first_difference(one, two, end):
+        return None
+    controls = (one.bos_id, one.eos_id)  # the other's are the same
+    return None if any(token is not None and token >= end for token in controls) else end
+
+
+def _first_other_piece(one: TextEncoder, two: TextEncoder, vocab_size: int) -> int | None:
+    pieces_one, pieces_two = one.pieces(), two.pieces()
+    added_one, added_two = one.added(), two.added()
+    for token in range(vocab_size):
+        here, there = pieces_one.get(token), pieces_two.get(token)
+        only_added = (here is None and token in added_two) or (there is None and token in added_one)
+        if here != there and not only_added:
+            return token
     return None
 
 

@@ -7,6 +7,8 @@ and in one line.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch import nn
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
 from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
+from ultrafuser_mega.data.columns import check_columns
+from ultrafuser_mega.data.files import expand_files, find_format
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
@@ -186,20 +190,42 @@ def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
 
 
 def _check_data_files(config: FuserConfig) -> None:
+    root = config.data.root
     for name, part in config.data.classes.items():
         where = f"data.classes.{name}"
-        for kind, paths in (("train", part.train), ("heldout", part.heldout)):
-            for path in paths:
-                if not (config.data.root / path).is_file():
-                    what = "a folder, no file" if (config.data.root / path).is_dir() else "no such file"
-                    raise InputError(f"{where}.{kind}: {config.data.root / path}: {what}")
+        train = _data_files(f"{where}.train", root, part.train)
+        _data_files(f"{where}.heldout", root, part.heldout)
         for path in part.heldout_first:
-            if path not in part.train:
+            if root / path not in train:
                 raise InputError(
                     f"{where}.heldout_first: {path} is not one of its training files, {', '.join(map(str, part.train))}"
                 )
+        for path, columns in part.columns.items():
+            if path not in (*part.train, *part.heldout):
+                entries = ", ".join(map(str, [*part.train, *part.heldout]))
+                raise InputError(f"{where}.columns: {path} is not one of its entries, {entries}")
+            with _named(f"{where}.columns.{path}"):
+                check_columns(columns)
         if not part.heldout and not part.heldout_first:
             raise InputError(f"{where}: nothing is held out to evaluate on; give heldout files or heldout_first rows")
+
+
+def _data_files(where: str, root: Path, entries: Sequence[Path]) -> list[Path]:
+    """The files that the entries stand for; InputError for what is not there or in no format that is read."""
+    with _named(where):
+        files = [file for entry in entries for file in expand_files(root / entry)]
+        for file in files:
+            find_format(file)
+    return files
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Put the key before what is wrong with its value."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _resolve(config: FuserConfig, layout: Layout) -> LayoutPlan:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
+from ultrafuser_mega.data.sampler import passes
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
@@ -30,11 +31,22 @@ def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) ->
         vocab_size=vocab_size,
         max_length=config.data.max_length,
         holdout_rows=holdout,
+        columns={root / path: columns for part in classes for path, columns in part.columns.items()},
         holdout_files={name: [root / path for path in part.heldout] for name, part in config.data.classes.items()},
         on_malformed=config.data.on_malformed,
         overwrite=overwrite,
         progress=sys.stderr.isatty(),
     )
+
+
+def data_notes(config: FuserConfig, report: PrepareReport) -> list[str]:
+    """How often each stage passes the rows of each class, then what ``report`` found odd; for people, a line each."""
+    sizes = {name: int(report.counts(name, "train")["kept"]) for name in config.data.classes}
+    stages = {
+        title: (stage.steps, stage.samples_per_class)
+        for title, stage in (("stage 1", config.stage1), ("stage 2", config.stage2))
+    }
+    return [*passes(sizes, stages), *report.notices()]
 
 
 def open_store(plan: RunPlan, groups: RankGroups) -> TokenStore:

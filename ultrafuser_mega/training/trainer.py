@@ -20,6 +20,7 @@ from ultrafuser_mega.checkpoint.sources import Sources
 from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
+from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError
@@ -36,7 +37,7 @@ from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss,
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.prepare import open_store
+from ultrafuser_mega.training.prepare import data_notes, open_store
 from ultrafuser_mega.training.run_folder import locked_run, set_aside
 from ultrafuser_mega.training.token_samples import token_samples
 from ultrafuser_mega.training.totals import ClassTotals, largest_of_ranks
@@ -64,8 +65,9 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
     with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
-        for change in plan.changes:
-            report.note(change)
+        store = trainer.store
+        for line in [*plan.changes, *data_notes(plan.config, PrepareReport(store.folder, store.manifest, reused=True))]:
+            report.note(line)
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +124,25 @@ def test_without_room_for_one_response_token_the_longest_specialist_is_named(ali
     assert dropped == Dropped(TOO_LONG, f"math: {longest} prompt tokens, max_length {longest}")
     (cut,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest + 1).align([conversation])
     assert cut.responses == [whole.responses[0][:1]] and cut.was_cut
+
+
+def test_an_untrained_turn_stands_where_it_stood_and_only_the_others_are_responses(aligner):
+    turns = (("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"))
+    whole, part = aligner.align([Conversation(turns), Conversation(turns, untrained=frozenset({0, 2}))])
+    assert part.responses == [whole.responses[1], whole.responses[3]] and not part.was_cut
+    for name, prompts in part.prompts.items():
+        pieces = [ids for turn in zip(whole.prompts[name], whole.responses, strict=True) for ids in turn]
+        assert prompts == [[*chain(*pieces[:3])], [*chain(*pieces[4:7])]]
+    (last,) = aligner.align([Conversation(turns[:2], untrained=frozenset({1}))])
+    assert last.responses == whole.responses[:1] and not last.was_cut, "nothing after the last trained turn is kept"
+
+
+def test_an_untrained_turn_that_leaves_no_room_for_a_trained_one_makes_the_prompt_too_long(aligner):
+    conversation = Conversation((("a", "b " * 50), ("c", "d")), untrained=frozenset({0}))
+    (whole,) = aligner.align([conversation])
+    longest = max(len(prompts[0]) for prompts in whole.prompts.values())
+    (dropped,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest).align([conversation])
+    assert dropped == Dropped(TOO_LONG, f"math: {longest} prompt tokens, max_length {longest}")
 
 
 def test_max_length_must_leave_room_for_a_prompt_and_a_response(aligner):

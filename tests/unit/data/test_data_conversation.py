@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, to_conversation
+from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, to_conversation, to_prompt
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,94 @@ def _chat(*roles: str) -> dict:
 def test_a_malformed_row_says_what_is_wrong_with_it(row, reason):
     with pytest.raises(MalformedRowError, match=reason):
         to_conversation(row)
+
+
+def _answered(*answers: dict) -> dict:
+    turns = [({"role": "user", "content": "q"}, {"role": "assistant", **answer}) for answer in answers]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]], "system": "S"},
+            Conversation((("a", "b"), ("c", "d")), "S"),
+        ),
+        ({"prompt": "c", "completion": "d", "history": None, "messages": None}, Conversation((("c", "d"),))),
+        (
+            _answered({"content": "bad", "weight": 0}, {"content": "good", "weight": 1}),
+            Conversation((("q", "bad"), ("q", "good")), untrained=frozenset({0})),
+        ),
+        (
+            _answered({"content": "good"}, {"content": "bad", "train": False}),
+            Conversation((("q", "good"), ("q", "bad")), untrained=frozenset({1})),
+        ),
+        (
+            _answered({"content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], "tool_calls": None}),
+            Conversation((("q", "a b"),)),
+        ),
+        (
+            {"conversations": [{"role": "developer", "content": "S"}, {"role": "user", "content": "a"}]}
+            | {"tools": "[]", "system": "S"},
+            None,
+        ),
+        ({"prompt": "a", "completion": None, "response": "b", "label": True}, Conversation((("a", "b"),))),
+    ],
+)
+def test_fields_that_change_what_a_row_means_are_honoured(row, expected):
+    if expected is None:
+        row["conversations"].append({"role": "assistant", "content": "b"})
+        expected = Conversation((("a", "b"),), "S")
+    assert to_conversation(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "a", "output": "b", "history": "c"}, '"history" must be a list, found text'),
+        (
+            {"instruction": "a", "output": "b", "history": [["c"]]},
+            "history\\[0\\] must be a list of an instruction and a",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "history\\[0\\].response is empty"),
+        (_answered({"content": "a", "weight": 0.5}), "messages\\[1\\].weight is 0.5, expected 0 or 1"),
+        (
+            _answered({"content": "a", "weight": 0}),
+            'nothing to train: every assistant message of "messages" has weight 0',
+        ),
+        (
+            _answered({"content": None, "tool_calls": [{"id": "x"}]}),
+            "messages\\[1\\].tool_calls holds what no template",
+        ),
+        (_answered({"content": "a", "function_call": {"name": "f"}}), "messages\\[1\\].function_call holds what no"),
+        (
+            _answered({"content": [{"type": "image_url"}]}),
+            'messages\\[1\\].content\\[0\\] is "image_url", expected a part of',
+        ),
+        (_answered({"content": "a"}) | {"tools": [{"type": "function"}]}, '"tools" holds what no template here shows'),
+        ({"prompt": "a", "completion": "b", "images": ["c.png"]}, '"images" holds what no template here shows'),
+        ({"prompt": "a", "completion": "b", "label": False}, '"label" is false: an answer that should not be learnt'),
+        ({"prompt": "a", "completion": "b", "system": "c", "system_prompt": "d"}, "hold two system texts"),
+        (
+            {"system": "c", "messages": [{"role": "system", "content": "d"}, *_answered({"content": "a"})["messages"]]},
+            "messages\\[0\\] is another system text than the row's own",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(row, reason):
+    with pytest.raises(MalformedRowError, match=reason):
+        to_conversation(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        _answered({"content": "bad", "weight": 0}),
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
+        {"prompt": "q", "label": False},
+    ],
+)
+def test_a_prompt_asks_for_the_answer_whatever_is_said_of_the_one_that_stands_there(row):
+    assert to_prompt(row) == [{"role": "user", "content": "q"}]

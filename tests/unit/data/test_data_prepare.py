@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from unittest.mock import patch
@@ -157,9 +158,93 @@ def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_re
     prepare()
     written = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
     moved = sources["code"][0].rename(tmp_path / "renamed.jsonl")
+    before = TokenStore.open(tmp_path / "store").fingerprint
     report = prepare(sources={**sources, "code": [moved]})
+    assert TokenStore.open(tmp_path / "store").fingerprint == before
     assert report.reused and report.counts("code", "train")["kept"] == 5
     assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_every_malformed_row_of_a_file_is_told_at_once(prepare, sources, tmp_path):
+    with sources["code"][0].open("a") as file:
+        file.write("{}\nnot json\n" * 6)
+    with pytest.raises(InputError) as raised:
+        prepare(on_malformed="fail")
+    message = str(raised.value)
+    assert message.startswith(f"{sources['code'][0]}:6 (row 6): unknown shape")
+    assert [f"code.jsonl:{line} (row {line}): " in message for line in (7, 15, 16)] == [True, True, False]
+    assert "; and 2 more; mend the 12 malformed row(s), or leave them out with data.on_malformed: skip" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("on_malformed", ["skip", "fail"])
+def test_a_file_in_another_format_is_refused_as_such_whatever_becomes_of_malformed_rows(prepare, sources, on_malformed):
+    sources["code"][0].write_text("prompt,completion\nadd,3\n")
+    with pytest.raises(InputError, match=r'class "code": .*code.jsonl: its lines are no JSON objects'):
+        prepare(on_malformed=on_malformed)
+
+
+def test_shards_are_read_in_the_order_of_their_names_through_a_glob_or_a_folder(prepare, sources, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in (2, 0, 1):
+        lines = [json.dumps({"prompt": f"{number} {place}", "completion": "x"}) + "\n" for place in range(3)]
+        (shards / f"part-{number}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    report = prepare(sources={**sources, "code": [shards / "*.gz"]}, holdout_rows={shards / "part-1.jsonl.gz": 2})
+    assert [report.counts("code", split)["kept"] for split in ("train", "heldout")] == [7, 2]
+    files = [source["file"] for source in report.manifest["inputs"]["sources"] if source["class"] == "code"]
+    assert files == [f"part-{number}.jsonl.gz" for number in range(3)]
+    assert prepare(sources={**sources, "code": [shards]}, holdout_rows={shards / "part-1.jsonl.gz": 2}).reused
+
+
+def test_columns_are_a_part_of_what_a_store_was_made_from(prepare, sources, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", [{"query": "a", "reply": "b", "completion": "c"}])
+    files = {**sources, "code": [other]}
+    prepare(sources=files, columns={other: {"prompt": "query", "completion": "reply"}})
+    before = TokenStore.open(tmp_path / "store").fingerprint
+    changed = {other: {"prompt": "query", "completion": "completion"}}
+    with pytest.raises(InputError, match=r"made from other inputs \(sources\)"):
+        prepare(sources=files, columns=changed)
+    assert not prepare(sources=files, columns=changed, overwrite=True).reused
+    assert TokenStore.open(tmp_path / "store").fingerprint != before
+
+
+def test_what_nobody_may_have_meant_is_said_repeated_rows_leaked_held_out_rows_and_unread_content(
+    prepare, sources, tmp_path
+):
+    row = {"prompt": "add 2", "completion": "return 2"}  # stands in the file already
+    with sources["code"][0].open("a") as file:
+        file.write(json.dumps(row | {"context": "in C"}) + "\n" + json.dumps(row | {"id": 5}) + "\n")
+    heldout = write_rows(tmp_path / "heldout.jsonl", [row, {"instruction": "add 9", "output": "return 9"}])
+    first_of_text = json.loads(sources["text"][0].read_text())[0]
+    with sources["math"][0].open("a") as file:
+        file.write(json.dumps(first_of_text) + "\n")
+    report = prepare(holdout_files={"code": [heldout]})
+    code, math = sources["code"][0], sources["math"][0]
+    expected = [
+        "code: field context is not read, it holds content in 1 row(s)",
+        f"code: 2 of 7 training rows repeat an earlier one, as {code}:6 (row 6), {code}:7 (row 7)",
+        f"code: 1 of 2 held-out rows are also trained on, as {heldout}:1 (row 1)",
+        f"math: 1 of 7 training rows repeat an earlier one, as {math}:7 (row 7)",
+    ]
+    assert report.notices() == expected
+    assert prepare(holdout_files={"code": [heldout]}).notices() == expected, "a store that is used again says the same"
+
+
+def test_only_the_trained_turns_of_a_row_are_responses(prepare, sources, first, tmp_path):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bad", "weight": 0},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "good", "weight": 1},
+    ]
+    write_rows(sources["math"][0], [{"messages": messages}])
+    prepare()
+    store = TokenStore.open(tmp_path / "store")
+    (sample,) = store.split("math", "train")
+    assert [decode(store, first, ids) for ids in sample.responses] == ["good</s>"]
+    (prompt,) = sample.prompts["text"]
+    assert "bad</s>" in decode(store, first, prompt) and decode(store, first, prompt).endswith("c\nAssistant:")
 
 
 @pytest.mark.parametrize("change", ["max_length", "content", "template"])
@@ -176,7 +261,9 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(prepare, sources,
     word = {"max_length": "max_length", "template": "specialists", "content": "sources"}[change]
     with pytest.raises(InputError, match=rf"holds a store made from other inputs \({word}\)"):
         prepare(**changes)
+    before = TokenStore.open(tmp_path / "store").fingerprint
     assert not prepare(**changes, overwrite=True).reused
+    assert TokenStore.open(tmp_path / "store").fingerprint != before
     assert prepare(**changes).reused
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultrafuser_mega.data.sampler import ClassBalanceSampler, shuffled, split_batch
+from ultrafuser_mega.data.sampler import ClassBalanceSampler, passes, shuffled, split_batch
 from ultrafuser_mega.errors import InputError
 
 SIZES = st.dictionaries(st.sampled_from(["text", "code", "math", "law"]), st.integers(1, 40), min_size=1)
@@ -103,3 +103,15 @@ def test_empty_classes_and_batches_are_refused():
         ClassBalanceSampler({"text": 3, "code": 0}, 2, 0)
     with pytest.raises(InputError, match="samples_per_class is 0; expected at least 1"):
         ClassBalanceSampler({"text": 3}, 0, 0)
+
+
+def test_passes_say_how_often_each_class_is_gone_through_and_which_is_too_small_for_a_batch():
+    lines = passes({"text": 800, "code": 3}, {"stage 1": (100, 4), "stage 2": (0, 4)})
+    assert lines == [
+        "stage 1 takes 100 x 4 samples of each class: text 0.50 times, code 133.33 times through its rows",
+        "stage 1: code has 3 training rows and every batch takes 4: a batch holds the same row more than once",
+    ]
+    sampler = ClassBalanceSampler({"text": 800, "code": 3}, 4, seed=1)
+    seen = [pick for step in range(100) for pick in sampler.batch(step)]
+    assert len([1 for name, _ in seen if name == "text"]) == 0.5 * 800
+    assert len([1 for name, _ in seen if name == "code"]) == 400

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
@@ -90,6 +91,32 @@ def test_another_family_is_refused(first, bytelevel):
         InputError, match=r"tokenizers of text .* and code .* disagree: the BOS id is 1 for text and None"
     ):
         check_tokenizers({"text": first, "code": bytelevel}, 400)
+
+
+def with_own_tokens(source, folder, *tokens: str):
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_specialists_that_each_added_a_token_of_their_own_are_told_the_vocabulary_that_they_share(
+    first, altered, vocab_size, tmp_path
+):
+    text = with_own_tokens(first, tmp_path / "text", "<|think|>")
+    code = with_own_tokens(first, tmp_path / "code", "<|fim|>", "<|end|>")
+    math = with_own_tokens(first, tmp_path / "math", "<|think|>", "<|calc|>")
+    with pytest.raises(InputError) as raised:
+        check_tokenizers({"text": text, "math": math, "code": code}, vocab_size + 2)
+    message = str(raised.value)
+    assert f"the piece of id {vocab_size} is '<|think|>' for text and '<|fim|>' for code" in message
+    assert message.endswith(f"set vocab_size: {vocab_size}") and "family" not in message
+    assert f"({text}, LlamaTokenizer of {vocab_size + 1} tokens)" in message
+    assert list(check_tokenizers({"text": text, "math": math, "code": code}, vocab_size)) == ["text", "math", "code"]
+
+    other = with_own_tokens(altered, tmp_path / "other", "<|fim|>")
+    with pytest.raises(InputError, match="fusing needs specialists of one tokenizer family"):
+        check_tokenizers({"text": text, "code": code, "other": other}, vocab_size + 1)
 
 
 def test_a_normaliser_that_rewrites_text_is_refused_with_the_text(first, tmp_path, vocab_size):
