@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from ultrafuser_mega.cli.options import Config, Overrides, Requeue, Resume
+from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -44,6 +45,7 @@ def _train(
 
 def main() -> None:
     """Every rank reads the command line; what there is to say about it, rank 0 says alone."""
+    quiet_dependencies()
     first = os.environ.get("RANK", "0") == "0"
     with ExitStack() as quiet:
         if not first:
