@@ -136,8 +136,10 @@ __global__ void __launch_bounds__(kThreads) unscale_gradients_kernel(const __gri
         w = a.gate_weights[row * a.n + lane];
         for (int i = 0; i < kWarps; ++i) dw += partial[lane][i];
     }
-    const float mean = warp_sum(w * dw);
-    if (lane < a.n) a.d_gate[row * a.n + lane] = a.kept[row] ? w * (dw - mean) : 0.0f;
+    float from_mean = 0.0f;
+    for (int k = 0; k < a.n; ++k)
+        from_mean += __shfl_sync(0xffffffffu, w, k) * (dw - __shfl_sync(0xffffffffu, dw, k));
+    if (lane < a.n) a.d_gate[row * a.n + lane] = a.kept[row] ? w * from_mean : 0.0f;
 }
 
 int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }

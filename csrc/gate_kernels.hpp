@@ -2,7 +2,7 @@
 //
 // Forward, scale_inputs: per row the gate's softmax w = softmax(a_1 .. a_n) and the GEMMs' inputs x_j = w_j h_j.
 // Backward, unscale_gradients: from dx_j, the gradient of those inputs, in one pass
-//     dw_j = <h_j, dx_j>      dh_j = w_j dx_j      da_j = w_j (dw_j - sum_k w_k dw_k)
+//     dw_j = <h_j, dx_j>      dh_j = w_j dx_j      da_j = w_j sum_k w_k (dw_j - dw_k)
 // The widths d_j differ. Arithmetic is fp32 whatever the tensors' type; a row is summed in an order that depends on d_j
 // alone, so repeating a call, or cutting its rows differently, repeats every bit. Nothing waits for the device.
 //

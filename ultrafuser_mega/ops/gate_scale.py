@@ -1,7 +1,10 @@
 """What the gate does around the GEMMs, forward and backward, and the one place that chooses who computes it.
 
     scale_inputs         w = softmax(a_1 .. a_n) and x_j = w_j h_j, the GEMMs' inputs
-    unscale_gradients    from dx_j:  dw_j = <h_j, dx_j>,  dh_j = w_j dx_j,  da_j = w_j (dw_j - sum_k w_k dw_k)
+    unscale_gradients    from dx_j:  dw_j = <h_j, dx_j>,  dh_j = w_j dx_j,  da_j = w_j sum_k w_k (dw_j - dw_k)
+
+The last is w_j (dw_j - sum_k w_k dw_k), but what all dw have in common cancels in it before anything is rounded, and so
+does a specialist's own dw where the gate has settled on it, w_j = 1: its da is as exact as that of the others.
 
 An ignored row gives x = 0, equal weights and da = 0, whatever it holds; its dx_j must be 0. Columns of d_inputs and of
 the outputs are contiguous.

@@ -42,4 +42,5 @@ def unscale_gradients(
             torch.mul(dx, gate_weights[:, j, None], out=out)
     if d_gate is not None:
         dw = torch.stack(weight_gradients, dim=1).masked_fill_(~kept[:, None], 0.0)  # (C, n)
-        torch.mul(gate_weights, dw - (gate_weights * dw).sum(1, keepdim=True), out=d_gate)
+        differences = dw[:, :, None] - dw[:, None, :]  # (C, n, n)
+        torch.mul(gate_weights, (gate_weights[:, None, :] * differences).sum(2), out=d_gate)

@@ -87,6 +87,18 @@ def test_backward_is_the_gradient_of_forward(widths):
         torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-12)
 
 
+def test_a_gate_that_has_settled_keeps_its_gradient_and_what_all_dw_have_in_common_does_not_matter():
+    """w_1 = 1 - 4e-9 is 1 in fp32, and dw near 1e6 is known to 0.03."""
+    gate_weights = torch.softmax(torch.tensor([[20.0, 0.0, -1.0]]), 1)
+    dw = torch.tensor([1e6, 1e6 + 4.0, 1e6 - 8.0])
+    ones, d_inputs = [torch.ones(1, 1)] * 3, [dw[j].reshape(1, 1) for j in range(3)]
+    d_gate = torch.empty(1, 3)
+    gate_scale.unscale_gradients(gate_weights, torch.ones(1, dtype=torch.bool), ones, d_inputs, [None] * 3, d_gate)
+    w = torch.softmax(torch.tensor([20.0, 0.0, -1.0]).double(), 0)
+    true = w * (w * (dw.double()[:, None] - dw.double())).sum(1)
+    torch.testing.assert_close(d_gate[0].double(), true, rtol=1e-6, atol=0.0)
+
+
 def test_only_what_has_an_output_is_written():
     gate_logits, kept, hidden, d_inputs = inputs((4, 3), torch.float32)
     gate_weights = torch.softmax(gate_logits, 1)
