@@ -74,7 +74,7 @@ def test_a_rank_killed_in_silence_is_told_of_once_by_a_survivor(tmp_path: Path) 
     codes, errors = launch(die_while_others_wait, tmp_path, 2)
     assert codes == [1, 1, -signal.SIGKILL]
     assert errors.count("failed (rank ") == 1
-    assert errors.splitlines()[-1].startswith("another rank is gone and did not say why: killed, ")
+    assert errors.splitlines()[-1].startswith("no other rank said why: one may have been killed, ")
 
 
 def fail_after_the_others_noticed(failing: int) -> int:

@@ -133,7 +133,7 @@ def with_data(tree: dict[str, Any]) -> tuple[str, ...]:
 
 
 def prepared_again(tree: dict[str, Any], folder: Path, *files: str) -> dict[str, Any]:
-    """``tree`` over a copy of its data in which these files have lost their last row, by prepare --overwrite."""
+    """``tree`` over a copy of its data, prepared with --overwrite, in which these files have lost their last row."""
     shutil.copytree(tree["data"]["root"], folder)
     for file in files:
         rows = (folder / file).read_text().splitlines(keepends=True)

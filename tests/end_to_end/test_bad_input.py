@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from support.trio import COLOCATED_TP2, DISJOINT_3, ONE, PIECES, config_tree, train
 
 from ultrafuser_mega.cli import main
@@ -119,6 +120,24 @@ def test_rank_count_without_a_layout_lists_what_fits(case: Case, refused: Callab
 def test_unknown_key(case: Case, refused: Callable[..., str], command: str) -> None:
     message = refused(command, "stage2.step=5")
     assert message == f"{case.folder / 'config.yaml'}: unknown key stage2.step; did you mean stage2.steps?"
+
+
+def test_a_run_that_another_job_trains_is_refused_before_any_rank_starts(
+    case: Case, refused: Callable[..., str]
+) -> None:
+    run_dir = case.runs / "run"
+    run_dir.mkdir(parents=True)
+    with FileLock(run_dir / ".lock"):
+        message = refused("train")
+    assert message == f"{run_dir}: another job is training under this name; choose another name"
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_rank_starts(
+    case: Case, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    case.tree["layouts"] = [DISJOINT_3, ONE]
+    assert refused("train").startswith("device = auto: every rank needs a GPU of its own: 3 rank(s) on this machine, ")
 
 
 def test_unknown_template(refused: Callable[..., str]) -> None:
@@ -257,4 +276,5 @@ def test_job_under_torchrun_ends_with_the_same_line(case: Case) -> None:
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {file}:2 (row 2): ")
     assert "ultrafuser_mega/" not in result.stderr  # torchrun adds a traceback, of its own code
+    assert f"traceback : {errors[0]}" in result.stderr.partition("Root Cause")[2]  # and its report names the cause
     assert files_under(case.runs) == []

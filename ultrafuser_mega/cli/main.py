@@ -24,9 +24,9 @@ Without --config every command works on the embedded default: three toy speciali
 \b
   ultrafuser doctor                              is this machine ready?
   ultrafuser verify FOLDER --tp 2                does a sharded specialist compute what transformers computes?
-  ultrafuser plan --config my.yaml --ranks 8     is everything there, does it fit, what goes where?
+  ultrafuser plan --config my.yaml               is everything there, does it fit, what goes where?
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
-  ultrafuser train --config my.yaml --ranks 8    both stages, evaluation, checkpoints: runs/<name>/
+  ultrafuser train --config my.yaml              both stages, evaluation, checkpoints: runs/<name>/
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
@@ -34,7 +34,8 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser chat OUT                            a conversation
 
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
-layouts.0.dp=2. Bad input ends a command with one line that begins "error:" and exit code 2.
+layouts.0.dp=2. Its layouts are alternatives: a job takes the first that uses exactly its ranks.
+Bad input ends a command with one line that begins "error:" and exit code 2.
 """
 
 # Not ours to mend, nor worth a traceback: full, read-only or forbidden places.

@@ -94,7 +94,7 @@ def _message(error: BaseException) -> str:
         return "interrupted; --resume goes on from the newest checkpoint, if there is one"
     message = f"failed{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"
     if lost_peer(error):
-        message += "\nanother rank is gone and did not say why: killed, out of memory, or cut off from the network"
+        message += "\nno other rank said why: one may have been killed, be out of memory or cut off from the network"
     return message
 
 
