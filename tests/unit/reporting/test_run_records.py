@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.reporting.records import (
     EvalRecord,
     MetricsWriter,
+    StepRecord,
     build_summary,
     read_metrics,
     write_summary,
@@ -106,11 +109,33 @@ def test_a_record_with_unknown_fields_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
+def test_records_of_an_earlier_version_are_read_without_what_it_did_not_measure(
+    tmp_path: Path, step_of: Callable[..., StepRecord]
+) -> None:
+    new = ("processed_tokens", "data_seconds", "peak_memory_bytes")
+    _write(tmp_path, [step_of(1)])
+    path = tmp_path / "metrics.jsonl"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in record.items() if key not in new}) + "\n")
+    _write(tmp_path, [step_of(2, data_seconds=0.5)], resume_step=1)
+    (before, after), _ = read_metrics(tmp_path)
+    assert (before.tokens, after.data_seconds) == (1400, 0.5)
+    assert all(math.isnan(getattr(before, name)) for name in new)
+
+
 def test_tensorboard_holds_the_documented_scalars(tmp_path, step_of, final):
     _write(tmp_path, [step_of(1)], [final])
     events = _scalars(tmp_path)
     names = set(events.Tags()["scalars"])
-    assert {"loss/train", "lr", "grad_norm", "tokens_per_s", "gate/math/code"} <= names
+    assert {
+        "loss/train",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "data_seconds",
+        "peak_memory_bytes",
+        "gate/math/code",
+    } <= names
     assert {"loss/eval/text/fused", "loss/eval/math/code", "loss/eval/mean/fused"} <= names
     (event,) = events.Scalars("loss/eval/code/math")
     assert (event.step, event.value) == (12, pytest.approx(6.90))
