@@ -164,6 +164,7 @@ setup(
         "matplotlib>=3.9,<4",
     ],
     extras_require={
+        "parquet": ["pyarrow>=18,<27"],
         "dev": [
             # tests run setup.py in place
             "pybind11>=3.0,<3.2",
@@ -171,6 +172,7 @@ setup(
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "hypothesis>=6.100,<7",
+            "pyarrow>=18,<27",
             "ruff>=0.14,<0.18",
             "mypy>=1.18,<3",
             "import-linter>=2.5,<3",
