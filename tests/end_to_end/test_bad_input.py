@@ -192,6 +192,20 @@ def test_missing_data_file(case: Case, refused: Callable[..., str]) -> None:
     assert message == f"data.classes.math.heldout: {case.folder / 'trio' / 'data' / 'gone.jsonl'}: no such file"
 
 
+def test_data_file_in_another_format(case: Case, refused: Callable[..., str]) -> None:
+    file = case.folder / "trio" / "data" / "math.train.jsonl"
+    file.write_text("instruction,output\nadd,3\n")
+    message = refused("plan", "--ranks", "1", "data.on_malformed=skip")
+    assert message.startswith(f"data.classes.math.train: {file}: its lines are no JSON objects (the first: 'instr")
+
+
+def test_columns_of_no_entry_and_of_no_field(refused: Callable[..., str]) -> None:
+    message = refused("plan", "--ranks", "1", "data.classes.math.columns={other.jsonl: {prompt: a, completion: b}}")
+    assert message.startswith("data.classes.math.columns: other.jsonl is not one of its entries, math.train.jsonl, ")
+    message = refused("plan", "--ranks", "1", "data.classes.math.columns={math.train.jsonl: {instructions: a}}")
+    assert message.startswith("data.classes.math.columns.math.train.jsonl: instructions is no field that is read")
+
+
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_class_without_a_usable_row(case: Case, refused: Callable[..., str], command: str) -> None:
     (case.folder / "trio" / "data" / "code.train.jsonl").write_text('{"instruction": "Say nothing.", "output": ""}\n')

@@ -131,7 +131,8 @@ def _is_object_over_many_lines(text: str, is_whole: bool) -> bool:
     try:
         _, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:  # perhaps only where the text was cut off
-        end = error.pos if not is_whole and error.pos + _LONGEST_TOKEN > len(text) else 0
+        cut_off = error.msg.startswith("Unterminated string") or error.pos + _LONGEST_TOKEN > len(text)
+        end = error.pos if cut_off and not is_whole else 0
     except (ValueError, RecursionError):
         return False
     return "\n" in text[:end]
@@ -141,6 +142,4 @@ def _need_pyarrow(path: Path) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise InputError(
-            f"{path}: Parquet is read by pyarrow, which is not installed; pip install 'ultrafuser_mega[parquet]'"
-        ) from None
+        raise InputError(f"{path}: Parquet is read by pyarrow, which is not installed; pip install pyarrow") from None

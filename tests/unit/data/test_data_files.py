@@ -75,7 +75,7 @@ def test_a_damaged_gzip_is_named(tmp_path: Path, cut: int) -> None:
         ),
         (
             "rows.json",
-            b'{"data": [\n' + b'{"prompt": "a", "completion": "b"},\n' * 3000 + b'{"prompt": "a"}\n]}',
+            b'{"data": [\n' + b'{"prompt": "a", "completion": "%s"},\n' % (b"b" * 500) * 300 + b'{"prompt": "a"}\n]}',
             "is one JSON object over many lines",
         ),
         ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd....", "is zstd-compressed; expected"),
@@ -132,5 +132,5 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1....")
-    with pytest.raises(InputError, match=r"rows.parquet: Parquet is read by pyarrow, .* pip install 'ultrafuser_mega"):
+    with pytest.raises(InputError, match=r"rows.parquet: Parquet is read by pyarrow, .* pip install pyarrow"):
         read_rows(tmp_path / "rows.parquet")
