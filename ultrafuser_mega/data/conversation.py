@@ -43,10 +43,14 @@ class MalformedRowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """``turns`` holds (user text, assistant text) in order, at least one; ``system`` may be None."""
+    """``turns`` holds (user text, assistant text) in order, at least one; ``system`` may be None.
+
+    ``untrained`` are the places in ``turns`` whose answer is read as context and not trained; never all of them.
+    """
 
     turns: tuple[tuple[str, str], ...]
     system: str | None = None
+    untrained: frozenset[int] = frozenset()
 
 
 def to_conversation(row: Any) -> Conversation:

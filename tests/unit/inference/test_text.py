@@ -21,7 +21,7 @@ def tokenizers(releases):
 def response_ids(tokenizer, text: str, lead: str) -> list[int]:
     """As in training, without EOS."""
     encoder = SpecialistEncoder(tokenizer, {"first": "{instruction}", "later": "{instruction}"})
-    return encoder.encode_response(text, lead)[:-1]
+    return encoder.tokenizer.encode_responses([text], lead)[0]
 
 
 def streamed(tokenizer, ids, lead, stop=()) -> tuple[str, TextStream]:
