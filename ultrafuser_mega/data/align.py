@@ -83,10 +83,10 @@ class Aligner:
 
     def _align(self, conversations: Sequence[Conversation]) -> list[Aligned | Dropped]:
         responses = self._encode_responses(conversations)
-        chats = [
-            Chat(conversation.system, *zip(*conversation.turns, strict=True), ids)
-            for conversation, ids in zip(conversations, responses, strict=True)
-        ]
+        chats = []
+        for conversation, ids in zip(conversations, responses, strict=True):
+            users, answers = zip(*conversation.turns, strict=True)
+            chats.append(Chat(conversation.system, users, answers, ids))
         prompts = {name: template.prompts(self.encoders[name], chats) for name, template in self.templates.items()}
         results: list[Aligned | Dropped] = []
         for place, (conversation, ids) in enumerate(zip(conversations, responses, strict=True)):
@@ -136,7 +136,7 @@ class Aligner:
                 continue  # a later turn may have a shorter prompt, where history is shown shortened
             if not sequences or any(whole[name][: len(ids)] != ids for name, ids in sequences.items()):
                 starts.append(len(kept))
-                sequences = dict.fromkeys(prompts, [])
+                sequences = {name: [] for name in prompts}
             kept.append(responses[turn][:room])
             for name, ids in whole.items():
                 pieces[name].append(ids[len(sequences[name]) :])

@@ -1,4 +1,4 @@
-"""One specialist's tokenizer and template: conversations to token ids, for training, generation and every release alike.
+"""One specialist's tokenizer and template: conversations to token ids, in training, generation and releases alike.
 
 This file travels with exported models (release/assemble.py copies it), so it imports nothing of the package.
 
@@ -67,7 +67,7 @@ class SequenceTokenizer:
         self.eos_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self.control_tokens = re.compile("|".join(map(re.escape, specials)) or "(?!)")  # none: never matches
         self._anchor_ids = {anchor: self.encode([anchor], specials=False)[0] for anchor in _ANCHORS}
         self._later_anchors = self._find_later_anchors()
 
@@ -274,7 +274,7 @@ def _first_lost(marked: str, text: str, messages: Messages, prefix: str) -> int 
 
 
 def _refuse_control_tokens(tokenizer: SequenceTokenizer, messages: Messages) -> None:
-    for message in messages if tokenizer.control_tokens else ():
+    for message in messages:
         if found := tokenizer.control_tokens.search(message["content"]):
             what = _TEXT_OF[message["role"]]
             raise PromptError(f"the {what} holds {found.group()}, which would be read as a control token")

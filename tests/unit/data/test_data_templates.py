@@ -130,7 +130,7 @@ def test_an_ending_beyond_the_shared_vocabulary_is_refused_by_name(bytelevel):
     encoder, template = TextEncoder(bytelevel), Chat(bytelevel).template
     assert template.end_id is not None
     words = (
-        rf"specialists.a.template: its turns end with <\|im_end\|> \(id {template.end_id}\), beyond the shared vocab"
+        rf"specialists.a.template: its turns end with <\|im_end\|> \(id {template.end_id}\), beyond the"
     )
     with pytest.raises(InputError, match=words):
         response_format({"a": encoder}, {"a": template}, template.end_id)
