@@ -80,7 +80,13 @@ def prepare_store(
             }
             for name, template in templates.items()
         },
-        "responses": {"lead": aligner.format.lead, "end_id": aligner.format.end_id},
+        "responses": {
+            "lead": aligner.format.lead,
+            "ends": {
+                name: encoders[name].tokenizer.convert_ids_to_tokens(token)
+                for name, token in aligner.format.ends.items()
+            },
+        },
         "sources": [
             {
                 "class": source.class_name,

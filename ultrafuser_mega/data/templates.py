@@ -131,12 +131,12 @@ class ResponseFormat:
 
     lead      stands before each that does not bring its own white space: a space, if any template writes one
     end_id    stands behind each: what the first specialist's template ends a turn with
-    stops     end_id, then what the others end a turn with; each of them ends an answer
+    ends      name -> what each one's template ends a turn with; any of them ends an answer
     """
 
     lead: str
     end_id: int
-    stops: tuple[int, ...]
+    ends: dict[str, int]
 
 
 def response_format(
@@ -154,5 +154,4 @@ def response_format(
             f"{vocab_size}; use one of {', '.join(PAPER_TEMPLATES)}"
         )
     lead = " " if any(template.response_lead for template in templates.values()) else ""
-    stops = tuple(dict.fromkeys(token for token in ends.values() if token < vocab_size))
-    return ResponseFormat(lead, end, stops)
+    return ResponseFormat(lead, end, ends)

@@ -97,7 +97,7 @@ def assemble_release(
         (out_dir / "chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
         if name in own_tokenizer:
             _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], template, vocab_size)
-    _write_generation_config(out_dir, folders, config, [*responses.stops, encoders[first].eos_id])
+    _write_generation_config(out_dir, folders, config, [*responses.ends.values(), encoders[first].eos_id])
     for name, folder in folders.items():
         _copy_licences(folder, out_dir / "licenses" / name)
     facts = [
@@ -202,7 +202,7 @@ def _write_generation_config(
 ) -> None:
     """``stops`` (the ending of training is the first), then whatever else ends a specialist's answers; nothing of
     their sampling settings."""
-    ends = list(dict.fromkeys(stops))
+    ends = list(dict.fromkeys(token for token in stops if token < config.vocab_size))
     for folder in folders.values():
         path = folder / "generation_config.json"
         found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None

@@ -120,18 +120,16 @@ def test_responses_end_as_the_first_specialist_writes_them_and_stop_at_every_end
     templates = {"chat": Chat(bytelevel).template, "other": Chat(bytelevel, other).template}
     end, other_end = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     shared = response_format(dict.fromkeys(templates, encoder), templates, 500)
-    assert (shared.lead, shared.end_id, shared.stops) == ("", end, (end, other_end))
+    assert (shared.lead, shared.end_id, shared.ends) == ("", end, {"chat": end, "other": other_end})
     turned = dict(reversed(templates.items())) | {"plain": load_template("ultralm", None, "")}
     shared = response_format(dict.fromkeys(turned, encoder), turned, 500)
-    assert (shared.lead, shared.end_id, shared.stops) == (" ", other_end, (other_end, end))
+    assert (shared.lead, shared.end_id) == (" ", other_end) and shared.ends["plain"] == end
 
 
 def test_an_ending_beyond_the_shared_vocabulary_is_refused_by_name(bytelevel):
     encoder, template = TextEncoder(bytelevel), Chat(bytelevel).template
     assert template.end_id is not None
-    words = (
-        rf"specialists.a.template: its turns end with <\|im_end\|> \(id {template.end_id}\), beyond the"
-    )
+    words = rf"specialists.a.template: its turns end with <\|im_end\|> \(id {template.end_id}\), beyond the"
     with pytest.raises(InputError, match=words):
         response_format({"a": encoder}, {"a": template}, template.end_id)
 

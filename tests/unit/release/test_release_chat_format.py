@@ -27,11 +27,10 @@ SYSTEM = {
     "fails": "{{ m.content + 1 }}",
     "lost": "",
 }
+SHOWN_IF = "{% if WHEN and messages[0].role == 'system' %}{{ messages[0].content + ': ' }}{% endif %}"
 BEFORE_QUESTION = {
-    "with the first question": "{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ messages[0].content + ': ' }}"
-    "{% endif %}",
-    "with the last question": "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + ': ' }}"
-    "{% endif %}",
+    "with the first question": SHOWN_IF.replace("WHEN", "loop.index0 == 1"),
+    "with the last question": SHOWN_IF.replace("WHEN", "loop.last"),
 }
 LOSE_SYSTEM = ("refused", "fails", "lost")
 
@@ -108,7 +107,7 @@ def test_training_transformers_and_the_release_agree_on_every_prompt(
         encoder.bos_id = tokenizer.bos_token_id
     paper = {name: PAPER_TEMPLATES[name] for name in company}
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=60, deadline=None, derandomize=True)
     @given(STYLES, st.lists(CONVERSATIONS, min_size=1, max_size=2))
     def check(style: Style, conversations: list[Conversation]) -> None:
         tokenizer.chat_template = style.jinja(CONTROLS[kind])
