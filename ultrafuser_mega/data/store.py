@@ -36,7 +36,7 @@ Ids = np.ndarray  # (k,) uint16 | uint32, a view into the mapped file
 
 
 class Sample:
-    """One conversation of a split; ``prompts[s][t]`` and ``responses[t]`` are the ids of turn t.
+    """One conversation of a split, or a part of one; ``prompts[s][t]`` and ``responses[t]`` are the ids of turn t.
 
     The sequence of specialist s is prompts[s][0], responses[0], prompts[s][1], responses[1], ...
     """

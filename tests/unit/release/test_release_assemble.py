@@ -101,6 +101,26 @@ def test_the_configuration_says_what_tools_ask_every_model_for(copies, tmp_path)
     assert {field: config.get(field) for field in expected} == expected
 
 
+@pytest.mark.parametrize("first", ["text", "code"])
+def test_answers_end_as_the_first_template_ends_a_turn_and_stop_at_the_endings_of_the_others(
+    specialists, tmp_path, first
+):
+    members = {name: specialists["qwens"][name] for name in (first, "math")}
+    for name in {"text", "code"} - {first}:
+        folder = Path(shutil.copytree(specialists["qwens"][name][0], tmp_path / name))
+        chatml = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text(chatml.replace("<|im_end|>", "<|endoftext|>"))
+        members = {name: (folder, "hf"), **members}
+    assemble(tmp_path / "out", members)
+    read = {
+        file: json.loads((tmp_path / "out" / file).read_text()) for file in ("config.json", "generation_config.json")
+    }
+    assert read["config.json"]["eos_token_id"] == 0
+    assert read["generation_config.json"]["eos_token_id"] == [0, 2]
+    paper = (tmp_path / "out" / "chat_templates" / "math.jinja").read_text()
+    assert "<|endoftext|>" in paper and "eos_token" not in paper, "what all responses end with"
+
+
 def test_generation_ends_at_training_eos_first_and_takes_no_sampling_settings_over(copies, tmp_path):
     edit_json(
         copies["text"][0] / "generation_config.json", eos_token_id=[2, 7, PIECES + 3], temperature=0.6, do_sample=True
