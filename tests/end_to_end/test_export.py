@@ -52,12 +52,13 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
 code = sys.modules[type(model).__module__.rpartition(".")[0] + ".chat_ultrafuser"]
 encoder = code.SpecialistEncoder(tokenizer, model.config.entry(model.names[0])["template"])
+ending = model.config.response_lead, model.config.eos_token_id
 result = []
 with torch.no_grad():
     for class_name, row in json.loads(sys.argv[2]):
         messages = [{"role": "user", "content": row["instruction"]}]
         prompts = model.chat_inputs([messages], tokenizer)["specialist_input_ids"]
-        response = torch.tensor(encoder.encode_response(row["output"], model.config.response_lead))
+        response = torch.tensor(encoder.encode_response(row["output"], *ending))
         ids = {name: torch.cat([prompt[0], response[:-1]])[None] for name, prompt in prompts.items()}
         output = model(specialist_input_ids=ids, logits_to_keep=len(response), return_gate_weights=True)
         logits = {"fused": output.logits[0]}

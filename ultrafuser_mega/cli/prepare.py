@@ -31,5 +31,6 @@ def prepare(
     report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)
     console = wide_console()
     console.print(report.table())
+    console.print(report.endings(), markup=False, highlight=False, soft_wrap=True)
     for line in [*report.problems(), *data_notes(loaded, report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -98,8 +98,11 @@ def chat(
         system: text that opens the conversation.
         read: prompt -> a line from the person; EOFError ends the conversation.
         say: for lines that are not answers.
+
+    Raises:
+        InputError: ``system`` is a text that a specialist's template does not take.
     """
-    messages = _opening(system)
+    messages = _opening(answerer, system)
     answers = 0
     while True:
         try:
@@ -116,9 +119,12 @@ def chat(
         if command == "/exit":
             return
         if command in ("/reset", "/system"):
-            system = rest.strip() or None if command == "/system" else system
-            messages = _opening(system)
-            say("A new conversation.")
+            wanted = rest.strip() or None if command == "/system" else system
+            try:
+                messages, system = _opening(answerer, wanted), wanted
+                say("A new conversation.")
+            except InputError as error:
+                say(f"error: {error}; the conversation goes on as it was")
             continue
         if command.startswith("/"):
             say(_HELP if command == "/help" else f"{command}: no such command; /help shows them")
@@ -137,5 +143,10 @@ def chat(
         messages = [*asked, {"role": "assistant", "content": answer.text}]
 
 
-def _opening(system: str | None) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system}] if system else []
+def _opening(answerer: Answerer, system: str | None) -> list[dict[str, str]]:
+    """A conversation's first messages; InputError where no question could follow, as after a refused system text."""
+    if not system:
+        return []
+    opening = [{"role": "system", "content": system}]
+    answerer.encode([*opening, {"role": "user", "content": "?"}])
+    return opening

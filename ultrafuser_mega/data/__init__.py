@@ -1,6 +1,7 @@
 """From instruction files to microbatches.
 
-    files -> readers -> columns, conversation -> templates, tokenizer -> align -> build -> store   (ultrafuser prepare)
+    files -> readers -> columns, conversation -> chat_format, templates, tokenizer
+        -> align -> build -> store                                                      (ultrafuser prepare)
     store -> sampler -> batches -> collate                                              (every training step)
 
 ``prepare.prepare_store`` writes a token store once; ``store.TokenStore`` reads it; ``batches`` gives each

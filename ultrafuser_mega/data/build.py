@@ -89,6 +89,7 @@ class _Part:
     writer: SplitWriter
     dropped_file: TextIO
     rows: int = 0
+    kept: int = 0
     cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -120,7 +121,8 @@ class _Part:
     def close(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
-            "kept": self.writer.samples,
+            "kept": self.kept,
+            "samples": self.writer.samples,
             "cut": self.cut,
             "dropped": self.dropped,
             "dropped_examples": self.examples,
@@ -183,6 +185,7 @@ def _write_batch(
                 kept.append(result)
                 part.cut += result.was_cut
                 repeats.add(split, (number, row.line, row.number), conversation)
+        part.kept += len(kept)
         part.writer.add(kept)
 
 

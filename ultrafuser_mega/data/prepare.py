@@ -69,6 +69,7 @@ def prepare_store(
         name: load_template(template, encoders[name].tokenizer, encoders[name].folder)
         for name, (_, template) in specialists.items()
     }
+    aligner = Aligner(encoders, templates, vocab_size, max_length)
     inputs = {
         "vocab_size": vocab_size,
         "max_length": max_length,
@@ -82,6 +83,13 @@ def prepare_store(
                 "tokenizer": encoders[name].fingerprint(),
             }
             for name, template in templates.items()
+        },
+        "responses": {
+            "lead": aligner.format.lead,
+            "ends": {
+                name: encoders[name].tokenizer.convert_ids_to_tokens(token)
+                for name, token in aligner.format.ends.items()
+            },
         },
         "sources": [
             {
@@ -98,7 +106,6 @@ def prepare_store(
     if _finished_before(out, inputs, overwrite):
         return PrepareReport(out, read_manifest(out), reused=True)
 
-    aligner = Aligner(encoders, templates, vocab_size, max_length)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -115,9 +122,9 @@ def prepare_store(
             "vocab_size": vocab_size,
             "max_length": max_length,
             "bos_id": encoder.bos_id,
-            "eos_id": encoder.eos_id,
+            "eos_id": aligner.format.end_id,
             "token_dtype": token_dtype(vocab_size).str,
-            "response_lead": aligner.response_lead,
+            "response_lead": aligner.format.lead,
             "splits": splits,
         }
         write_manifest(work, manifest)

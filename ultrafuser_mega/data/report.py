@@ -45,6 +45,14 @@ class PrepareReport:
                 table.add_row(class_name, split, *(f"{number:,}" for number in numbers), dropped)
         return table
 
+    def endings(self) -> str:
+        """A line on what every response ends with, and whose template ends a turn otherwise."""
+        ends: dict[str, str] = self.manifest["inputs"]["responses"]["ends"]
+        first = next(iter(ends))
+        others = [f"{name} with {end}" for name, end in ends.items() if end != ends[first]]
+        line = f"responses end with {ends[first]}, as {first}'s template ends a turn"
+        return f"{line}; the templates of others end one otherwise: {', '.join(others)}" if others else line
+
     def problems(self) -> list[str]:
         """The first rows dropped under each reason, and where all of them are named; [] if none was."""
         lines = []

@@ -5,8 +5,10 @@ The manifest is written last; a folder without one is no store.
 
     format, fingerprint, inputs     what the store was made from (prepare.py): compared before reuse
     classes, specialists            names; per specialist its template (name, text) and tokenizer hash
-    vocab_size, max_length, bos_id, eos_id, token_dtype, response_lead
-    splits.<class>.<split>          rows, kept, cut, dropped {reason: count}, unread {field: rows},
+    vocab_size, max_length, bos_id, token_dtype
+    eos_id, response_lead           what stands behind and before every response (templates.ResponseFormat)
+    splits.<class>.<split>          rows, kept, samples (a kept row gives one or several), cut,
+                                    dropped {reason: count}, unread {field: rows},
                                     repeated (train: rows that repeat an earlier one; heldout: that are trained
                                     on as well), turns (trained ones), response_tokens,
                                     prompt_tokens {specialist: count}, files {name: {bytes, blake2b}}
@@ -19,7 +21,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,15 @@ class SplitWriter:
         for file in chain([self._turns], *(one.parts for one in ragged)):
             file.file.close()
 
-    def add(self, samples: Sequence[Aligned]) -> None:
-        self.samples += len(samples)
-        self._turns.add([len(sample.responses) for sample in samples])
-        self._responses.add([ids for sample in samples for ids in sample.responses])
+    def add(self, conversations: Sequence[Aligned]) -> None:
+        """Every sequence of a conversation becomes a sample."""
+        bounds = [(*aligned.starts, len(aligned.responses)) for aligned in conversations]
+        turns = [end - start for of_one in bounds for start, end in pairwise(of_one)]
+        self.samples += len(turns)
+        self._turns.add(turns)
+        self._responses.add([ids for aligned in conversations for ids in aligned.responses])
         for name, prompts in self._prompts.items():
-            prompts.add([ids for sample in samples for ids in sample.prompts[name]])
+            prompts.add([ids for aligned in conversations for ids in aligned.prompts[name]])
 
     def close(self) -> dict[str, Any]:
         """Finish the files; this split's part of the manifest (sizes, token counts, checksums)."""

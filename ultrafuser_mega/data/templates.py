@@ -1,65 +1,45 @@
-"""What one specialist reads before each response: the paper's table 9 and Hugging Face chat templates.
+"""The templates a specialist may be configured with: the paper's table 9 and its own Hugging Face chat template.
 
-A template turns a conversation into one prompt text per turn: the first goes from the start of the
-sequence to the first response, each later one from the end of a response to the next response. The
-responses themselves are no business of a template: they are tokenised once for all specialists
-(align.py), so a sequence is
+What a template makes of a conversation is chat_format.py's subject. Here are their names, and what must be known of
+all of them before a response can be shared (it is tokenised once for all specialists, see align.py):
 
-    [BOS] prompt_0  response_0 [EOS]  prompt_1  response_1 [EOS]  ...
+    response_lead   white space between prompt and response that belongs to the response's first token
+                    ("Assistant:" + " Paris"), as the template writes it where the response is history
+    end_id          the token that the template writes behind a response: what is trained and what stops generation.
+                    None: the template names none, and the tokenizer's EOS it is
 
-BOS and EOS are put there as ids by tokenizer.py and align.py, exactly one BOS whatever the template
-writes. A chat template that opens with BOS keeps that text at the very start of its first prompt, since
-some tokenizers split the next word differently after it; the id is counted once. A template that
-repeats BOS before every turn (Llama-2 chat) loses the repetitions.
-
-Where a template leaves a space between prompt and response, the space belongs to the response's first
-token ("Assistant:" + " Paris"); ``response_lead`` says so and the prompt ends before the space.
-
-A template has a ``name`` as configured, the ``text`` that defines it (for manifests), and
-``writes_special_tokens``: whether special-token texts in its prompts mean the tokens. Where they do not,
-"<s>" typed by a user stays four characters; where they do, such a conversation is refused.
-
-System text: table 9 has no place for it, so it is put before the first instruction with a blank line
-between them; a chat template puts it where its author wanted it.
+A template has a ``name`` as configured and the ``text`` that defines it (for manifests).
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from ultrafuser_mega.data.conversation import Conversation
+from ultrafuser_mega.data.chat_format import (
+    JinjaTemplate,
+    PieceTemplate,
+    PromptError,
+    SequenceTokenizer,
+    check_markers,
+    marked_messages,
+    marker,
+)
 from ultrafuser_mega.errors import InputError
 
 
-class UnfitConversationError(ValueError):
-    """This template cannot render this conversation; the message is the reason."""
-
-
 @dataclass(frozen=True, slots=True)
-class PaperTemplate:
+class PaperTemplate(PieceTemplate):
     """A template of table 9. ``{instruction}`` marks the user's text in ``first`` and ``later``."""
 
     name: str
-    first: str
-    later: str
     response_lead: str = " "
-    writes_special_tokens: bool = False
+    end_id: int | None = None
 
     @property
     def text(self) -> str:
         return f"{self.first}\n---\n{self.later}"
-
-    def prompts(self, conversation: Conversation) -> list[str]:
-        """One text per turn. The responses are not read."""
-        (user, _), *rest = conversation.turns
-        if conversation.system:
-            user = f"{conversation.system}\n\n{user}"
-        filled = [self.first.replace("{instruction}", user)]
-        return filled + [self.later.replace("{instruction}", user) for user, _ in rest]
 
 
 # Table 9. It shows one turn; later turns take the same form here, WizardMath's preamble once. The "<s>"
@@ -68,97 +48,66 @@ PAPER_TEMPLATES = {
     template.name: template
     for template in (
         PaperTemplate(
-            "ultralm",
             "User: {instruction}\nAssistant:",
             "\nUser: {instruction}\nAssistant:",
+            "ultralm",
         ),
         PaperTemplate(
+            "[INST] {instruction} [/INST]",
+            "[INST] {instruction} [/INST]",
             "codellama",
-            "[INST] {instruction} [/INST]",
-            "[INST] {instruction} [/INST]",
         ),
         PaperTemplate(
-            "wizardmath",
             "Below is an instruction that describes a task. Write a response that appropriately completes the "
             "request.\n\n### Instruction:\n{instruction}\n\n### Response:",
             "\n\n### Instruction:\n{instruction}\n\n### Response:",
+            "wizardmath",
         ),
     )
 }
 TEMPLATE_NAMES = (*PAPER_TEMPLATES, "hf")
 
 
-class ChatTemplate:
-    """The tokenizer's own chat template (``hf``).
-
-    The whole conversation is rendered once with a unique marker as every assistant's content and cut at
-    the markers, so what the template says between two responses is exactly its author's. EOS text right
-    after a marker is taken away: EOS belongs to the response.
-    """
+class ChatTemplate(JinjaTemplate):
+    """The tokenizer's own chat template (``hf``), read from ``folder``."""
 
     name = "hf"
-    writes_special_tokens = True
 
     def __init__(self, tokenizer: Any, folder: str) -> None:
-        self.tokenizer = tokenizer
-        self.folder = folder
         if not tokenizer.chat_template:
             raise InputError(
                 f'{folder}: template "hf" asks for the tokenizer\'s chat template and it has none; '
                 f"use one of {', '.join(PAPER_TEMPLATES)} or add chat_template.jinja"
             )
-        probe = Conversation((("one", ""), ("two", "")))
         try:
-            self.text = str(tokenizer.get_chat_template())
-            rendered = self._render(probe)
-        except ValueError as error:  # UnfitConversationError, or several named templates and none called default
+            super().__init__(str(tokenizer.get_chat_template()))
+            self.response_lead, self.end_id = self._probe(SequenceTokenizer(tokenizer))
+        except ValueError as error:  # PromptError, or several named templates and none called default
             raise InputError(f"{folder}: its chat template cannot be used: {error}") from None
-        self.response_lead = " " if all(prompt.endswith(" ") for prompt in rendered) else ""
-        texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
 
-    def prompts(self, conversation: Conversation) -> list[str]:
-        """One text per turn. The responses are not read. Raises UnfitConversationError."""
-        self._refuse_special_text(conversation)
-        return [prompt.removesuffix(" ") for prompt in self._render(conversation)]
-
-    def _render(self, conversation: Conversation) -> list[str]:
-        """The texts before each marker; a space at their end is kept, EOS after a response is not."""
-        marker = "xqResponseqx"
-        while any(marker in user for user, _ in conversation.turns) or marker in (conversation.system or ""):
-            marker += "x"
-        markers = [f"{marker}{place}z" for place in range(len(conversation.turns))]
-        messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
-        for (user, _), mark in zip(conversation.turns, markers, strict=True):
-            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": mark}]
+    def _probe(self, tokenizer: SequenceTokenizer) -> tuple[str, int | None]:
+        """``response_lead`` and ``end_id`` of what it makes of three questions and two answers, alone and together."""
+        roles = ("user", "assistant", "user", "assistant", "user")
+        messages = marked_messages(roles)
+        first = self.apply(tokenizer, messages[:1])
+        check_markers(first, roles[:1], among=("user",))
+        history = self.apply(tokenizer, messages)
+        check_markers(history, roles, among=("assistant",))
+        before, _, behind = history.partition(marker(1))
+        lead = " " if before == first + " " else ""
         try:
-            rest = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except TemplateError as error:
-            reason = str(error).split("\n")[0]
-            raise UnfitConversationError(f"the chat template refuses the conversation: {reason}") from None
-        if any(rest.count(mark) != 1 for mark in markers):
-            raise UnfitConversationError("the chat template drops, repeats or alters the response")
-        prompts: list[str] = []
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        for mark in markers:
-            prompt, found, rest = rest.partition(mark)
-            if not found:
-                raise UnfitConversationError("the chat template changes the order of the responses")
-            if rest.lstrip(" ").startswith(eos):
-                rest = rest.lstrip(" ").removeprefix(eos)
-            opens_with_bos = bool(bos) and not prompts and prompt.startswith(bos)
-            prompt = prompt.replace(bos, "") if bos else prompt
-            prompts.append(bos + prompt if opens_with_bos else prompt)
-        return prompts
+            last = self.apply(tokenizer, messages[:4], for_generation=False).partition(marker(3))[2]
+        except PromptError:  # it wants a question at the end
+            last = ""
+        opening = _added_tokens(tokenizer, first.partition(marker(0))[0])
+        behind_answer = _added_tokens(tokenizer, last) + _added_tokens(tokenizer, behind.partition(marker(2))[0])
+        return lead, next((token for token in behind_answer if token not in opening), None)
 
-    def _refuse_special_text(self, conversation: Conversation) -> None:
-        if self._special is None:
-            return
-        for text in (conversation.system or "", *(user for user, _ in conversation.turns)):
-            if found := self._special.search(text):
-                raise UnfitConversationError(
-                    f"the user's text holds {found.group()}, which would be read as a control token"
-                )
+
+def _added_tokens(tokenizer: SequenceTokenizer, text: str) -> list[int]:
+    """The tokens in ``text`` that are no part of the trained vocabulary: control tokens, whether marked so or not."""
+    added = {token for token, entry in tokenizer.tokenizer.added_tokens_decoder.items() if entry.content.strip()}
+    return [token for token in tokenizer.encode([text], specials=True)[0] if token in added]
 
 
 Template = PaperTemplate | ChatTemplate
@@ -167,10 +116,42 @@ Template = PaperTemplate | ChatTemplate
 def load_template(name: str, tokenizer: Any, folder: str) -> Template:
     """The template called ``name`` for a transformers tokenizer (read from ``folder``, for messages).
 
-    Raises InputError for an unknown name and for a chat template that is missing or loses responses.
+    Raises InputError for an unknown name and for a chat template that is missing, fails or loses texts.
     """
     if name in PAPER_TEMPLATES:
         return PAPER_TEMPLATES[name]
     if name == "hf":
         return ChatTemplate(tokenizer, folder)
     raise InputError(f'template "{name}" is not known; expected one of {", ".join(TEMPLATE_NAMES)}')
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """What the responses of all specialists have in common.
+
+    lead      stands before each that does not bring its own white space: a space, if any template writes one
+    end_id    stands behind each: what the first specialist's template ends a turn with
+    ends      name -> what each one's template ends a turn with; any of them ends an answer
+    """
+
+    lead: str
+    end_id: int
+    ends: dict[str, int]
+
+
+def response_format(
+    tokenizers: Mapping[str, SequenceTokenizer], templates: Mapping[str, Template], vocab_size: int
+) -> ResponseFormat:
+    """That of these specialists; InputError where the ending lies beyond the shared vocabulary."""
+    ends: dict[str, int] = {}
+    for name, template in templates.items():
+        ends[name] = tokenizers[name].eos_id if template.end_id is None else template.end_id
+    first, end = next(iter(ends.items()))
+    if end >= vocab_size:
+        piece = tokenizers[first].tokenizer.convert_ids_to_tokens(end)
+        raise InputError(
+            f"specialists.{first}.template: its turns end with {piece} (id {end}), beyond the shared vocabulary of "
+            f"{vocab_size}; use one of {', '.join(PAPER_TEMPLATES)}"
+        )
+    lead = " " if any(template.response_lead for template in templates.values()) else ""
+    return ResponseFormat(lead, end, ends)

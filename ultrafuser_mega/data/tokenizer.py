@@ -1,25 +1,20 @@
-"""One specialist's tokenizer as the data part needs it, and the check that several of them agree.
+"""The tokenizer in a specialist's folder, and the check that several of them agree.
 
-Tokenizers differ in habits that corrupt aligned data without a word: some add BOS by themselves, some
-put a "▁" before the first word of whatever they are given, some only at the start of a text, some not
-at all. So nothing here uses a tokenizer's post-processing; BOS is put in front as an id, and text that
-continues a sequence is encoded behind an anchor whose ids are then cut off, so that it is split as it
-would be in the middle of a text: "Assistant:" + " Paris" gives "▁Paris" and no lone "▁".
+How texts become ids is chat_format.py's subject, which releases share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from ultrafuser_mega.data.chat_format import SequenceTokenizer
 from ultrafuser_mega.errors import InputError
 
-_ANCHORS = ("\n", ":", "a", "0", ")")  # a line break first: few tokenizers let it melt into a word
-_AFTER_EOS_PROBES = ("\nUser", "[INST] x", " x", "User")
 _PROBES = (
     "Hello world",
     "  two  spaces and a tab\t.",
@@ -31,8 +26,8 @@ _PROBES = (
 )
 
 
-class TextEncoder:
-    """The tokenizer in a Hugging Face folder. All ids are plain lists of int; nothing is truncated.
+class TextEncoder(SequenceTokenizer):
+    """The tokenizer in a Hugging Face folder.
 
     Raises InputError where the folder holds no usable tokenizer: not there, not readable, not a fast
     one, without an EOS token.
@@ -43,21 +38,15 @@ class TextEncoder:
         if not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder; expected one with tokenizer.json or tokenizer.model")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds here, some with pages of advice
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise InputError(f"{folder}: no tokenizer can be loaded from here: {reason}") from None
-        if not self.tokenizer.is_fast:
+        if not tokenizer.is_fast:
             raise InputError(f"{folder}: only a slow Python tokenizer was found; save a tokenizer.json beside it")
-        if self.tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None:
             raise InputError(f"{folder}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
-        self.bos_id: int | None = self.tokenizer.bos_token_id
-        self.eos_id: int = self.tokenizer.eos_token_id
-        self._backend = self.tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._anchor_ids = {anchor: self._encode([anchor], specials=False)[0] for anchor in _ANCHORS}
-        self._later_anchors = self._find_later_anchors()
+        super().__init__(tokenizer)
 
     def pieces(self) -> dict[int, str]:
         """id -> piece, added tokens included."""
@@ -75,61 +64,6 @@ class TextEncoder:
         """A hash of everything that decides which ids a text gets."""
         whole = f"{self.bos_id} {self.eos_id} {self._backend.to_str()}"
         return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
-
-    def encode_first_prompts(self, texts: Sequence[str], *, specials: bool) -> list[list[int]]:
-        """Texts that open a sequence: exactly one BOS in front (none if the tokenizer has none).
-
-        ``specials``: read special-token texts as tokens; otherwise they are ordinary characters.
-        """
-        if self.bos_id is None:
-            return self._encode(texts, specials=specials)
-        return [[self.bos_id, *_without_leading(ids, self.bos_id)] for ids in self._encode(texts, specials=specials)]
-
-    def encode_later_prompts(self, texts: Sequence[str], *, specials: bool) -> list[list[int]]:
-        """Texts that follow an EOS within a sequence, split as the tokenizer does after EOS."""
-        if not specials:
-            return self._encode_behind(texts, self._later_anchors)
-        whole = self._encode([self.tokenizer.eos_token + text for text in texts], specials=True)
-        return [ids[1:] if ids[:1] == [self.eos_id] else ids for ids in whole]
-
-    def encode_responses(self, texts: Sequence[str], lead: str) -> list[list[int]]:
-        """Texts that follow a prompt, without EOS. ``lead`` (" " or "") stands before each that does
-        not bring its own white space. Special-token texts are ordinary characters."""
-        spaced = [text if text[:1].isspace() else lead + text for text in texts]
-        return self._encode_behind(spaced, _ANCHORS)
-
-    def _encode(self, texts: Sequence[str], *, specials: bool) -> list[list[int]]:
-        self._backend.encode_special_tokens = not specials
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
-
-    def _encode_behind(self, texts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
-        """Encode each text behind the first anchor that does not melt into it."""
-        result: list[list[int]] = [[] for _ in texts]
-        waiting = list(range(len(texts)))
-        for anchor in anchors:
-            prefix = self._anchor_ids[anchor] if anchor else []
-            still_waiting = []
-            encoded = self._encode([anchor + texts[place] for place in waiting], specials=False)
-            for place, ids in zip(waiting, encoded, strict=True):
-                if ids[: len(prefix)] == prefix:
-                    result[place] = ids[len(prefix) :]
-                else:
-                    still_waiting.append(place)
-            waiting = still_waiting
-            if not waiting:
-                return result
-        for place, ids in zip(waiting, self._encode([texts[place] for place in waiting], specials=False), strict=True):
-            result[place] = ids
-        return result
-
-    def _find_later_anchors(self) -> tuple[str, ...]:
-        """The anchors behind which text is split as it is after EOS ("" for most tokenizers)."""
-        expected = self.encode_later_prompts(_AFTER_EOS_PROBES, specials=True)
-        for anchor in ("", *_ANCHORS):
-            if self._encode_behind(_AFTER_EOS_PROBES, (anchor,)) == expected:
-                return (anchor, *_ANCHORS) if anchor else ("",)
-        return ("",)
 
 
 def check_tokenizers(folders: Mapping[str, str | Path], vocab_size: int) -> dict[str, TextEncoder]:
@@ -233,10 +167,3 @@ def _quoted(piece: str | None) -> str:
 
 def _piece(ids: list[int], place: int, pieces: dict[int, str]) -> str:
     return _quoted(pieces.get(ids[place])) if place < len(ids) else "nothing"
-
-
-def _without_leading(ids: list[int], token: int) -> list[int]:
-    place = 0
-    while place < len(ids) and ids[place] == token:
-        place += 1
-    return ids[place:]

@@ -130,7 +130,9 @@ class Answerer:
         """
         opened = self._opened
         prefix = opened.model.config.response_lead if lead else ""
-        texts = {first_row + i: TextStream(opened.tokenizer, prefix, limits.stop) for i in range(len(prompts))}
+        texts = {
+            first_row + i: TextStream(opened.tokenizer, prefix, limits.stop, opened.eos) for i in range(len(prompts))
+        }
         weights: dict[int, list[list[float]]] = {row: [] for row in texts}
         decoding = self._decoder.decode(
             prompts, max_new_tokens=limits.max_new_tokens, sampling=sampling, eos=opened.eos, first_row=first_row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,16 @@ class TextStream:
         tokenizer: of the model.
         lead: text that every response begins with and nobody wants to see (the configuration's ``response_lead``).
         stop: strings that end the answer; neither they nor what follows belongs to it.
+        ends: tokens that end the answer; they have no text, whatever the tokenizer calls them.
 
     Attributes:
         stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, lead: str, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._lead, self._stop = tokenizer, lead, tuple(stop)
+    def __init__(
+        self, tokenizer: Any, lead: str, stop: Sequence[str] = (), ends: Collection[int] = frozenset()
+    ) -> None:
+        self._tokenizer, self._lead, self._stop, self._end_ids = tokenizer, lead, tuple(stop), ends
         self._ids: list[int] = []
         self._text = ""  # all that is certain
         self._final: str | None = None
@@ -62,7 +65,7 @@ class TextStream:
         self._ids.append(token)
         begin, before = self._window
         lead = "" if begin else self._lead
-        tail = decode_response(self._tokenizer, self._ids[begin:], lead)
+        tail = self._decode(begin, lead)
         self._settle(before + tail.rstrip(_INCOMPLETE))
         if len(self._ids) - begin >= 2 * _WINDOW:
             self._slide(before + tail)
@@ -71,16 +74,20 @@ class TextStream:
     def _slide(self, text: str) -> None:
         """Decode from a later token on, where that gives the same text: the whole answer again would be quadratic."""
         begin = len(self._ids) - _WINDOW
-        tail = decode_response(self._tokenizer, self._ids[begin:], "")
+        tail = self._decode(begin, "")
         if tail and text.endswith(tail) and _INCOMPLETE not in tail:
             self._window = begin, text.removesuffix(tail)
 
     def finish(self) -> list[Piece]:
         """No token follows: what was held back, broken characters included."""
-        whole = decode_response(self._tokenizer, self._ids, self._lead)
+        whole = self._decode(0, self._lead)
         self._final = self._cut(whole)
         self._settle(whole)
         return self._show(len(self._text))
+
+    def _decode(self, begin: int, lead: str) -> str:
+        ids = self._ids[begin:]
+        return decode_response(self._tokenizer, ids[:-1] if ids and ids[-1] in self._end_ids else ids, lead)
 
     def _cut(self, text: str) -> str:
         """Without the first stop string and what follows it."""

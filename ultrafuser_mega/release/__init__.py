@@ -1,7 +1,8 @@
 """The fused model as a Hugging Face folder: the code that travels with it, and the writer of everything but weights.
 
-``configuration_ultrafuser``, ``modeling_ultrafuser`` and ``chat_ultrafuser`` are copied verbatim into every release
-folder and import nothing but torch and transformers; this package need not be installed where the folder is used.
+``configuration_ultrafuser``, ``modeling_ultrafuser``, ``chat_ultrafuser`` and ``data/chat_format`` are copied verbatim
+into every release folder and import nothing but torch and transformers; this package need not be installed where the
+folder is used.
 """
 
 from __future__ import annotations

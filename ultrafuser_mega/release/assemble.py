@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,21 @@ import torch
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from ultrafuser_mega.data.templates import PaperTemplate, Template, load_template
+from ultrafuser_mega.data import chat_format
+from ultrafuser_mega.data.templates import PaperTemplate, ResponseFormat, Template, load_template, response_format
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.release.card import CardFacts, SpecialistFacts, licence_files, write_card
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 
-CODE = ("configuration_ultrafuser.py", "modeling_ultrafuser.py", "chat_ultrafuser.py")
+CODE = {
+    **{
+        file: Path(__file__).with_name(file)
+        for file in ("configuration_ultrafuser.py", "modeling_ultrafuser.py", "chat_ultrafuser.py")
+    },
+    "chat_format_ultrafuser.py": Path(chat_format.__file__),
+}
 _AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
     "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
@@ -69,6 +76,7 @@ def assemble_release(
         name: load_template(template, encoders[name].tokenizer, str(folders[name]))
         for name, (_, template) in specialists.items()
     }
+    responses = response_format(encoders, templates, vocab_size)
     first, *others = specialists
     own_tokenizer = {name for name in others if encoders[name].fingerprint() != encoders[first].fingerprint()}
     entries: list[dict[str, Any]] = []
@@ -77,18 +85,19 @@ def assemble_release(
         entries.append({"name": name, "config": fields, "template": _template_fields(templates[name])})
         if name in own_tokenizer:
             entries[-1]["tokenizer"] = f"tokenizers/{name}"
-    config = _make_config(entries, vocab_size, gate_units, gate_shared, dtype, templates, encoders[first])
+    config = _make_config(entries, vocab_size, gate_units, gate_shared, dtype, responses, encoders[first])
 
     config.to_json_file(out_dir / "config.json")
-    for file in CODE:
-        shutil.copyfile(Path(__file__).with_name(file), out_dir / file)
-    _write_tokenizer(out_dir, encoders[first], _as_jinja(templates[first]), vocab_size)
+    for file, source in CODE.items():
+        shutil.copyfile(source, out_dir / file)
+    jinja = {name: _as_jinja(template, encoders[name], responses) for name, template in templates.items()}
+    _write_tokenizer(out_dir, encoders[first], jinja[first], vocab_size)
     (out_dir / "chat_templates").mkdir(exist_ok=True)
-    for name, template in templates.items():
-        (out_dir / "chat_templates" / f"{name}.jinja").write_text(_as_jinja(template), encoding="utf-8")
+    for name, template in jinja.items():
+        (out_dir / "chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
         if name in own_tokenizer:
-            _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], _as_jinja(template), vocab_size)
-    _write_generation_config(out_dir, folders, config)
+            _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], template, vocab_size)
+    _write_generation_config(out_dir, folders, config, [*responses.ends.values(), encoders[first].eos_id])
     for name, folder in folders.items():
         _copy_licences(folder, out_dir / "licenses" / name)
     facts = [
@@ -105,7 +114,7 @@ def _make_config(
     gate_units: int,
     gate_shared: bool,
     dtype: torch.dtype,
-    templates: Mapping[str, Template],
+    responses: ResponseFormat,
     first: TextEncoder,
 ) -> UltraFuserConfig:
     try:
@@ -114,9 +123,9 @@ def _make_config(
             vocab_size=vocab_size,
             gate_units=gate_units,
             gate_shared=gate_shared,
-            response_lead=" " if any(template.response_lead for template in templates.values()) else "",
+            response_lead=responses.lead,
             bos_token_id=first.bos_id,
-            eos_token_id=first.eos_id,
+            eos_token_id=responses.end_id,
             pad_token_id=_pad_id(first, vocab_size),
             dtype=dtype,
             architectures=["UltraFuserForCausalLM"],
@@ -144,10 +153,13 @@ def _template_fields(template: Template) -> dict[str, str]:
     return {"chat_template": template.text}
 
 
-def _as_jinja(template: Template) -> str:
-    """The template as tools other than ``chat`` read it, BOS, responses and EOS included."""
+def _as_jinja(template: Template, encoder: TextEncoder, responses: ResponseFormat) -> str:
+    """The template as tools other than ``chat`` read it, BOS, responses and their ending included."""
     if not isinstance(template, PaperTemplate):
         return template.text
+    end = "eos_token"
+    if responses.end_id != encoder.eos_id:
+        end = json.dumps(encoder.tokenizer.convert_ids_to_tokens(responses.end_id))
     before, after = (json.dumps(part) for part in template.first.split("{instruction}"))
     later_before, later_after = (json.dumps(part) for part in template.later.split("{instruction}"))
     lead = json.dumps(template.response_lead)
@@ -158,7 +170,7 @@ def _as_jinja(template: Template) -> str:
         f"{{{{ {later_before} + message['content'] + {later_after} }}}}"
         "{% elif message['role'] == 'user' %}{% set state.opened = true %}"
         f"{{{{ {before} + state.system + message['content'] + {after} }}}}"
-        f"{{% else %}}{{{{ {lead} + message['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% else %}}{{{{ {lead} + message['content'] + {end} }}}}{{% endif %}}{{% endfor %}}"
     )
 
 
@@ -185,9 +197,12 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, voc
         raise InputError(f"{encoder.folder}: its tokenizer does not survive being saved; save it as tokenizer.json")
 
 
-def _write_generation_config(out_dir: Path, folders: Mapping[str, Path], config: UltraFuserConfig) -> None:
-    """EOS of training first, then whatever else ends a specialist's answers; nothing of their sampling settings."""
-    ends = [config.eos_token_id]
+def _write_generation_config(
+    out_dir: Path, folders: Mapping[str, Path], config: UltraFuserConfig, stops: Sequence[int]
+) -> None:
+    """``stops`` (the ending of training is the first), then whatever else ends a specialist's answers; nothing of
+    their sampling settings."""
+    ends = list(dict.fromkeys(token for token in stops if token < config.vocab_size))
     for folder in folders.values():
         path = folder / "generation_config.json"
         found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None

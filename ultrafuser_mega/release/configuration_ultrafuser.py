@@ -20,11 +20,12 @@ class UltraFuserConfig(PreTrainedConfig):
     Args:
         specialists: one entry each, in the order of the gate weights (a list: JSON objects get sorted): ``name``,
             ``config`` (the specialist's own config.json, every field of it), ``template`` (what it reads before a
-            response, see ``chat_ultrafuser``) and, where its tokenizer is not the folder's own, ``tokenizer`` (the
-            subfolder that holds it).
+            response, see ``chat_format_ultrafuser``) and, where its tokenizer is not the folder's own, ``tokenizer``
+            (the subfolder that holds it).
         vocab_size: entries of the shared vocabulary; every specialist's logits are cropped to it.
         gate_units: hidden units m of the gate.
         gate_shared: one first gate layer for all specialists, or one for each (hidden sizes that differ).
+        eos_token_id: what stands behind every response, which need not be the tokenizer's EOS.
         response_lead: text between a prompt and its response that belongs to the response's first token.
 
     ``num_hidden_layers``, ``hidden_size``, ``num_attention_heads`` and ``max_position_embeddings`` follow from the

@@ -41,7 +41,7 @@ def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) ->
 
 def data_notes(config: FuserConfig, report: PrepareReport) -> list[str]:
     """How often each stage passes the rows of each class, then what ``report`` found odd; for people, a line each."""
-    sizes = {name: int(report.counts(name, "train")["kept"]) for name in config.data.classes}
+    sizes = {name: int(report.counts(name, "train")["samples"]) for name in config.data.classes}
     stages = {
         title: (stage.steps, stage.samples_per_class)
         for title, stage in (("stage 1", config.stage1), ("stage 2", config.stage2))

@@ -11,6 +11,7 @@ from support.release_prompts import STEPS
 from transformers import PreTrainedTokenizerFast
 
 from ultrafuser_mega.cli.terminal import AnswerPrinter, chat
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answer, Answerer, Limits, Shown, TracedToken
 from ultrafuser_mega.inference.batch import TraceFile
 from ultrafuser_mega.inference.model import OpenedModel
@@ -34,10 +35,12 @@ class Scripted:
         self.asked: list[list[dict[str, str]]] = []
 
     def encode(self, conversation):
-        self.asked.append(list(conversation))
-        return {}
+        if any("refused" in message["content"] for message in conversation):
+            raise InputError("messages: code: the chat template refuses the conversation: no system here")
+        return list(conversation)
 
     def stream(self, prompts, limits, sampling, *, lead=True) -> Iterator[Shown | tuple[int, Answer]]:
+        self.asked += prompts
         for token in self.tokens:
             yield Shown(0, token.text, token.weights)
         yield 0, Answer("".join(token.text for token in self.tokens), self.tokens, "eos")
@@ -119,6 +122,20 @@ def test_commands_change_the_conversation_and_unknown_ones_are_named():
         ["four"],
     ]
     assert "/wat: no such command; /help shows them" in said
+
+
+def test_a_system_text_that_a_template_refuses_is_one_line_and_the_conversation_goes_on():
+    answerer = Scripted(TracedToken(5, "yes", [1.0, 0.0]))
+    said = talk(answerer, "one", "/system refused", "two", "a refused question", "three")
+    assert [line for line in said if line.startswith("error: ")] == [
+        "error: messages: code: the chat template refuses the conversation: no system here; "
+        "the conversation goes on as it was",
+        "error: messages: code: the chat template refuses the conversation: no system here; "
+        "/reset begins a new conversation",
+    ]
+    assert [m["content"] for m in answerer.asked[-1]] == ["one", "yes", "two", "yes", "three"]
+    with pytest.raises(InputError, match="no system here"):
+        talk(answerer, "one", system="refused")
 
 
 def test_ctrl_c_at_the_prompt_leaves_the_conversation_alone():

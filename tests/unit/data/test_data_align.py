@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import chain
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chats import as_messages, whole_prompts
 from transformers import AutoTokenizer
 
 from ultrafuser_mega.data.align import BEYOND_VOCABULARY, TOO_LONG, UNFIT, Aligned, Aligner, Dropped
@@ -66,21 +68,68 @@ def test_sequences_share_responses_hold_one_bos_and_never_pass_max_length(aligne
 
 
 @pytest.mark.parametrize("kind", ["first", "bytelevel"])
-def test_a_chat_templates_sequence_is_what_the_tokenizer_makes_of_the_rendered_conversation(kind, request):
+def test_a_chat_templates_prompts_are_what_transformers_gives_for_generation_at_every_turn(kind, request):
     folder = request.getfixturevalue(kind)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     conversation = Conversation((("What is 2+2?", "The answer is 4."), ("Print it.", "def add(a, b):\n    return 4")))
     aligner = aligner_of({"one": (folder, "hf")}, len(tokenizer))
     (aligned,) = aligner.align([conversation])
-    ours = [t for turn in zip(aligned.prompts["one"], aligned.responses, strict=True) for ids in turn for t in ids]
+    for turn, trained in enumerate(whole_prompts(aligned)):
+        messages = as_messages(conversation, turn)
+        assert trained["one"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    # Llama-2's has a space before EOS that no answer has: the second prompt does not go on with the first sequence.
+    assert aligned.starts == ((0, 1) if kind == "first" else (0,))
 
-    messages = []
-    for user, assistant in conversation.turns:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    # The two departures that the documentation names: one BOS only, and no space between response and EOS.
-    text = text[:3] + text[3:].replace("<s>", "").replace(" </s>", "</s>") if kind == "first" else text.rstrip("\n")
-    assert ours == tokenizer(text, add_special_tokens=False).input_ids
+
+SYSTEM_LAST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[Q]{% if loop.last and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}: {% endif %}{{ m.content }}[/Q]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_turn_whose_prompt_does_not_go_on_with_the_sequence_begins_one_for_all_specialists(bytelevel, tmp_path):
+    folder = tmp_path / "mistral"
+    shutil.copytree(bytelevel, folder)
+    (folder / "chat_template.jinja").write_text(SYSTEM_LAST)
+    aligner = aligner_of({"plain": (bytelevel, "ultralm"), "chat": (folder, "hf")}, 500)
+    turns = (("one?", "yes"), ("two?", "no"), ("three?", "maybe"))
+    system, without = aligner.align([Conversation(turns, "You are brief."), Conversation(turns)])
+    assert without.starts == (0,) and system.starts == (0, 1, 2)
+    assert system.responses == without.responses
+    tokenizer = aligner.encoders["plain"].tokenizer
+    assert [tokenizer.decode(prompts["chat"]) for prompts in whole_prompts(system)][1:] == [
+        "[Q]one?[/Q] yes<|im_end|>[Q]You are brief.: two?[/Q]",
+        "[Q]one?[/Q] yes<|im_end|>[Q]two?[/Q] no<|im_end|>[Q]You are brief.: three?[/Q]",
+    ]
+    assert tokenizer.decode(whole_prompts(system)[1]["plain"]) == (
+        "User: You are brief.\n\none?\nAssistant: yes<|im_end|>\nUser: two?\nAssistant:"
+    )
+
+
+def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_shown_shortened(bytelevel, tmp_path):
+    folder = tmp_path / "thinks"
+    shutil.copytree(bytelevel, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    conversation = Conversation((("one?", "<think>" + "x " * 100 + "</think>yes"), ("two?", "no")))
+    (cut,) = aligner_of({"chat": (folder, "hf")}, 500, 60).align([conversation])
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert cut.was_cut and cut.starts == (0, 1)
+    assert len(cut.prompts["chat"][0]) + len(cut.responses[0]) == 60
+    assert tokenizer.decode(cut.prompts["chat"][1]) == (
+        "user: one?<|im_end|>assistant: yes<|im_end|>user: two?<|im_end|>assistant: "
+    )
+    assert tokenizer.decode(cut.responses[1]) == "no<|im_end|>"
+
+
+def test_a_turn_that_is_not_trained_is_read_as_context(aligner):
+    turns = (("a", "b"), ("c", "d"), ("e", "f"))
+    whole, part = aligner.align([Conversation(turns), Conversation(turns, untrained=frozenset({0, 1}))])
+    assert part.responses == whole.responses[2:]
+    assert whole_prompts(part) == whole_prompts(whole)[2:]
 
 
 def test_specialists_whose_templates_differ_on_the_space_share_one_answer(bytelevel):

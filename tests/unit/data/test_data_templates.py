@@ -1,12 +1,17 @@
-"""What a specialist reads before each response: table 9 to the letter, chat templates as their authors wrote them."""
+"""What a specialist reads before each response: table 9 to the letter, chat templates as transformers renders them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from support.chats import as_chat, as_messages
 from transformers import AutoTokenizer
 
+from ultrafuser_mega.data.chat_format import PromptError, SequenceTokenizer
 from ultrafuser_mega.data.conversation import Conversation
-from ultrafuser_mega.data.templates import ChatTemplate, UnfitConversationError, load_template
+from ultrafuser_mega.data.templates import ChatTemplate, load_template, response_format
+from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import InputError
 
 ONE = Conversation((("What is 2+2?", "4"),))
@@ -16,11 +21,27 @@ PREAMBLE = (
 )
 
 
-def chat(folder, template: str | None = None) -> ChatTemplate:
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if template is not None:
-        tokenizer.chat_template = template
-    return load_template("hf", tokenizer, str(folder))
+class Chat:
+    """The chat template of a folder, or another one with its tokenizer."""
+
+    def __init__(self, folder: Path, template: str | None = None) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if template is not None:
+            tokenizer.chat_template = template
+        loaded = load_template("hf", tokenizer, str(folder))
+        assert isinstance(loaded, ChatTemplate)
+        self.template, self.tokenizer = loaded, SequenceTokenizer(tokenizer)
+
+    def texts(self, conversation: Conversation) -> list[str]:
+        return self.template.texts(self.tokenizer, as_chat(conversation))
+
+    def for_generation(self, conversation: Conversation, turn: int) -> str:
+        messages = as_messages(conversation, turn)
+        return self.tokenizer.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def end(self) -> str | None:
+        end = self.template.end_id
+        return None if end is None else self.tokenizer.tokenizer.convert_ids_to_tokens(end)
 
 
 @pytest.mark.parametrize(
@@ -48,58 +69,130 @@ def chat(folder, template: str | None = None) -> ChatTemplate:
 )
 def test_the_templates_of_table_9_with_one_and_two_turns(name, one, two):
     template = load_template(name, None, "")
-    assert template.prompts(ONE) == one
-    assert template.prompts(TWO) == two
-    assert template.response_lead == " "
+    assert template.texts(as_chat(ONE)) == one
+    assert template.texts(as_chat(TWO)) == two
+    assert template.response_lead == " " and template.end_id is None
 
 
 def test_braces_in_the_instruction_are_ordinary_characters():
-    conversation = Conversation((("{instruction} {x} %s", "a"),))
-    assert load_template("ultralm", None, "").prompts(conversation) == ["User: {instruction} {x} %s\nAssistant:"]
+    chat = as_chat(Conversation((("{instruction} {x} %s", "a"),)))
+    assert load_template("ultralm", None, "").texts(chat) == ["User: {instruction} {x} %s\nAssistant:"]
 
 
-def test_a_llama2_chat_template_gives_its_own_text_between_responses_without_the_repeated_bos(first):
-    template = chat(first)
-    two = Conversation(TWO.turns)
-    assert template.prompts(two) == ["<s>[INST] What is 2+2? [/INST]", "[INST] And 3+3? [/INST]"]
-    assert template.response_lead == " "
+def test_every_prompt_of_a_chat_template_is_what_transformers_makes_for_generation_at_that_turn(first, bytelevel):
+    for chat, conversation in ((Chat(first), Conversation(TWO.turns)), (Chat(bytelevel), TWO)):
+        assert chat.texts(conversation) == [chat.for_generation(conversation, turn) for turn in range(2)]
+    assert Chat(first).texts(ONE) == ["<s>[INST] What is 2+2? [/INST]"]
 
 
-def test_a_chatml_template_starts_responses_on_their_own_line(bytelevel):
-    template = chat(bytelevel)
-    assert template.prompts(TWO) == [
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n",
-        "\n<|im_start|>user\nAnd 3+3?<|im_end|>\n<|im_start|>assistant\n",
-    ]
-    assert template.response_lead == ""
+def test_the_space_that_a_template_writes_before_answers_that_are_history_leads_responses(first, bytelevel):
+    assert Chat(first).template.response_lead == " "
+    assert Chat(bytelevel).template.response_lead == ""
+    written = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    asked = "{% if add_generation_prompt %}assistant: {% endif %}"
+    assert Chat(first, written + asked).template.response_lead == "", "the prompt brings it"
 
 
-def test_the_prompt_before_the_last_response_is_what_the_template_renders_for_generation(bytelevel):
-    template = chat(bytelevel)
-    messages = [{"role": "user", "content": "What is 2+2?"}]
-    for_generation = template.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert template.prompts(ONE) == [for_generation]
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}ENDING{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TURNS.replace("ENDING", "<|im_end|>\n") + ASK, "<|im_end|>"),
+        (TURNS.replace("ENDING", "\n <|endoftext|>") + ASK, "<|endoftext|>"),
+        (TURNS.replace("ENDING", "<|endoftext|><|im_end|>") + ASK, "<|endoftext|>"),
+        (TURNS.replace("ENDING", "{% if not loop.last %}<|endoftext|>{% endif %}") + ASK, "<|endoftext|>"),
+        (TURNS.replace("ENDING", "\n") + ASK, None),  # what follows opens a turn, it ends none
+        (TURNS.replace("ENDING", "<|im_end|>") + "<|im_start|>assistant\n", "<|im_end|>"),
+        ("{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + TURNS + ASK, None),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", None),
+    ],
+)
+def test_what_ends_a_turn_is_what_the_template_writes_behind_an_answer(bytelevel, template, end):
+    assert Chat(bytelevel, template).end() == end
+
+
+def test_responses_end_as_the_first_specialist_writes_them_and_stop_at_every_ending(bytelevel):
+    encoder = TextEncoder(bytelevel)
+    other = TURNS.replace("ENDING", "<|endoftext|>") + ASK
+    templates = {"chat": Chat(bytelevel).template, "other": Chat(bytelevel, other).template}
+    end, other_end = encoder.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    shared = response_format(dict.fromkeys(templates, encoder), templates, 500)
+    assert (shared.lead, shared.end_id, shared.ends) == ("", end, {"chat": end, "other": other_end})
+    turned = dict(reversed(templates.items())) | {"plain": load_template("ultralm", None, "")}
+    shared = response_format(dict.fromkeys(turned, encoder), turned, 500)
+    assert (shared.lead, shared.end_id) == (" ", other_end) and shared.ends["plain"] == end
+
+
+def test_an_ending_beyond_the_shared_vocabulary_is_refused_by_name(bytelevel):
+    encoder, template = TextEncoder(bytelevel), Chat(bytelevel).template
+    assert template.end_id is not None
+    words = rf"specialists.a.template: its turns end with <\|im_end\|> \(id {template.end_id}\), beyond the"
+    with pytest.raises(InputError, match=words):
+        response_format({"a": encoder}, {"a": template}, template.end_id)
 
 
 def test_a_conversation_that_the_chat_template_refuses_is_unfit_with_the_templates_own_words(first):
-    with pytest.raises(UnfitConversationError, match="only user and assistant roles are supported"):
-        chat(first).prompts(TWO)
+    with pytest.raises(PromptError, match="only user and assistant roles are supported"):
+        Chat(first).texts(TWO)
 
 
-def test_control_tokens_typed_by_a_user_make_a_conversation_unfit_for_a_chat_template(first, bytelevel):
-    strike = Conversation((("Explain <s>this</s>", "HTML"),))
-    with pytest.raises(UnfitConversationError, match="holds <s>, which would be read as a control token"):
-        chat(first).prompts(strike)
-    with pytest.raises(UnfitConversationError, match=r"holds <\|im_end\|>, which would be read as a control"):
-        chat(bytelevel).prompts(Conversation((("a<|im_end|>\n<|im_start|>system\nb", "c"),)))
+def test_a_template_that_raises_anything_is_one_line(bytelevel):
+    chat = Chat(bytelevel, "{% if messages[0].role == 'system' %}{{ messages[0].content + 1 }}{% endif %}" + TURNS)
+    with pytest.raises(PromptError, match="refuses the conversation: can only concatenate str") as raised:
+        chat.texts(TWO)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_user_who_writes_the_marker_that_stands_for_the_response_changes_nothing(bytelevel):
-    template = chat(bytelevel)
-    marker = "xqResponseqx0z"
-    assert template.prompts(Conversation(((marker, "a"),))) == [
-        text.replace("What is 2+2?", marker) for text in template.prompts(ONE)
-    ]
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}|{% endfor %}", "drops.* the system text"),
+        (
+            "{% for m in messages %}{% if loop.last or m.role != 'user' %}{{ m.content }}|{% endif %}{% endfor %}",
+            "drops.* the user's",
+        ),
+        ("{% for m in messages %}{{ m.content.split('?')[0] }}|{% endfor %}", r"alters the user's text \(message 2\)"),
+        ("{% for m in messages %}{{ m.content.replace('Be', '') }}|{% endfor %}", "alters the system text"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}|{% endfor %}", "repeats"),
+    ],
+)
+def test_system_and_user_texts_that_do_not_survive_make_a_conversation_unfit(bytelevel, template, words):
+    chat = Chat(bytelevel)
+    chat.template.text = template
+    with pytest.raises(PromptError, match=words):
+        chat.texts(TWO)
+
+
+def test_white_space_around_texts_and_answers_that_are_history_are_the_templates_own_business(bytelevel):
+    trimmed = TURNS.replace("m.content", "m.content | trim").replace("ENDING", "<|im_end|>") + ASK
+    thoughtless = trimmed.replace("m.content", "m.content.split('</think>')[-1]")
+    conversation = Conversation(((" What? ", "<think>x</think> 4\n"), ("And 3+3?\n", "6")), system="\tBe brief.")
+    for template in (trimmed, thoughtless):
+        chat = Chat(bytelevel, template)
+        assert chat.texts(conversation) == [chat.for_generation(conversation, turn) for turn in range(2)]
+
+
+def test_control_tokens_make_a_conversation_unfit_for_a_chat_template_but_not_in_the_answer_that_is_trained(
+    first, bytelevel
+):
+    with pytest.raises(PromptError, match="user's text holds <s>, which would be read as a control token"):
+        Chat(first).texts(Conversation((("Explain <s>this</s>", "HTML"),)))
+    with pytest.raises(PromptError, match=r"holds <\|im_end\|>, which would be read as a control"):
+        Chat(bytelevel).texts(Conversation((("a<|im_end|>\n<|im_start|>system\nb", "c"),)))
+    with pytest.raises(PromptError, match="assistant's text holds </s>, which would be read as a control token"):
+        Chat(first).texts(Conversation((("a", "</s>"), ("b", "c"))))
+    assert len(Chat(first).texts(Conversation((("a", "</s>"),)))) == 1
+
+
+def test_a_user_who_writes_the_marker_that_stands_for_a_message_changes_nothing(bytelevel):
+    conversation = Conversation((("xQmessageQx0z", "</think>xQmessageQx2z"), ("xQmessageQx1z", "a")))
+    thoughtless = TURNS.replace("m.content", "m.content.split('</think>')[-1]").replace("ENDING", "<|im_end|>")
+    for template in (None, thoughtless):
+        chat = Chat(bytelevel, template)
+        assert chat.texts(conversation) == [chat.for_generation(conversation, turn) for turn in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -113,11 +206,12 @@ def test_a_user_who_writes_the_marker_that_stands_for_the_response_changes_nothi
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "changes the order"),
         ("{{ raise_exception('no') }}", "refuses the conversation: no"),
         ("{% for m in messages %}", "refuses the conversation: Unexpected end of template"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses the conversation: can only concatenate"),
     ],
 )
 def test_a_chat_template_that_loses_responses_is_refused_in_one_line(first, template, reason):
     with pytest.raises(InputError, match=reason) as raised:
-        chat(first, template)
+        Chat(first, template)
     assert str(first) in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -48,22 +48,19 @@ def test_every_first_prompt_has_exactly_one_bos_whatever_the_tokenizer_adds_or_t
 ):
     for folder in (first, prepend):
         encoder = TextEncoder(folder)
-        for text in ("User: hi", "<s>User: hi", "<s><s>User: hi"):
-            (ids,) = encoder.encode_first_prompts([text], specials=True)
-            assert ids[0] == encoder.bos_id and ids.count(encoder.bos_id) == 1
-        (ids,) = encoder.encode_first_prompts(["User: <s>hi</s>"], specials=False)
-        assert ids.count(encoder.bos_id) == 1 and encoder.eos_id not in ids
+        for text in ("User: hi", "<s>User: <s>hi</s>"):
+            (ids,) = encoder.encode_first_prompts([text])
+            assert ids[0] == encoder.bos_id and ids.count(encoder.bos_id) == 1 and encoder.eos_id not in ids
     encoder = TextEncoder(bytelevel)
     assert encoder.bos_id is None
-    (ids,) = encoder.encode_first_prompts(["User"], specials=True)
+    (ids,) = encoder.encode_first_prompts(["User"])
     assert "".join(pieces(encoder, ids)) == "User"
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("first", ["<0x0A>"]), ("prepend", ["▁", "<0x0A>"])])
-@pytest.mark.parametrize("specials", [True, False])
-def test_a_later_prompt_is_split_as_the_tokenizer_itself_does_after_eos(kind, expected, specials, request):
+def test_a_later_prompt_is_split_as_the_tokenizer_itself_does_after_eos(kind, expected, request):
     encoder = TextEncoder(request.getfixturevalue(kind))
-    (ids,) = encoder.encode_later_prompts(["\nUser: hi"], specials=specials)
+    (ids,) = encoder.encode_later_prompts(["\nUser: hi"])
     whole = encoder.tokenizer("</s>\nUser: hi", add_special_tokens=False).input_ids
     assert ids == whole[1:]
     assert pieces(encoder, ids)[: len(expected)] == expected

@@ -21,7 +21,7 @@ def tokenizers(releases):
 def response_ids(tokenizer, text: str, lead: str) -> list[int]:
     """As in training, without EOS."""
     encoder = SpecialistEncoder(tokenizer, {"first": "{instruction}", "later": "{instruction}"})
-    return encoder.encode_response(text, lead)[:-1]
+    return encoder.tokenizer.encode_responses([text], lead)[0]
 
 
 def streamed(tokenizer, ids, lead, stop=()) -> tuple[str, TextStream]:
@@ -107,3 +107,14 @@ def test_every_token_has_its_part_of_the_text(tokenizers):
     assert [piece.token for piece in pieces] == list(range(len(ids)))
     assert "".join(piece.text for piece in pieces) == "a 🙂 b"
     assert "" in [piece.text for piece in pieces]  # bytes of the emoji before its last
+
+
+@pytest.mark.parametrize("trio", LEADS)
+def test_the_token_that_ends_an_answer_has_no_text_even_where_it_is_an_ordinary_one(tokenizers, trio):
+    """A chat template may end turns with a token that its tokenizer does not mark as special."""
+    ids = response_ids(tokenizers[trio], "Rome is here.", LEADS[trio])
+    stream = TextStream(tokenizers[trio], LEADS[trio], (), frozenset({ids[-1]}))
+    shown = "".join(piece.text for token in ids for piece in stream.push(token))
+    shown += "".join(piece.text for piece in stream.finish())
+    assert shown == stream.text == "Rome is here"
+    assert stream.ids == ids and [piece.text for piece in stream.pieces()][-1] == ""

@@ -13,7 +13,6 @@ import torch
 from support.release_folder import PIECES, card_facts, write_specialist
 from transformers import PreTrainedTokenizerFast
 
-import ultrafuser_mega.release as package
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.release import assemble_release
 from ultrafuser_mega.release.assemble import CODE
@@ -57,7 +56,7 @@ def test_code_is_copied_verbatim_and_needs_nothing_but_torch_and_transformers(re
     allowed = {"torch", "transformers", *sys.stdlib_module_names, *(Path(file).stem for file in CODE)}
     for file in CODE:
         text = (releases["llamas"] / file).read_text()
-        assert text == (Path(package.__file__).parent / file).read_text()
+        assert text == CODE[file].read_text()
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -100,6 +99,22 @@ def test_the_configuration_says_what_tools_ask_every_model_for(copies, tmp_path)
         "vocab_size": PIECES,
     }
     assert {field: config.get(field) for field in expected} == expected
+
+
+def test_answers_end_as_the_first_template_ends_a_turn_and_stop_at_the_endings_of_the_others(specialists, tmp_path):
+    folder = Path(shutil.copytree(specialists["qwens"]["code"][0], tmp_path / "code"))
+    chatml = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(chatml.replace("<|im_end|>", "<|endoftext|>"))
+    assemble(
+        tmp_path / "out", {"code": (folder, "hf")} | {name: specialists["qwens"][name] for name in ("text", "math")}
+    )
+    read = {
+        file: json.loads((tmp_path / "out" / file).read_text()) for file in ("config.json", "generation_config.json")
+    }
+    assert read["config.json"]["eos_token_id"] == 0
+    assert read["generation_config.json"]["eos_token_id"] == [0, 2]
+    paper = (tmp_path / "out" / "chat_templates" / "math.jinja").read_text()
+    assert "<|endoftext|>" in paper and "eos_token" not in paper, "what all responses end with"
 
 
 def test_generation_ends_at_training_eos_first_and_takes_no_sampling_settings_over(copies, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chats import as_messages, whole_prompts
 from support.release_folder import PIECES, write_bytelevel_tokenizer, write_release
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,17 +65,9 @@ def both(specialists: dict[str, tuple[Path, str]]):
         released[name] = SpecialistEncoder(AutoTokenizer.from_pretrained(folder), fields)
 
     def encode(messages):
-        return encode_conversation(released, messages, aligner.response_lead, PIECES)
+        return encode_conversation(released, messages, aligner.format.lead, aligner.format.end_id, PIECES)
 
     return aligner, encode
-
-
-def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    """Without the last response, which is to be generated."""
-    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    for user, response in conversation.turns:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": response}]
-    return messages[:-1]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +92,8 @@ def test_prompts_have_the_ids_that_training_gave_them(tokenizers, specialists):
             with pytest.raises(ValueError, match="would be read as a control token"):
                 encode(as_messages(conversation))
             return
-        found = encode(as_messages(conversation))
-        for name, prompts in aligned.prompts.items():
-            turns = zip(prompts, [*aligned.responses[:-1], []], strict=True)
-            assert found[name] == [token for prompt, response in turns for token in (*prompt, *response)]
+        for turn, trained in enumerate(whole_prompts(aligned)):
+            assert encode(as_messages(conversation, turn)) == trained
 
     check()
 
@@ -131,7 +122,8 @@ def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers, kind, lead):
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
     encoder = SpecialistEncoder(tokenizer, {"first": "", "later": ""})
     for text in ("Paris", "two words.", "def f(a):\n    return a", "\n\n  deep", "  deep", "12 + 3", "é😀", "😀"):
-        assert decode_response(tokenizer, encoder.encode_response(text, lead), lead) == text
+        ids = encoder.encode_response(text, lead, tokenizer.eos_token_id)
+        assert decode_response(tokenizer, ids, lead) == text
 
 
 def test_bytes_that_are_no_text_leave_nothing_of_the_anchor_behind(tokenizers):
@@ -187,8 +179,8 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
     (aligned,) = aligner.align([conversation])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     inputs = model.chat_inputs([as_messages(conversation)], tokenizer)
-    for name, (first, second) in aligned.prompts.items():
-        assert inputs["specialist_input_ids"][name][0].tolist() == first + aligned.responses[0] + second
+    for name, ids in whole_prompts(aligned)[-1].items():
+        assert inputs["specialist_input_ids"][name][0].tolist() == ids
 
     model.save_pretrained(tmp_path / "again")
     again = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
