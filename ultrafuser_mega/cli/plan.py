@@ -23,6 +23,7 @@ def plan(
     """
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.launch.local import ensure_toy
+    from ultrafuser_mega.models.hf_folder import unread_fields
     from ultrafuser_mega.planning.plan_table import plan_table
     from ultrafuser_mega.planning.preflight import preflight
 
@@ -31,4 +32,6 @@ def plan(
     resolved = preflight(loaded, ranks, resume)
     console = wide_console()
     console.print(plan_table(resolved))
+    for notice in [notice for folder in loaded.folders.values() for notice in unread_fields(folder)]:
+        console.print(f"note: {notice}", soft_wrap=True)
     console.print("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")

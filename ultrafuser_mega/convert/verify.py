@@ -1,4 +1,4 @@
-"""Does a sharded specialist compute what transformers computes? Full-sequence float32 logits of both (``agreement``)."""
+"""Does a sharded specialist compute what transformers computes? Full-sequence logits, float32 (``agreement``)."""
 
 from __future__ import annotations
 

@@ -62,15 +62,12 @@ class SafetensorsFile:
         """A copy of ``tensor[rows]`` or ``tensor[rows, columns]``, of one of ``WEIGHT_TYPES``."""
         stored = self.tensors[tensor]
         dtype = WEIGHT_TYPES[stored.code]
-        if stored.start == stored.stop:  # nothing can be mapped
-            whole = np.empty(stored.shape, dtype=_CARRIER[dtype.itemsize])
-        else:
-            try:
-                whole: np.ndarray[Any, Any] = np.memmap(
-                    self.path, _CARRIER[dtype.itemsize], "r", stored.start, stored.shape
-                )
-            except (OSError, ValueError) as error:
-                raise InputError(f"{self.path}: cannot be read any more ({error}); copy it again") from None
+        try:
+            whole: np.ndarray[Any, Any] = np.memmap(
+                self.path, _CARRIER[dtype.itemsize], "r", stored.start, stored.shape
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: cannot be read any more ({error}); copy it again") from None
         part = whole[rows] if columns is None else whole[rows, columns]
         return torch.from_numpy(np.array(part)).view(dtype)
 
@@ -90,7 +87,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
         stored = Stored(str(entry["dtype"]), tuple(map(int, entry["shape"])), start, stop)
         elements = math.prod(stored.shape)
         needed = elements * WEIGHT_TYPES[stored.code].itemsize if stored.code in WEIGHT_TYPES else stop - start
-        if start != end or stop - start != needed or min(stored.shape, default=0) < 0:
+        if start != end or stop - start != needed or min(stored.shape, default=1) < 0:
             raise ValueError(f"tensor {name} of {stored.code} {stored.shape} in bytes {entry['data_offsets']}")
         tensors[name], end = stored, stop
     if end != size:
