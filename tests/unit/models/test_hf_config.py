@@ -33,7 +33,9 @@ def write(folder: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": LINEAR}, id="both"),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": LINEAR}, id="both"
+        ),
         pytest.param({"rope_parameters": LINEAR, "rope_scaling": {"rope_type": "default"}}, id="both, scaling off"),
         pytest.param({"rope_parameters": LINEAR, "rope_scaling": None}, id="scaling null"),
         pytest.param({"rope_parameters": LINEAR, "rope_scaling": {}}, id="scaling empty"),

@@ -104,7 +104,10 @@ def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "Missing required keys in `rope_parameters` for 'rope_type'='linear'"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of the linear rope scaling = 0; expected a positive"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "factor of the linear rope scaling = 0; expected a positive",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_parameters.rope_type = 'yarn'"),
         (
@@ -202,7 +205,9 @@ def index(**changes: str | int) -> Callable[[Path], None]:
             id="index names a missing tensor",
         ),
         pytest.param(
-            lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json").write_text("{}"),
+            lambda folder: (
+                (folder / "model.safetensors").rename(folder / "model.safetensors.index.json").write_text("{}")
+            ),
             "index.json: holds no weight_map",
             id="index without a map",
         ),
