@@ -20,14 +20,22 @@ def verify(
     pp: Annotated[int, typer.Option(help="pipeline-parallel size, without B", min=1)] = 1,
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="also shard the sequence")] = False,
     text: Annotated[str, typer.Option(help="real text to compare on")] = SAMPLE_TEXT,
-    tolerance: Annotated[float, typer.Option(help="largest accepted difference of a float32 logit")] = 1e-4,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="largest accepted difference of a float32 logit, in parts of the largest logit "
+            "[default: what rounding can do to this model's logits, measured]",
+            show_default=False,
+            min=0.0,
+        ),
+    ] = None,
 ) -> None:
     """Compare a sharded specialist with transformers, or two models with each other.
 
     With A alone: runs it on tp x pp processes of this machine, on random and on real tokens, and prints the largest
-    absolute difference of a float32 logit. With A and B: any two of Hugging Face folder, CHECKPOINT@specialist:NAME,
+    difference of a float32 logit. With A and B: any two of Hugging Face folder, CHECKPOINT@specialist:NAME,
     CHECKPOINT@fused, RELEASE@specialist:NAME, RELEASE@fused; prints JSON. Needs memory for a whole
-    model in float32. Exit code 1 when a difference is above the tolerance.
+    model in float32. Exit code 1 when a difference is above the tolerance, or NaN.
     """
     if b is not None:
         from ultrafuser_mega.convert.compare import compare
@@ -42,12 +50,14 @@ def verify(
 
     folder = Path(a)
     batches = verification_batches(folder, text, multiple=tp)
-    differences = verify_specialist(folder, tp, pp, batches, sequence_parallel=sequence_parallel)
-    for difference in differences:
+    comparison = verify_specialist(folder, tp, pp, batches, sequence_parallel=sequence_parallel, tolerance=tolerance)
+    for found in comparison.batches:
         print(
-            f"{difference.what} tokens {tuple(batches[difference.what].shape)}: "
-            f"max abs logit difference {difference.max_abs:.3g}, same top token at {difference.top1:.2%} of positions"
+            f"{found.what} tokens {found.shape[:2]}: max abs logit difference {found.max_abs:.3g}, "
+            f"{found.relative:.2g} of the largest logit, same top token at {found.top1:.2%} of positions"
         )
-    worst = max(difference.max_abs for difference in differences)
-    print(f"{'equal' if worst <= tolerance else 'DIFFERENT'} within {tolerance:g} at tp={tp} pp={pp}")
-    raise typer.Exit(0 if worst <= tolerance else 1)
+    print(
+        f"{'equal' if comparison.equal else 'DIFFERENT'} within {comparison.tolerance:.2g} of the largest logit"
+        f"{' (what rounding explains)' if tolerance is None else ''} at tp={tp} pp={pp}"
+    )
+    raise typer.Exit(0 if comparison.equal else 1)

@@ -6,10 +6,9 @@ both implementations. Needs memory for one model at a time, in float32.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,15 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, load_checkpoint, load_specialists
 from ultrafuser_mega.convert import SAMPLE_TEXT
+from ultrafuser_mega.convert.agreement import (
+    Agreement,
+    Comparison,
+    check_memory,
+    comparison_batches,
+    float32_bytes,
+    limits,
+    rounding_cost,
+)
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import check_hashes
 from ultrafuser_mega.convert.verify import Sequences
@@ -32,7 +40,6 @@ from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
-    hf_shapes,
     parse_architecture,
     read_architecture,
 )
@@ -46,13 +53,6 @@ from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
 from ultrafuser_mega.training.engine import Engine
 
 FUSED = "fused"
-
-#: Largest difference between float32 logits, in parts of the largest logit, that rounding explains. Every product of n
-#: terms is off by some 2^-24 sqrt(n); over the four of each layer that follow each other these add up like a random
-#: walk, to 2^-24 sqrt(8192 * 4 * 80) = 1e-4 in 80 layers of width 8192. A bf16 weight alone is off by up to 2^-9.
-ROUNDING = 1e-4
-
-
 _BESIDE_WEIGHTS = 3 << 29  # bytes: a second process with Megatron, activations, one tensor on its way
 
 
@@ -105,75 +105,48 @@ class ModelAddress:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How far apart two models' logits are on one batch of sequences.
+class Computed:
+    """What a model computes.
 
     Attributes:
-        what: the batch.
-        shape: of the logits (b, s, V).
-        max_abs: largest absolute difference.
-        relative: that, over the largest absolute logit.
-        top1: share of positions with the same most likely token.
+        logits: float32 (b, s, V) of every batch.
+        rounding: how far another computation of the same may be off (``rounding_cost``); None where it was not asked.
     """
 
-    what: str
-    shape: tuple[int, ...]
-    max_abs: float
-    relative: float
-    top1: float
-
-    @classmethod
-    def of(cls, what: str, ours: Tensor, theirs: Tensor) -> Agreement:
-        """Of two models' logits (b, s, V)."""
-        largest = (ours - theirs).abs().max()
-        same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
-        return cls(what, tuple(ours.shape), largest.item(), (largest / theirs.abs().max()).item(), same.item())
+    logits: list[Tensor]
+    rounding: float | None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All of a comparison; ``equal`` is whether no logit differs by more than ``tolerance``."""
-
-    a: str
-    b: str
-    tolerance: float
-    equal: bool
-    batches: list[Agreement]
-
-    def to_json(self) -> str:
-        """For other programs."""
-        return json.dumps(asdict(self), indent=1)
-
-
-def compare(a: str, b: str, text: str, tolerance: float) -> Comparison:
+def compare(a: str, b: str, text: str, tolerance: float | None = None) -> Comparison:
     """Compare two models on random tokens and on ``text``.
 
     Args:
         a: see :meth:`ModelAddress.parse`.
         b: likewise.
         text: tokenised by a's tokenizer.
-        tolerance: largest accepted difference of a float32 logit.
+        tolerance: largest accepted difference of a float32 logit, in parts of b's largest; None for what rounding
+            explains in b (``rounding_cost``).
 
     Raises:
-        InputError: a model is missing, damaged or of another vocabulary.
+        InputError: a model is missing, damaged, of another vocabulary or too large for this machine.
     """
     first, second = ModelAddress.parse(a), ModelAddress.parse(b)
-    rows, positions = _limits([*_description(first)[1], *_description(second)[1]])
-    generator = torch.Generator().manual_seed(0)
-    batches = {
-        "random": torch.randint(0, rows, (4, min(96, positions)), generator=generator),
-        "real": _tokens(first, text, rows, positions),
-    }
-    ours, theirs = (_logits(address, list(batches.values())) for address in (first, second))
+    archs = [_description(address)[1] for address in (first, second)]
+    for name, of_one in zip((a, b), archs, strict=True):
+        check_memory(name, of_one)
+    batches = comparison_batches(_text_ids(first, text), *limits(list(chain(*archs))))
+    tokens = list(batches.values())
+    ours, theirs = _compute(first, tokens), _compute(second, tokens, rounding=tolerance is None)
     agreements = []
-    for what, mine, other in zip(batches, ours, theirs, strict=True):
+    for what, mine, other in zip(batches, ours.logits, theirs.logits, strict=True):
         if mine.shape != other.shape:
             raise InputError(
                 f"{a} has {mine.shape[-1]} logits per token, {b} has {other.shape[-1]}; compare like with like"
             )
         agreements.append(Agreement.of(what, mine, other))
-    # A comparison with NaN is false, so NaN never counts as equal.
-    return Comparison(a, b, tolerance, all(agreement.max_abs <= tolerance for agreement in agreements), agreements)
+    tolerance = theirs.rounding if tolerance is None else tolerance
+    assert tolerance is not None
+    return Comparison.of(a, b, tolerance, agreements)
 
 
 class ExportCheck:
@@ -193,16 +166,15 @@ class ExportCheck:
         self._checkpoint = ModelAddress(checkpoint, "checkpoint", part)
         _check_loadable(self._checkpoint)
         archs = _description(self._checkpoint)[1]
-        numbers = sum(math.prod(shape) for arch in archs for shape in hf_shapes(arch).values())
-        needed, free = 4 * numbers + _BESIDE_WEIGHTS, psutil.virtual_memory().available
+        needed, free = float32_bytes(archs) + _BESIDE_WEIGHTS, psutil.virtual_memory().available
         if needed > free:
             raise InputError(
                 f"{checkpoint}: comparing the export with it needs {needed / 1e9:.1f} GB of memory, "
                 f"{free / 1e9:.1f} are free; export with --no-verify, and run ultrafuser verify on a larger machine"
             )
-        rows, positions = _limits(archs)
         try:
-            self._tokens = _tokens(self._checkpoint, SAMPLE_TEXT, rows, positions)
+            ids = _text_ids(self._checkpoint, SAMPLE_TEXT)
+            self._tokens = comparison_batches(ids, *limits(archs))["real"]
         except InputError as error:
             raise InputError(f"{error}; --no-verify exports without the comparison that needs one") from None
 
@@ -215,32 +187,26 @@ class ExportCheck:
         """
         fused = self._checkpoint.part == FUSED
         written = ModelAddress(folder, *(("release", FUSED) if fused else ("folder", None)))
-        (ours,), (theirs,) = (_logits(address, [self._tokens]) for address in (self._checkpoint, written))
-        found = Agreement.of("real", ours, theirs)
+        ours, theirs = _compute(self._checkpoint, [self._tokens]), _compute(written, [self._tokens], rounding=True)
+        found = Agreement.of("real", ours.logits[0], theirs.logits[0])
+        assert theirs.rounding is not None
+        comparison = Comparison.of(str(self._checkpoint.path), str(folder), theirs.rounding, [found])
         result = f"largest difference of a float32 logit {found.max_abs:.2g}, {found.relative:.2g} of the largest logit"
-        if not found.relative <= ROUNDING:  # so that NaN differs
+        if not comparison.equal:
             raise DifferentModel(
-                f"{folder}: computes something else than {self._checkpoint.path} on a text of {ours.shape[1]} tokens: "
-                f"{result} (rounding explains {ROUNDING:g}); it stays unfinished under this name"
+                f"{folder}: computes something else than {self._checkpoint.path} on a text of {found.shape[1]} tokens: "
+                f"{result} (rounding explains {theirs.rounding:.2g}); it stays unfinished under this name"
             )
-        return f"verified on a text of {ours.shape[1]} tokens: {result}"
+        return f"verified on a text of {found.shape[1]} tokens: {result}"
 
 
-def _limits(archs: Sequence[Architecture]) -> tuple[int, int]:
-    """Vocabulary rows, and positions of a sequence, that all of them have."""
-    positions = min(min(arch.max_positions, arch.sliding_window or arch.max_positions) for arch in archs)
-    return min(arch.vocab_rows for arch in archs), positions
-
-
-def _tokens(address: ModelAddress, text: str, rows: int, positions: int) -> Tensor:  # (1, s)
-    """``text`` in the model's own tokens, as far as they have rows and positions."""
+def _text_ids(address: ModelAddress, text: str) -> list[int]:
+    """``text`` in the model's own tokens."""
     folder, _ = _description(address)
     # AutoTokenizer would ask to run a release's code; its tokenizer files speak for themselves.
     tokenizer = FastTokenizer.from_pretrained(folder) if address.kind == "release" else TextEncoder(folder).tokenizer
-    ids = [token for token in tokenizer(text)["input_ids"] if token < rows][:positions]
-    if not ids:
-        raise InputError(f"--text {text!r}: none of its tokens is in the vocabulary; give a longer text")
-    return torch.tensor([ids])
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
 
 
 def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
@@ -256,16 +222,16 @@ def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
     return folders[0], [read_architecture(folder) for folder in folders]
 
 
-def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
-    """float32 logits (b, s, V) of every batch (b, s)."""
+def _compute(address: ModelAddress, batches: Sequence[Tensor], *, rounding: bool = False) -> Computed:
+    """float32 logits of every batch (b, s), and on demand what rounding makes of them."""
     if address.kind == "checkpoint":
         _check_loadable(address)
         try:
-            (result,) = run_ranks(_checkpoint_logits, 1, address, list(batches), timeout_s=3600.0)
+            (result,) = run_ranks(_compute_checkpoint, 1, address, list(batches), rounding, timeout_s=3600.0)
         except RankFailure:
             _read_all(address)  # damaged chunks are named by whoever reads them one by one
             raise
-        return result
+        return Computed(*result)
     check_hashes(address.path)
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
     with loading(address.path):
@@ -277,8 +243,14 @@ def _logits(address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
             model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
             if address.part != FUSED:
                 model = model.specialists[address.part]
-    with torch.no_grad():
-        return [model.eval()(input_ids=ids).logits for ids in batches]
+    model.eval()
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [model(input_ids=ids, return_dict=True).logits for ids in batches]
+
+    logits = run()
+    return Computed(logits, rounding_cost(model, logits, run) if rounding else None)
 
 
 def _parts(address: ModelAddress) -> list[RestoredSpecialist]:
@@ -318,7 +290,9 @@ def _check_loadable(address: ModelAddress) -> None:
         raise InputError(f"{path}: damaged ({reason}); copy the checkpoint again") from None
 
 
-def _checkpoint_logits(rank: int, address: ModelAddress, batches: Sequence[Tensor]) -> list[Tensor]:
+def _compute_checkpoint(
+    rank: int, address: ModelAddress, batches: Sequence[Tensor], rounding: bool
+) -> tuple[list[Tensor], float | None]:
     device = torch.device("cpu")
     trained = TrainedModel(address.path)
     names = [name for name in trained.sources if address.part in (FUSED, name)]
@@ -359,6 +333,13 @@ def _checkpoint_logits(rank: int, address: ModelAddress, batches: Sequence[Tenso
 
     every = [dict.fromkeys(names, ids) for ids in batches]
     rows = [{name: torch.arange(ids.numel()) for name in names} for ids in batches]
-    with torch.no_grad():
-        Engine(model, groups, device).forward([Sequences(*pair) for pair in zip(every, rows, strict=True)], keep_logits)
-    return collected
+
+    def run() -> list[Tensor]:
+        collected.clear()
+        sequences = [Sequences(*pair) for pair in zip(every, rows, strict=True)]
+        with torch.no_grad():
+            Engine(model, groups, device).forward(sequences, keep_logits)
+        return list(collected)
+
+    logits = run()
+    return logits, rounding_cost(model, logits, run) if rounding else None

@@ -1,4 +1,4 @@
-"""Does a sharded specialist compute what transformers computes? Full-sequence logits, both in float32."""
+"""Does a sharded specialist compute what transformers computes? Full-sequence logits, float32 (``agreement``)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ultrafuser_mega.convert.agreement import (
+    Agreement,
+    Comparison,
+    check_memory,
+    comparison_batches,
+    limits,
+    rounding_cost,
+)
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import HFWeights, check_parallel_sizes, read_architecture
+from ultrafuser_mega.release.check import loading
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import LayoutPlan, plan_disjoint
 from ultrafuser_mega.runtime.mcore import megatron_scope
@@ -22,15 +31,6 @@ from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.engine import Engine
 
 _NAME = "specialist"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far apart two models' logits are on one batch of sequences."""
-
-    what: str
-    max_abs: float
-    top1: float  # share of positions with the same most likely token
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,14 @@ class Sequences:
 
 
 def verify_specialist(
-    folder: Path, tp: int, pp: int, batches: dict[str, Tensor], *, sequence_parallel: bool = False
-) -> list[Difference]:
+    folder: Path,
+    tp: int,
+    pp: int,
+    batches: dict[str, Tensor],
+    *,
+    sequence_parallel: bool = False,
+    tolerance: float | None = None,
+) -> Comparison:
     """Compare on ``tp * pp`` gloo ranks of this machine.
 
     Args:
@@ -55,38 +61,44 @@ def verify_specialist(
         pp: pipeline-parallel size.
         batches: what to call it -> token ids (b, s).
         sequence_parallel: also shard the sequence; every s must then be a multiple of tp.
+        tolerance: largest accepted difference of a float32 logit, in parts of the largest; None for what rounding
+            explains (``rounding_cost``).
 
     Raises:
-        InputError: the folder is unusable, or tp or pp does not fit it.
+        InputError: the folder is unusable, tp or pp does not fit it, or the machine has too little memory.
     """
     arch = read_architecture(folder)
     HFWeights(folder, arch)
     check_parallel_sizes(folder.name, arch, tp, pp)
+    check_memory(str(folder), [arch])
     names, tokens = list(batches), list(batches.values())
     layout = plan_disjoint({_NAME: (tp, pp, None)}, dp=1)
     results = run_ranks(sharded_logits, tp * pp, {_NAME: folder}, layout, tokens, sequence_parallel, timeout_s=600.0)
     (ours,) = (result[_NAME] for result in results if result is not None)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    ).eval()
-    differences = []
-    for name, ids, mine in zip(names, tokens, ours, strict=True):
+    with loading(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        ).eval()
+
+    def run() -> list[Tensor]:
         with torch.no_grad():
-            theirs = model(ids).logits
-        same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean()
-        differences.append(Difference(name, (mine - theirs).abs().max().item(), same.item()))
-    return differences
+            return [model(ids, return_dict=True).logits for ids in tokens]
+
+    theirs = run()
+    found = [Agreement.of(name, *pair) for name, *pair in zip(names, ours, theirs, strict=True)]
+    if tolerance is None:
+        tolerance = rounding_cost(model, theirs, run)
+    return Comparison.of(f"{folder} at tp={tp} pp={pp}", "transformers", tolerance, found)
 
 
 def verification_batches(folder: Path, text: str, multiple: int) -> dict[str, Tensor]:
-    """Random and real token ids (b, s) for a specialist; s is a multiple of ``multiple``."""
-    arch = read_architecture(folder)
-    generator = torch.Generator().manual_seed(0)
-    length = min(96, arch.max_positions, arch.sliding_window or arch.max_positions) // multiple * multiple
-    random = torch.randint(0, arch.vocab_rows, (4, length), generator=generator)
-    ids = TextEncoder(folder).tokenizer(text)["input_ids"]
-    real = torch.tensor([ids + ids[-1:] * (-len(ids) % multiple)])
-    return {"random": random, "real": real}
+    """Random and real token ids (b, s) for a specialist; s is a multiple of ``multiple``.
+
+    Raises:
+        InputError: the folder is unusable, or has no token of ``text``.
+    """
+    rows, positions = limits([read_architecture(folder)])
+    return comparison_batches(TextEncoder(folder).tokenizer(text)["input_ids"], rows, positions, multiple)
 
 
 def sharded_logits(

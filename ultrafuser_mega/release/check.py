@@ -24,7 +24,6 @@ _DEFAULTS: dict[str, Any] = {
     "gate_shared": UltraFuserConfig.gate_shared,
     "response_lead": UltraFuserConfig.response_lead,
 }
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def is_release(folder: Path) -> bool:
@@ -58,8 +57,7 @@ def check_release(folder: Path) -> UltraFuserConfig:
         config = UltraFuserConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"{path}: cannot be read ({_first_line(error)}); copy it again") from None
-    with loading(folder):
-        TensorFolder(folder).check(_shapes(archs, fields["gate_units"], fields["gate_shared"]))
+    TensorFolder(folder).check(_shapes(archs, fields["gate_units"], fields["gate_shared"]))
     for place in dict.fromkeys(["", *(entry.get("tokenizer", "") for entry in entries.values())]):
         _check_tokenizer(folder / place)
     _check_generation(folder / "generation_config.json", fields["vocab_size"])
@@ -71,10 +69,8 @@ def loading(folder: Path) -> Iterator[None]:
     """While a model is made of ``folder``, what transformers says of damaged files becomes one line.
 
     Raises:
-        InputError: that, or there are two sets of weights: here the index is followed, in transformers the single file.
+        InputError: that.
     """
-    if (folder / _INDEX).is_file() and (folder / _SINGLE).is_file():
-        raise InputError(f"{folder}: holds both {_SINGLE} and {_INDEX}; remove the one that does not belong there")
     try:
         yield
     except InputError:

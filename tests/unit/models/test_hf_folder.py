@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.families import LinearScaling
@@ -102,18 +103,22 @@ def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "factor of the linear rope scaling is None"),
+        ({"rope_scaling": {"type": "linear"}}, "Missing required keys in `rope_parameters` for 'rope_type'='linear'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "factor of the linear rope scaling = 0; expected a positive",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope_parameters.rope_type = 'yarn'"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
-            "low_freq_factor of the llama3 rope scaling is None",
+            "Missing required keys in `rope_parameters` for 'rope_type'='llama3'",
         ),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported; supported: 0"),
-        ({"logit_scale": 0.5}, "logit_scale = 0.5 is not known for llama and might change what the model computes"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
         ({"layer_types": 3}, "layer_types = 3 is not supported"),
-        ({"rms_norm_eps": "abc"}, "rms_norm_eps = 'abc'; expected a positive number"),
+        ({"rms_norm_eps": "abc"}, "Field 'rms_norm_eps' expected float, got str (value: 'abc')"),
+        ({"rope_theta": 0}, "rope_theta = 0; expected a positive number"),
         ({"rope_parameters": None, "rope_theta": [1]}, "rope_theta = [1]; expected a positive number"),
         ({"model_type": "qwen2", "pretraining_tp": None, "use_sliding_window": True}, "use_sliding_window = True"),
         ({"model_type": "qwen3", "pretraining_tp": None, "attention_bias": True}, "attention_bias = True"),
@@ -172,11 +177,12 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
     return spoil
 
 
-def index(**changes: str) -> Callable[[Path], None]:
-    """An index over the one file there is, with ``changes`` (tensor -> file)."""
+def index(**changes: str | int) -> Callable[[Path], None]:
+    """An index over one shard, with ``changes`` (tensor -> file)."""
 
     def spoil(folder: Path) -> None:
-        weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "shard.safetensors")
+        weight_map: dict[str, str | int] = dict.fromkeys(load_file(folder / "shard.safetensors"), "shard.safetensors")
         weight_map |= {name.replace("__", "."): file for name, file in changes.items()}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -194,12 +200,14 @@ def index(**changes: str) -> Callable[[Path], None]:
             id="index names a missing file",
         ),
         pytest.param(
-            index(extra__weight="model.safetensors"),
-            "index.json: names extra.weight in model.safetensors, which does not hold it",
+            index(extra__weight="shard.safetensors"),
+            "index.json: names extra.weight in shard.safetensors, which does not hold it",
             id="index names a missing tensor",
         ),
         pytest.param(
-            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            lambda folder: (
+                (folder / "model.safetensors").rename(folder / "model.safetensors.index.json").write_text("{}")
+            ),
             "index.json: holds no weight_map",
             id="index without a map",
         ),
@@ -210,8 +218,18 @@ def index(**changes: str) -> Callable[[Path], None]:
         ),
         pytest.param(
             change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96, dtype=torch.int8)})),
-            "tensor model.norm.weight is torch.int8; expected fp32, bf16 or fp16 weights",
+            "tensor model.norm.weight is I8; expected fp32, bf16 or fp16 weights: save the model in one of these",
             id="tensor of whole numbers",
+        ),
+        pytest.param(
+            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96).to(torch.float8_e4m3fn)})),
+            "tensor model.norm.weight is F8_E4M3; expected fp32, bf16 or fp16 weights",
+            id="fp8",
+        ),
+        pytest.param(
+            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96, dtype=torch.float64)})),
+            "tensor model.norm.weight is F64; expected fp32, bf16 or fp16 weights",
+            id="float64",
         ),
         pytest.param(
             change_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
@@ -235,6 +253,18 @@ def test_damaged_weights_are_found_on_opening(folder: Path, spoil: Callable[[Pat
     message = refusal(open_weights, folder)
     assert message.startswith(str(folder))
     assert named in message
+
+
+@pytest.mark.parametrize("shards_left", [True, False])
+def test_single_file_beside_a_left_over_index_is_what_transformers_loads(folder: Path, shards_left: bool) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    if shards_left:
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "shard.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "shard.safetensors")})
+    )
+    theirs = LlamaForCausalLM.from_pretrained(folder).get_output_embeddings().weight
+    assert torch.equal(open_weights(folder).head(slice(None)), theirs)
 
 
 def test_rotary_buffer_of_old_files_is_no_surplus(folder: Path) -> None:

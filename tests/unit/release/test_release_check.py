@@ -145,7 +145,6 @@ SPOILT = [
         r"model\.safetensors\.index\.json: weight_map names 7 for tensor gate\.w2; expected the name of a file",
         id="index holds a number",
     ),
-    pytest.param(written("model.safetensors.index.json", "{}"), r"holds both model\.safetensors and", id="two weights"),
     pytest.param(removed("tokenizer.json"), r"tokenizer\.json: missing", id="no tokenizer"),
     pytest.param(written("tokenizer.json", "{"), r"tokenizer\.json: not valid JSON", id="tokenizer cut"),
     pytest.param(written("tokenizer.json", "{}"), r"tokenizer\.json: damaged", id="tokenizer empty"),

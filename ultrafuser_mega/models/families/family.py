@@ -54,16 +54,14 @@ class Family:
     Attributes:
         model_type: as in config.json.
         rules: the decoder layer's parameters.
-        defaults: fields that its configurations may leave out -> what that means, where it differs from Llama.
-        accepts: fields beyond those of every family -> the values that this package honours, None meaning absent; an
-            empty tuple marks a field that is read elsewhere or has no effect on the logits.
+        accepts: fields beyond those of every family -> the values that this package honours; an empty tuple marks a
+            field that is read elsewhere or has no effect on the logits.
         qkv_bias: query, key and value projections have a bias.
         qk_norm: queries and keys are normed per head.
     """
 
     model_type: str
     rules: tuple[Rule, ...]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
     accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False

@@ -8,10 +8,5 @@ from ultrafuser_mega.models.families.rules import COMMON_LAYER
 LLAMA = Family(
     model_type="llama",
     rules=COMMON_LAYER,
-    accepts={
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "pretraining_tp": (),
-        "rope_interleaved": (False, None),
-    },
+    accepts={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": ()},
 )

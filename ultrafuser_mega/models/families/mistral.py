@@ -12,6 +12,5 @@ from ultrafuser_mega.models.families.rules import COMMON_LAYER
 MISTRAL = Family(
     model_type="mistral",
     rules=COMMON_LAYER,
-    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    accepts={"sliding_window": (), "attention_bias": (False, None)},
+    accepts={"sliding_window": ()},
 )

@@ -6,17 +6,15 @@ from ultrafuser_mega.models.families.family import Family
 from ultrafuser_mega.models.families.rules import COMMON_LAYER, FusedQKV
 
 #: Fields of both Qwen generations. The window fields have no effect while use_sliding_window is false.
-QWEN_FIELDS = {
-    "use_sliding_window": (False, None),
+QWEN_FIELDS: dict[str, tuple[bool, ...]] = {
+    "use_sliding_window": (False,),
     "sliding_window": (),
     "max_window_layers": (),
-    "use_mrope": (False, None),
 }
 
 QWEN2 = Family(
     model_type="qwen2",
     rules=(*COMMON_LAYER, FusedQKV("bias")),
-    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     accepts=QWEN_FIELDS,
     qkv_bias=True,
 )

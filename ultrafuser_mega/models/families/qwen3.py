@@ -15,7 +15,6 @@ QWEN3 = Family(
         Norm(_Q_NORM, "self_attn.q_norm.weight", _Q_NORM, size="head_dim"),
         Norm(_K_NORM, "self_attn.k_norm.weight", _K_NORM, size="head_dim"),
     ),
-    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-    accepts={**QWEN_FIELDS, "attention_bias": (False, None)},
+    accepts={**QWEN_FIELDS, "attention_bias": (False,)},
     qk_norm=True,
 )
