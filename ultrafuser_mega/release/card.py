@@ -31,15 +31,19 @@ class CardFacts:
 
     Attributes:
         name: of the released model.
-        config: of the run that trained it.
+        config: of the run that trained it; None where ``earlier`` tells.
         summary: the run's summary.json, or None where the weights are not those it speaks of.
         origins: specialist -> where it was read from, where that is another folder than the one at hand.
+        rounded: specialist -> what was rounded before it was fused, in words; those of which nothing was are not there.
+        earlier: the card of the release that these weights were imported from, and not trained since.
     """
 
     name: str
-    config: FuserConfig
+    config: FuserConfig | None
     summary: Mapping[str, Any] | None
     origins: Mapping[str, str] = field(default_factory=dict)
+    rounded: Mapping[str, str] = field(default_factory=dict)
+    earlier: str = ""
 
     @classmethod
     def from_run(cls, run_dir: Path, name: str) -> CardFacts:
@@ -88,6 +92,10 @@ def licence_files(folder: Path) -> list[Path]:
 
 def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFacts], model: Any) -> None:
     """Write the card as Markdown with the Hub's front matter. ``model`` is the release's configuration."""
+    if card.config is None:
+        parts = [card.earlier.rstrip("\n") + "\n", *_rounded(card.rounded)] if card.rounded else [card.earlier]
+        path.write_text("\n".join(parts), encoding="utf-8")
+        return
     licences = {facts.licence_id for facts in specialists}
     (only,) = licences if len(licences) == 1 else (None,)
     front = {
@@ -102,6 +110,7 @@ def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFact
         _use(specialists),
         _licences(specialists),
         _training(card.config),
+        *_rounded(card.rounded),
         _results(card.summary),
     ]
     path.write_text("\n".join(sections), encoding="utf-8")
@@ -159,6 +168,13 @@ def _licences(specialists: Sequence[SpecialistFacts]) -> str:
         "## Licences\n\nThis model is derived from all its specialists. What their folders state"
         f" (files copied to `licenses/`):\n\n{table}"
     )
+
+
+def _rounded(rounded: Mapping[str, str]) -> list[str]:
+    if not rounded:
+        return []
+    table = _markdown(("specialist", "before fusing"), rounded.items())
+    return [f"## Rounding\n\nThese specialists came in wider element types than were fused:\n\n{table}"]
 
 
 def _training(config: FuserConfig) -> str:
