@@ -22,5 +22,10 @@ def find_checkpoint(path: Path) -> Path:
         if found := list_checkpoints(place):
             return found[-1][1]
     if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{path}: this run has no complete checkpoint yet; it writes them every checkpoint.every steps")
+        raise InputError(f"{path}: no complete checkpoint yet; a run writes one every checkpoint.every steps")
     return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a complete checkpoint, or a run's folder that holds one."""
+    return (path / PROGRESS).is_file() or any(list_checkpoints(place) for place in (path / "checkpoints", path))

@@ -31,4 +31,6 @@ def plan(
     resolved = preflight(loaded, ranks, resume)
     console = wide_console()
     console.print(plan_table(resolved))
+    for notice in resolved.notices:
+        print(notice)
     console.print("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")

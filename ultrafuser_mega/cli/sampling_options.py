@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="release folder or checkpoint", show_default=False)]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="release folder, checkpoint or run (runs/<name>)", show_default=False)
+]
 System = Annotated[str | None, typer.Option(help="system text before the conversation", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="longest answer, in tokens")]
 Temperature = Annotated[float, typer.Option(help="0: the most likely token; above: draws")]

@@ -106,7 +106,10 @@ def _only_choice(model: TrainedModel) -> list[str]:
     if len(model.sources) > 1:
         return [FUSED]
     (name,) = model.sources
-    return [f"{_SPECIALIST}{name}", f"{model.folder}: holds one specialist; exported as with --what {_SPECIALIST}{name}"]
+    return [
+        f"{_SPECIALIST}{name}",
+        f"{model.folder}: holds one specialist; exported as with --what {_SPECIALIST}{name}",
+    ]
 
 
 def _unfinished(out: Path) -> Path:

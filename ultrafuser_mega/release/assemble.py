@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.release.card import CardFacts, SpecialistFacts, licence_files, write_card
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 
+#: Sub-folder of a model folder with chat templates beside the default (tool_use, rag), as transformers names it.
+ADDITIONAL = "additional_chat_templates"
 CODE = ("configuration_ultrafuser.py", "modeling_ultrafuser.py", "chat_ultrafuser.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
@@ -86,11 +88,13 @@ def assemble_release(
     (out_dir / "chat_templates").mkdir(exist_ok=True)
     for name, template in templates.items():
         (out_dir / "chat_templates" / f"{name}.jinja").write_text(_as_jinja(template), encoding="utf-8")
+        _copy_into(out_dir / "chat_templates" / name, sorted((folders[name] / ADDITIONAL).glob("*.jinja")))
         if name in own_tokenizer:
             _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], _as_jinja(template), vocab_size)
     _write_generation_config(out_dir, folders, config)
     for name, folder in folders.items():
-        _copy_licences(folder, out_dir / "licenses" / name)
+        card_of = [path] if (path := folder / "README.md").is_file() else []  # where most say what their licence is
+        _copy_into(out_dir / "licenses" / name, [*licence_files(folder), *card_of])
     facts = [
         SpecialistFacts.read(name, folder, template, config.specialist_config(name))
         for name, (folder, template) in specialists.items()
@@ -202,7 +206,7 @@ def _write_generation_config(out_dir: Path, folders: Mapping[str, Path], config:
     generation.save_pretrained(out_dir)
 
 
-def _copy_licences(folder: Path, target: Path) -> None:
-    for path in licence_files(folder):
+def _copy_into(target: Path, paths: Sequence[Path]) -> None:
+    for path in paths:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / path.name)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
-from ultrafuser_mega.checkpoint.sources import Sources
+from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
 from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
@@ -45,8 +45,8 @@ def run(plan: RunPlan, device: torch.device) -> None:
     begun = time.monotonic()
     groups = make_groups(plan.layout)
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
-        if plan.resume is not None:
-            verify_checkpoint(plan.resume[1])
+        if (weights := plan.resume or plan.start) is not None:
+            verify_checkpoint(weights[1])
         store = open_store(plan, groups)
         _run(plan, groups, Trainer(plan, groups, store, device, begun))
 
@@ -59,8 +59,10 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
     with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
-        for change in plan.changes:
-            report.note(change)
+        for line in plan.changes if plan.resume else plan.notices:
+            report.note(line)
+        if plan.start and not plan.resume:
+            report.note(f"begins with the weights of {plan.start[1]}")
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
@@ -108,9 +110,11 @@ class Trainer:
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
-        self.sources = Sources.of(config).read() if groups.rank == 0 else None
+        self.sources = run_sources(plan) if groups.rank == 0 else None
         self.model = build_model(plan, groups, device)
-        if plan.resume is None:
+        if plan.resume is None and plan.start is not None:
+            load_checkpoint(plan.start[1], self.model, groups, None, 0)
+        elif plan.resume is None:
             load_hf_weights(self.model, config.folders)
         self.engine = Engine(self.model, groups, device)
         self.shard = make_shard(plan, groups, config.micro_batch_size)
@@ -265,6 +269,15 @@ class Trainer:
             self.sources,
         )
         report.note(f"checkpoint {path}")
+
+
+def run_sources(plan: RunPlan) -> SourceFiles:
+    """What the run's checkpoints keep of its specialists: from where their weights come from."""
+    if plan.start is None:
+        return Sources.of(plan.config).read()
+    if plan.resume is not None:
+        return SourceFiles.of_checkpoint(plan.resume[1], plan.config, trained=None)
+    return SourceFiles.of_checkpoint(plan.start[1], plan.config, trained=plan.start[0].trained)
 
 
 def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> FusedStage:
