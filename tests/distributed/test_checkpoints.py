@@ -19,7 +19,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
-from ultrafuser_mega.training.trainer import build_model, run
+from ultrafuser_mega.training.trainer import build_model, load_hf_weights, run
 
 TIMES = ("seconds", "tokens_per_s")
 
