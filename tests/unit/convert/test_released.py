@@ -28,13 +28,13 @@ LICENCE = "Some Licence 1.0\nmore\n"
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three specialists of two widths, one with a tied head and one with its own chat template; read only."""
+    """Of three specialists of three widths, one with its own chat templates; read only."""
     root = tmp_path_factory.mktemp("released")
     members: dict[str, tuple[Path, str]] = {}
     for seed, (name, family, rows, width, template) in enumerate(
         (
             ("text", "llama", PIECES, 64, "ultralm"),
-            ("code", "mistral", PIECES + 16, 48, "codellama"),
+            ("code", "llama", PIECES + 16, 48, "codellama"),
             ("math", "llama", PIECES + 1, 96, "hf"),
         )
     ):
@@ -55,7 +55,7 @@ def checkpoint(release: Path) -> Path:
     """Of that release, written by two ranks, over which 24 units of the gate are spread; read only."""
     out = release.with_name("checkpoint")
     plan = plan_release(release, None)
-    import_specialists(plan, out, plan_colocated(list(plan.architectures), tp=1, pp=2, dp=1))
+    import_specialists(plan, out, plan_colocated(list(plan.architectures), tp=2, pp=1, dp=1))
     return out
 
 

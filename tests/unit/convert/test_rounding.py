@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from support.trio import ONE, config_tree
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_config, plan_folders
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
 
 
@@ -71,11 +74,6 @@ def test_a_plan_says_what_it_will_round_and_untie(trio: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("what", ["specialist:a", None])
 def test_a_second_process_exporting_to_the_same_name_is_refused(tmp_path: Path, what: str | None) -> None:
-    import fcntl
-    import os
-
-    from ultrafuser_mega.errors import InputError
-
     import_specialists(plan_folders({"a": write_family(tmp_path / "source", "llama")}, None), tmp_path / "checkpoint")
     unfinished = tmp_path / ".out.partial"
     unfinished.mkdir()
