@@ -154,8 +154,11 @@ def _begin(folder: Path, identity: str) -> list[str]:
     """Make ``folder`` one of this export alone: files of another would stay among its own."""
     if begin_ledger(folder, identity):
         return []
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LEDGER):  # last: until then it says whose this is
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     begin_ledger(folder, identity)
     return [f"{folder}: was left by the export of something else; thrown away and begun anew"]
 
