@@ -154,7 +154,7 @@ def _begin(folder: Path, identity: str) -> list[str]:
     """Make ``folder`` one of this export alone: files of another would stay among its own."""
     if begin_ledger(folder, identity):
         return []
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == LEDGER):  # last: until then it says whose this is
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LEDGER):  # it says whose this is
         if path.is_dir():
             shutil.rmtree(path)
         else:
