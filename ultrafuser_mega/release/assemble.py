@@ -180,7 +180,8 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, voc
     settings = json.loads(path.read_text())
     pad = encoder.tokenizer.convert_ids_to_tokens(_pad_id(encoder, vocab_size))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "pad_token": pad}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)  # as transformers sorts it when it saves
+    path.write_text(text + "\n", encoding="utf-8")
     model = Path(encoder.folder) / "tokenizer.model"
     if model.is_file():
         shutil.copyfile(model, folder / "tokenizer.model")
