@@ -19,7 +19,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import RankFailure, run_ranks
-from ultrafuser_mega.training.trainer import build_model, run
+from ultrafuser_mega.training.trainer import build_model, load_hf_weights, run
 
 TIMES = ("seconds", "tokens_per_s", "data_seconds", "peak_memory_bytes")
 
@@ -92,7 +92,7 @@ def _tails_equal_their_source(rank: int, tree: dict[str, Any]) -> dict[str, bool
     plan = preflight(FuserConfig.model_validate({**tree, "layouts": [ONE]}), 1, resume=False)
     groups = make_groups(plan.layout)
     model, source = build_model(plan, groups, CPU), build_model(plan, groups, CPU)
-    source.fusion.load_hf(plan.config.folders)
+    load_hf_weights(source, plan.config.folders)
     load_checkpoint(list_checkpoints(plan.config.run_dir / "checkpoints")[-1][1], model, groups, None, 0)
     return {name: torch.equal(tail, source.fusion.tails[name]) for name, tail in model.fusion.tails.items()}
 

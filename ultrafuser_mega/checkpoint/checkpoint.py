@@ -53,6 +53,11 @@ class Progress:
         """Name of the checkpoint folder."""
         return f"stage{self.stage}-step{self.step:07d}"
 
+    @property
+    def trained(self) -> bool:
+        """Whether specialists have been trained: stage 1 leaves them as they came."""
+        return self.stage == 2 and self.step > 0
+
 
 def list_checkpoints(folder: Path) -> list[tuple[Progress, Path]]:
     """Complete checkpoints in ``folder``, oldest first."""

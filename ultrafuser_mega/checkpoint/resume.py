@@ -54,7 +54,7 @@ def data_record(store: TokenStore) -> dict[str, Any]:
     parts = store.manifest["splits"]
     splits = {
         name: {
-            split: {"samples": parts[name][split]["kept"], "digest": digest(parts[name][split]["files"])}
+            split: {"samples": parts[name][split]["samples"], "digest": digest(parts[name][split]["files"])}
             for split in SPLITS
         }
         for name in store.class_names

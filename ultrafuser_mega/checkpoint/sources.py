@@ -1,13 +1,16 @@
 """Where a checkpoint's specialists came from, kept beside the weights so that they can leave as they came.
 
-``sources/<name>/`` holds every file of the specialist's folder but its weights, byte for byte; ``sources.json`` its
-origin, its template and the element type of each of its tensors; ``sources/config.yaml`` the run's configuration,
-``sources/data.json`` what data it had.
+``sources/<name>/`` holds every file of the specialist's folder but its weights, sub-folders included, byte for byte;
+``sources.json`` its origin, its template and the element type of each of its tensors; ``sources/config.yaml`` the
+run's configuration, ``sources/data.json`` what data it had; ``sources/README.md`` the model card of the release that an
+imported checkpoint came from.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +18,31 @@ from typing import Any
 
 import torch
 
+from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig, dump_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import TensorFolder
 
 SOURCES, RECORD = "sources", "sources.json"
-CONFIG, DATA = "sources/config.yaml", "sources/data.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+CONFIG, DATA, CARD = "sources/config.yaml", "sources/data.json", "sources/README.md"
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"),
+    *(".pkl", ".index.json"),
+)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What to keep with a checkpoint: name -> folder, name -> template; of a run, its configuration and data too."""
+    """What to keep with a checkpoint: name -> folder, name -> template; the configuration where there is one."""
 
     folders: Mapping[str, Path]
     templates: Mapping[str, str]
     config: FuserConfig | None
-    data: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, config: FuserConfig, data: Mapping[str, Any] | None = None) -> Sources:
+    def of(cls, config: FuserConfig) -> Sources:
         """Those of a run."""
-        return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config, data)
+        return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config)
 
     def read(self) -> SourceFiles:
         """All of it but the weights, into memory.
@@ -44,20 +50,54 @@ class Sources:
         Raises:
             InputError: a folder's safetensors cannot be read.
         """
-        files, record = {}, {}
+        files: dict[str, bytes] = {}
+        sources: dict[str, Source] = {}
         for name, folder in self.folders.items():
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and not path.name.endswith(_WEIGHTS):
-                    files[f"{SOURCES}/{name}/{path.name}"] = path.read_bytes()
-            tensors = TensorFolder(folder)
-            dtypes = {tensor: str(tensors.dtype(tensor)).removeprefix("torch.") for tensor in tensors.names()}
-            record[name] = {"origin": str(folder), "template": self.templates[name], "dtypes": dtypes}
-        files[RECORD] = json.dumps(record, indent=1).encode()
-        if self.config is not None:
-            files[CONFIG] = dump_config(self.config).encode()
-        if self.data is not None:
-            files[DATA] = json.dumps(self.data, indent=1).encode()
-        return SourceFiles(files)
+            files |= {f"{SOURCES}/{name}/{place}": content for place, content in beside_weights(folder).items()}
+            sources[name] = Source(folder, str(folder), self.templates[name], element_types(folder))
+        return SourceFiles(files | write_record(sources, self.config))
+
+
+def beside_weights(folder: Path) -> dict[str, bytes]:
+    """Relative path -> content of every file of a model folder but its weights; hidden sub-folders (.git) are left."""
+    files: dict[str, bytes] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place) / name for name in sorted(names)):
+            if path.is_file() and not path.name.endswith(_WEIGHTS):
+                files[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return files
+
+
+def element_types(folder: Path) -> dict[str, torch.dtype]:
+    """Tensor -> its element type in a model folder; raises InputError where its safetensors cannot be read."""
+    tensors = TensorFolder(folder)
+    return {tensor: tensors.dtype(tensor) for tensor in tensors.names()}
+
+
+def rounding(dtypes: Mapping[str, torch.dtype], into: torch.dtype) -> str:
+    """What is lost where tensors of these types become ``into``, in words; empty where ``into`` holds them all."""
+    lost = Counter(_word(dtype) for dtype in dtypes.values() if torch.promote_types(dtype, into) != into)
+    kinds = " and ".join(f"{count} {dtype} tensor{'s' * (count > 1)}" for dtype, count in lost.items())
+    return f"{kinds} rounded to {_word(into)}" if kinds else ""
+
+
+def write_record(sources: Mapping[str, Source], config: FuserConfig | None) -> dict[str, bytes]:
+    """Path inside a checkpoint -> content of what :func:`read_sources` reads, and of the configuration if any."""
+    record = {
+        name: {
+            "origin": source.origin,
+            "template": source.template,
+            "dtypes": {tensor: _word(dtype) for tensor, dtype in source.dtypes.items()},
+        }
+        for name, source in sources.items()
+    }
+    files = {RECORD: json.dumps(record, indent=1).encode()}
+    return files if config is None else files | {CONFIG: dump_config(config).encode()}
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -65,6 +105,31 @@ class SourceFiles:
     """Path inside a checkpoint -> content. Saving needs the specialists' folders no more: they may go away."""
 
     files: Mapping[str, bytes]
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path, config: FuserConfig, *, trained: bool | None) -> SourceFiles:
+        """What the checkpoints keep of a run under ``config`` that takes its weights from ``checkpoint``.
+
+        Args:
+            checkpoint: a complete one of the same specialists.
+            config: of the run.
+            trained: for a run that begins with it: whether it was trained; its tensors then come in the element types
+                that they have in it. None for the run that wrote it, which goes on.
+
+        Raises:
+            InputError: the checkpoint keeps no sources, or cannot be read.
+        """
+        files: dict[str, bytes] = {}
+        sources: dict[str, Source] = {}
+        for name, source in read_sources(checkpoint).items():
+            files |= {f"{SOURCES}/{name}/{at}": content for at, content in beside_weights(source.folder).items()}
+            dtypes = source.dtypes if trained is None else held_types(checkpoint, source, trained=trained)
+            sources[name] = Source(source.folder, source.origin, config.specialists[name].template, dtypes)
+        return cls(files | write_record(sources, config))
+
+    def with_data(self, record: Mapping[str, Any]) -> SourceFiles:
+        """The same together with what the run says of its data (resume.py)."""
+        return SourceFiles({**self.files, DATA: json.dumps(record, indent=1).encode()})
 
     def write(self, checkpoint: Path) -> None:
         """Write into ``checkpoint``, which must exist."""
@@ -118,3 +183,14 @@ def read_sources(checkpoint: Path) -> dict[str, Source]:
         if not source.folder.is_dir():
             raise InputError(f"{source.folder}: missing, though {path.name} names {name}; copy the checkpoint again")
     return sources
+
+
+def held_type(came: torch.dtype, stored: torch.dtype, *, trained: bool) -> torch.dtype:
+    """The element type of a tensor as it is now: what it came in, unless training or rounding made another of it."""
+    return stored if trained or torch.promote_types(came, stored) != stored else came
+
+
+def held_types(checkpoint: Path, source: Source, *, trained: bool) -> dict[str, torch.dtype]:
+    """Tensor -> :func:`held_type` of one specialist of ``checkpoint``; raises InputError where that is damaged."""
+    stored = CheckpointTensors(checkpoint).dtype(f"heads.{source.folder.name}")
+    return {tensor: held_type(came, stored, trained=trained) for tensor, came in source.dtypes.items()}

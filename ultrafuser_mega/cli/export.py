@@ -10,9 +10,12 @@ import typer
 
 
 def export_(
-    checkpoint: Annotated[Path, typer.Argument(help="folder that train or import wrote")],
+    checkpoint: Annotated[Path, typer.Argument(help="what train or import wrote; runs/<name>: its newest")],
     out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
-    what: Annotated[str, typer.Option(help="fused, or specialist:NAME")] = "fused",
+    what: Annotated[
+        str | None,
+        typer.Option(help="fused, or specialist:NAME; default: fused, or the only specialist", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted export")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="do not compare with the checkpoint")] = False,
 ) -> None:

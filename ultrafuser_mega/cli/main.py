@@ -28,6 +28,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
   ultrafuser train --config my.yaml              both stages, evaluation, checkpoints: runs/<name>/
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
+  ultrafuser import RELEASE CHECKPOINT           a fused model as one, to train further
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
   ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it

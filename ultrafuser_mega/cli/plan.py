@@ -44,6 +44,7 @@ def plan(
     lines = [chosen_layout(resolved)]
     if resolved.resume is not None:
         lines += [f"--resume: goes on from {resolved.resume[1]}", *(resolved.changes or ["as the run was before"])]
+    lines += resolved.notices
     lines += [f"note: {notice}" for folder in loaded.folders.values() for notice in unread_fields(folder)]
     lines.append("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
     for line in lines:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # importing them for a --help would take seconds
     from ultrafuser_mega.inference.answer import Limits
     from ultrafuser_mega.inference.sampling import Sampling
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="release folder or checkpoint", show_default=False)]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="release folder, checkpoint or run (runs/<name>)", show_default=False)
+]
 System = Annotated[str | None, typer.Option(help="system text before the conversation", show_default=False)]
 
 

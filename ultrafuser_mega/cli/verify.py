@@ -34,8 +34,8 @@ def verify(
 
     With A alone: runs it on tp x pp processes of this machine, on random and on real tokens, and prints the largest
     difference of a float32 logit. With A and B: any two of Hugging Face folder, CHECKPOINT@specialist:NAME,
-    CHECKPOINT@fused, RELEASE@specialist:NAME, RELEASE@fused; prints JSON. Needs memory for a whole
-    model in float32. Exit code 1 when a difference is above the tolerance, or NaN.
+    CHECKPOINT@fused, RELEASE@specialist:NAME, RELEASE@fused; runs/<name> is its newest checkpoint. Prints JSON. Needs
+    memory for a whole model in float32. Exit code 1 when a difference is above the tolerance, or NaN.
     """
     if b is not None:
         from ultrafuser_mega.convert.compare import compare

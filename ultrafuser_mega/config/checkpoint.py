@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ultrafuser_mega.config.section import Section
@@ -12,6 +14,11 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")
+    start: Path | None = Field(
+        None,
+        description="begin with the weights of this checkpoint (an imported release, another run) instead of those in "
+        "the specialists' folders; nothing of its optimizer or its steps",
+    )
     stop_after_minutes: NonNegativeFloat | None = Field(
         None,
         description="end with a checkpoint, for --resume; a scheduler's limit less an evaluation, a step and a save",

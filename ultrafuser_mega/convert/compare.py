@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, load_checkpoint, load_specialists
+from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.convert import SAMPLE_TEXT
 from ultrafuser_mega.convert.agreement import (
     Agreement,
@@ -78,6 +79,8 @@ class ModelAddress:
     def parse(cls, text: str) -> ModelAddress:
         """From ``PATH``, ``PATH@fused`` or ``PATH@specialist:NAME``; a checkpoint or release alone means fused.
 
+        A run's folder stands for its newest checkpoint, a checkpoint of one specialist alone for that specialist.
+
         Raises:
             InputError: there is no such model.
         """
@@ -89,6 +92,7 @@ class ModelAddress:
             raise InputError(
                 f"{path}: no such folder; expected a Hugging Face folder, a checkpoint or a release folder"
             )
+        path = find_checkpoint(path)
         kind: Literal["folder", "checkpoint", "release"] = "folder"
         if (path / PROGRESS).is_file():
             kind, names = "checkpoint", list(TrainedModel(path).sources)
@@ -101,7 +105,8 @@ class ModelAddress:
         chosen = part.removeprefix("specialist:") or FUSED
         if part not in ("", FUSED) and (not part.startswith("specialist:") or chosen not in names):
             raise InputError(f"{text}: expected @fused or @specialist:NAME with one of {', '.join(names)}")
-        return cls(path, kind, chosen if part else FUSED)
+        alone = names[0] if kind == "checkpoint" and len(names) == 1 else FUSED
+        return cls(path, kind, chosen if part else alone)
 
 
 @dataclass(frozen=True)

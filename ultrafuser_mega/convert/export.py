@@ -7,6 +7,8 @@ switched off, when it was seen to compute what the checkpoint computes (``compar
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
-from ultrafuser_mega.checkpoint.sources import CONFIG
+from ultrafuser_mega.checkpoint.locate import find_checkpoint
+from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, beside_weights
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
@@ -36,7 +39,7 @@ _SPECIALIST = "specialist:"
 def export(
     checkpoint: Path,
     out: Path,
-    what: str,
+    what: str | None = None,
     *,
     resume: bool = False,
     verify: bool = True,
@@ -45,32 +48,33 @@ def export(
     """Write the folder ``out``.
 
     Args:
-        checkpoint: a folder that training or import wrote, from any layout.
+        checkpoint: a folder that training or import wrote, from any layout; a run's folder stands for its newest.
         out: must not exist.
-        what: "specialist:NAME" or "fused".
+        what: "specialist:NAME" or "fused"; None: the specialist of a checkpoint of one, else "fused".
         resume: go on from an export of the same that was interrupted.
         verify: compare logits with the checkpoint's before the folder gets its name, which needs memory for the whole
             model in float32; without it one tensor is held at a time.
         shard_bytes: largest size of a safetensors file's tensors; one tensor is never cut.
 
     Returns:
-        Notices for people: what of another export was thrown away, what was untied, which damaged shards were written
-        again, how the comparison ended.
+        Notices for people: what was chosen, what of another export was thrown away, what had been rounded, what was
+        untied, which damaged shards were written again, how the comparison ended.
 
     Raises:
         InputError: the checkpoint is damaged or lacks what was asked for, ``out`` exists, or an interrupted export is
-            there and ``resume`` was not asked for, or the folder cannot be written.
+            there and ``resume`` was not asked for, another process is exporting to ``out``, or the folder cannot be
+            written.
         DifferentModel: the folder computes something else than the checkpoint; it keeps its hidden name.
     """
-    model = TrainedModel(checkpoint)
+    folder = find_checkpoint(checkpoint)
+    model = TrainedModel(folder)
+    notices = [] if folder == checkpoint else [f"{checkpoint}: its newest checkpoint is {folder.name}"]
+    if what is None:
+        what, *said = _only_choice(model)
+        notices += said
     with _writing(out):
-        if out.exists():
-            raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
-        unfinished = out.with_name(f".{out.name}.partial")
-        if unfinished.exists() and not resume:
-            raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
-    identity = _identity(model, what)
-    part = what.removeprefix(_SPECIALIST)
+        _check_free(out, resume)
+    unfinished, identity, part = _unfinished(out), _identity(model, what), what.removeprefix(_SPECIALIST)
     write: Callable[[], list[str]]
     if what == FUSED:
         parts, card = {name: model.specialist(name) for name in model.sources}, _card(model, out.name)
@@ -79,18 +83,62 @@ def export(
         write = partial(_specialist, model.specialist(part), unfinished, identity, shard_bytes)
     else:
         raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
-    check = ExportCheck(checkpoint, part) if verify else None
+    check = ExportCheck(folder, part) if verify else None
     with _writing(unfinished):
-        notices = _begin(unfinished, identity)
-        notices += write()
-        for path in unfinished.glob("*.partial"):
-            path.unlink()
-    if check is not None:
-        notices.append(check.run(unfinished))
-    with _writing(out):
-        unfinished.rename(out)
-        _sync(out.parent)
+        unfinished.mkdir(parents=True, exist_ok=True)
+    with _alone(unfinished):
+        with _writing(unfinished):
+            _check_free(out, resume=True)  # another process may have been through in the meantime
+            notices += _begin(unfinished, identity)
+            notices += write()
+            for path in unfinished.glob("*.partial"):
+                path.unlink()
+        if check is not None:
+            notices.append(check.run(unfinished))
+        with _writing(out):
+            unfinished.rename(out)
+            _sync(out.parent)
     return notices
+
+
+def _only_choice(model: TrainedModel) -> list[str]:
+    """What to export where nobody said it, and where that is not the fused model a notice."""
+    if len(model.sources) > 1:
+        return [FUSED]
+    (name,) = model.sources
+    return [
+        f"{_SPECIALIST}{name}",
+        f"{model.folder}: holds one specialist; exported as with --what {_SPECIALIST}{name}",
+    ]
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def _check_free(out: Path, resume: bool) -> None:
+    if out.exists():
+        raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
+    if not resume and (unfinished := _unfinished(out)).exists():
+        with _alone(unfinished):
+            raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes' exports out of ``folder``; a process that ends, however it does, lets go of it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process exports to this name; wait, or choose another name") from None
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # network folders that lock no folders
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -104,26 +152,29 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _begin(folder: Path, identity: str) -> list[str]:
     """Make ``folder`` one of this export alone: files of another would stay among its own."""
-    notices = []
-    if folder.exists() and not begin_ledger(folder, identity):
-        shutil.rmtree(folder)
-        notices.append(f"{folder}: was left by the export of something else; thrown away and begun anew")
-    folder.mkdir(parents=True, exist_ok=True)
+    if begin_ledger(folder, identity):
+        return []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LEDGER):  # it says whose this is
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     begin_ledger(folder, identity)
-    return notices
+    return [f"{folder}: was left by the export of something else; thrown away and begun anew"]
 
 
 def _specialist(specialist: RestoredSpecialist, folder: Path, identity: str, shard_bytes: int) -> list[str]:
     tied = specialist.tied()
-    notices = _untied_notice(specialist, tied)
+    notices = [*_rounded_notice(specialist), *_untied_notice(specialist, tied)]
     notices += write_shards(folder, _plan(specialist, tied), specialist.read, identity, shard_bytes)
-    for path in sorted(specialist.source.folder.iterdir()):
-        if path.name == LEDGER:  # of the export that the specialist came from
+    for place, content in beside_weights(specialist.source.folder).items():
+        if place == LEDGER:  # of the export that the specialist came from
             continue
-        shutil.copyfile(path, folder / path.name)
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(content)
     config = json.loads((folder / "config.json").read_text())
     changes: dict[str, Any] = {"tie_word_embeddings": False} if specialist.arch.tied and not tied else {}
-    if specialist.trained:
+    if specialist.trained or specialist.rounded():
         dtype = str(specialist.dtype(EMBEDDING)).removeprefix("torch.")
         changes |= {field: dtype for field in ("dtype", "torch_dtype") if config.get(field, dtype) != dtype}
     if changes:
@@ -143,7 +194,7 @@ def _fused(
     readers: dict[str, Callable[[], Tensor]] = {}
     notices: list[str] = []
     for name, specialist in parts.items():
-        notices += _untied_notice(specialist, tied=False)
+        notices += [*_rounded_notice(specialist), *_untied_notice(specialist, tied=False)]
         for tensor, planned in _plan(specialist, tied=False).items():
             key = f"specialists.{name}.{tensor}"
             tensors[key] = planned
@@ -168,6 +219,11 @@ def _plan(specialist: RestoredSpecialist, tied: bool) -> Mapping[str, Planned]:
     }
 
 
+def _rounded_notice(specialist: RestoredSpecialist) -> list[str]:
+    lost = specialist.rounded()
+    return [f"{specialist.name}: {lost} on the way into the checkpoint, and written so"] if lost else []
+
+
 def _untied_notice(specialist: RestoredSpecialist, tied: bool) -> list[str]:
     if not specialist.arch.tied or tied:
         return []
@@ -175,19 +231,26 @@ def _untied_notice(specialist: RestoredSpecialist, tied: bool) -> list[str]:
 
 
 def _card(model: TrainedModel, name: str) -> CardFacts:
-    """What the run tells about these weights: its summary speaks of the last checkpoint only."""
-    if not (model.folder / CONFIG).is_file():
+    """What is known of these weights: from the run that trained them, whose summary speaks of its last checkpoint only.
+
+    Of an imported release, which was not trained since, its own card.
+    """
+    if not model.fused:
         raise InputError(
             f"--what fused: {model.folder} was imported from single folders, not from a configuration of a run; "
             "export its specialists, or import the configuration"
         )
+    rounded = {part: text for part in model.sources if (text := model.specialist(part).rounded())}
+    if not (model.folder / CONFIG).is_file():
+        earlier = (model.folder / CARD).read_text(encoding="utf-8")
+        return CardFacts(name=name, config=None, summary=None, rounded=rounded, earlier=earlier)
     config = load_config(model.folder / CONFIG)
-    run_dir = model.folder.parent.parent
+    run_dir = model.folder.resolve().parent.parent
     summary = None
     if model.progress == Progress(2, config.stage2.steps) and (run_dir / "config.yaml").is_file():
         summary = CardFacts.from_run(run_dir, name).summary
     origins = {specialist: source.origin for specialist, source in model.sources.items()}
-    return CardFacts(name=name, config=config, summary=summary, origins=origins)
+    return CardFacts(name=name, config=config, summary=summary, origins=origins, rounded=rounded)
 
 
 def _identity(model: TrainedModel, what: str) -> str:

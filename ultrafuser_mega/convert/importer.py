@@ -1,4 +1,4 @@
-"""In from Hugging Face folders: a checkpoint of step 0, which export gives back equal."""
+"""In from Hugging Face folders and releases: a checkpoint of step 0, which export gives back equal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
-from ultrafuser_mega.checkpoint.sources import Sources
+from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.dtypes import DTYPES
+from ultrafuser_mega.convert.released import ReleasedModel
+from ultrafuser_mega.convert.shards import check_hashes
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
-    TensorFolder,
     check_parallel_sizes,
     read_architecture,
 )
@@ -38,26 +39,49 @@ class ImportPlan:
     """What is imported, with everything checked that can be.
 
     Attributes:
-        sources: folders and templates of the specialists.
+        sources: what is imported: folders and templates of specialists, or a release.
         architectures: name -> its architecture, in the order of the gate weights.
         vocab_size: entries of the shared vocabulary.
-        gate_units: hidden units of the gate, which is freshly initialised.
+        gate_units: hidden units of the gate, which is freshly initialised unless a release brings it.
         seed: of the gate.
         dtype: of the checkpoint's weights.
+        element_types: specialist, or "the gate" that is brought -> tensor -> its type.
     """
 
-    sources: Sources
+    sources: Sources | ReleasedModel
     architectures: Mapping[str, Architecture]
     vocab_size: int
     gate_units: int
     seed: int
     dtype: torch.dtype
+    element_types: Mapping[str, Mapping[str, torch.dtype]]
 
     @property
     def notices(self) -> list[str]:
         """For people: what the checkpoint holds otherwise than the folders."""
         tied = [name for name, arch in self.architectures.items() if arch.tied]
-        return [f"{name}: output head tied to the embedding; the checkpoint holds both" for name in tied]
+        lost = {name: rounding(types, self.dtype) for name, types in self.element_types.items()}
+        return [
+            *(f"{name}: output head tied to the embedding; the checkpoint holds both" for name in tied),
+            *(f"{name}: {what}; leave out --dtype to keep them as they are" for name, what in lost.items() if what),
+        ]
+
+    def settings(self, checkpoint: Path) -> dict[str, Any]:
+        """What the configuration of a run says that begins with this release's weights, imported into ``checkpoint``.
+
+        Its specialists are the folders in the checkpoint, which have no weights and need none.
+        """
+        templates = self.sources.templates
+        settings: dict[str, Any] = {
+            "models": str(checkpoint / SOURCES),
+            "specialists": {name: {"path": name, "template": templates[name]} for name in self.architectures},
+            "checkpoint": {"start": str(checkpoint)},
+        }
+        if self.vocab_size != min(arch.vocab_rows for arch in self.architectures.values()):
+            settings["vocab_size"] = self.vocab_size
+        if self.gate_units != max(arch.hidden_size for arch in self.architectures.values()):
+            settings["gate"] = {"hidden_size": self.gate_units}
+        return settings
 
 
 def plan_folders(folders: Mapping[str, Path], dtype: torch.dtype | None) -> ImportPlan:
@@ -69,17 +93,30 @@ def plan_folders(folders: Mapping[str, Path], dtype: torch.dtype | None) -> Impo
     archs = {name: read_architecture(folder) for name, folder in folders.items()}
     vocab_size = min(arch.vocab_rows for arch in archs.values())
     units = max(arch.hidden_size for arch in archs.values())
-    return _checked(Sources(folders, dict.fromkeys(folders, "hf"), None), archs, vocab_size, units, 0, dtype)
+    return _of_folders(Sources(folders, dict.fromkeys(folders, "hf"), None), archs, vocab_size, units, 0, dtype)
 
 
 def plan_config(config: FuserConfig, dtype: torch.dtype | None) -> ImportPlan:
     """Import the specialists of a run; raises InputError where one is unusable."""
-    archs = {name: read_architecture(folder) for name, folder in config.folders.items()}
+    sources = Sources.of(config)
+    archs = {name: read_architecture(folder) for name, folder in sources.folders.items()}
+    vocab_size = shared_vocabulary(config)
     units = config.gate.hidden_size or max(arch.hidden_size for arch in archs.values())
-    return _checked(Sources.of(config), archs, shared_vocabulary(config), units, config.seed, dtype)
+    return _of_folders(sources, archs, vocab_size, units, config.seed, dtype)
 
 
-def _checked(
+def plan_release(folder: Path, dtype: torch.dtype | None) -> ImportPlan:
+    """Import a fused model with the gate and the heads that it has; raises InputError where the folder is damaged."""
+    model = ReleasedModel(folder)
+    check_hashes(folder)
+    types = {name: model.element_types(f"specialists.{name}.") for name in model.architectures}
+    types["the gate"] = model.element_types("gate.")
+    found = set[torch.dtype]().union(*(_importable(folder, of_one) for of_one in types.values()))
+    dtype = dtype or reduce(torch.promote_types, found)
+    return ImportPlan(model, model.architectures, model.vocab_size, model.gate_units, 0, dtype, types)
+
+
+def _of_folders(
     sources: Sources,
     archs: Mapping[str, Architecture],
     vocab_size: int,
@@ -87,17 +124,20 @@ def _checked(
     seed: int,
     dtype: torch.dtype | None,
 ) -> ImportPlan:
+    types: dict[str, dict[str, torch.dtype]] = {}
     found: set[torch.dtype] = set()
     for name, arch in archs.items():
         HFWeights(sources.folders[name], arch)
-        tensors = TensorFolder(sources.folders[name])
-        for tensor in tensors.names():
-            if tensors.dtype(tensor) not in DTYPES.values():
-                raise InputError(
-                    f"{sources.folders[name]}: tensor {tensor} is {tensors.dtype(tensor)}; expected fp32, bf16 or fp16"
-                )
-            found.add(tensors.dtype(tensor))
-    return ImportPlan(sources, archs, vocab_size, gate_units, seed, dtype or reduce(torch.promote_types, found))
+        types[name] = element_types(sources.folders[name])
+        found |= _importable(sources.folders[name], types[name])
+    return ImportPlan(sources, archs, vocab_size, gate_units, seed, dtype or reduce(torch.promote_types, found), types)
+
+
+def _importable(folder: Path, types: Mapping[str, torch.dtype]) -> set[torch.dtype]:
+    for tensor, dtype in types.items():
+        if dtype not in DTYPES.values():
+            raise InputError(f"{folder}: tensor {tensor} is {dtype}; expected fp32, bf16 or fp16")
+    return set(types.values())
 
 
 def import_specialists(
@@ -137,7 +177,10 @@ def _import_rank(rank: int, plan: ImportPlan, out: Path, layout: LayoutPlan) -> 
             loss=LossOptions(),
             seed=plan.seed,
         )
-    load_hf_weights(model, plan.sources.folders)
+    if isinstance(plan.sources, ReleasedModel):
+        plan.sources.load(model)
+    else:
+        load_hf_weights(model, plan.sources.folders)
     identity: dict[str, Any] = {
         "vocab_size": plan.vocab_size,
         "gate_units": plan.gate_units,

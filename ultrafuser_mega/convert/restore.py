@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
-from ultrafuser_mega.checkpoint.sources import Source, read_sources
-from ultrafuser_mega.convert.tensors import CheckpointTensors
+from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, Source, held_type, read_sources, rounding
+from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import EMBEDDING, FINAL_NORM, HEAD, hf_shapes, read_architecture
@@ -26,6 +26,7 @@ class TrainedModel:
     Attributes:
         progress: how far its run was.
         trained: whether specialists have been trained: stage 1 leaves them as they came.
+        fused: whether its gate belongs to them: not where single folders were imported.
         vocab_size: entries of the shared vocabulary.
         gate_units: hidden units of the gate.
         sources: name -> what is kept of that specialist's folder.
@@ -46,7 +47,8 @@ class TrainedModel:
             raise InputError(f"{folder}: not a complete checkpoint (no {PROGRESS})") from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
-        self.trained = self.progress.stage == 2 and self.progress.step > 0
+        self.trained = self.progress.trained
+        self.fused = (folder / CONFIG).is_file() or (folder / CARD).is_file()
         self.sources = read_sources(folder)
         self.tensors = CheckpointTensors(folder)
 
@@ -87,16 +89,23 @@ class RestoredSpecialist:
         self._check()
 
     def dtype(self, tensor: str) -> torch.dtype:
-        """The element type that the tensor came with, or the training's once that has changed it: nothing is rounded.
+        """The element type that the tensor came with, unless training or rounding made another of it.
 
-        A head that its folder tied has the embedding's.
+        So writing it rounds nothing, and claims no more precision than there is. A head that its folder tied has the
+        embedding's.
         """
-        if self.trained:
-            return self.tensors.dtype(self._key("embedding.word_embeddings.weight"))
-        found = self.source.dtypes.get(tensor) or (self.source.dtypes.get(EMBEDDING) if tensor == HEAD else None)
-        if found is None:
+        came = self.source.dtypes.get(tensor) or (self.source.dtypes.get(EMBEDDING) if tensor == HEAD else None)
+        if came is None:
             raise InputError(f"{self.source.folder.parent.parent}/sources.json: names no element type for {tensor}")
-        return found
+        return held_type(came, self._stored, trained=self.trained)
+
+    def rounded(self) -> str:
+        """What was rounded on its way into the checkpoint, in words; empty where nothing was."""
+        return rounding(self.source.dtypes, self._stored)
+
+    @property
+    def _stored(self) -> torch.dtype:
+        return self.tensors.dtype(f"heads.{self.name}")
 
     def tied(self) -> bool:
         """Whether the folder tied the head to the embedding and both are still equal."""

@@ -39,8 +39,8 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
     """Load ``folder`` for as long as the context lasts.
 
     Args:
-        folder: what ``ultrafuser export`` wrote, or a checkpoint of ``ultrafuser train`` (or of ``import`` with a
-            configuration).
+        folder: what ``ultrafuser export`` wrote, or a checkpoint of ``ultrafuser train`` (or of ``import`` of a
+            configuration or a release); a run's folder stands for its newest checkpoint.
         devices: "auto" (a GPU for each specialist where there are enough, else one for all, else the CPU), or one
             device for all, or one for each, as in "cuda:0,cuda:1,cuda:1".
         dtype: fp32, bf16 or fp16; None: the element type of the stored weights.

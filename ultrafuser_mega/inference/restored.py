@@ -8,8 +8,7 @@ import torch
 from transformers.initialization import no_init_weights
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
-from ultrafuser_mega.checkpoint.sources import CONFIG
-from ultrafuser_mega.config import load_config
+from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.release import CardFacts, assemble_release
@@ -20,7 +19,7 @@ class RestoredModel:
     """What a checkpoint would be as a release folder.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint; a run's folder stands for its newest.
         described: an empty folder, which gets everything of a release folder but the weights.
 
     Attributes:
@@ -31,16 +30,17 @@ class RestoredModel:
     """
 
     def __init__(self, folder: Path, described: Path) -> None:
+        folder = find_checkpoint(folder)
         if not (folder / PROGRESS).is_file():
             raise InputError(
-                f"{folder}: expected what ultrafuser export wrote, or a checkpoint (runs/<name>/checkpoints/...)"
+                f"{folder}: expected what ultrafuser export wrote, a checkpoint, or the folder of a run (runs/<name>)"
             )
         self._trained = trained = TrainedModel(folder)
-        if not (folder / CONFIG).is_file():
+        if not trained.fused:
             raise InputError(f"{folder}: was imported from single folders; a fused model needs a configuration")
         self._dtype = trained.tensors.dtype("gate.b1")
         parts = {name: (source.folder, source.template) for name, source in trained.sources.items()}
-        card = CardFacts(name=folder.name, config=load_config(folder / CONFIG), summary=None)
+        card = CardFacts(name=folder.name, config=None, summary=None)
         shared = "gate.w1.shared" in trained.tensors
         self.config = assemble_release(
             described, parts, trained.vocab_size, trained.gate_units, shared, self._dtype, card

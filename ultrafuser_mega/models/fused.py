@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
-from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.models.specialist import SpecialistStage, transformer_config
 from ultrafuser_mega.runtime.exchange import HiddenExchange
 from ultrafuser_mega.runtime.groups import RankGroups
@@ -122,7 +122,15 @@ def build_fused_stage(
 
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path]) -> None:
     """Fill this rank's share from the specialists' Hugging Face folders."""
-    for name, stage in model.stages.items():
-        stage.load_hf(folders[name])
+    archs = {name: stage.arch for name, stage in model.stages.items()}
     if model.fusion is not None:
-        model.fusion.load_hf(folders)
+        archs |= model.fusion.architectures
+    load_weights(model, {name: HFWeights(folders[name], arch) for name, arch in archs.items()})
+
+
+def load_weights(model: FusedStage, weights: Mapping[str, HFWeights]) -> None:
+    """Fill this rank's share but for the gate from the specialists' tensors, wherever they lie."""
+    for name, stage in model.stages.items():
+        stage.load_hf(weights[name])
+    if model.fusion is not None:
+        model.fusion.load_hf(weights)

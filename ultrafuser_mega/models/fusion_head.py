@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,17 +76,16 @@ class FusionHead(nn.Module):
         }
 
     @torch.no_grad()
-    def load_hf(self, folders: Mapping[str, Path]) -> None:
-        """Read this rank's rows of every head from the specialists' folders."""
+    def load_hf(self, weights: Mapping[str, HFWeights]) -> None:
+        """Read this rank's rows of every head from the specialists' weights."""
         stop = min(self.vocab_start + self.rows, self.vocab_size)
         for name, arch in self.architectures.items():
-            weights = HFWeights(folders[name], arch)
             head = self.heads[name]
             head.zero_()
             if stop > self.vocab_start:
-                head[: stop - self.vocab_start] = weights.head(slice(self.vocab_start, stop)).to(head.dtype)
+                head[: stop - self.vocab_start] = weights[name].head(slice(self.vocab_start, stop)).to(head.dtype)
             if name in self.tails:
-                self.tails[name].copy_(weights.head(slice(self.vocab_size, arch.vocab_rows)))
+                self.tails[name].copy_(weights[name].head(slice(self.vocab_size, arch.vocab_rows)))
 
     def loss(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training loss summed over the rows (paper, eq. 2).

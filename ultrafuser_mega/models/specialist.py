@@ -6,8 +6,6 @@ specialists. What leaves a last stage is the hidden state after the final norm.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -117,9 +115,8 @@ class SpecialistStage(GPTModel):
         return hidden
 
     @torch.no_grad()
-    def load_hf(self, folder: Path) -> None:
-        """Fill this stage's weights from the slices it needs of the safetensors in ``folder``."""
-        weights = HFWeights(folder, self.arch)
+    def load_hf(self, weights: HFWeights) -> None:
+        """Fill this stage's weights from the slices it needs."""
         rank, tp = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
         if self.pre_process:
             table = self.embedding.word_embeddings.weight

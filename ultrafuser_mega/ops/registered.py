@@ -162,7 +162,7 @@ def _deferred(reduction: str, needs: Sequence[bool], dtype: torch.dtype) -> bool
 def _settings(
     group: str, start: int, size: int, ignore: int, reduction: str, smoothing: float, z_loss: float
 ) -> Settings:
-    ranks = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type, attr-defined]
+    ranks = dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[arg-type]
     return Settings(ranks, start, size, ignore, smoothing, z_loss, reduction)
 
 

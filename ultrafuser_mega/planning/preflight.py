@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
+from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
 from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
 from ultrafuser_mega.data.columns import check_columns
@@ -32,6 +33,7 @@ from ultrafuser_mega.models.hf_folder import (
     check_positions,
     read_architecture,
 )
+from ultrafuser_mega.planning.notices import weight_notices
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +49,9 @@ class RunPlan:
     vocab_size: int
     gate_units: int
     resume: tuple[Progress, Path] | None
+    start: tuple[Progress, Path] | None = None  # whose weights it begins with, if not with the folders'
     changes: tuple[str, ...] = ()  # settings that a resumed run had otherwise, for people
+    notices: tuple[str, ...] = ()  # what becomes of the specialists' weights, for people
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,7 +115,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     for name, arch in architectures.items():
         placement = layout.placements[name]
         check_parallel_sizes(name, arch, placement.tp, placement.pp)
-        HFWeights(config.folders[name], arch)
+        if config.checkpoint.start is None:
+            HFWeights(config.folders[name], arch)
         check_positions("data.max_length", config.data.max_length, name, arch)
     vocab_size = shared_vocabulary(config)
     check_tokenizers(config.folders, vocab_size)
@@ -126,6 +131,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         gate_units=config.gate.hidden_size or max(arch.hidden_size for arch in architectures.values()),
         resume=None,
     )
+    start = _start(config, plan.identity)
+    plan = replace(plan, start=start, notices=weight_notices(config, architectures, DTYPES[config.dtype], start))
     if not resume:
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
@@ -148,6 +155,16 @@ def compared_with_data(plan: RunPlan, store: TokenStore) -> RunPlan:
         return plan
     progress, path = plan.resume
     return replace(plan, changes=(*plan.changes, *changed_data(path, progress, plan.config, store)))
+
+
+def _start(config: FuserConfig, identity: dict[str, Any]) -> tuple[Progress, Path] | None:
+    if config.checkpoint.start is None:
+        return None
+    try:
+        path = find_checkpoint(config.checkpoint.start)
+        return read_progress(path, identity), path
+    except InputError as error:
+        raise InputError(f"checkpoint.start: {error}") from None
 
 
 def _check_run_dir(run_dir: Path) -> None:

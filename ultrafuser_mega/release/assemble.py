@@ -29,6 +29,8 @@ from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.release.card import CardFacts, SpecialistFacts, licence_files, write_card
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 
+#: Sub-folder of a model folder with chat templates beside the default (tool_use, rag), as transformers names it.
+ADDITIONAL = "additional_chat_templates"
 CODE = {
     **{
         file: Path(__file__).with_name(file)
@@ -95,11 +97,13 @@ def assemble_release(
     (out_dir / "chat_templates").mkdir(exist_ok=True)
     for name, template in jinja.items():
         (out_dir / "chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
+        _copy_into(out_dir / "chat_templates" / name, sorted((folders[name] / ADDITIONAL).glob("*.jinja")))
         if name in own_tokenizer:
             _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], template, vocab_size)
     _write_generation_config(out_dir, folders, config, [*responses.ends.values(), encoders[first].eos_id])
     for name, folder in folders.items():
-        _copy_licences(folder, out_dir / "licenses" / name)
+        card_of = [path] if (path := folder / "README.md").is_file() else []  # where most say what their licence is
+        _copy_into(out_dir / "licenses" / name, [*licence_files(folder), *card_of])
     facts = [
         SpecialistFacts.read(name, folder, template, config.specialist_config(name))
         for name, (folder, template) in specialists.items()
@@ -188,7 +192,8 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, voc
     settings = json.loads(path.read_text())
     pad = encoder.tokenizer.convert_ids_to_tokens(_pad_id(encoder, vocab_size))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "pad_token": pad}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)  # as transformers sorts it when it saves
+    path.write_text(text + "\n", encoding="utf-8")
     model = Path(encoder.folder) / "tokenizer.model"
     if model.is_file():
         shutil.copyfile(model, folder / "tokenizer.model")
@@ -217,7 +222,7 @@ def _write_generation_config(
     generation.save_pretrained(out_dir)
 
 
-def _copy_licences(folder: Path, target: Path) -> None:
-    for path in licence_files(folder):
+def _copy_into(target: Path, paths: Sequence[Path]) -> None:
+    for path in paths:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / path.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -22,7 +23,7 @@ from ultrafuser_mega.reporting.records import MEAN, SUMMARY_FILE, EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
 NOT_STATED = "not stated"
-_LICENCE_FILES = ("license*", "licence*", "copying*", "notice*", "use_policy*")
+_LICENCE_FILE = re.compile(r"licen[cs]e|^(copying|notice|use_policy|terms)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,19 @@ class CardFacts:
 
     Attributes:
         name: of the released model.
-        config: of the run that trained it.
+        config: of the run that trained it; None where ``earlier`` tells.
         summary: the run's summary.json, or None where the weights are not those it speaks of.
         origins: specialist -> where it was read from, where that is another folder than the one at hand.
+        rounded: specialist -> what was rounded before it was fused, in words; those of which nothing was are not there.
+        earlier: the card of the release that these weights were imported from, and not trained since.
     """
 
     name: str
-    config: FuserConfig
+    config: FuserConfig | None
     summary: Mapping[str, Any] | None
     origins: Mapping[str, str] = field(default_factory=dict)
+    rounded: Mapping[str, str] = field(default_factory=dict)
+    earlier: str = ""
 
     @classmethod
     def from_run(cls, run_dir: Path, name: str) -> CardFacts:
@@ -67,8 +72,11 @@ class SpecialistFacts:
     def read(cls, name: str, folder: Path, template: str, config: PreTrainedConfig) -> SpecialistFacts:
         """From the specialist's folder and configuration."""
         size = f"{config.num_hidden_layers} layers of {config.hidden_size}, {config.vocab_size} rows"
-        licence_id = _front_matter(folder / "README.md").get("license")
-        stated = [f"{licence_id} (README.md)"] if isinstance(licence_id, str) else []
+        front = _front_matter(folder / "README.md")
+        licence_id, name_of_other = front.get("license"), front.get("license_name")
+        ids = licence_id if isinstance(licence_id, list) else [licence_id]
+        words = [str(name_of_other) if one == "other" and name_of_other else str(one) for one in ids if one]
+        stated = [f"{', '.join(words)} (README.md)"] if words else []
         stated += [f"{_first_line(path)} ({path.name})" for path in licence_files(folder)]
         return cls(
             name=name,
@@ -82,12 +90,15 @@ class SpecialistFacts:
 
 def licence_files(folder: Path) -> list[Path]:
     """Licences, notices and use policies in a model folder, in alphabetical order."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    return [path for path in files if any(path.name.lower().startswith(kind[:-1]) for kind in _LICENCE_FILES)]
+    return [path for path in sorted(folder.iterdir()) if _LICENCE_FILE.search(path.name) and path.is_file()]
 
 
 def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFacts], model: Any) -> None:
     """Write the card as Markdown with the Hub's front matter. ``model`` is the release's configuration."""
+    if card.config is None:
+        parts = [card.earlier.rstrip("\n") + "\n", *_rounded(card.rounded)] if card.rounded else [card.earlier]
+        path.write_text("\n".join(parts), encoding="utf-8")
+        return
     licences = {facts.licence_id for facts in specialists}
     (only,) = licences if len(licences) == 1 else (None,)
     front = {
@@ -102,6 +113,7 @@ def write_card(path: Path, card: CardFacts, specialists: Sequence[SpecialistFact
         _use(specialists),
         _licences(specialists),
         _training(card.config),
+        *_rounded(card.rounded),
         _results(card.summary),
     ]
     path.write_text("\n".join(sections), encoding="utf-8")
@@ -161,7 +173,16 @@ def _licences(specialists: Sequence[SpecialistFacts]) -> str:
     )
 
 
+def _rounded(rounded: Mapping[str, str]) -> list[str]:
+    if not rounded:
+        return []
+    table = _markdown(("specialist", "before fusing"), rounded.items())
+    return [f"## Rounding\n\nThese specialists came in wider element types than were fused:\n\n{table}"]
+
+
 def _training(config: FuserConfig) -> str:
+    start = config.checkpoint.start
+    begun = f" They began with the weights of `{start.name}`." if start else ""
     classes = [
         (
             name,
@@ -186,7 +207,7 @@ def _training(config: FuserConfig) -> str:
     return (
         "## Training\n\nData, one class per kind of instruction:\n\n"
         f"{_markdown(('class', 'trained on', 'held out'), classes)}\n"
-        "Two stages, every global batch with the same number of samples of each class:\n\n"
+        f"Two stages, every global batch with the same number of samples of each class.{begun}\n\n"
         f"{_markdown(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
         f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
         f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
@@ -232,7 +253,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
     """The YAML block at the head of a model card; empty where there is none or it cannot be read."""
     if not path.is_file():
         return {}
-    opening, _, rest = path.read_text(errors="replace").partition("\n")
+    opening, _, rest = path.read_text(encoding="utf-8-sig", errors="replace").partition("\n")
     block, closed, _ = rest.partition("\n---")
     if opening.strip() != "---" or not closed:
         return {}
@@ -244,5 +265,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
 
 def _first_line(path: Path) -> str:
-    lines = (line.strip() for line in path.read_text(errors="replace").splitlines())
+    if path.suffix.lower() not in ("", ".txt", ".md", ".rst"):
+        return "see the file"
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
     return next((line for line in lines if line), "empty file")

@@ -142,7 +142,7 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> UltraFuserOutput | tuple:
+    ) -> UltraFuserOutput | tuple[Any, ...]:
         """Fused logits, and what was asked for beside them.
 
         Args:

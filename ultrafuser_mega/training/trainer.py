@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrafuser_mega.checkpoint.resume import data_record
-from ultrafuser_mega.checkpoint.sources import Sources
+from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
 from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
@@ -50,8 +50,8 @@ def run(plan: RunPlan, device: torch.device) -> None:
     begun = time.monotonic()
     groups = make_groups(plan.layout)
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
-        if plan.resume is not None:
-            verify_checkpoint(plan.resume[1])
+        if (weights := plan.resume or plan.start) is not None:
+            verify_checkpoint(weights[1])
         store = open_store(plan, groups)
         plan = compared_with_data(plan, store)
         _run(plan, groups, Trainer(plan, groups, store, device, begun))
@@ -65,9 +65,13 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
     with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
             report.note(f"an earlier run of this name is kept as {kept}")
-        store = trainer.store
-        for line in [*plan.changes, *data_notes(plan.config, PrepareReport(store.folder, store.manifest, reused=True))]:
+        for line in plan.changes if plan.resume else plan.notices:
             report.note(line)
+        store = trainer.store
+        for line in data_notes(plan.config, PrepareReport(store.folder, store.manifest, reused=True)):
+            report.note(line)
+        if plan.start and not plan.resume:
+            report.note(f"begins with the weights of {plan.start[1]}")
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
@@ -115,9 +119,11 @@ class Trainer:
         self.plan, self.groups, self.store, self.device = plan, groups, store, device
         if device.type == "cuda":
             prepare_cuda(config.seed)
-        self.sources = Sources.of(config, data_record(store)).read() if groups.rank == 0 else None
+        self.sources = run_sources(plan).with_data(data_record(store)) if groups.rank == 0 else None
         self.model = build_model(plan, groups, device)
-        if plan.resume is None:
+        if plan.resume is None and plan.start is not None:
+            load_checkpoint(plan.start[1], self.model, groups, None, 0)
+        elif plan.resume is None:
             load_hf_weights(self.model, config.folders)
         self.engine = Engine(self.model, groups, device)
         self.shard = make_shard(plan, groups, config.micro_batch_size)
@@ -314,6 +320,15 @@ class Trainer:
         )
         report.note(f"checkpoint {path}")
         return None
+
+
+def run_sources(plan: RunPlan) -> SourceFiles:
+    """What the run's checkpoints keep of its specialists: from where their weights come from."""
+    if plan.start is None:
+        return Sources.of(plan.config).read()
+    if plan.resume is not None:
+        return SourceFiles.of_checkpoint(plan.resume[1], plan.config, trained=None)
+    return SourceFiles.of_checkpoint(plan.start[1], plan.config, trained=plan.start[0].trained)
 
 
 def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> FusedStage:

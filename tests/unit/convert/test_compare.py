@@ -87,6 +87,17 @@ def test_address_of_no_model_is_refused(models: Path, address: str, named: str) 
         ModelAddress.parse(str(models / address))
 
 
+def test_a_runs_folder_stands_for_its_newest_checkpoint(models: Path, tmp_path: Path) -> None:
+    newest = tmp_path / "run" / "checkpoints" / "stage1-step0000000"
+    shutil.copytree(models / "checkpoint", newest)
+    for address, part in (
+        ("run@specialist:wide", "wide"),
+        ("run/checkpoints@specialist:tied", "tied"),
+        ("run", "fused"),
+    ):
+        assert ModelAddress.parse(str(tmp_path / address)) == ModelAddress(newest, "checkpoint", part)
+
+
 def test_exported_folder_with_a_flipped_byte_is_refused(models: Path, tmp_path: Path) -> None:
     flipped = Path(shutil.copytree(models / "out", tmp_path / "flipped"))
     path = flipped / "model.safetensors"

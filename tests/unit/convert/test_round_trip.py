@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILY_CASES, write_family
 
+from ultrafuser_mega.checkpoint import tensors as stored
 from ultrafuser_mega.convert import restore
-from ultrafuser_mega.convert import tensors as stored
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_folders
 from ultrafuser_mega.convert.restore import TrainedModel

@@ -111,3 +111,38 @@ def test_a_damaged_summary_is_refused_by_name(run_dir):
     (run_dir / "summary.json").write_text(json.dumps({})[:1])
     with pytest.raises(InputError, match=r"summary\.json: not valid JSON"):
         CardFacts.from_run(run_dir, "x")
+
+
+def test_licences_under_other_names_are_named_and_travel(run_dir, specialists, tmp_path):
+    members = {}
+    for name, (folder, template) in specialists["llamas"].items():
+        shutil.copytree(folder, tmp_path / name)
+        members[name] = (tmp_path / name, template)
+    stated = {
+        "text": "---\nlicense: [mit, apache-2.0]\n---\n",
+        "code": "\ufeff---\nlicense: other\nlicense_name: tongyi\n---\n",
+    }
+    for name, text in stated.items():
+        (tmp_path / name / "README.md").write_text(text, encoding="utf-8")
+    (tmp_path / "math" / "MODEL_LICENSE").write_text("The Model Licence\n")
+    (tmp_path / "math" / "LICENSE.pdf").write_bytes(b"%PDF\x00")
+    card = card_of(CardFacts.from_run(run_dir, "x"), members, tmp_path / "out")
+    licences = card[card.index("## Licences") : card.index("## Training")]
+    assert cells(licences, "text") == ["mit, apache-2.0 (README.md)"]
+    assert cells(licences, "code") == ["tongyi (README.md)"]
+    assert cells(licences, "math") == ["see the file (LICENSE.pdf); The Model Licence (MODEL_LICENSE)"]
+    kept = {str(path.relative_to(tmp_path / "out" / "licenses")) for path in (tmp_path / "out").rglob("licenses/*/*")}
+    assert kept == {"text/README.md", "code/README.md", "math/LICENSE.pdf", "math/MODEL_LICENSE"}
+
+
+def test_what_was_rounded_and_where_training_began_is_on_the_card(specialists, tmp_path):
+    config = load_config(None, [f"checkpoint.start={tmp_path}/older/my_release"])
+    facts = CardFacts("x", config, None, rounded={"code": "3 float32 tensors rounded to bfloat16"})
+    card = card_of(facts, specialists["llamas"], tmp_path / "out")
+    assert cells(card[card.index("## Rounding") :], "code") == ["3 float32 tensors rounded to bfloat16"]
+    assert "began with the weights of `my_release`" in card and str(tmp_path) not in card
+
+
+def test_an_imported_release_keeps_its_card(specialists, tmp_path):
+    facts = CardFacts("x", None, None, earlier="# Mine\n\nedited by hand\n")
+    assert card_of(facts, specialists["llamas"], tmp_path / "out") == "# Mine\n\nedited by hand\n"

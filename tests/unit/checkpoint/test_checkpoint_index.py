@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from ultrafuser_mega.convert.tensors import CheckpointTensors
+from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.errors import InputError
 
 
