@@ -3,8 +3,8 @@
     python tools/benchmarks/bench_mixture_ce.py --device cpu --preset nano --out docs/benchmarks/cpu.json
 
 Tasks: `forward` (no gradients), `gate_only` (stage 1: hidden states and heads frozen), `train` (everything).
-`bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them or to plain PyTorch,
-measured in the same rounds. Peers that are not installed, or cannot do what is asked, are listed as absent with the
+`bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them, to plain PyTorch or to
+`one GEMM` (plain PyTorch over concatenated inputs and heads), measured in the same rounds. Peers that are not installed, or cannot do what is asked, are listed as absent with the
 reason.
 """
 
@@ -22,11 +22,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import benchmark
 import torch
-from benchmark import FLOOR, TASKS, Inputs, Result, Shape
+from benchmark import FLOOR, ONE_GEMM, PLAIN, TASKS, Inputs, Result, Shape
 from scripting import Parser, positive, result_file, write_figure, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Run = dict[str, Any]  # what was measured of one shape, as it stands in the JSON file
 
 PRESETS = {
     "llama2-13b": Shape(8192, 32000, (5120,) * 3, torch.bfloat16),
@@ -47,6 +53,7 @@ SWEPT_SIZE = {
     "vocab": lambda run: run["vocab"],
     "specialists": lambda run: len(run["widths"]),
 }
+RATIOS = {"ratio_to_floor": FLOOR, "ratio_to_plain": PLAIN, "ratio_to_one_gemm": ONE_GEMM}
 LEAST = {"tokens": 4, "vocab": 8}  # what a sweep can still divide
 VARIANTS = list(dict.fromkeys([*sum(benchmark.BACKENDS.values(), ()), *benchmark.GPU_BACKENDS, *benchmark.PEERS]))
 
@@ -55,7 +62,7 @@ def main() -> None:
     arguments = parse_arguments()
     shape = PRESETS[arguments.preset]
     shape = replace(shape, tokens=arguments.tokens or shape.tokens, vocab=arguments.vocab or shape.vocab)
-    runs: list[dict] = []
+    runs: list[Run] = []
     report = {"machine": machine(arguments), "shards": arguments.vocab_shards, "runs": runs}
     for one in SWEEPS[arguments.sweep](shape) if arguments.sweep else [shape]:
         if arguments.vocab_shards > 1:
@@ -127,7 +134,7 @@ def what_cannot_be_plotted(path: Path) -> str:
     return f"argument --plot: {path}: matplotlib writes no {path.suffix or 'file without a suffix'}; use .png"
 
 
-def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> Iterator[dict]:
+def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> Iterator[Run]:
     """Every variant on one shape: the report so far, after each task."""
     inputs = Inputs(shape, torch.device(arguments.device), shard, arguments.vocab_shards)
     absent: dict[str, str] = {}
@@ -159,11 +166,11 @@ def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> It
         }
 
 
-def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> dict:
+def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> Run:
     return list(run_shape(shape, arguments, shard=rank))[-1]
 
 
-def slowest(ranks: list[dict]) -> dict:
+def slowest(ranks: list[Run]) -> Run:
     """Of several ranks' reports: every variant as its slowest rank saw it, with the most memory that any rank took."""
     report = dict(ranks[0])
     report["results"] = []
@@ -177,7 +184,7 @@ def slowest(ranks: list[dict]) -> dict:
     return report
 
 
-def as_record(result: Result, shape: Shape) -> dict:
+def as_record(result: Result, shape: Shape) -> dict[str, Any]:
     passes = TASKS[result.task][1]
     return {
         "task": result.task,
@@ -191,20 +198,20 @@ def as_record(result: Result, shape: Shape) -> dict:
     }
 
 
-def add_ratios(results: list[dict]) -> None:
-    """Ratios of medians to the floor and to plain PyTorch of the same task; None where that was not measured."""
+def add_ratios(results: list[dict[str, Any]]) -> None:
+    """Ratios of medians to RATIOS' variants of the same task; None where that was not measured."""
     for record in results:
-        for key, variant in (("ratio_to_floor", FLOOR), ("ratio_to_plain", "plain PyTorch")):
+        for key, variant in RATIOS.items():
             other = next((r for r in results if r["task"] == record["task"] and r["variant"] == variant), None)
             record[key] = record["median_s"] / other["median_s"] if other else None
 
 
-def print_table(run: dict) -> None:
+def print_table(run: Run) -> None:
     print(f"\n{run['tokens']} tokens, vocabulary {run['vocab']}, hidden {run['widths']}, {run['dtype']}")
-    columns = ("ms", "x floor", "x plain", "TFLOP/s", "peak MiB", "- grads")
-    print(f"{'task':10} {'variant':18}" + "".join(f"{column:>10}" for column in columns))
+    columns = ("ms", "x floor", "x plain", "x one GEMM", "TFLOP/s", "peak MiB", "- grads")
+    print(f"{'task':10} {'variant':18}" + "".join(f"{column:>11}" for column in columns))
     for r in run["results"]:
-        ratios = [f"{r[key]:.2f}" if r[key] else "" for key in ("ratio_to_floor", "ratio_to_plain")]
+        ratios = [f"{r[key]:.2f}" if r[key] else "" for key in RATIOS]
         memory = [
             f"{r['peak_extra_bytes'] / 2**20:.0f}",
             f"{(r['peak_extra_bytes'] - r['gradient_bytes']) / 2**20:.0f}",
@@ -212,12 +219,12 @@ def print_table(run: dict) -> None:
         if r["variant"] == FLOOR:
             memory = ["", ""]
         cells = [f"{r['median_s'] * 1e3:.2f}", *ratios, f"{r['tflops']:.2f}", *memory]
-        print(f"{r['task']:10} {r['variant']:18}" + "".join(f"{cell:>10}" for cell in cells))
+        print(f"{r['task']:10} {r['variant']:18}" + "".join(f"{cell:>11}" for cell in cells))
     for name, reason in run["absent"].items():
         print(f"absent: {name} ({reason})")
 
 
-def shape_figure(run: dict):
+def shape_figure(run: Run) -> Figure:
     """Bars: every task and variant's time over the floor."""
     from matplotlib.figure import Figure
 
@@ -232,7 +239,7 @@ def shape_figure(run: dict):
     return figure
 
 
-def sweep_figure(runs: list[dict], sweep: str):
+def sweep_figure(runs: list[Run], sweep: str) -> Figure:
     """Lines: how each variant's time grows with the swept size; one panel per task."""
     from matplotlib.figure import Figure
 
@@ -252,7 +259,7 @@ def sweep_figure(runs: list[dict], sweep: str):
     return figure
 
 
-def machine(arguments: argparse.Namespace) -> dict:
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is measured on, with what, and when."""
     on_gpu = arguments.device == "cuda"
     return {

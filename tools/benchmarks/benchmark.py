@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peers import plain_loss
+from peers import concatenated, concatenated_loss, plain_loss
 from torch import Tensor
 
 from ultrafuser_mega.ops.loss import mixture_cross_entropy
@@ -31,6 +31,7 @@ TASKS = {  # task: (needs gate, hidden, heads), GEMM passes of the floor
     "train": ((True, True, True), 3),
 }
 FLOOR = "bare GEMMs"
+PLAIN, ONE_GEMM = "plain PyTorch", "one GEMM"  # the two peers of which every table shows the ratio
 # of a mean over many tokens: 16-bit logits are off by up to 2^-8 (bf16) each, but not all in one direction
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
@@ -124,13 +125,26 @@ def ours(backend: str) -> Loss:
 
 def plain() -> Loss:
     """Plain PyTorch: n logit tensors, mixed, F.cross_entropy."""
-    return _plain
+    return _of_inputs(plain_loss)
 
 
-def _plain(inputs: Inputs) -> Tensor:
-    return plain_loss(
-        inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, vocab_size=inputs.shape.vocab, reduction="mean"
-    )
+def one_gemm() -> Loss:
+    """Plain PyTorch of somebody cleverer: one product of concatenated, gate-scaled inputs and heads."""
+    return _of_inputs(concatenated_loss)
+
+
+def _of_inputs(function: Callable[..., Tensor]) -> Loss:
+    def loss(inputs: Inputs) -> Tensor:
+        return function(
+            inputs.hidden,
+            inputs.heads,
+            inputs.gate_logits,
+            inputs.target,
+            vocab_size=inputs.shape.vocab,
+            reduction="mean",
+        )
+
+    return loss
 
 
 def compiled() -> Loss:
@@ -138,7 +152,7 @@ def compiled() -> Loss:
     # What was compiled for other shapes counts towards a limit beyond which eager code runs in silence.
     torch.compiler.reset()
 
-    def logits_to_loss(hidden, heads, gate_logits, target):
+    def logits_to_loss(hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, target: Tensor) -> Tensor:
         weights = torch.softmax(gate_logits, 1)
         z = sum(weights[:, j, None] * (states @ heads[j].t()) for j, states in enumerate(hidden))
         return F.cross_entropy(z, target)
@@ -147,18 +161,11 @@ def compiled() -> Loss:
     return lambda inputs: function(inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target)
 
 
-def concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The mixture as ONE linear layer, what a single-head kernel needs: (N, K) scaled inputs and (V, K) heads."""
-    weights = torch.softmax(inputs.gate_logits, 1)
-    scaled = [(weights[:, j, None] * states).to(states.dtype) for j, states in enumerate(inputs.hidden)]
-    return torch.cat(scaled, 1), torch.cat(inputs.heads, 1)
-
-
 def liger() -> Loss:
     function = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
 
     def loss(inputs: Inputs) -> Tensor:
-        x, head = concatenated(inputs)
+        x, head = concatenated(inputs.hidden, inputs.heads, inputs.gate_logits)
         return function(head, x, inputs.target)
 
     return loss
@@ -168,7 +175,7 @@ def cut_cross_entropy() -> Loss:
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
     def loss(inputs: Inputs) -> Tensor:
-        x, head = concatenated(inputs)
+        x, head = concatenated(inputs.hidden, inputs.heads, inputs.gate_logits)
         return function(x, head, inputs.target)
 
     return loss
@@ -195,7 +202,8 @@ def megatron() -> Loss:
 
 
 PEERS: dict[str, Callable[[], Loss]] = {
-    "plain PyTorch": plain,
+    PLAIN: plain,
+    ONE_GEMM: one_gemm,
     "torch.compile": compiled,
     "megatron": megatron,
     "liger-kernel": liger,
@@ -203,7 +211,8 @@ PEERS: dict[str, Callable[[], Loss]] = {
 }
 _WHOLE_ROWS = "needs the logits of the whole vocabulary on one rank"
 NOT_IN_SHARDS = {  # peers that cannot take part where the vocabulary lies on several ranks: why
-    "plain PyTorch": _WHOLE_ROWS,
+    PLAIN: _WHOLE_ROWS,
+    ONE_GEMM: _WHOLE_ROWS,
     "torch.compile": _WHOLE_ROWS,
     "liger-kernel": "needs the head of the whole vocabulary on one rank",
     "cut-cross-entropy": "needs a GPU, and the shards lie on CPU ranks",

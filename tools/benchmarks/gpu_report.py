@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench_mixture_ce import PRESETS
-from benchmark import FLOOR, PEERS, Shape
+from benchmark import FLOOR, ONE_GEMM, PEERS, PLAIN, Shape
 from scripting import Parser, write_text
 
 from ultrafuser_mega.errors import InputError
@@ -67,7 +67,7 @@ def loaded(path: Path) -> dict[str, Any]:
 
 def lines(report: dict[str, Any], name: str) -> Iterator[str]:
     runs = benchmark_runs(report)
-    machine = next((part["machine"] for part in report.values() if "machine" in part), {})
+    machine: dict[str, Any] = next((part["machine"] for part in report.values() if "machine" in part), {})
     yield f"# {machine.get('device', Path(name).stem)}"
     yield ""
     yield f"Made by tools/benchmarks/gpu_report.py from {name}, which tools/gpu_check.sh left."
@@ -84,7 +84,10 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
     for run in runs:
         yield from section(f"{run['part']}: {title(run)}")
         yield from table(
-            ("task", "variant", "ms", "x floor", "x best peer", "TFLOP/s", "peak MiB", "beyond gradients MiB"),
+            (
+                *("task", "variant", "ms", "x floor", f"x {PLAIN}", f"x {ONE_GEMM}", "x best peer"),
+                *("TFLOP/s", "peak MiB", "beyond gradients MiB"),
+            ),
             [variant_row(r, run) for r in run["results"]],
         )
         yield ""
@@ -136,14 +139,15 @@ def title(run: dict[str, Any]) -> str:
 
 
 def variant_row(record: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:
-    best = best_peer(run, record["task"])
+    task = record["task"]
+    beside_all = (fastest(run, task, (PLAIN,)), fastest(run, task, (ONE_GEMM,)), best_peer(run, task))
     memory = (record["peak_extra_bytes"], record["peak_extra_bytes"] - record["gradient_bytes"])
     return (
         record["task"],
         record["variant"],
         f"{record['median_s'] * 1e3:.2f}",
         f"{record['ratio_to_floor']:.2f}",
-        f"{record['median_s'] / best['median_s']:.2f}" if best else "",
+        *(f"{record['median_s'] / beside['median_s']:.2f}" if beside else "" for beside in beside_all),
         f"{record['tflops']:.1f}",
         *(["", ""] if record["variant"] == FLOOR else [f"{size / MIB:.0f}" for size in memory]),
     )
