@@ -245,7 +245,7 @@ def step(inputs: Inputs, loss: Loss, task: str) -> Callable[[], Tensor]:
     def run() -> Tensor:
         value = loss(inputs)
         if task != "forward":
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
     return run
@@ -292,15 +292,20 @@ def _timed(inputs: Inputs, call: Callable[[], object]) -> float:
     if inputs.group is not None:
         dist.barrier()
     if inputs.device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return seconds_on_gpu(call)
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
+
+
+def seconds_on_gpu(call: Callable[[], object]) -> float:
+    """Between the events before and after what ``call`` puts on the current stream."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _peak(inputs: Inputs, call: Callable[[], object]) -> int:

@@ -26,7 +26,7 @@ BAR_SHAPES = {  # the bars are stated for these, on an H100
     "llama3-8b": PRESETS["llama3-8b"],
     "llama3-8b, an eighth": replace(PRESETS["llama3-8b"], vocab=16032),
 }
-GATE_SHAPES = ("llama2-13b", "llama3-8b")  # of tests/gpu/bench_gate_scale.py
+GATE_SHAPES = ("llama2-13b", "llama3-8b")  # of tools/benchmarks/bench_gate_scale.py
 GATE_ONLY = ("gate_only", "streaming")  # the better of them counts
 TIMED_OUT = (124, 137)  # exit codes of timeout(1)
 MIB = 1 << 20

@@ -115,7 +115,7 @@ def test_a_sweep_is_drawn_as_time_against_size_with_a_line_per_variant_and_a_pan
     assert [panel.get_title() for panel in panels] == ["forward", "train"]
     for panel in panels:
         assert {line.get_label() for line in panel.lines} == {FLOOR, "chunked", "plain PyTorch", "one GEMM"}
-        assert [list(line.get_xdata()) for line in panel.lines] == [[1, 2, 3, 5]] * 3
+        assert [list(line.get_xdata()) for line in panel.lines] == [[1, 2, 3, 5]] * 4
     assert len({line.get_color() for panel in panels for line in panel.lines if line.get_label() == "chunked"}) == 1
     found = {r["task"]: r["median_s"] * 1e3 for r in runs[2]["results"] if r["variant"] == "chunked"}
     (line,) = [line for line in panels[1].lines if line.get_label() == "chunked"]
