@@ -33,7 +33,7 @@ class PlainFuser(nn.Module):
         self.gate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).to(device)
 
     def inputs(self, ids: Sequence[Tensor], predicts: Sequence[Tensor], frozen: bool) -> tuple[list[Tensor], Tensor]:
-        """ids, predicts: per specialist (B, T). n x (N, d) hidden states before a response token; (N, n) gate logits."""
+        """ids, predicts: per specialist (B, T). n x (N, d) hidden states before response tokens; (N, n) gate logits."""
         with torch.no_grad() if frozen else contextlib.nullcontext():
             hidden = [
                 specialist.model(input_ids=tokens, use_cache=False).last_hidden_state[mask]
@@ -76,9 +76,7 @@ class PlainTrainer:
         return total
 
 
-def collated(
-    microbatch: Sequence[Sequence[Sample]], device: torch.device
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def collated(microbatch: Sequence[Sequence[Sample]], device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Per specialist (B, T) ids and where the NEXT token is a response token; (N,) those tokens."""
     every_ids, every_mask = [], []
     for samples in microbatch:
@@ -97,7 +95,7 @@ def collated(
 def batches(
     samples: dict[str, list[list[Sample]]], per_class: int, microbatch: int
 ) -> Iterator[list[list[list[Sample]]]]:
-    """Endless steps of ``per_class`` samples of every class, as microbatches. samples: class -> specialist -> sample."""
+    """Endless steps of ``per_class`` samples of each class, as microbatches. samples: class -> specialist -> sample."""
     start = 0
     while True:
         picked = [

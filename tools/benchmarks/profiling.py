@@ -1,4 +1,4 @@
-"""One profiler trace: a compressed file for chrome://tracing or Perfetto, and a table of the operators that took most."""
+"""A profiler's trace: a compressed file for chrome://tracing or Perfetto, and a table of what took longest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Trace:
         own = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
         events = sorted(self._profile.key_averages(), key=lambda event: -getattr(event, own))
         return [
-            {"name": event.key[:120], "calls": event.count, "own_ms": getattr(event, own) / 1e3} for event in events[:TOP]
+            {"name": event.key[:120], "calls": event.count, "own_ms": getattr(event, own) / 1e3}
+            for event in events[:TOP]
         ]
 
 

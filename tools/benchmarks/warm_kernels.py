@@ -84,7 +84,9 @@ def compile_one(job: Job) -> float:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--capability", type=positive, default=90, help="of the GPU to compile for; default %(default)s")
+    parser.add_argument(
+        "--capability", type=positive, default=90, help="of the GPU to compile for; default %(default)s"
+    )
     parser.add_argument("--processes", type=positive, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--part", choices=("goal", "tests", "candidates"), action="append", help="default: all")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all; may be repeated")
