@@ -4,8 +4,8 @@
 
 Tasks: `forward` (no gradients), `gate_only` (stage 1: hidden states and heads frozen), `train` (everything).
 `bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them, to plain PyTorch or to
-`one GEMM` (plain PyTorch over concatenated inputs and heads), measured in the same rounds. Peers that are not installed,
-or cannot do what is asked, are listed as absent with the reason.
+`one GEMM` (plain PyTorch over concatenated inputs and heads), measured in the same rounds. Beside wall time a CPU's
+records hold the process's own CPU time, which survives neighbours better. Peers that are not installed, or cannot do what is asked, are listed as absent with the reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -192,6 +193,7 @@ def as_record(result: Result, shape: Shape) -> dict[str, Any]:
         "median_s": result.median,
         "min_s": min(result.seconds),
         "seconds": result.seconds,
+        "median_cpu_s": statistics.median(result.cpu_seconds),
         "tflops": shape.flops(passes) / result.median / 1e12,
         "peak_extra_bytes": result.peak_extra_bytes,
         "gradient_bytes": result.gradient_bytes,

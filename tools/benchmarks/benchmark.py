@@ -52,6 +52,7 @@ class Result:
     task: str
     variant: str
     seconds: list[float] = field(default_factory=list)  # one per round
+    cpu_seconds: list[float] = field(default_factory=list)  # of this process, all its threads
     peak_extra_bytes: int = 0  # most memory beyond what was held before the call, gradients included
     gradient_bytes: int = 0
 
@@ -283,7 +284,9 @@ def measure(
     _timed(inputs, calls[FLOOR])
     for _ in range(repeats):
         for name, call in calls.items():
+            begun = time.process_time()
             results[name].seconds.append(_timed(inputs, call))
+            results[name].cpu_seconds.append(time.process_time() - begun)
     return list(results.values())
 
 
