@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -37,8 +38,12 @@ class AbsentGpu:
 
     def stand_in(self) -> None:
         """From here on the kernels of this process are this GPU's."""
-        driver.set_active(self)  # type: ignore[arg-type]
-        streaming_tiles.capability = lambda _tensor: self.capability
+        driver.set_active(self)
+
+        def capability(tensor: Tensor) -> int:
+            return self.capability
+
+        streaming_tiles.capability = capability
 
     def _launcher(self, metadata: Any) -> Callable[..., None]:
         def launch(programs: int, _y: int, _z: int, *_rest: object) -> None:

@@ -4,8 +4,9 @@
 
 Tasks: `forward` (no gradients), `gate_only` (stage 1: hidden states and heads frozen), `train` (everything).
 `bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them, to plain PyTorch or to
-`one GEMM` (plain PyTorch over concatenated inputs and heads), measured in the same rounds. Beside wall time a CPU's
-records hold the process's own CPU time, which survives neighbours better. Peers that are not installed, or cannot do what is asked, are listed as absent with the reason.
+`one GEMM` (plain PyTorch over concatenated inputs and heads), measured in the same rounds. Beside wall time the records
+hold the process's own CPU time, which survives neighbours better. Peers that are not installed, or cannot do what is
+asked, are listed as absent with the reason.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -156,7 +157,7 @@ def compiled() -> Loss:
     def logits_to_loss(hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, target: Tensor) -> Tensor:
         weights = torch.softmax(gate_logits, 1)
         z = sum(weights[:, j, None] * (states @ heads[j].t()) for j, states in enumerate(hidden))
-        return F.cross_entropy(z, target)
+        return F.cross_entropy(cast(Tensor, z), target)
 
     function = torch.compile(logits_to_loss, fullgraph=True)  # raises rather than run anything eagerly
     return lambda inputs: function(inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target)
@@ -167,7 +168,7 @@ def liger() -> Loss:
 
     def loss(inputs: Inputs) -> Tensor:
         x, head = concatenated(inputs.hidden, inputs.heads, inputs.gate_logits)
-        return function(head, x, inputs.target)
+        return cast(Tensor, function(head, x, inputs.target))
 
     return loss
 
@@ -177,7 +178,7 @@ def cut_cross_entropy() -> Loss:
 
     def loss(inputs: Inputs) -> Tensor:
         x, head = concatenated(inputs.hidden, inputs.heads, inputs.gate_logits)
-        return function(x, head, inputs.target)
+        return cast(Tensor, function(x, head, inputs.target))
 
     return loss
 
@@ -188,7 +189,7 @@ def megatron() -> Loss:
     function = importlib.import_module("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
     if not dist.is_initialized():
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(kind, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
 
@@ -197,7 +198,7 @@ def megatron() -> Loss:
             raise ValueError(f"needs shards of one size, and {inputs.shape.vocab} rows do not make {inputs.shards}")
         weights = torch.softmax(inputs.gate_logits, 1)
         z = sum(weights[:, j, None] * (states @ inputs.heads[j].t()) for j, states in enumerate(inputs.hidden))
-        return function(z, inputs.target).mean()
+        return cast(Tensor, function(z, inputs.target).mean())
 
     return loss
 
