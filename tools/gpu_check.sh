@@ -15,12 +15,14 @@
 # after every step, the profiler's traces, and the same as tables beside the project's bars, <GPU's name>.md. Exits with
 # 1 if anything failed, was missing or left out.
 #
-# DEVICE=cpu runs the same scripts on small sizes where there is no GPU.
+# DEVICE=cpu runs the same scripts on small sizes where there is no GPU, with limits ten times as long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-${OUT:-docs/benchmarks}}")
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
+scale=1 # of the steps' limits
+[[ $device == cpu ]] && scale=10
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-520}))
 parts=$(mktemp -d)
 warming=""
@@ -65,7 +67,7 @@ PY
 
 # step NAME LIMIT MODULES COMMAND...: MODULES, separated by commas, are what the command cannot do without
 step() {
-    local name=$1 left=$((deadline - SECONDS)) limit=$2 modules=$3 begun=$SECONDS code=0 missing=""
+    local name=$1 left=$((deadline - SECONDS)) limit=$(($2 * scale)) modules=$3 begun=$SECONDS code=0 missing=""
     shift 3
     if ((left < 10)); then
         echo "gpu_check: $name left out: no time"
@@ -125,7 +127,7 @@ else
         --kernel "chunked: dlogits" --out "$parts/warm.json"
 fi
 step values 80 "" "$python" tools/benchmarks/check_values.py --device "$device" --out "$parts/values.json"
-step toy 90 "$trainer" "$python" tools/benchmarks/train_toy_on.py --device "$device" --limit "${TOY_LIMIT:-75}" \
+step toy 90 "$trainer" "$python" tools/benchmarks/train_toy_on.py --device "$device" --limit $((75 * scale)) \
     --out "$parts/toy.json"
 benchmark llama2-13b 50 --preset llama2-13b --repeats 8 --skip torch.compile
 benchmark llama3-8b 50 --preset llama3-8b --repeats 5 --skip torch.compile
@@ -135,7 +137,7 @@ if [[ $device == cuda ]]; then
     step tests 120 pytest "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/gpu
 fi
 step beside_plain 150 "$trainer" "$python" tools/benchmarks/train_beside_plain.py --device "$device" \
-    --limit "${BESIDE_LIMIT:-60}" --traces "$out" --out "$parts/beside_plain.json"
+    --limit $((60 * scale)) --traces "$out" --out "$parts/beside_plain.json"
 step loss_profile 40 "" "$python" tools/benchmarks/profile_loss.py --device "$device" --trace "$out/trace_loss.json.gz" \
     --out "$parts/loss_profile.json"
 if [[ $device == cuda ]]; then

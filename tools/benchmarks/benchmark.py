@@ -157,7 +157,8 @@ def compiled() -> Loss:
     def logits_to_loss(hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, target: Tensor) -> Tensor:
         weights = torch.softmax(gate_logits, 1)
         z = sum(weights[:, j, None] * (states @ heads[j].t()) for j, states in enumerate(hidden))
-        return F.cross_entropy(cast(Tensor, z), target)
+        assert isinstance(z, Tensor)
+        return F.cross_entropy(z, target)
 
     function = torch.compile(logits_to_loss, fullgraph=True)  # raises rather than run anything eagerly
     return lambda inputs: function(inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target)
@@ -189,7 +190,8 @@ def megatron() -> Loss:
     function = importlib.import_module("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
     if not dist.is_initialized():
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(kind, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(kind, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
 
