@@ -32,7 +32,7 @@ finish() {
 }
 trap finish EXIT
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$parts/triton}" PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$parts/triton}"
 failed=""
 
 "$python" - "$device" <<'PY'
@@ -107,7 +107,7 @@ if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
 
 if [[ -n ${WHEELS:-} ]]; then
     step wheels 60 "" "$python" tools/benchmarks/needed.py --wheels "$WHEELS" --target "$parts/site"
-    export PYTHONPATH="$PYTHONPATH:$parts/site" # behind: what the machine has comes first
+    export PYTHONPATH="$PYTHONPATH:$parts/site"
 fi
 step versions 30 "" "$python" tools/benchmarks/needed.py --device "$device" --out "$parts/versions.json"
 if [[ $device == cuda ]]; then
@@ -136,7 +136,7 @@ benchmark llama3-8b_eighth 25 --preset llama3-8b --vocab 16032 --repeats 10 --sk
 if [[ $device == cuda ]]; then
     step tests 120 pytest "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/gpu
 fi
-step beside_plain 150 "$trainer" "$python" tools/benchmarks/train_beside_plain.py --device "$device" \
+step beside_plain 150 "$trainer" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" tools/benchmarks/train_beside_plain.py --device "$device" \
     --limit $((60 * scale)) --traces "$out" --out "$parts/beside_plain.json"
 step loss_profile 40 "" "$python" tools/benchmarks/profile_loss.py --device "$device" --trace "$out/trace_loss.json.gz" \
     --out "$parts/loss_profile.json"

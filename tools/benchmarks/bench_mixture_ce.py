@@ -248,7 +248,8 @@ def sweep_figure(runs: list[Run], sweep: str) -> Figure:
 
     tasks = list(dict.fromkeys(r["task"] for run in runs for r in run["results"]))
     figure = Figure(figsize=(5 * len(tasks), 4), layout="tight")
-    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    panels: list[Any] = list(figure.subplots(1, len(tasks), squeeze=False)[0])
+    for panel, task in zip(panels, tasks, strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for run in runs:
             for r in run["results"]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from bench_mixture_ce import PRESETS
 from benchmark import FLOOR, ONE_GEMM, PEERS, PLAIN, Shape
 from gpu_report_steps import beside_plain, machine_rows, operators, toy, values, warmed
-from markdown import section, table
+from markdown_lines import section, table
 from scripting import Parser, write_text
 
 from ultrafuser_mega.errors import InputError

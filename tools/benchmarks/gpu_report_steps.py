@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from markdown import section, table
+from markdown_lines import section, table
 
 TOP = 12  # operators of a table; the JSON file has more
 Part = dict[str, Any]

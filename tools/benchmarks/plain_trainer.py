@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +26,27 @@ class PlainFuser(nn.Module):
 
     def __init__(self, folders: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.specialists = nn.ModuleList(
-            LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+        self.members: list[Any] = [
+            LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)  # type: ignore[arg-type]
             for folder in folders.values()
-        )
-        width = self.specialists[0].config.hidden_size
-        self.gate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).to(device)
+        ]
+        self.specialists = nn.ModuleList(self.members)
+        width = int(self.members[0].config.hidden_size)
+        self.projection, self.score = nn.Linear(width, width, device=device), nn.Linear(width, 1, False, device=device)
+        self.gate = nn.Sequential(self.projection, nn.ReLU(), self.score)
 
     def inputs(self, ids: Sequence[Tensor], predicts: Sequence[Tensor], frozen: bool) -> tuple[list[Tensor], Tensor]:
         """ids, predicts: per specialist (B, T). n x (N, d) hidden states before response tokens; (N, n) gate logits."""
         with torch.no_grad() if frozen else contextlib.nullcontext():
             hidden = [
-                specialist.model(input_ids=tokens, use_cache=False).last_hidden_state[mask]
-                for specialist, tokens, mask in zip(self.specialists, ids, predicts, strict=True)
+                member.model(input_ids=tokens, use_cache=False).last_hidden_state[mask]
+                for member, tokens, mask in zip(self.members, ids, predicts, strict=True)
             ]
-        return hidden, torch.cat([self.gate(states.to(self.gate[0].weight.dtype)) for states in hidden], 1).float()
+        return hidden, torch.cat([self.gate(states.to(self.score.weight.dtype)) for states in hidden], 1).float()
 
     @property
     def heads(self) -> list[Tensor]:
-        return [specialist.lm_head.weight for specialist in self.specialists]
+        return [member.lm_head.weight for member in self.members]
 
 
 class PlainTrainer:
@@ -51,7 +54,7 @@ class PlainTrainer:
 
     def __init__(self, model: PlainFuser, stage: int, loss: Callable[..., Tensor], compute: torch.dtype) -> None:
         self.model, self.frozen, self.loss, self.compute = model, stage == 1, loss, compute
-        self.device = model.gate[0].weight.device
+        self.device = model.score.weight.device
         if not self.frozen:
             model.specialists.float()  # what AdamW moves; autocast makes 16 bits of it
         model.specialists.requires_grad_(not self.frozen)

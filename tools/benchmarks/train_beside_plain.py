@@ -36,6 +36,7 @@ from ultrafuser_mega.toy.corpus import CLASSES, Row, generate, read_jsonl, write
 
 TRAINER, PEERS = "trainer", {"plain PyTorch": plain_loss, "one GEMM": concatenated_loss}
 CONTENDERS = (TRAINER, *PEERS)
+TRACED = (TRAINER, "plain PyTorch")  # of the others a table will do
 PIECES = 400  # of the tokenizer; the heads have the vocabulary's rows all the same
 OUT_OF_MEMORY = 3  # exit code of a contender
 STEPS_OF_A_STAGE = 1000  # more than are run: the contender stops when it has seen enough
@@ -135,7 +136,9 @@ def write_models(root: Path, size: Size, layers: int, device: torch.device) -> N
     for seed, name in enumerate(CLASSES):
         torch.manual_seed(seed)
         with torch.device(device):
-            save_llama(LlamaForCausalLM(architecture).to(DTYPES[size.dtype]), root / name)
+            model = LlamaForCausalLM(architecture)
+        model.to(DTYPES[size.dtype])  # type: ignore[arg-type]
+        save_llama(model, root / name)
         tiny_tokenizer(root / name, pieces=PIECES)
         split = generate(name, seed=7, train_rows=200, heldout_rows=1)
         rows = longer(split.train, size.response_characters)
@@ -238,7 +241,9 @@ def contend(arguments: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        path = arguments.traces / f"trace_{name.replace(' ', '_')}_stage{stage}.json.gz" if arguments.traces else None
+        path = None
+        if arguments.traces and name in TRACED:
+            path = arguments.traces / f"trace_{name.replace(' ', '_')}_stage{stage}.json.gz"
         return Watch(device, arguments.warm_steps, arguments.steps, path)
 
     def done(stage: int, watch: Watch) -> None:
@@ -252,7 +257,8 @@ def contend(arguments: argparse.Namespace) -> None:
         raise SystemExit(OUT_OF_MEMORY) from None
 
 
-Watched, Done = Callable[[int], Watch], Callable[[int, Watch], None]
+Watched = Callable[[int], Watch]  # of a stage
+Done = Callable[[int, Watch], None]
 
 
 def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) -> None:
