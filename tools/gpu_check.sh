@@ -9,7 +9,8 @@
 # made, of which the missing ones are installed for this call. pytest-xdist makes the tests faster; with nvcc the CUDA
 # kernels of csrc/ are built, tested and measured, too; liger-kernel and cut-cross-entropy take part where installed.
 #
-# Triton's kernels compile in the background from the moment the package can be imported. What matters most comes
+# Triton's kernels compile in the background from the moment the package can be imported, which is when its C++ part
+# is built. What matters most comes
 # first, every step has a limit, one that fails does not stop the next, one whose packages are missing is reported as
 # such, and what no longer fits into $GPU_CHECK_SECONDS (default 520) is left out. Leaves <GPU's name>.json, written anew
 # after every step, the profiler's traces, and the same as tables beside the project's bars, <GPU's name>.md. Exits with
@@ -136,8 +137,8 @@ benchmark llama3-8b_eighth 25 --preset llama3-8b --vocab 16032 --repeats 10 --sk
 if [[ $device == cuda ]]; then
     step tests 120 pytest "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/gpu
 fi
-step beside_plain 150 "$trainer" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" tools/benchmarks/train_beside_plain.py --device "$device" \
-    --limit $((60 * scale)) --traces "$out" --out "$parts/beside_plain.json"
+step beside_plain 150 "$trainer" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" \
+    tools/benchmarks/train_beside_plain.py --device "$device" --limit $((60 * scale)) --traces "$out" --out "$parts/beside_plain.json"
 step loss_profile 40 "" "$python" tools/benchmarks/profile_loss.py --device "$device" --trace "$out/trace_loss.json.gz" \
     --out "$parts/loss_profile.json"
 if [[ $device == cuda ]]; then

@@ -19,7 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -50,7 +50,7 @@ SWEEPS = {
 }
 
 
-SWEPT_SIZE = {
+SWEPT_SIZE: dict[str, Callable[[Run], int]] = {
     "tokens": lambda run: run["tokens"],
     "vocab": lambda run: run["vocab"],
     "specialists": lambda run: len(run["widths"]),
