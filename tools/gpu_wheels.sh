@@ -18,7 +18,7 @@ if ((${#packages[@]} == 0)); then
         "httpx2" "httpcore2" "anyio" "idna" "h11" "truststore" "fsspec"
         "safetensors>=0.6,<0.9" "sentencepiece>=0.2,<0.3" "regex" "tqdm" "packaging" "pyyaml>=6,<7" "jinja2" "markupsafe"
         "pydantic>=2.10,<3" "pydantic-core" "annotated-types" "typing-inspection" "typing-extensions"
-        "typer>=0.20,<0.30" "click" "shellingham" "rich>=14,<16" "markdown-it-py" "mdurl" "pygments"
+        "typer>=0.20,<0.30" "annotated-doc" "click" "shellingham" "rich>=14,<16" "markdown-it-py" "mdurl" "pygments"
         "filelock>=3.16,<5" "psutil>=6,<8" "einops>=0.8,<0.9"
         "tensorboard>=2.18,<3" "protobuf" "absl-py" "markdown" "werkzeug"
         "matplotlib>=3.9,<4" "contourpy" "cycler" "fonttools" "kiwisolver" "pillow" "pyparsing" "python-dateutil" "six"

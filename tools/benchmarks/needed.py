@@ -39,6 +39,7 @@ MODULES = {  # package: what it is imported as
     "annotated-types": "annotated_types",
     "typing-inspection": "typing_inspection",
     "typer": "typer",
+    "annotated-doc": "annotated_doc",
     "rich": "rich",
     "filelock": "filelock",
     "pyyaml": "yaml",
