@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -31,6 +33,7 @@ COMMAND = [sys.executable, "-c", "from ultrafuser_mega.cli import main; main()"]
 # fp32 on both sides. Before anything has moved the losses differ by the order of sums alone: rounding of a few hundred
 # terms per product through a handful of layers. Later Adam amplifies that where a gradient is about zero.
 FIRST_STEP, ANY_STEP = 1e-4, 2e-2
+TIMED_OUT = 124
 
 
 def main() -> None:
@@ -66,19 +69,18 @@ class CommandError(Exception):
     """A command failed or took too long; carries the end of what it said."""
 
 
-def run(root: Path, device: str, steps: int, limit: int, report: dict[str, Any]) -> Any:
+def run(root: Path, device: str, steps: int, limit: int, report: dict[str, Any]) -> Iterator[None]:
     """Fills ``report``; yields after every command."""
     config = write_trio(root, steps)
     begun = [(where, start("train", "--config", config, "--ranks", "1", f"name={where}_run", f"device={where}"))
              for where in dict.fromkeys(("cpu", device))]  # fmt: skip
     try:
-        for where, process in begun:
-            finish(process, f"train on {where}", limit, report)
+        for where, command in begun:
+            finish(command, f"train on {where}", limit, report)
             yield
     finally:
-        for _, process in begun:
-            process.kill()
-            process.wait()
+        for _, command in begun:
+            command.end()
     compare(root / "runs", device, report)
     yield
     checkpoint = sorted((root / "runs" / f"{device}_run" / "checkpoints").glob("stage2-*"))[-1]
@@ -127,35 +129,49 @@ def write_trio(root: Path, steps: int) -> Path:
     return path
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """``ultrafuser arguments...``; what it says goes into one pipe's worth of files, so that nothing blocks."""
-    output = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+@dataclass(frozen=True)
+class Command:
+    """A command that runs; what it says goes into a file, so that nothing blocks."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    begun: float
+
+    def end(self) -> None:
+        """Of no use any more."""
+        self.process.kill()
+        self.process.wait()
+        self.output.close()
+
+
+def start(*arguments: object) -> Command:
+    """``ultrafuser arguments...``"""
+    output = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the command
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
         env=os.environ | {"COLUMNS": "160"},
     )
-    process.output, process.begun = output, time.perf_counter()  # type: ignore[attr-defined]
-    return process
+    return Command(process, output, time.perf_counter())
 
 
-def finish(process: subprocess.Popen[str], what: str, limit: int, report: dict[str, Any]) -> str:
-    """What the command printed; raises CommandError where it fails."""
-    begun, output = process.begun, process.output  # type: ignore[attr-defined]
+def finish(command: Command, what: str, limit: int, report: dict[str, Any]) -> str:
+    """What the command printed; raises CommandError where it fails or takes longer than ``limit`` seconds."""
     try:
-        code = process.wait(max(1.0, begun + limit - time.perf_counter()))
+        code = command.process.wait(max(1.0, command.begun + limit - time.perf_counter()))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        code = -1
-    report["commands"].append({"what": what, "seconds": time.perf_counter() - begun, "exit_code": code})
-    output.seek(0)
-    said = str(output.read())
+        command.process.kill()
+        command.process.wait()
+        code = TIMED_OUT
+    report["commands"].append({"what": what, "seconds": time.perf_counter() - command.begun, "exit_code": code})
+    command.output.seek(0)
+    said = command.output.read().decode(errors="replace")
+    command.output.close()
     if code:
-        raise CommandError(f"{what}: exit code {code}: {said.strip()[-1500:]}")
+        why = f"not done after {limit} s" if code == TIMED_OUT else f"exit code {code}"
+        raise CommandError(f"{what}: {why}: {said.strip()[-1500:]}")
     return said
 
 

@@ -129,6 +129,27 @@ def test_losses_that_part_from_the_cpus_are_wrong(tmp_path, here, wrong):
     assert [losses["here"] for losses in report["losses"]] == here
 
 
+@pytest.mark.parametrize(
+    ("code", "limit", "said"),
+    [
+        ("print('done')", 60, None),
+        ("import sys; sys.exit('no such thing')", 60, "train: exit code 1: no such thing"),
+        ("import time; print('slow', flush=True); time.sleep(60)", 2, "train: not done after 2 s"),
+    ],
+)
+def test_a_command_that_fails_or_hangs_ends_the_toy_run_with_what_it_said(monkeypatch, code, limit, said):
+    toy = script("train_toy_on")
+    monkeypatch.setattr(toy, "COMMAND", [sys.executable, "-c", code])
+    report: dict = {"commands": []}
+    if said is None:
+        assert toy.finish(toy.start(), "train", limit, report) == "done\n"
+    else:
+        with pytest.raises(toy.CommandError, match=said):
+            toy.finish(toy.start(), "train", limit, report)
+    (command,) = report["commands"]
+    assert (command["exit_code"] == 0) == (said is None)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the contenders train on a CPU."""
