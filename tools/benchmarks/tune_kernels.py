@@ -128,10 +128,7 @@ def tune(call: Callable[[], object], table: dict[Any, Any], key: Any, candidates
         table[key] = config
         record = {"config": config, "in_use": config == before}
         try:
-            begun = time.perf_counter()
-            call()
-            first_call_s = time.perf_counter() - begun  # seconds rather than milliseconds: it was not in Triton's cache
-            records.append(record | {"ms": median_ms(call), "first_call_s": first_call_s})
+            records.append(record | timed(call))
         except Exception as error:  # whatever Triton makes of a shape that does not fit
             records.append(record | {"failed": (str(error).splitlines() or [type(error).__name__])[0][:200]})
         finally:
@@ -139,12 +136,14 @@ def tune(call: Callable[[], object], table: dict[Any, Any], key: Any, candidates
     return sorted(records, key=lambda record: record.get("ms", float("inf")))
 
 
-def median_ms(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> dict[str, float]:
+    """``ms``, the median; ``first_call_s``: seconds rather than milliseconds where Triton had to compile."""
+    begun = time.perf_counter()
     call()
-    times: list[float] = []
-    for _ in range(ROUNDS):
-        times.append(seconds_on_gpu(call) * 1e3)
-    return statistics.median(times)
+    first_call_s = time.perf_counter() - begun
+    call()
+    times = [seconds_on_gpu(call) * 1e3 for _ in range(ROUNDS)]
+    return {"ms": statistics.median(times), "first_call_s": first_call_s}
 
 
 if __name__ == "__main__":
