@@ -62,9 +62,10 @@ def main() -> None:
         raise SystemExit("tune_kernels: no CUDA device; run this on a machine with a GPU")
     shape = Shape(arguments.tokens, arguments.vocab, (arguments.width,) * SPECIALISTS, torch.bfloat16)
     calls = kernel_calls(shape, torch.device("cuda"))
+    here = capability(torch.empty(0, device="cuda"))
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "kernels": {}}
     for name in arguments.kernel or CANDIDATES:
-        table, key = table_of(name)
+        table, key = table_of(name, here)
         found = tune(calls[name], table, key, [table[key], *CANDIDATES[name]])
         report["kernels"][name] = found
         print(f"\n{name}")
@@ -75,13 +76,13 @@ def main() -> None:
             write_json(arguments.out, report)
 
 
-def table_of(name: str) -> tuple[dict[Any, Any], Any]:
-    """The table that holds a kernel's entry for this GPU, and under which key."""
+def table_of(name: str, compute_capability: int) -> tuple[dict[Any, Any], Any]:
+    """The table that holds a kernel's entry for such a GPU, and under which key."""
     if name == GATE_BLOCKS:
         return forward.BLOCK_COLUMNS, "cuda"
     if name.startswith("chunked: "):
         return epilogue_triton.STEPS, name.removeprefix("chunked: ")
-    return TILES[name], generation(capability(torch.empty(0, device="cuda")))
+    return TILES[name], generation(compute_capability)
 
 
 def kernel_calls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -65,7 +65,7 @@ def stand_in(capability: int) -> None:
     AbsentGpu(capability).stand_in()
 
 
-def compile_one(job: Job) -> float:
+def compile_one(job: Job, capability: int) -> float:
     """Seconds that it took."""
     begun = time.perf_counter()
     device = torch.device("cpu")
@@ -73,7 +73,7 @@ def compile_one(job: Job) -> float:
     if job.config is None:
         call()
     else:
-        table, key = tune_kernels.table_of(job.kernel)
+        table, key = tune_kernels.table_of(job.kernel, capability)
         before, table[key] = table[key], job.config
         try:
             call()
@@ -104,7 +104,7 @@ def main() -> None:
         initargs=(arguments.capability,),
     )
     with pool:
-        running = {pool.submit(compile_one, job): job for job in wanted}
+        running = {pool.submit(compile_one, job, arguments.capability): job for job in wanted}
         for done in as_completed(running):
             record = {name: value for name, value in running[done]._asdict().items() if value is not None}
             if error := done.exception():  # a candidate that does not fit: the tuner lists it

@@ -106,6 +106,22 @@ def test_warmed_kernels_are_found_by_a_launch_of_another_process_on_the_goals_sh
     assert compiling(epilogues_of_the_goal, str(cache)) == warmed
 
 
+def candidate_compiled(cache: str) -> tuple[int, bool]:
+    """Kernels in ``cache`` after one of the tuner's tiles, and whether the table is what it was."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    from ultrafuser_mega.ops.streaming_tiles import TILES, Tile
+
+    warm, before = script("warm_kernels"), dict(TILES["gate statistics"])
+    warm.stand_in(90)
+    warm.compile_one(warm.Job("gate statistics", "bf16", *warm.GOAL, Tile(64, 32, 64, 4, 2, tma=True)), 90)
+    return len(list(Path(cache).glob("*/*.cubin"))), TILES["gate statistics"] == before
+
+
+@pytest.mark.timeout(280)
+def test_the_tuners_tiles_compile_without_a_gpu(tmp_path, compiling):
+    assert compiling(candidate_compiled, str(tmp_path)) == (1, True)
+
+
 def test_the_toy_runs_configuration_is_one_that_training_takes(tmp_path):
     pytest.importorskip("megatron.core")
     from ultrafuser_mega.config import load_config
