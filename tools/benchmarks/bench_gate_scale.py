@@ -1,4 +1,4 @@
-"""How close the gate's kernels come to copying memory:  python tests/gpu/bench_gate_scale.py [--out FILE.json]
+"""How close the gate's kernels come to copying memory:  python tools/benchmarks/bench_gate_scale.py [--out FILE.json]
 
 Both kernels and a copy of the same number of bytes take turns in one run; medians of 50 rounds. The target is 85 % of
 the copy's bandwidth. The plain PyTorch twin stands beside them.
@@ -11,8 +11,11 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from benchmark import seconds_on_gpu
 
 from ultrafuser_mega.ops import gate_scale_cuda, gate_scale_torch
 
@@ -47,7 +50,7 @@ def main() -> None:
         print(f"wrote {arguments.out}")
 
 
-def measure(name: str, built: bool) -> list[dict]:
+def measure(name: str, built: bool) -> list[dict[str, Any]]:
     rows, widths, dtype = SHAPES[name]
     gate_logits = torch.randn(rows, len(widths), device="cuda")
     kept = torch.ones(rows, dtype=torch.bool, device="cuda")
@@ -59,19 +62,18 @@ def measure(name: str, built: bool) -> list[dict]:
     numbers, size = rows * sum(widths), dtype.itemsize
     moved = {"forward": numbers * 2 * size, "backward": numbers * (2 * size + 4)}  # bytes read and written
 
+    def scale(code: ModuleType) -> Callable[[], object]:
+        return lambda: code.scale_inputs(gate_logits, kept, hidden, dtype)
+
+    def unscale(code: ModuleType) -> Callable[[], object]:
+        return lambda: code.unscale_gradients(gate_weights, kept, hidden, d_inputs, d_hidden, d_gate)
+
     twins = {"kernel": gate_scale_cuda, "twin": gate_scale_torch} if built else {"twin": gate_scale_torch}
-    records = []
+    made_of = {"forward": scale, "backward": unscale}
+    records: list[dict[str, Any]] = []
     for direction, total in moved.items():
-        source = torch.empty(total // 2, dtype=torch.uint8, device="cuda")
-        copy = torch.empty_like(source)
-        calls: dict[str, Callable[[], object]] = {"copy": lambda copy=copy, source=source: copy.copy_(source)}
-        for variant, code in twins.items():
-            if direction == "forward":
-                calls[variant] = lambda code=code: code.scale_inputs(gate_logits, kept, hidden, dtype)
-            else:
-                calls[variant] = lambda code=code: code.unscale_gradients(
-                    gate_weights, kept, hidden, d_inputs, d_hidden, d_gate
-                )
+        calls = {"copy": copy_of(total // 2)}
+        calls |= {variant: made_of[direction](code) for variant, code in twins.items()}
         medians = interleaved(calls)
         records += [
             {
@@ -87,6 +89,13 @@ def measure(name: str, built: bool) -> list[dict]:
     return records
 
 
+def copy_of(size: int) -> Callable[[], object]:
+    """Copies so many bytes: reads and writes them."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each, in rounds; every call finds the L2 cache full of something else."""
     other = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -94,13 +103,9 @@ def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     for round_number in range(ROUNDS + 3):
         for name, call in calls.items():
             other.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
+            taken = seconds_on_gpu(call)
             if round_number >= 3:  # warm
-                seconds[name].append(begin.elapsed_time(end) / 1e3)
+                seconds[name].append(taken)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

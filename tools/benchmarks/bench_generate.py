@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -61,7 +62,7 @@ def main() -> None:
         print(f"wrote {arguments.out}")
 
 
-def measure(model, batch: int, arguments) -> dict:
+def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of every variant, and its ratio to the floor."""
     new, length = arguments.new_tokens, arguments.prompt_tokens
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +128,7 @@ def measure(model, batch: int, arguments) -> dict:
     }
 
 
-def show(runs: list[dict]) -> None:
+def show(runs: list[dict[str, Any]]) -> None:
     table = Table("batch", "variant", "seconds", "tokens/s", f"x {FLOOR}")
     for run in runs:
         for name, found in run["variants"].items():

@@ -3,9 +3,10 @@
     python tools/benchmarks/bench_mixture_ce.py --device cpu --preset nano --out docs/benchmarks/cpu.json
 
 Tasks: `forward` (no gradients), `gate_only` (stage 1: hidden states and heads frozen), `train` (everything).
-`bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them or to plain PyTorch,
-measured in the same rounds. Peers that are not installed, or cannot do what is asked, are listed as absent with the
-reason.
+`bare GEMMs` are the matrix products no exact implementation avoids; every ratio refers to them, to plain PyTorch or to
+`one GEMM` (plain PyTorch over concatenated inputs and heads), measured in the same rounds. Beside wall time the records
+hold the process's own CPU time, which survives neighbours better. Peers that are not installed, or cannot do what is
+asked, are listed as absent with the reason.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ import contextlib
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import benchmark
 import torch
-from benchmark import FLOOR, TASKS, Inputs, Result, Shape
+from benchmark import FLOOR, ONE_GEMM, PLAIN, TASKS, Inputs, Result, Shape
 from scripting import Parser, positive, result_file, write_figure, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Run = dict[str, Any]  # what was measured of one shape, as it stands in the JSON file
 
 PRESETS = {
     "llama2-13b": Shape(8192, 32000, (5120,) * 3, torch.bfloat16),
@@ -42,11 +50,12 @@ SWEEPS = {
 }
 
 
-SWEPT_SIZE = {
+SWEPT_SIZE: dict[str, Callable[[Run], int]] = {
     "tokens": lambda run: run["tokens"],
     "vocab": lambda run: run["vocab"],
     "specialists": lambda run: len(run["widths"]),
 }
+RATIOS = {"ratio_to_floor": FLOOR, "ratio_to_plain": PLAIN, "ratio_to_one_gemm": ONE_GEMM}
 LEAST = {"tokens": 4, "vocab": 8}  # what a sweep can still divide
 VARIANTS = list(dict.fromkeys([*sum(benchmark.BACKENDS.values(), ()), *benchmark.GPU_BACKENDS, *benchmark.PEERS]))
 
@@ -55,7 +64,7 @@ def main() -> None:
     arguments = parse_arguments()
     shape = PRESETS[arguments.preset]
     shape = replace(shape, tokens=arguments.tokens or shape.tokens, vocab=arguments.vocab or shape.vocab)
-    runs: list[dict] = []
+    runs: list[Run] = []
     report = {"machine": machine(arguments), "shards": arguments.vocab_shards, "runs": runs}
     for one in SWEEPS[arguments.sweep](shape) if arguments.sweep else [shape]:
         if arguments.vocab_shards > 1:
@@ -127,7 +136,7 @@ def what_cannot_be_plotted(path: Path) -> str:
     return f"argument --plot: {path}: matplotlib writes no {path.suffix or 'file without a suffix'}; use .png"
 
 
-def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> Iterator[dict]:
+def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> Iterator[Run]:
     """Every variant on one shape: the report so far, after each task."""
     inputs = Inputs(shape, torch.device(arguments.device), shard, arguments.vocab_shards)
     absent: dict[str, str] = {}
@@ -159,11 +168,11 @@ def run_shape(shape: Shape, arguments: argparse.Namespace, shard: int = 0) -> It
         }
 
 
-def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> dict:
+def run_shard(rank: int, shape: Shape, arguments: argparse.Namespace) -> Run:
     return list(run_shape(shape, arguments, shard=rank))[-1]
 
 
-def slowest(ranks: list[dict]) -> dict:
+def slowest(ranks: list[Run]) -> Run:
     """Of several ranks' reports: every variant as its slowest rank saw it, with the most memory that any rank took."""
     report = dict(ranks[0])
     report["results"] = []
@@ -177,7 +186,7 @@ def slowest(ranks: list[dict]) -> dict:
     return report
 
 
-def as_record(result: Result, shape: Shape) -> dict:
+def as_record(result: Result, shape: Shape) -> dict[str, Any]:
     passes = TASKS[result.task][1]
     return {
         "task": result.task,
@@ -185,26 +194,27 @@ def as_record(result: Result, shape: Shape) -> dict:
         "median_s": result.median,
         "min_s": min(result.seconds),
         "seconds": result.seconds,
+        "median_cpu_s": statistics.median(result.cpu_seconds),
         "tflops": shape.flops(passes) / result.median / 1e12,
         "peak_extra_bytes": result.peak_extra_bytes,
         "gradient_bytes": result.gradient_bytes,
     }
 
 
-def add_ratios(results: list[dict]) -> None:
-    """Ratios of medians to the floor and to plain PyTorch of the same task; None where that was not measured."""
+def add_ratios(results: list[dict[str, Any]]) -> None:
+    """Ratios of medians to RATIOS' variants of the same task; None where that was not measured."""
     for record in results:
-        for key, variant in (("ratio_to_floor", FLOOR), ("ratio_to_plain", "plain PyTorch")):
+        for key, variant in RATIOS.items():
             other = next((r for r in results if r["task"] == record["task"] and r["variant"] == variant), None)
             record[key] = record["median_s"] / other["median_s"] if other else None
 
 
-def print_table(run: dict) -> None:
+def print_table(run: Run) -> None:
     print(f"\n{run['tokens']} tokens, vocabulary {run['vocab']}, hidden {run['widths']}, {run['dtype']}")
-    columns = ("ms", "x floor", "x plain", "TFLOP/s", "peak MiB", "- grads")
-    print(f"{'task':10} {'variant':18}" + "".join(f"{column:>10}" for column in columns))
+    columns = ("ms", "x floor", "x plain", "x one GEMM", "TFLOP/s", "peak MiB", "- grads")
+    print(f"{'task':10} {'variant':18}" + "".join(f"{column:>11}" for column in columns))
     for r in run["results"]:
-        ratios = [f"{r[key]:.2f}" if r[key] else "" for key in ("ratio_to_floor", "ratio_to_plain")]
+        ratios = [f"{r[key]:.2f}" if r[key] else "" for key in RATIOS]
         memory = [
             f"{r['peak_extra_bytes'] / 2**20:.0f}",
             f"{(r['peak_extra_bytes'] - r['gradient_bytes']) / 2**20:.0f}",
@@ -212,12 +222,12 @@ def print_table(run: dict) -> None:
         if r["variant"] == FLOOR:
             memory = ["", ""]
         cells = [f"{r['median_s'] * 1e3:.2f}", *ratios, f"{r['tflops']:.2f}", *memory]
-        print(f"{r['task']:10} {r['variant']:18}" + "".join(f"{cell:>10}" for cell in cells))
+        print(f"{r['task']:10} {r['variant']:18}" + "".join(f"{cell:>11}" for cell in cells))
     for name, reason in run["absent"].items():
         print(f"absent: {name} ({reason})")
 
 
-def shape_figure(run: dict):
+def shape_figure(run: Run) -> Figure:
     """Bars: every task and variant's time over the floor."""
     from matplotlib.figure import Figure
 
@@ -232,13 +242,14 @@ def shape_figure(run: dict):
     return figure
 
 
-def sweep_figure(runs: list[dict], sweep: str):
+def sweep_figure(runs: list[Run], sweep: str) -> Figure:
     """Lines: how each variant's time grows with the swept size; one panel per task."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(r["task"] for run in runs for r in run["results"]))
     figure = Figure(figsize=(5 * len(tasks), 4), layout="tight")
-    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    panels: list[Any] = list(figure.subplots(1, len(tasks), squeeze=False)[0])
+    for panel, task in zip(panels, tasks, strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for run in runs:
             for r in run["results"]:
@@ -252,7 +263,7 @@ def sweep_figure(runs: list[dict], sweep: str):
     return figure
 
 
-def machine(arguments: argparse.Namespace) -> dict:
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is measured on, with what, and when."""
     on_gpu = arguments.device == "cuda"
     return {

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peers import plain_loss
+from peers import concatenated, concatenated_loss, plain_loss
 from torch import Tensor
 
 from ultrafuser_mega.ops.loss import mixture_cross_entropy
@@ -31,6 +32,7 @@ TASKS = {  # task: (needs gate, hidden, heads), GEMM passes of the floor
     "train": ((True, True, True), 3),
 }
 FLOOR = "bare GEMMs"
+PLAIN, ONE_GEMM = "plain PyTorch", "one GEMM"  # the two peers of which every table shows the ratio
 # of a mean over many tokens: 16-bit logits are off by up to 2^-8 (bf16) each, but not all in one direction
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
@@ -51,6 +53,7 @@ class Result:
     task: str
     variant: str
     seconds: list[float] = field(default_factory=list)  # one per round
+    cpu_seconds: list[float] = field(default_factory=list)  # of this process, all its threads
     peak_extra_bytes: int = 0  # most memory beyond what was held before the call, gradients included
     gradient_bytes: int = 0
 
@@ -124,13 +127,26 @@ def ours(backend: str) -> Loss:
 
 def plain() -> Loss:
     """Plain PyTorch: n logit tensors, mixed, F.cross_entropy."""
-    return _plain
+    return _of_inputs(plain_loss)
 
 
-def _plain(inputs: Inputs) -> Tensor:
-    return plain_loss(
-        inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, vocab_size=inputs.shape.vocab, reduction="mean"
-    )
+def one_gemm() -> Loss:
+    """Plain PyTorch of somebody cleverer: one product of concatenated, gate-scaled inputs and heads."""
+    return _of_inputs(concatenated_loss)
+
+
+def _of_inputs(function: Callable[..., Tensor]) -> Loss:
+    def loss(inputs: Inputs) -> Tensor:
+        return function(
+            inputs.hidden,
+            inputs.heads,
+            inputs.gate_logits,
+            inputs.target,
+            vocab_size=inputs.shape.vocab,
+            reduction="mean",
+        )
+
+    return loss
 
 
 def compiled() -> Loss:
@@ -138,28 +154,22 @@ def compiled() -> Loss:
     # What was compiled for other shapes counts towards a limit beyond which eager code runs in silence.
     torch.compiler.reset()
 
-    def logits_to_loss(hidden, heads, gate_logits, target):
+    def logits_to_loss(hidden: list[Tensor], heads: list[Tensor], gate_logits: Tensor, target: Tensor) -> Tensor:
         weights = torch.softmax(gate_logits, 1)
         z = sum(weights[:, j, None] * (states @ heads[j].t()) for j, states in enumerate(hidden))
+        assert isinstance(z, Tensor)
         return F.cross_entropy(z, target)
 
     function = torch.compile(logits_to_loss, fullgraph=True)  # raises rather than run anything eagerly
     return lambda inputs: function(inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target)
 
 
-def concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The mixture as ONE linear layer, what a single-head kernel needs: (N, K) scaled inputs and (V, K) heads."""
-    weights = torch.softmax(inputs.gate_logits, 1)
-    scaled = [(weights[:, j, None] * states).to(states.dtype) for j, states in enumerate(inputs.hidden)]
-    return torch.cat(scaled, 1), torch.cat(inputs.heads, 1)
-
-
 def liger() -> Loss:
     function = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
 
     def loss(inputs: Inputs) -> Tensor:
-        x, head = concatenated(inputs)
-        return function(head, x, inputs.target)
+        x, head = concatenated(inputs.hidden, inputs.heads, inputs.gate_logits)
+        return cast(Tensor, function(head, x, inputs.target))
 
     return loss
 
@@ -168,8 +178,8 @@ def cut_cross_entropy() -> Loss:
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
     def loss(inputs: Inputs) -> Tensor:
-        x, head = concatenated(inputs)
-        return function(x, head, inputs.target)
+        x, head = concatenated(inputs.hidden, inputs.heads, inputs.gate_logits)
+        return cast(Tensor, function(x, head, inputs.target))
 
     return loss
 
@@ -180,7 +190,8 @@ def megatron() -> Loss:
     function = importlib.import_module("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
     if not dist.is_initialized():
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(kind, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
 
@@ -189,13 +200,14 @@ def megatron() -> Loss:
             raise ValueError(f"needs shards of one size, and {inputs.shape.vocab} rows do not make {inputs.shards}")
         weights = torch.softmax(inputs.gate_logits, 1)
         z = sum(weights[:, j, None] * (states @ inputs.heads[j].t()) for j, states in enumerate(inputs.hidden))
-        return function(z, inputs.target).mean()
+        return cast(Tensor, function(z, inputs.target).mean())
 
     return loss
 
 
 PEERS: dict[str, Callable[[], Loss]] = {
-    "plain PyTorch": plain,
+    PLAIN: plain,
+    ONE_GEMM: one_gemm,
     "torch.compile": compiled,
     "megatron": megatron,
     "liger-kernel": liger,
@@ -203,7 +215,8 @@ PEERS: dict[str, Callable[[], Loss]] = {
 }
 _WHOLE_ROWS = "needs the logits of the whole vocabulary on one rank"
 NOT_IN_SHARDS = {  # peers that cannot take part where the vocabulary lies on several ranks: why
-    "plain PyTorch": _WHOLE_ROWS,
+    PLAIN: _WHOLE_ROWS,
+    ONE_GEMM: _WHOLE_ROWS,
     "torch.compile": _WHOLE_ROWS,
     "liger-kernel": "needs the head of the whole vocabulary on one rank",
     "cut-cross-entropy": "needs a GPU, and the shards lie on CPU ranks",
@@ -236,7 +249,7 @@ def step(inputs: Inputs, loss: Loss, task: str) -> Callable[[], Tensor]:
     def run() -> Tensor:
         value = loss(inputs)
         if task != "forward":
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
     return run
@@ -274,7 +287,9 @@ def measure(
     _timed(inputs, calls[FLOOR])
     for _ in range(repeats):
         for name, call in calls.items():
+            begun = time.process_time()
             results[name].seconds.append(_timed(inputs, call))
+            results[name].cpu_seconds.append(time.process_time() - begun)
     return list(results.values())
 
 
@@ -283,15 +298,20 @@ def _timed(inputs: Inputs, call: Callable[[], object]) -> float:
     if inputs.group is not None:
         dist.barrier()
     if inputs.device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return seconds_on_gpu(call)
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
+
+
+def seconds_on_gpu(call: Callable[[], object]) -> float:
+    """Between the events before and after what ``call`` puts on the current stream."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _peak(inputs: Inputs, call: Callable[[], object]) -> int:

@@ -2,8 +2,9 @@
 
     python tools/benchmarks/gpu_report.py docs/benchmarks/nvidia_h100_80gb_hbm3.json
 
-Writes the file's namesake with the suffix .md beside it: what was measured on, the bars with met, MISSED or
-not measured, one table per shape, the gate's kernels, the fastest tiles. Works on whatever part of a run there is.
+Writes the file's namesake with the suffix .md beside it: what was measured on, how the steps ended, values and the toy
+run, the bars with met, MISSED or not measured, one table per shape, the trainer beside a plain script, where the time
+goes, the gate's kernels, the fastest tiles. Works on whatever part of a run there is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench_mixture_ce import PRESETS
-from benchmark import FLOOR, PEERS, Shape
+from benchmark import FLOOR, ONE_GEMM, PEERS, PLAIN, Shape
+from gpu_report_steps import beside_plain, machine_rows, operators, toy, values, warmed
+from markdown_lines import section, table
 from scripting import Parser, write_text
 
 from ultrafuser_mega.errors import InputError
@@ -26,7 +29,7 @@ BAR_SHAPES = {  # the bars are stated for these, on an H100
     "llama3-8b": PRESETS["llama3-8b"],
     "llama3-8b, an eighth": replace(PRESETS["llama3-8b"], vocab=16032),
 }
-GATE_SHAPES = ("llama2-13b", "llama3-8b")  # of tests/gpu/bench_gate_scale.py
+GATE_SHAPES = ("llama2-13b", "llama3-8b")  # of tools/benchmarks/bench_gate_scale.py
 GATE_ONLY = ("gate_only", "streaming")  # the better of them counts
 TIMED_OUT = (124, 137)  # exit codes of timeout(1)
 MIB = 1 << 20
@@ -67,12 +70,19 @@ def loaded(path: Path) -> dict[str, Any]:
 
 def lines(report: dict[str, Any], name: str) -> Iterator[str]:
     runs = benchmark_runs(report)
-    machine = next((part["machine"] for part in report.values() if "machine" in part), {})
+    machine: dict[str, Any] = next((part["machine"] for part in report.values() if "machine" in part), {})
     yield f"# {machine.get('device', Path(name).stem)}"
     yield ""
     yield f"Made by tools/benchmarks/gpu_report.py from {name}, which tools/gpu_check.sh left."
     yield ""
-    yield from table(("measured on", ""), [(key, str(value)) for key, value in machine.items() if value is not None])
+    yield from table(("measured on", ""), machine_rows(machine, report.get("versions", {})))
+    yield from section("Steps")
+    yield from table(
+        ("step", "seconds", "outcome"),
+        [(name, str(step.get("seconds", "")), outcome(step)) for name, step in report["steps"].items()],
+    )
+    yield from values(report.get("values", {}))
+    yield from toy(report.get("toy", {}))
     yield from section("Bars")
     yield "Stated for an H100, bf16 and 8192 tokens. Every ratio compares medians of the same interleaved rounds."
     yield ""
@@ -84,7 +94,10 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
     for run in runs:
         yield from section(f"{run['part']}: {title(run)}")
         yield from table(
-            ("task", "variant", "ms", "x floor", "x best peer", "TFLOP/s", "peak MiB", "beyond gradients MiB"),
+            (
+                *("task", "variant", "ms", "x floor", f"x {PLAIN}", f"x {ONE_GEMM}", "x best peer"),
+                *("TFLOP/s", "peak MiB", "beyond gradients MiB"),
+            ),
             [variant_row(r, run) for r in run["results"]],
         )
         yield ""
@@ -92,6 +105,8 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
             yield f"- absent: {peer} ({reason})"
         failed = {name: reason for name, reason in run["absent"].items() if name not in PEERS}
         yield from (f"- failed: {name} ({reason})" for name, reason in failed.items())
+    yield from beside_plain(report.get("beside_plain", {}))
+    yield from operators("The loss", report.get("loss_profile", {}).get("operators", {}))
     if records := report.get("gate_kernels", {}).get("results"):
         yield from section("The gate's kernels beside a copy of as many bytes")
         numbers = [(f"{r['median_us']:.1f}", f"{r['gb_per_s']:.0f}", f"{r['of_copy']:.1%}") for r in records]
@@ -103,22 +118,7 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
         yield "Streaming: block_m, block_n, block_k, warps, stages, tma, specialized, halves; chunked: block, warps."
         yield ""
         yield from table(("kernel", "fastest", "ms", "in use", "ms", "failed"), map(tile_row, kernels.items()))
-    yield from section("Steps")
-    yield from table(
-        ("step", "seconds", "outcome"),
-        [(name, str(step.get("seconds", "")), outcome(step)) for name, step in report["steps"].items()],
-    )
-
-
-def section(heading: str) -> Iterator[str]:
-    yield from ("", f"## {heading}", "")
-
-
-def table(columns: tuple[str, ...], rows: Any) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'---|' * len(columns)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+    yield from warmed(report.get("warm", {}))
 
 
 def benchmark_runs(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,14 +136,15 @@ def title(run: dict[str, Any]) -> str:
 
 
 def variant_row(record: dict[str, Any], run: dict[str, Any]) -> tuple[str, ...]:
-    best = best_peer(run, record["task"])
+    task = record["task"]
+    beside_all = (fastest(run, task, (PLAIN,)), fastest(run, task, (ONE_GEMM,)), best_peer(run, task))
     memory = (record["peak_extra_bytes"], record["peak_extra_bytes"] - record["gradient_bytes"])
     return (
         record["task"],
         record["variant"],
         f"{record['median_s'] * 1e3:.2f}",
         f"{record['ratio_to_floor']:.2f}",
-        f"{record['median_s'] / best['median_s']:.2f}" if best else "",
+        *(f"{record['median_s'] / beside['median_s']:.2f}" if beside else "" for beside in beside_all),
         f"{record['tflops']:.1f}",
         *(["", ""] if record["variant"] == FLOOR else [f"{size / MIB:.0f}" for size in memory]),
     )
@@ -266,6 +267,8 @@ def config_and_ms(record: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def outcome(step: dict[str, Any]) -> str:
+    if "missing" in step:
+        return f"**MISSING**: {step['missing']} is not installed"
     if "exit_code" not in step:
         return "left out: no time"
     code = step["exit_code"]

@@ -152,10 +152,10 @@ def _compile(source: _Source, capability: int) -> Resources:
     return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts, loads)
 
 
-def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list]:
+def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:
     """What the launcher would find out by itself: pointers, strides and widths are multiples of 16."""
-    hint = [["tt.divisibility", 16]]
-    attributes: dict[tuple[int, ...], list] = {}
+    hint: list[list[Any]] = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple):
             attributes |= {(index, j): hint for j in range(len(kind))}

@@ -4,83 +4,38 @@ and is stopped where it would call CUDA. Tensors lie in the CPU's memory; nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from support.scripts import script
 
+if TYPE_CHECKING:
+    from absent_gpu import AbsentGpu, Launch
+
 CAPABILITY = 90
 SHARED_BYTES = 227 << 10  # that one program may have there
 
 
-@dataclass(frozen=True)
-class Launch:
-    kernel: str
-    programs: int
-    shared_bytes: int
-    descriptor_bytes: int
-
-
-class Gpu:
-    """What Triton asks of a driver, for a GPU that is not there."""
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target, self.utils = GPUTarget("cuda", CAPABILITY, 32), self
-        self.launches: list[Launch] = []
-        self.launcher_cls = lambda source, metadata: self._launcher(metadata)
-
-    def _launcher(self, metadata: Any):
-        def launch(programs: int, _y: int, _z: int, *_rest: object) -> None:
-            found = Launch(metadata.name, programs, metadata.shared, metadata.global_scratch_size)
-            self.launches.append(found)
-
-        return launch
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        return 0
-
-    def get_device_properties(self, _device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES, "max_num_regs": 65536, "warpSize": 32}
-
-    def load_binary(self, *_arguments: object) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
-
-    def unload_module(self, _module: int) -> None:
-        pass
-
-
 @cache
-def gpu_of_this_process() -> Gpu:
+def gpu_of_this_process() -> AbsentGpu:
     """One: compiled kernels keep the launcher they came with."""
-    return Gpu()
+    from absent_gpu import AbsentGpu
+
+    return AbsentGpu(CAPABILITY)
 
 
 def launches(widths: tuple[int, ...], rows: int, vocab: int) -> list[Launch]:
     """Of every kernel in tools/benchmarks/tune_kernels.py, called as the loss calls it, with bf16 operands."""
     from benchmark import Shape
-    from triton.runtime import driver
-
-    from ultrafuser_mega.ops import streaming_tiles
 
     tuner = script("tune_kernels")
     gpu = gpu_of_this_process()
     gpu.launches.clear()
-    driver.set_active(gpu)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming_tiles, "capability", lambda _tensor: CAPABILITY)
-        for call in tuner.kernel_calls(Shape(rows, vocab, widths, torch.bfloat16), torch.device("cpu")).values():
-            call()
+    gpu.stand_in()
+    for call in tuner.kernel_calls(Shape(rows, vocab, widths, torch.bfloat16), torch.device("cpu")).values():
+        call()
     return gpu.launches
 
 

@@ -25,7 +25,7 @@ def test_a_tiny_shape_is_measured_printed_and_written(monkeypatch, capsys, tmp_p
     assert (run["tokens"], run["vocab"], run["dtype"]) == (16, 64, "float32")
     variants = {(r["task"], r["variant"]): r for r in run["results"]}
     for task in benchmark.TASKS:
-        for variant in (FLOOR, *benchmark.BACKENDS[task], "plain PyTorch"):
+        for variant in (FLOOR, *benchmark.BACKENDS[task], "plain PyTorch", "one GEMM"):
             record = variants.pop((task, variant))
             assert len(record["seconds"]) == 2
             assert record["ratio_to_floor"] > 0
@@ -114,8 +114,8 @@ def test_a_sweep_is_drawn_as_time_against_size_with_a_line_per_variant_and_a_pan
     panels = script(NAME).sweep_figure(runs, "specialists").axes
     assert [panel.get_title() for panel in panels] == ["forward", "train"]
     for panel in panels:
-        assert {line.get_label() for line in panel.lines} == {FLOOR, "chunked", "plain PyTorch"}
-        assert [list(line.get_xdata()) for line in panel.lines] == [[1, 2, 3, 5]] * 3
+        assert {line.get_label() for line in panel.lines} == {FLOOR, "chunked", "plain PyTorch", "one GEMM"}
+        assert [list(line.get_xdata()) for line in panel.lines] == [[1, 2, 3, 5]] * 4
     assert len({line.get_color() for panel in panels for line in panel.lines if line.get_label() == "chunked"}) == 1
     found = {r["task"]: r["median_s"] * 1e3 for r in runs[2]["results"] if r["variant"] == "chunked"}
     (line,) = [line for line in panels[1].lines if line.get_label() == "chunked"]
