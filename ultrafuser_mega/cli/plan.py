@@ -28,7 +28,6 @@ def plan(
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.data.store import MANIFEST, TokenStore
     from ultrafuser_mega.launch.rank import ensure_toy
-    from ultrafuser_mega.models.hf_folder import unread_fields
     from ultrafuser_mega.planning.memory import rank_shares
     from ultrafuser_mega.planning.preflight import chosen_layout, compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.reporting.plan_table import plan_table
@@ -45,7 +44,6 @@ def plan(
     if resolved.resume is not None:
         lines += [f"--resume: goes on from {resolved.resume[1]}", *(resolved.changes or ["as the run was before"])]
     lines += resolved.notices
-    lines += [f"note: {notice}" for folder in loaded.folders.values() for notice in unread_fields(folder)]
     lines.append("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -25,7 +25,6 @@ LEDGER = "export.json"
 SHARD_BYTES = 5 * 10**9
 _READ_AT_ONCE = 1 << 24
 _CODES = {
-    torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",

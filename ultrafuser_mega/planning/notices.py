@@ -1,4 +1,4 @@
-"""What a run does to its specialists' weights that its user may not expect, in a line each."""
+"""What a run does with its specialists' folders that its user may not expect, in a line each."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.checkpoint.sources import element_types, held_types, read_sources, rounding
 from ultrafuser_mega.config import FuserConfig
-from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.hf_folder import Architecture, unread_fields
 
 
-def weight_notices(
+def folder_notices(
     config: FuserConfig,
     architectures: Mapping[str, Architecture],
     dtype: torch.dtype,
     start: tuple[Progress, Path] | None,
 ) -> tuple[str, ...]:
-    """Lines for people: which specialists are rounded to ``dtype`` on loading, which heads training unties.
+    """Lines for people: what is rounded to ``dtype`` on loading, which heads training unties, which fields say nothing.
 
     Raises:
         InputError: the weights, in the specialists' folders or in the checkpoint ``start``, cannot be read.
@@ -37,4 +37,5 @@ def weight_notices(
                 f"specialists.{name}: its folder ties the output head to the embedding; stage 2 trains them apart, "
                 "so its export holds both (tie_word_embeddings: false)"
             )
-    return tuple(lines)
+    fields = dict.fromkeys(notice for folder in config.folders.values() for notice in unread_fields(folder))
+    return (*lines, *(f"note: {notice}" for notice in fields))

@@ -33,7 +33,7 @@ from ultrafuser_mega.models.hf_folder import (
     check_positions,
     read_architecture,
 )
-from ultrafuser_mega.planning.notices import weight_notices
+from ultrafuser_mega.planning.notices import folder_notices
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ class RunPlan:
     resume: tuple[Progress, Path] | None
     start: tuple[Progress, Path] | None = None  # whose weights it begins with, if not with the folders'
     changes: tuple[str, ...] = ()  # settings that a resumed run had otherwise, for people
-    notices: tuple[str, ...] = ()  # what becomes of the specialists' weights, for people
+    notices: tuple[str, ...] = ()  # what becomes of the specialists' folders, for people
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         resume=None,
     )
     start = _start(config, plan.identity)
-    plan = replace(plan, start=start, notices=weight_notices(config, architectures, DTYPES[config.dtype], start))
+    plan = replace(plan, start=start, notices=folder_notices(config, architectures, DTYPES[config.dtype], start))
     if not resume:
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
