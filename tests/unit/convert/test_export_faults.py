@@ -182,7 +182,7 @@ def hostile_index(checkpoint: Path) -> None:
             id="config disagrees",
         ),
         pytest.param(
-            change_config(num_hidden_layers=3),
+            change_config(num_hidden_layers=3, layer_types=["full_attention"] * 3),
             r"tensor specialists\.a\.decoder\.layers\.\S+ has shape \(2, .*calls for \(3, ",
             id="config has more layers",
         ),
@@ -221,4 +221,4 @@ def test_element_type_that_is_no_float_is_refused(copy: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    assert "model.norm.weight is torch.float8_e4m3fn" in refusal(lambda: plan_folders({"a": source}, None))
+    assert "tensor model.norm.weight is F8_E4M3; expected fp32, bf16 or fp16 weights" in refusal(lambda: plan_folders({"a": source}, None))
