@@ -6,6 +6,8 @@ state's gradient is the rank's part: the parts must add up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,7 +90,7 @@ def tensors(answer: dict) -> dict[str, torch.Tensor]:
     [(backend, needs) for backend in BACKENDS for needs in NEEDS[backend == "gate_only" :]],
 )
 @pytest.mark.parametrize("layout", SHARDS)
-def test_shards_equal_one_process(layout, backend, needs, ranks):
+def test_shards_equal_one_process(layout: Any, backend: str, needs: Any, ranks: Any) -> None:
     for index, case in enumerate(cases(torch.float64)):
         true = truth(case)
         parts = parts_of(ranks, layout, backend, torch.float64, index, needs)
@@ -109,7 +111,7 @@ def test_shards_equal_one_process(layout, backend, needs, ranks):
 
 
 @pytest.mark.parametrize("layout", SHARDS)
-def test_bf16_shards_keep_the_precision_of_one_process(layout, ranks):
+def test_bf16_shards_keep_the_precision_of_one_process(layout: Any, ranks: Any) -> None:
     """Each part is rounded to bf16 once or twice (2^-9 relative), so their sum errs by a few roundings at most."""
     for index, case in enumerate(cases(torch.bfloat16)[:3]):
         true = truth(case)
@@ -133,7 +135,7 @@ def refusals_and_repeats(rank: int) -> tuple[list[str], bool]:
     return messages, first == second
 
 
-def test_a_sharded_call_repeats_every_bit_and_must_say_how_large_the_vocabulary_is():
+def test_a_sharded_call_repeats_every_bit_and_must_say_how_large_the_vocabulary_is() -> None:
     for messages, same_bits in run_ranks(refusals_and_repeats, 2):
         assert same_bits
         assert messages[0].startswith(
@@ -169,7 +171,7 @@ def messages_of_wrong_shards(rank: int) -> dict[tuple[str, str], str]:
     return messages
 
 
-def test_shards_that_overlap_or_leave_gaps_are_refused_on_every_rank_and_other_ranks_are_no_shard_at_all():
+def test_shards_that_overlap_or_leave_gaps_are_refused_on_every_rank_and_other_ranks_are_no_shard_at_all() -> None:
     for rank, messages in enumerate(run_ranks(messages_of_wrong_shards, 4)):
         for name, (shards, total) in WRONG_SHARDS.items():
             expected = f"the shards of the group hold {total} rows of the vocabulary in all, needed vocab_size = 53"
@@ -187,18 +189,18 @@ def order_of_products_and_waits(rank: int) -> list[str]:
     events: list[str] = []
 
     class Pending(chunked.PendingStatistics):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments: Any) -> None:
             self.index = sum(event.startswith("send") for event in events)
             events.append(f"send {self.index}")
             super().__init__(*arguments)
 
-        def wait(self):
+        def wait(self) -> Any:
             events.append(f"wait {self.index}")
             return super().wait()
 
     product = chunked.gemm.accumulate
 
-    def accumulate(out, a, b, *, add, alpha=1.0):
+    def accumulate(out: Any, a: Any, b: Any, *, add: Any, alpha: Any = 1.0) -> None:
         if out.shape[1] == 27 and not add:  # the first specialist's part of a chunk's logits
             events.append(f"logits {sum(event.startswith('logits') for event in events)}")
         product(out, a, b, add=add, alpha=alpha)
@@ -208,7 +210,7 @@ def order_of_products_and_waits(rank: int) -> list[str]:
     return events
 
 
-def test_a_chunks_statistics_travel_while_the_next_chunks_products_run():
+def test_a_chunks_statistics_travel_while_the_next_chunks_products_run() -> None:
     """The collective is hidden: between its start and the wait for it lies a chunk's work."""
     for events in run_ranks(order_of_products_and_waits, 2):
         chunks = sum(event.startswith("send") for event in events)

@@ -8,6 +8,8 @@ logits or a specialist's part of one to bf16 would err by up to 2^-8 |z|: at 409
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import Case, make_case, truth
@@ -44,7 +46,7 @@ def head_gradients(case: Case, triton: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("triton", [False, True], ids=["CPU", "Triton, interpreted"])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_probability_keeps_the_precision_of_bf16(size, triton, interpreted):
+def test_every_probability_keeps_the_precision_of_bf16(size: Any, triton: bool, interpreted: Any) -> None:
     case = make_case(
         131, rows=1, vocab=200, widths=WIDTHS, dtype=torch.bfloat16, ignored=0.0, gate_scale=0.0, reduction="sum",
         **SIZES[size],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import mixture_cross_entropy
 
 
-def good():
+def good() -> Any:
     return {
         "hidden": [torch.randn(4, 3), torch.randn(4, 5)],
         "head_weight": [torch.randn(7, 3), torch.randn(7, 5)],
@@ -71,18 +73,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_named_in_one_line(what):
+def test_bad_input_is_named_in_one_line(what: Any) -> None:
     change, message = BAD[what]
     with pytest.raises(InputError, match=message) as caught:
         mixture_cross_entropy(**(good() | change))
     assert "\n" not in str(caught.value)
 
 
-def test_the_good_input_these_differ_from_is_accepted():
+def test_the_good_input_these_differ_from_is_accepted() -> None:
     assert torch.isfinite(mixture_cross_entropy(**good()))
 
 
-def test_lists_numbers_and_heads_may_come_in_their_usual_other_forms():
+def test_lists_numbers_and_heads_may_come_in_their_usual_other_forms() -> None:
     given = good()
     given["hidden"] = tuple(given["hidden"])
     given["head_weight"] = torch.nn.ParameterList(given["head_weight"])
