@@ -33,7 +33,7 @@ def on_shard(case: Case, rank: int) -> Case:
     return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": 27 * rank})
 
 
-def rank_answers(rank: int, store: str) -> list[dict[str, list]]:
+def rank_answers(rank: int, store: str) -> list[dict[str, Any]]:
     from support.interpreter import teach_gpu_arithmetic
 
     from ultrafuser_mega.ops import streaming

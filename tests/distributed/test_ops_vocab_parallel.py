@@ -30,7 +30,7 @@ NEEDS = [(True, True, True), (True, False, False)]  # gate, hidden, heads
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    common = {"widths": (4, 6, 3), "vocab": VOCAB, "padding": 8, "dtype": dtype}
+    common: dict[str, Any] = {"widths": (4, 6, 3), "vocab": VOCAB, "padding": 8, "dtype": dtype}
     return [
         make_case(31, rows=23, reduction="mean", **common),
         make_case(32, rows=23, reduction="sum", label_smoothing=0.1, z_loss=0.01, **common),
@@ -47,12 +47,12 @@ def on_shard(case: Case, rank: int, rows: list[int]) -> Case:
     return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": start})
 
 
-def as_lists(answer: Answer) -> dict:
+def as_lists(answer: Answer) -> dict[str, Any]:
     """Tensors cannot outlive the rank that made them; nested lists can, bit for bit."""
     return {"loss": answer.loss.tolist()} | {name: g.double().tolist() for name, g in answer.gradients().items()}
 
 
-def rank_answers(rank: int) -> dict:
+def rank_answers(rank: int) -> dict[Any, dict[str, Any]]:
     """(layout, backend, dtype, case, needs) -> answer, for the layouts this rank takes part in."""
     chunked.buffer_budget = gate_only.buffer_budget = lambda device: 2 * 27 * 8 * 5  # so that there are several chunks
     answers = {}
@@ -72,16 +72,16 @@ def rank_answers(rank: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict]:
+def ranks() -> list[dict[Any, dict[str, Any]]]:
     return run_ranks(rank_answers, 4)
 
 
-def parts_of(ranks: list[dict], *key: object) -> list[dict[str, torch.Tensor]]:
+def parts_of(ranks: list[dict[Any, dict[str, Any]]], *key: object) -> list[dict[str, torch.Tensor]]:
     """Every participating rank's answer."""
     return [tensors(answers[key]) for answers in ranks if key in answers]
 
 
-def tensors(answer: dict) -> dict[str, torch.Tensor]:
+def tensors(answer: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in answer.items()}
 
 
@@ -104,7 +104,7 @@ def test_shards_equal_one_process(layout: Any, backend: str, needs: Any, ranks: 
             assert parts[0].keys() == {"loss", "gate"}
             continue
         for j in range(3):
-            total = sum(part[f"hidden[{j}]"] for part in parts).view_as(true.hidden[j])
+            total = torch.stack([part[f"hidden[{j}]"] for part in parts]).sum(0).view_as(true.hidden[j])
             assert relative_error(total, true.hidden[j]) <= 1e-11
             heads = torch.cat([part[f"heads[{j}]"] for part in parts if part[f"heads[{j}]"].numel()])
             assert relative_error(heads, true.heads[j][: heads.shape[0]]) <= 1e-11
@@ -118,7 +118,8 @@ def test_bf16_shards_keep_the_precision_of_one_process(layout: Any, ranks: Any) 
         parts = parts_of(ranks, layout, "chunked", torch.bfloat16, index, NEEDS[0])
         assert relative_error(parts[0]["loss"], true.loss) <= 1e-5
         for j in range(3):
-            assert relative_error(sum(part[f"hidden[{j}]"] for part in parts), true.hidden[j]) <= 4 * 2**-9
+            total = torch.stack([part[f"hidden[{j}]"] for part in parts]).sum(0)
+            assert relative_error(total, true.hidden[j]) <= 4 * 2**-9
 
 
 def refusals_and_repeats(rank: int) -> tuple[list[str], bool]:
@@ -205,7 +206,8 @@ def order_of_products_and_waits(rank: int) -> list[str]:
             events.append(f"logits {sum(event.startswith('logits') for event in events)}")
         product(out, a, b, add=add, alpha=alpha)
 
-    chunked.PendingStatistics, chunked.gemm.accumulate = Pending, accumulate
+    chunked.PendingStatistics = Pending  # type: ignore[misc, assignment]
+    chunked.gemm.accumulate = accumulate
     answer_of(mixture_cross_entropy, case, (True, True, False), group=dist.group.WORLD, backend="chunked")
     return events
 

@@ -30,7 +30,7 @@ WIDTHS = {
 
 def inputs(widths: tuple[int, ...], dtype: torch.dtype, rows: int = 37) -> Any:
     draw = torch.Generator("cuda").manual_seed(0)
-    options = {"generator": draw, "device": "cuda"}
+    options: dict[str, Any] = {"generator": draw, "device": "cuda"}
     gate_logits = torch.randn(rows, len(widths), **options) * 3
     hidden = [torch.randn(rows, d, **options).to(dtype) for d in widths]
     kept = torch.rand(rows, **options) < 0.8
@@ -67,7 +67,7 @@ def compare(
 def test_kernels_do_what_their_twin_does(widths: Any, dtype: torch.dtype) -> None:
     case = inputs(widths, dtype)
     for written in {dtype, torch.float32}:
-        compare(widths, dtype, *case, written)
+        compare(widths, dtype, *case, written=written)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

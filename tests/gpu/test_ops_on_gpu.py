@@ -11,6 +11,7 @@ from support.mixture_cases import (
     IGNORE,
     Answer,
     answer_of,
+    gradient_of,
     make_case,
     relative_error,
     rule_violations,
@@ -163,9 +164,9 @@ def test_streaming_reads_hidden_states_that_lie_further_apart_than_32_bits_can_c
     assert torch.equal(loss[-64:], loss[:64])
     last = Answer(
         loss[-64:].detach(),
-        gate.grad[-64:],
-        [states.grad[-64:] for states in hidden if needs[1]],
-        [head.grad / repeats for head in heads if needs[2]],  # a power of two: exact
+        gradient_of(gate)[-64:],
+        [gradient_of(states)[-64:] for states in hidden if needs[1]],
+        [gradient_of(head) / repeats for head in heads if needs[2]],  # a power of two: exact
     )
     assert rule_violations(last, case) == []
 
@@ -184,7 +185,7 @@ def test_a_target_outside_the_vocabulary_gives_an_infinite_loss() -> None:
 @pytest.mark.parametrize(("backend", "bar_mib"), [("chunked", 1024), ("streaming", 64)])
 def test_memory_beyond_the_gradients(backend: str, bar_mib: Any, vocab: Any, width: Any) -> None:
     """What tests/unit/ops/test_memory_bars.py counts without a GPU, as CUDA's allocator sees it."""
-    half = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
     hidden = [torch.randn(8192, width, **half) for _ in range(3)]
     heads = [torch.zeros(vocab, width, **half) for _ in range(3)]
     gate = torch.randn(8192, 3, device="cuda", requires_grad=True)
@@ -230,7 +231,8 @@ def test_every_probability_keeps_the_precision_of_bf16(values: Any, backend: str
         131, rows=1, vocab=200, widths=(16, 16), dtype=torch.bfloat16, device="cuda", ignored=0.0, gate_scale=0.0,
         reduction="sum", **values,
     )  # fmt: skip
-    z = sum(0.5 * (states.double() @ head.double().t()) for states, head in zip(case.hidden, case.heads, strict=True))
+    pairs = zip(case.hidden, case.heads, strict=True)
+    z = torch.stack([0.5 * (states.double() @ head.double().t()) for states, head in pairs]).sum(0)
     allowed = 3 * 2**-8 + 2 * 32 * 2**-24 * float(z.abs().max())  # dz, dW, and its factor: the upstream gradient
     words = torch.softmax(z[0], 0) > 1e-30
     words[case.target] = False

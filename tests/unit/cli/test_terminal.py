@@ -57,7 +57,7 @@ def printer(terminal: bool, names: Any = Scripted.names) -> tuple[AnswerPrinter,
 
 def test_a_token_has_the_colour_of_the_specialist_that_leads_it() -> None:
     shown, file = printer(terminal=True)
-    answerer = Scripted(TracedToken(5, "hello", [0.9, 0.1]), TracedToken(6, " world", [0.2, 0.8]))
+    answerer: Any = Scripted(TracedToken(5, "hello", [0.9, 0.1]), TracedToken(6, " world", [0.2, 0.8]))
     shown.stream(answerer, {}, LIMITS, GREEDY)
     assert "\x1b[38;2;0;114;178mhello\x1b[0m\x1b[38;2;213;94;0m world\x1b[0m" in file.getvalue()
     assert "text 55%" in file.getvalue() and "code 45%" in file.getvalue() and "2 tokens, eos" in file.getvalue()
@@ -70,13 +70,15 @@ def test_on_a_terminal_of_few_colours_no_two_specialists_look_alike() -> None:
 
 def test_without_a_terminal_there_is_the_text_and_nothing_else() -> None:
     shown, file = printer(terminal=False)
-    shown.stream(Scripted(TracedToken(5, "\ta [b]c[/b]\r\n" * 20, [0.9, 0.1])), {}, LIMITS, GREEDY)
+    answerer: Any = Scripted(TracedToken(5, "\ta [b]c[/b]\r\n" * 20, [0.9, 0.1]))
+    shown.stream(answerer, {}, LIMITS, GREEDY)
     assert file.getvalue() == "\ta [b]c[/b]\r\n" * 20 + "\n"
 
 
 def test_escape_sequences_of_the_model_do_not_reach_the_terminal() -> None:
     shown, file = printer(terminal=True)
-    shown.stream(Scripted(TracedToken(5, "\x1b]0;owned\x07\r\x9b2J", [1.0, 0.0])), {}, LIMITS, GREEDY)
+    answerer: Any = Scripted(TracedToken(5, "\x1b]0;owned\x07\r\x9b2J", [1.0, 0.0]))
+    shown.stream(answerer, {}, LIMITS, GREEDY)
     assert "owned" in file.getvalue()
     assert not {"\x1b]", "\x07", "\r", "\x9b"} & {file.getvalue()[i : i + n] for i in range(200) for n in (1, 2)}
 

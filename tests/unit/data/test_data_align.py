@@ -76,10 +76,11 @@ def test_a_chat_templates_prompts_are_what_transformers_gives_for_generation_at_
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     conversation = Conversation((("What is 2+2?", "The answer is 4."), ("Print it.", "def add(a, b):\n    return 4")))
     aligner = aligner_of({"one": (folder, "hf")}, len(tokenizer))
     (aligned,) = aligner.align([conversation])
+    assert isinstance(aligned, Aligned)
     for turn, trained in enumerate(whole_prompts(aligned)):
         messages = as_messages(conversation, turn)
         assert trained["one"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
@@ -103,6 +104,7 @@ def test_a_turn_whose_prompt_does_not_go_on_with_the_sequence_begins_one_for_all
     aligner = aligner_of({"plain": (bytelevel, "ultralm"), "chat": (folder, "hf")}, 500)
     turns = (("one?", "yes"), ("two?", "no"), ("three?", "maybe"))
     system, without = aligner.align([Conversation(turns, "You are brief."), Conversation(turns)])
+    assert isinstance(system, Aligned) and isinstance(without, Aligned)
     assert without.starts == (0,) and system.starts == (0, 1, 2)
     assert system.responses == without.responses
     tokenizer = aligner.encoders["plain"].tokenizer
@@ -126,8 +128,8 @@ def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_
     )
     conversation = Conversation((("one?", "<think>" + "x " * 100 + "</think>yes"), ("two?", "no")))
     (cut,) = aligner_of({"chat": (folder, "hf")}, 500, 60).align([conversation])
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    assert cut.was_cut and cut.starts == (0, 1)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert isinstance(cut, Aligned) and cut.was_cut and cut.starts == (0, 1)
     assert len(cut.prompts["chat"][0]) + len(cut.responses[0]) == 60
     assert tokenizer.decode(cut.prompts["chat"][1]) == (
         "user: one?<|im_end|>assistant: yes<|im_end|>user: two?<|im_end|>assistant: "
@@ -146,6 +148,7 @@ def test_specialists_whose_templates_differ_on_the_space_share_one_answer(bytele
     size = len(AutoTokenizer.from_pretrained(bytelevel, local_files_only=True))
     both = aligner_of({"chat": (bytelevel, "hf"), "plain": (bytelevel, "ultralm")}, size)
     (aligned,) = both.align([Conversation((("Hi", "Paris"),))])
+    assert isinstance(aligned, Aligned)
     piece = both.encoders["chat"].pieces()[aligned.responses[0][0]]
     assert piece.startswith("Ġ"), "a space, since one of them expects it"
 
@@ -156,7 +159,7 @@ def test_a_conversation_that_one_template_cannot_render_is_dropped_and_the_other
     aligner = aligner_of({"text": (first, "ultralm"), "code": (prepend, "hf")}, vocab_size)
     with_system = Conversation((("a", "b"),), system="Be brief.")
     dropped, kept = aligner.align([with_system, Conversation((("a", "b"),))])
-    assert isinstance(kept, Aligned)
+    assert isinstance(kept, Aligned) and isinstance(dropped, Dropped)
     assert dropped.reason == UNFIT and dropped.detail.startswith("code: the chat template refuses")
 
 
@@ -173,7 +176,8 @@ def test_a_token_beyond_the_shared_vocabulary_drops_the_conversation(with_pad: A
     )
     tiny = Aligner(aligner.encoders, aligner.templates, max(kept.responses[0]), 100)
     (dropped,) = tiny.align([conversation])
-    assert dropped.reason == BEYOND_VOCABULARY and dropped.detail.startswith("response: id")
+    assert isinstance(dropped, Dropped) and dropped.reason == BEYOND_VOCABULARY
+    assert dropped.detail.startswith("response: id")
 
 
 def test_without_room_for_one_response_token_the_longest_specialist_is_named(aligner: Any) -> None:
@@ -184,7 +188,8 @@ def test_without_room_for_one_response_token_the_longest_specialist_is_named(ali
     (dropped,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest).align([conversation])
     assert dropped == Dropped(TOO_LONG, f"math: {longest} prompt tokens, max_length {longest}")
     (cut,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest + 1).align([conversation])
-    assert cut.responses == [whole.responses[0][:1]] and cut.was_cut
+    assert isinstance(cut, Aligned) and cut.was_cut
+    assert cut.responses == [whole.responses[0][:1]]
 
 
 def test_an_untrained_turn_stands_where_it_stood_and_only_the_others_are_responses(aligner: Any) -> None:

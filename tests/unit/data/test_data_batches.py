@@ -86,7 +86,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """Three classes; a sample's response tokens are all the same number, unique over the store."""
     folder = tmp_path_factory.mktemp("batches") / "store"
     rng = np.random.default_rng(0)
-    splits: dict = {}
+    splits: dict[str, Any] = {}
     token = 2
     for name, train, heldout in (("text", 13, 7), ("code", 9, 6), ("math", 8, 1)):
         splits[name] = {}

@@ -51,7 +51,7 @@ def test_every_shape_becomes_the_same_kind_of_conversation(row: Any, expected: A
     assert to_conversation(row) == expected
 
 
-def _chat(*roles: str) -> dict:
+def _chat(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
 
@@ -91,7 +91,7 @@ def test_a_malformed_row_says_what_is_wrong_with_it(row: Any, reason: Any) -> No
         to_conversation(row)
 
 
-def _answered(*answers: dict) -> dict:
+def _answered(*answers: dict[str, Any]) -> dict[str, Any]:
     turns = [({"role": "user", "content": "q"}, {"role": "assistant", **answer}) for answer in answers]
     return {"messages": [message for turn in turns for message in turn]}
 

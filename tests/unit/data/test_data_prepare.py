@@ -16,7 +16,7 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 
 
-def write_rows(path: Path, rows: list, *, as_array: bool = False) -> Path:
+def write_rows(path: Path, rows: list[Any], *, as_array: bool = False) -> Path:
     path.write_text(json.dumps(rows, indent=1) if as_array else "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -55,7 +55,8 @@ def prepare(tmp_path: Path, sources: Any, specialists: Any, vocab_size: Any) -> 
 def decode(store: TokenStore, folder: Path, ids: Any) -> str:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids.tolist())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer.decode(ids.tolist())
 
 
 def test_samples_come_back_as_they_were_written_in_the_order_of_the_files(
@@ -263,7 +264,7 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(
     prepare: Any, sources: Any, specialists: Any, tmp_path: Path, change: str
 ) -> None:
     prepare()
-    changes: dict = {}
+    changes: dict[str, Any] = {}
     if change == "max_length":
         changes["max_length"] = 300
     elif change == "template":

@@ -124,9 +124,9 @@ def test_lines_that_are_not_json_are_named_and_the_next_line_is_read(tmp_path: P
     path.write_bytes(b'{"a": 1}\n\n{"a": \n{"a": "\xff"}\n' + b"[" * 100_000 + b'\n{"a": 2}')
     rows = list(read_rows(path))
     assert [(row.number, row.line) for row in rows] == [(1, 1), (2, 3), (3, 4), (4, 5), (5, 6)]
-    assert rows[1].problem.startswith("bad JSON at column 6")
+    assert (rows[1].problem or "").startswith("bad JSON at column 6")
     assert rows[2].problem == "not UTF-8 at byte 8 of the line"
-    assert rows[3].problem.startswith("bad JSON: maximum recursion depth")
+    assert (rows[3].problem or "").startswith("bad JSON: maximum recursion depth")
     assert rows[4].value == {"a": 2} and rows[4].problem is None
 
 

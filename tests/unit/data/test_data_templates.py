@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ultrafuser_mega.data.chat_format import PromptError, SequenceTokenizer
 from ultrafuser_mega.data.conversation import Conversation
-from ultrafuser_mega.data.templates import ChatTemplate, load_template, response_format
+from ultrafuser_mega.data.templates import ChatTemplate, PaperTemplate, load_template, response_format
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import InputError
 
@@ -70,6 +70,7 @@ class Chat:
 )
 def test_the_templates_of_table_9_with_one_and_two_turns(name: Any, one: Any, two: Any) -> None:
     template = load_template(name, None, "")
+    assert isinstance(template, PaperTemplate)
     assert template.texts(as_chat(ONE)) == one
     assert template.texts(as_chat(TWO)) == two
     assert template.response_lead == " " and template.end_id is None
@@ -77,7 +78,9 @@ def test_the_templates_of_table_9_with_one_and_two_turns(name: Any, one: Any, tw
 
 def test_braces_in_the_instruction_are_ordinary_characters() -> None:
     chat = as_chat(Conversation((("{instruction} {x} %s", "a"),)))
-    assert load_template("ultralm", None, "").texts(chat) == ["User: {instruction} {x} %s\nAssistant:"]
+    template = load_template("ultralm", None, "")
+    assert isinstance(template, PaperTemplate)
+    assert template.texts(chat) == ["User: {instruction} {x} %s\nAssistant:"]
 
 
 def test_every_prompt_of_a_chat_template_is_what_transformers_makes_for_generation_at_that_turn(

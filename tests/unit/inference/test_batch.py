@@ -43,7 +43,9 @@ def write(path: Any, rows: Any) -> PromptFile:
     return PromptFile(path)
 
 
-def run(answerer: Any, source: Any, out: Any, trace: Any = None, batch_size: Any = 2, system: Any = None) -> list[dict]:
+def run(
+    answerer: Any, source: Any, out: Any, trace: Any = None, batch_size: Any = 2, system: Any = None
+) -> list[dict[str, Any]]:
     prompts = source.encode(answerer, system)
     answer_file(answerer, source, prompts, out, trace, batch_size, Limits(STEPS), Sampling())
     return [json.loads(line) for line in out.read_text().splitlines()]

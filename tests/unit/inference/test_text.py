@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +47,7 @@ def streamed(tokenizer: Any, ids: Any, lead: Any, stop: Any = ()) -> tuple[str, 
         "\n\nstarts with line breaks",
     ],
 )
-def test_streamed_text_is_the_text(tokenizers: Any, trio: Path, text: str) -> None:
+def test_streamed_text_is_the_text(tokenizers: Any, trio: str, text: str) -> None:
     ids = response_ids(tokenizers[trio], text, LEADS[trio])
     shown, stream = streamed(tokenizers[trio], ids, LEADS[trio])
     assert shown == stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
@@ -59,7 +58,7 @@ def test_streamed_text_is_the_text(tokenizers: Any, trio: Path, text: str) -> No
 @pytest.mark.parametrize("trio", LEADS)
 @given(ids=st.lists(st.integers(3, 390), min_size=1, max_size=20))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_tokens_stream_to_their_decoded_text(tokenizers: Any, trio: Path, ids: Any) -> None:
+def test_any_tokens_stream_to_their_decoded_text(tokenizers: Any, trio: str, ids: Any) -> None:
     """Except where bytes are no characters: shown is shown, whatever later bytes make of it."""
     shown, stream = streamed(tokenizers[trio], ids, LEADS[trio])
     assert stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
@@ -69,7 +68,7 @@ def test_any_tokens_stream_to_their_decoded_text(tokenizers: Any, trio: Path, id
 
 @pytest.mark.parametrize("trio", LEADS)
 @pytest.mark.parametrize("stop", [("largest",), ("st ci",), ("nowhere", "is the"), ("L",), (".",)])
-def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers: Any, trio: Path, stop: Any) -> None:
+def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers: Any, trio: str, stop: Any) -> None:
     text = "London is the largest city. Berlin is smaller."
     ids = response_ids(tokenizers[trio], text, LEADS[trio])
     shown, stream = streamed(tokenizers[trio], ids, LEADS[trio], stop)
@@ -85,7 +84,7 @@ def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizer
 
 @pytest.mark.parametrize("trio", LEADS)
 def test_a_long_answer_is_decoded_in_windows_and_is_the_same(
-    tokenizers: Any, trio: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizers: Any, trio: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "Grüße, 東京 🙂\n\n    return  a + b\t# London is the largest city.\n" * 30
     ids = response_ids(tokenizers[trio], text, LEADS[trio])
@@ -115,9 +114,7 @@ def test_every_token_has_its_part_of_the_text(tokenizers: Any) -> None:
 
 
 @pytest.mark.parametrize("trio", LEADS)
-def test_the_token_that_ends_an_answer_has_no_text_even_where_it_is_an_ordinary_one(
-    tokenizers: Any, trio: Path
-) -> None:
+def test_the_token_that_ends_an_answer_has_no_text_even_where_it_is_an_ordinary_one(tokenizers: Any, trio: str) -> None:
     """A chat template may end turns with a token that its tokenizer does not mark as special."""
     ids = response_ids(tokenizers[trio], "Rome is here.", LEADS[trio])
     stream = TextStream(tokenizers[trio], LEADS[trio], (), frozenset({ids[-1]}))

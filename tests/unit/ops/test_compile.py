@@ -53,7 +53,7 @@ def test_a_second_derivative_of_the_operators_is_an_error_and_not_silently_nothi
     compiled = torch.compile(mixture_cross_entropy, fullgraph=True, backend="eager")
     loss = compiled(inputs[1:3], inputs[3:], inputs[0], case.target, reduction=reduction)
     gradients = torch.autograd.grad(loss, inputs, torch.ones_like(loss), create_graph=True)
-    total = sum(gradient.square().sum() for gradient in gradients)
+    total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(total, inputs, allow_unused=True)
 

@@ -59,7 +59,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(checkout: Path, wanted: str | None, nvcc: str | None, *more: str) -> subprocess.CompletedProcess:
+def build(checkout: Path, wanted: str | None, nvcc: str | None, *more: str) -> subprocess.CompletedProcess[str]:
     home = checkout / "cuda"
     (home / "bin").mkdir(parents=True, exist_ok=True)
     if nvcc:

@@ -37,14 +37,16 @@ def test_statistics_and_gradient_equal_the_twins(rows: int, columns: Any, dtype:
     mine, twins = logits.clone(), logits.clone()
     cpu, twin = CpuEpilogue(dtype), TorchEpilogue(dtype)
     statistics, scratch = cpu.statistics(mine, target, keep=True)
+    assert scratch is not None
     expected, _ = twin.statistics(twins, target, keep=True)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
-    torch.testing.assert_close(statistics, expected, **tolerance)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-13, 1e-13)
+    torch.testing.assert_close(statistics, expected, rtol=rtol, atol=atol)
     global_max = statistics[:, 0] + 1.5  # another rank's shard may hold the maximum
     torch.testing.assert_close(
         cpu.dlogits(mine, scratch, target, global_max, coefficients),
         twin.dlogits(twins, None, target, global_max, coefficients),
-        **tolerance,
+        rtol=rtol,
+        atol=atol,
     )
 
 
@@ -82,6 +84,7 @@ def test_blocks_of_minus_infinity_contribute_nothing() -> None:
     target[:] = BLOCK + 1
     cpu = CpuEpilogue(torch.float32)
     statistics, scratch = cpu.statistics(logits, target, keep=True)
+    assert scratch is not None
     assert torch.isfinite(statistics[:, :3]).all()
     gradient = cpu.dlogits(logits, scratch, target, statistics[:, 0], (a, b, torch.zeros_like(c)))
     assert torch.count_nonzero(gradient[:, :BLOCK]) == 0 and torch.isfinite(gradient).all()
@@ -93,6 +96,7 @@ def test_a_row_without_weight_becomes_exactly_zero_even_from_nan() -> None:
     zero = torch.zeros(2)
     cpu = CpuEpilogue(torch.float32)
     statistics, scratch = cpu.statistics(logits, target, keep=True)
+    assert scratch is not None
     assert torch.count_nonzero(cpu.dlogits(logits, scratch, target, statistics[:, 0], (zero, zero, zero))) == 0
 
 
@@ -112,6 +116,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(count)
             mine = logits.clone()
             statistics, scratch = CpuEpilogue(torch.float32).statistics(mine, target, keep=True)
+            assert scratch is not None
             CpuEpilogue(torch.float32).dlogits(mine, scratch, target, statistics[:, 0], coefficients)
             results.append((statistics, mine))
     finally:
@@ -125,7 +130,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 def test_the_sweeps_run_on_the_threads_that_pytorch_has_already() -> None:
     logits, target, _ = chunk(512, 2 * BLOCK, torch.float32)
     cpu, threads = CpuEpilogue(torch.float32), torch.get_num_threads()
-    tasks, seen, done = Path("/proc/self/task"), set(), threading.Event()
+    tasks, done = Path("/proc/self/task"), threading.Event()
+    seen: set[str] = set()
 
     def watch() -> None:
         while not done.is_set():
@@ -161,6 +167,7 @@ def test_a_missing_extension_is_reported_in_one_line_that_says_how_to_build_it(m
     monkeypatch.delattr(ultrafuser_mega.ops, "_cpu_epilogue")
     monkeypatch.setitem(sys.modules, "ultrafuser_mega.ops._cpu_epilogue", None)
     spec = importlib.util.spec_from_file_location("without_extension", epilogue_cpu.__file__)
+    assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=r"C\+\+ extension is not built; run `pip install .`") as caught:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert "\n" not in str(caught.value)

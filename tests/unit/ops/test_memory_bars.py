@@ -67,14 +67,15 @@ class LiveBytes(TorchDispatchMode):
 def problem_of(shape: str, needs: tuple[bool, bool, bool], reduction: str) -> Any:
     vocab, widths = SHAPES[shape]
     gate, hidden, heads = needs
-    half = {"dtype": torch.bfloat16, "device": "meta"}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     tensors = (
         [torch.empty(ROWS, d, **half, requires_grad=hidden) for d in widths],
         [torch.empty(vocab, d, **half, requires_grad=heads) for d in widths],
         torch.empty(ROWS, len(widths), device="meta", requires_grad=gate),
         torch.empty(ROWS, dtype=torch.int64, device="meta"),
     )
-    settings = {"vocab_start": 0, "vocab_size": None, "ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-4}
+    settings: dict[str, Any] = {"vocab_start": 0, "vocab_size": None, "ignore_index": -100}
+    settings |= {"label_smoothing": 0.1, "z_loss": 1e-4}
     problem = checked_problem(*tensors, group=None, reduction=reduction, **settings)
     gradients = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if t.requires_grad)
     return problem, gradients

@@ -28,7 +28,7 @@ SHAPES = {  # widths, vocab, rows: a covering set, not the product
     "several epilogue blocks": ((8, 6), 2500, 9),
 }
 
-VALUES = {
+VALUES: dict[str, dict[str, Any]] = {
     "ordinary": {},
     "logits of 1e4": {"logit_scale": 1e4},
     "common offset of 1e4": {"common_offset": 1e4},

@@ -12,7 +12,7 @@ from ultrafuser_mega.ops import chunked, gemm
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "group": None,
     "vocab_start": 0,
     "vocab_size": None,
@@ -117,10 +117,11 @@ def test_words_too_improbable_for_fp16_keep_their_part_of_an_fp16_head_gradient(
     expected = truth(Case(case.hidden, [head.detach() for head in heads], case.gate_logits, case.target, case.options))
     share = 2.0**16 / 1.25 * (1 if reduction == "mean" else 8)  # truth: upstream 1.25, mean of 8 rows
     weights = torch.softmax(case.gate_logits.double(), 1)
-    z = sum(
+    parts = [
         weights[:, j, None] * (h.double() @ w.detach().double().t())
         for j, (h, w) in enumerate(zip(case.hidden, heads, strict=True))
-    )
+    ]
+    z = torch.stack(parts).sum(0)
     rarest = float(torch.softmax(z, 1).min())
     assert float(torch.softmax(z, 1)[:, 1:].max()) < 2**-25
     half_a_step = 2**-25 / 256  # of what dz is stored in, scaled by 256

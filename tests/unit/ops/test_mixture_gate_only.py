@@ -126,8 +126,14 @@ def test_repeating_a_call_repeats_every_bit() -> None:
 def test_auto_multiplies_each_head_once_and_never_goes_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes stage 1 cheap: n matrix products in the forward, none in the backward."""
     case = make_case(59, rows=20, vocab=50, widths=(4, 3, 5))
-    products = []
-    monkeypatch.setattr(gemm, "accumulate", lambda *a, f=gemm.accumulate, **k: (products.append(1), f(*a, **k)))
+    products: list[int] = []
+    accumulate = gemm.accumulate
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        products.append(1)
+        accumulate(*arguments, **options)
+
+    monkeypatch.setattr(gemm, "accumulate", counted)
     answer_of(mixture_cross_entropy, case, GATE)
     assert len(products) == 3
     products.clear()

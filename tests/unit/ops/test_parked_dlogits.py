@@ -45,7 +45,7 @@ class SixteenBits(TorchEpilogue):
 
 
 def with_chunks(case: Case, rows_per_chunk: int) -> Any:
-    defaults = {"group": None, "vocab_start": 0, "ignore_index": -100, "reduction": "mean"}
+    defaults: dict[str, Any] = {"group": None, "vocab_start": 0, "ignore_index": -100, "reduction": "mean"}
     defaults |= {"label_smoothing": 0.0, "z_loss": 0.0}
     row_bytes = case.options["vocab_size"] * 4 + sum(states.shape[1] for states in case.hidden) * 6
 

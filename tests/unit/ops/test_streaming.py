@@ -16,12 +16,12 @@ from ultrafuser_mega.ops import mixture_cross_entropy
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 
 
-def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: object) -> Any:
+def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: Any) -> Any:
     from ultrafuser_mega.ops import streaming, streaming_tiles
     from ultrafuser_mega.ops.problem import checked_problem
 
     def loss(hidden: Any, heads: Any, gate_logits: Any, target: Any, **options: Any) -> Any:
-        defaults = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
+        defaults: dict[str, Any] = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
         defaults |= {"label_smoothing": 0.0, "z_loss": 0.0}
         return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **(defaults | options)))[0]
 

@@ -20,8 +20,8 @@ from ultrafuser_mega.release.assemble import CODE
 
 
 def assemble(out: Path, specialists: Any, **changes: Any) -> Any:
-    arguments = {"vocab_size": PIECES, "gate_units": 8, "gate_shared": False, "dtype": torch.bfloat16} | changes
-    return assemble_release(out, specialists, **arguments, card=card_facts())
+    arguments: dict[str, Any] = {"vocab_size": PIECES, "gate_units": 8, "gate_shared": False, "dtype": torch.bfloat16}
+    return assemble_release(out, specialists, **(arguments | changes), card=card_facts())
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_code_is_copied_verbatim_and_needs_nothing_but_torch_and_transformers(re
         assert text == CODE[file].read_text()
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert {name.split(".")[0] for name in names} <= allowed
 
 

@@ -33,7 +33,7 @@ def run_dir(tmp_path: Path) -> Path:
     config = load_config(None, ["stage1.steps=40", "stage2.lr=2e-5", "data.max_length=2048"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
-    facts = {"tokens_per_s": 1.0, "steps": 190, "layout": "colocated", "device": "cpu", "wall_s": 1.0}
+    facts: dict[str, Any] = {"tokens_per_s": 1.0, "steps": 190, "layout": "colocated", "device": "cpu", "wall_s": 1.0}
     write_summary(
         tmp_path / "run", build_summary(evaluation(2, 190, 1.0), **facts, after_stage1=evaluation(1, 40, 1.5))
     )

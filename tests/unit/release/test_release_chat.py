@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ultrafuser_mega.data.align import Aligner, Dropped
 from ultrafuser_mega.data.conversation import Conversation
-from ultrafuser_mega.data.templates import load_template
+from ultrafuser_mega.data.templates import PaperTemplate, load_template
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
 from ultrafuser_mega.release.chat_ultrafuser import SpecialistEncoder, decode_response, encode_conversation
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
@@ -58,10 +58,12 @@ def both(specialists: dict[str, tuple[Path, str]]) -> Any:
     }
     aligner = Aligner(encoders, templates, PIECES, 100_000)
     released = {}
-    for name, (folder, kind) in specialists.items():
+    for name, (folder, _) in specialists.items():
         template = templates[name]
         fields = (
-            {"chat_template": template.text} if kind == "hf" else {"first": template.first, "later": template.later}
+            {"first": template.first, "later": template.later}
+            if isinstance(template, PaperTemplate)
+            else {"chat_template": template.text}
         )
         released[name] = SpecialistEncoder(AutoTokenizer.from_pretrained(folder), fields)
 
@@ -128,7 +130,7 @@ def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers: Any, kind: s
 
 
 def test_bytes_that_are_no_text_leave_nothing_of_the_anchor_behind(tokenizers: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizers["prepend"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizers["prepend"])
     broken = tokenizer.convert_tokens_to_ids(["<0xF0>", "<0x9F>", "H", "i"])
     assert decode_response(tokenizer, broken, " ") == tokenizer.decode(broken)
 
@@ -179,7 +181,7 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(
     (code / "tokenizer.json").unlink()
     members["code"] = (code, "hf")
     model = UltraFuserForCausalLM.from_pretrained(write_release(tmp_path / "out", members))
-    assert [entry.get("tokenizer") for entry in model.config.specialists] == [None, "tokenizers/code", None]
+    assert [entry.get("tokenizer") for entry in model.config.specialists or []] == [None, "tokenizers/code", None]
 
     conversation = Conversation((("Say [INST].", "No.\n  Yes."), (" Why?", "...")))
     aligner, _ = both(members)

@@ -14,7 +14,7 @@ from support.release_folder import PIECES
 
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_logits_to_keep_takes_the_last_positions(model: Any) -> None:
 def test_the_loss_is_that_of_the_next_token_and_reaches_the_gate_and_every_head_row(
     release: Any, reference: Any
 ) -> None:
-    model = UltraFuserForCausalLM.from_pretrained(release)
+    model: Any = UltraFuserForCausalLM.from_pretrained(release)
     ids = random_ids(1, 12)
     labels = ids.clone()
     labels[:, :5] = -100
@@ -136,7 +136,7 @@ def test_saving_and_loading_again_keeps_every_tensor_and_the_configuration(model
 
 
 def test_dtype_and_attention_that_are_asked_for_reach_every_specialist(release: Any) -> None:
-    model = UltraFuserForCausalLM.from_pretrained(release, dtype=torch.bfloat16, attn_implementation="eager")
+    model: Any = UltraFuserForCausalLM.from_pretrained(release, dtype=torch.bfloat16, attn_implementation="eager")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {model.specialists[name].config._attn_implementation for name in model.names} == {"eager"}
     assert model(random_ids(1, 4)).logits.dtype == torch.float32

@@ -32,7 +32,7 @@ def test_all_variants_compute_the_same_loss() -> None:
 
 
 def test_a_variant_that_fails_is_left_out_with_its_reason() -> None:
-    def broken(_inputs: Any) -> None:
+    def broken(_inputs: Inputs) -> torch.Tensor:
         raise RuntimeError("out of memory\nwith details")
 
     failed: dict[str, str] = {}

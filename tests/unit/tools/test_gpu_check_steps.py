@@ -101,8 +101,15 @@ def test_warmed_kernels_are_found_by_a_launch_of_another_process_on_the_goals_sh
     tmp_path: Path, compiling: Any
 ) -> None:
     cache = tmp_path / "cache"
-    command = [sys.executable, TOOLS / "benchmarks" / "warm_kernels.py", "--processes", "1", "--part", "goal"]
-    command += ["--kernel", "chunked: row statistics", "--kernel", "chunked: dlogits", "--out", tmp_path / "warm.json"]
+    command: list[str | Path] = [
+        sys.executable,
+        TOOLS / "benchmarks" / "warm_kernels.py",
+        "--processes",
+        "1",
+        "--part",
+        "goal",
+    ]
+    command += ["--kernel", "chunked: row statistics", "--kernel", "chunked: dlogits", "--out", str(tmp_path / "warm.json")]
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     subprocess.run(command, env=environment, check=True, timeout=250)
     report = json.loads((tmp_path / "warm.json").read_text())
@@ -146,7 +153,7 @@ def test_losses_that_part_from_the_cpus_are_wrong(tmp_path: Path, here: Any, wro
         (tmp_path / f"{name}_run").mkdir()
         lines = [json.dumps({"kind": "step", "stage": 1, "step": i, "loss": loss}) for i, loss in enumerate(losses)]
         (tmp_path / f"{name}_run" / "metrics.jsonl").write_text("\n".join(lines))
-    report: dict = {"wrong": []}
+    report: dict[str, Any] = {"wrong": []}
     script("train_toy_on").compare(tmp_path, "cuda", report)
     assert bool(report["wrong"]) == wrong
     assert [losses["here"] for losses in report["losses"]] == here
@@ -165,7 +172,7 @@ def test_a_command_that_fails_or_hangs_ends_the_toy_run_with_what_it_said(
 ) -> None:
     toy = script("train_toy_on")
     monkeypatch.setattr(toy, "COMMAND", [sys.executable, "-c", code])
-    report: dict = {"commands": []}
+    report: dict[str, Any] = {"commands": []}
     if said is None:
         assert toy.finish(toy.start(), "train", limit, report) == "done\n"
     else:
@@ -188,9 +195,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(280)
 def test_the_trainer_contends(models: Any, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    command = [sys.executable, TOOLS / "benchmarks" / "train_beside_plain.py", "--contender", "trainer"]
-    command += ["--models", models, "--device", "cpu", "--warm-steps", "1", "--steps", "1"]
-    subprocess.run([*command, "--out", tmp_path / "out.json"], check=True, timeout=250)
+    command: list[str | Path] = [
+        sys.executable,
+        TOOLS / "benchmarks" / "train_beside_plain.py",
+        "--contender",
+        "trainer",
+    ]
+    command += ["--models", str(models), "--device", "cpu", "--warm-steps", "1", "--steps", "1"]
+    subprocess.run([*command, "--out", str(tmp_path / "out.json")], check=True, timeout=250)
     result = json.loads((tmp_path / "out.json").read_text())
     for stage in ("stage1", "stage2"):
         assert len(result[stage]["seconds"]) == 1 and result[stage]["median_s"] > 0

@@ -25,7 +25,7 @@ MILLISECONDS = {  # of every variant, so that each bar is met
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the benchmark leaves of a tiny shape, with every variant that a GPU with one peer installed has."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def not_installed() -> None:
     raise ImportError("No module named 'peer'")
 
 
-def part(measured: dict, vocab: int, width: int) -> dict:
+def part(measured: dict[str, Any], vocab: int, width: int) -> dict[str, Any]:
     """A step's results with the numbers of MILLISECONDS, as if of one of the bars' shapes."""
     copy = json.loads(json.dumps(measured))
     (run,) = copy["runs"]
@@ -57,14 +57,14 @@ def part(measured: dict, vocab: int, width: int) -> dict:
     return copy
 
 
-def gate_kernels(of_copy: float) -> dict:
+def gate_kernels(of_copy: float) -> dict[str, Any]:
     record = {"variant": "kernel", "median_us": 100.0, "gb_per_s": 2000.0, "of_copy": of_copy}
     names = [(shape, direction) for shape in ("llama2-13b", "llama3-8b") for direction in ("forward", "backward")]
     return {"device": "H100", "results": [record | {"shape": s, "direction": d} for s, d in names]}
 
 
 @pytest.fixture
-def complete(measured: Any) -> dict:
+def complete(measured: Any) -> dict[str, Any]:
     return {
         "steps": {"build": {"seconds": 20, "exit_code": 0}, "tests": {"seconds": 150, "exit_code": 124}, "tiles": {}},
         "llama2-13b": part(measured, 32000, 5120),
@@ -76,7 +76,7 @@ def complete(measured: Any) -> dict:
     }
 
 
-def tuned() -> list[dict]:
+def tuned() -> list[dict[str, Any]]:
     """The tuner's own records, as they come out of JSON."""
     pytest.importorskip("triton")
     tuner = script("tune_kernels")
@@ -88,7 +88,7 @@ def tuned() -> list[dict]:
     return json.loads(json.dumps(records))
 
 
-def made_of(report: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def made_of(report: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     source = folder / "nvidia_h100.json"
     source.write_text(json.dumps(report))
     assert run_script(monkeypatch, "gpu_report", source) == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 
-def resources(capability: int, dtype: str, specialists: int) -> list:
+def resources(capability: int, dtype: str, specialists: int) -> list[Any]:
     from kernel_report import report
 
     return report(capability, dtype, specialists)
@@ -37,7 +37,7 @@ def test_kernels_of_fp32_spill_nothing(capability: int, compiling: Any) -> None:
         assert kernel.local_bytes == 0, kernel
 
 
-def cuda_resources(nvcc: str) -> list:
+def cuda_resources(nvcc: str) -> list[Any]:
     from kernel_report import cuda_report
 
     return cuda_report(nvcc, Path(__file__).parents[3] / "csrc" / "gate_kernels.cu")

@@ -9,7 +9,7 @@ import torch
 from peers import concatenated, concatenated_loss, plain_loss
 from support.mixture_cases import Case, answer_of, make_case, relative_error, truth
 
-SHAPE = {"rows": 9, "vocab": 37, "widths": (12, 8, 16), "padding": 3}
+SHAPE: dict[str, Any] = {"rows": 9, "vocab": 37, "widths": (12, 8, 16), "padding": 3}
 
 
 @pytest.mark.parametrize("peer", [plain_loss, concatenated_loss])

@@ -51,7 +51,7 @@ def blocks_of_the_gate_only_forward() -> list[tuple[int, int]]:
 
     from ultrafuser_mega.ops import gemm
 
-    tuner = script("tune_kernels")
+    tuner: Any = script("tune_kernels")
     table, key = tuner.table_of(tuner.GATE_BLOCKS, 90)
     assert (key, table[key]) == ("cuda", 8192)
     table = table | {}

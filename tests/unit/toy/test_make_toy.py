@@ -117,7 +117,7 @@ def test_a_build_interrupted_while_publishing_is_finished_not_repeated(
 
 
 def test_two_callers_at_once_build_once(tmp_path: Path, trainings: Any) -> None:
-    results: list = []
+    results: list[Any] = []
     callers = [
         threading.Thread(target=lambda: results.append(make_toy(tmp_path, progress=False, recipe=SMALL)))
         for _ in range(2)
@@ -147,7 +147,7 @@ def test_a_folder_of_someone_elses_is_never_replaced(tmp_path: Path, trainings: 
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
-    tmp_path: Path, device: torch.device, recipe: Any, message: Any
+    tmp_path: Path, device: str, recipe: Any, message: Any
 ) -> None:
     with pytest.raises(InputError, match=message):
         make_toy(tmp_path / "toy", device=device, progress=False, recipe=recipe)

@@ -16,7 +16,7 @@ from ultrafuser_mega.toy import tiny_llama, tiny_tokenizer
 from ultrafuser_mega.toy.corpus import generate
 from ultrafuser_mega.toy.training import _batches, encode, heldout_loss, train
 
-SHAPE = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "rope_theta": 1e6, "seed": 5}
+SHAPE: dict[str, Any] = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "rope_theta": 1e6, "seed": 5}
 PROMPTS = {
     "text": "User: {}\nAssistant:",
     "code": "[INST] {} [/INST]",
@@ -32,7 +32,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_the_folder_loads_with_the_shape_asked_for(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m", vocab_rows=113, dtype=torch.bfloat16, **SHAPE)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     config = model.config
     assert model.dtype == torch.bfloat16
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (113, 32, 2)
@@ -45,7 +45,7 @@ def test_the_folder_loads_with_the_shape_asked_for(tmp_path: Path) -> None:
 def test_tied_folders_store_one_embedding(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m", vocab_rows=113, dtype=torch.float32, tie=True, **SHAPE)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
@@ -81,7 +81,7 @@ def test_heldout_loss_is_transformers_loss_over_the_response_and_eos(
 ) -> None:
     """Batched, padded and headless here; one unpadded row at a time with -100 labels there."""
     folder = tiny_llama(tmp_path / "m", vocab_rows=512, dtype=torch.float32, **SHAPE)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).double().eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).double().eval()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
     rows = generate(name, seed=0, train_rows=12, heldout_rows=0).train
     total, count = 0.0, 0
@@ -98,7 +98,7 @@ def test_heldout_loss_is_transformers_loss_over_the_response_and_eos(
 
 def test_training_lowers_the_loss_and_reports_every_step(tmp_path: Path, tokenizer_dir: Any) -> None:
     folder = tiny_llama(tmp_path / "m", vocab_rows=512, dtype=torch.float32, **SHAPE)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     samples = encode(tokenizer_dir, "math", generate("math", seed=0, train_rows=64, heldout_rows=0).train)
     before, steps = heldout_loss(model, samples), []
     train(model, samples, steps=20, batch_size=8, lr=5e-3, seed=0, report=lambda step, _: steps.append(step))

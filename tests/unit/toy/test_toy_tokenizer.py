@@ -87,7 +87,7 @@ def test_decoding_gives_the_text_back(tokenizer: Any, rows: Any) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_chat_template_gives_one_bos_the_prompt_and_the_trained_response(folders: Any, rows: Any, name: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folders[name], local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folders[name], local_files_only=True)
     row = rows[name][0]
     asked = [{"role": "user", "content": row.instruction}]
     answered = [*asked, {"role": "assistant", "content": row.output}]
