@@ -133,7 +133,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def loss_of(hidden: dict[str, torch.Tensor], microbatch: Any) -> torch.Tensor:
         nonlocal total
-        assert model.fusion is not None
+        assert model.fusion is not None and model.exchange is not None
         loss, rows, _ = model.fusion.loss(model.exchange(hidden), microbatch.targets)
         total += rows.sum().item() / batch.response_tokens
         return loss * (plan.layout.dp * len(batch.microbatches) / batch.response_tokens)

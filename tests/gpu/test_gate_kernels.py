@@ -42,9 +42,8 @@ def inputs(widths: tuple[int, ...], dtype: torch.dtype, rows: int = 37) -> Any:
     return gate_logits, kept, hidden, d_inputs
 
 
-def compare(
-    widths: Any, dtype: torch.dtype, gate_logits: Any, kept: Any, hidden: Any, d_inputs: Any, written: Any
-) -> None:
+def compare(widths: Any, dtype: torch.dtype, case: Any, written: torch.dtype) -> None:
+    gate_logits, kept, hidden, d_inputs = case
     weights, scaled = gate_scale_cuda.scale_inputs(gate_logits, kept, hidden, dtype)
     twin_weights, twin_scaled = gate_scale_torch.scale_inputs(gate_logits, kept, hidden, dtype)
     torch.testing.assert_close(weights, twin_weights, rtol=1e-6, atol=1e-7)  # the exponentials differ in the last bit
@@ -67,7 +66,7 @@ def compare(
 def test_kernels_do_what_their_twin_does(widths: Any, dtype: torch.dtype) -> None:
     case = inputs(widths, dtype)
     for written in {dtype, torch.float32}:
-        compare(widths, dtype, *case, written=written)
+        compare(widths, dtype, case, written)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -75,9 +74,9 @@ def test_tensors_that_start_or_step_off_16_bytes(dtype: torch.dtype) -> None:
     widths = (256, 40)
     gate_logits, kept, hidden, d_inputs = inputs(widths, dtype)
     shifted = [torch.cat((states[:, :1], states), 1)[:, 1:] for states in hidden]  # start + 1, stride + 1
-    compare(widths, dtype, gate_logits, kept, shifted, d_inputs, dtype)
+    compare(widths, dtype, (gate_logits, kept, shifted, d_inputs), dtype)
     transposed = [states.t().contiguous().t() for states in hidden]
-    compare(widths, dtype, gate_logits, kept, transposed, d_inputs, dtype)
+    compare(widths, dtype, (gate_logits, kept, transposed, d_inputs), dtype)
 
 
 def test_only_what_has_an_output_is_written() -> None:

@@ -131,7 +131,7 @@ def test_the_sweeps_run_on_the_threads_that_pytorch_has_already() -> None:
     logits, target, _ = chunk(512, 2 * BLOCK, torch.float32)
     cpu, threads = CpuEpilogue(torch.float32), torch.get_num_threads()
     tasks, done = Path("/proc/self/task"), threading.Event()
-    seen: set[str] = set()
+    seen: set[Path] = set()
 
     def watch() -> None:
         while not done.is_set():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.mixture_cases import Case, answer_of, make_case, relative_error, truth, upstream_of
+from support.mixture_cases import Case, answer_of, gradient_of, make_case, relative_error, truth, upstream_of
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import chunked, mixture_cross_entropy

@@ -40,14 +40,8 @@ CASES = [  # vocabulary, rows, widths, type, values, reduction
 
 
 def case_of(vocab: int, rows: int, widths: tuple[int, ...], dtype: torch.dtype, values: str, reduction: str) -> Case:
-    options: dict[str, Any] = {
-        "rows": rows,
-        "vocab": vocab,
-        "widths": widths,
-        "dtype": dtype,
-        "reduction": reduction,
-        "z_loss": 1e-4,
-    }
+    options: dict[str, Any] = {"rows": rows, "vocab": vocab, "widths": widths, "dtype": dtype}
+    options |= {"reduction": reduction, "z_loss": 1e-4}
     match values:
         case "saturated":
             return make_case(111, **options, gate_scale=200.0, padding=5, label_smoothing=0.1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.mixture_cases import Case, answer_of, make_case, relative_error, rule_violations, truth
+from support.mixture_cases import Case, answer_of, gradient_of, make_case, relative_error, rule_violations, truth
 
 from ultrafuser_mega.ops import chunked, parked_dlogits
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
@@ -85,7 +85,7 @@ def test_a_frozen_head_and_one_with_a_buffer_lend_no_memory() -> None:
         problem, head_main_grad=main_grad, buffer_bytes=4 * (50 * 4 + 53 * 6), epilogue=SixteenBits()
     )
     loss.backward(torch.tensor(1.25))
-    found = [heads[0].grad, heads[2].grad, buffer]
+    found = [gradient_of(heads[0]), gradient_of(heads[2]), buffer]
     expected = truth(case).heads
     assert heads[1].grad is None and heads[3].grad is None
     for gradient, true in zip(found, [expected[0], expected[2], expected[3]], strict=True):

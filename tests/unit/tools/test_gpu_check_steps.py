@@ -101,15 +101,15 @@ def test_warmed_kernels_are_found_by_a_launch_of_another_process_on_the_goals_sh
     tmp_path: Path, compiling: Any
 ) -> None:
     cache = tmp_path / "cache"
-    command: list[str | Path] = [
-        sys.executable,
-        TOOLS / "benchmarks" / "warm_kernels.py",
-        "--processes",
-        "1",
-        "--part",
-        "goal",
+    command = [sys.executable, str(TOOLS / "benchmarks" / "warm_kernels.py"), "--processes", "1", "--part", "goal"]
+    command += [
+        "--kernel",
+        "chunked: row statistics",
+        "--kernel",
+        "chunked: dlogits",
+        "--out",
+        str(tmp_path / "warm.json"),
     ]
-    command += ["--kernel", "chunked: row statistics", "--kernel", "chunked: dlogits", "--out", str(tmp_path / "warm.json")]
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     subprocess.run(command, env=environment, check=True, timeout=250)
     report = json.loads((tmp_path / "warm.json").read_text())
@@ -195,12 +195,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(280)
 def test_the_trainer_contends(models: Any, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    command: list[str | Path] = [
-        sys.executable,
-        TOOLS / "benchmarks" / "train_beside_plain.py",
-        "--contender",
-        "trainer",
-    ]
+    command = [sys.executable, str(TOOLS / "benchmarks" / "train_beside_plain.py"), "--contender", "trainer"]
     command += ["--models", str(models), "--device", "cpu", "--warm-steps", "1", "--steps", "1"]
     subprocess.run([*command, "--out", str(tmp_path / "out.json")], check=True, timeout=250)
     result = json.loads((tmp_path / "out.json").read_text())
