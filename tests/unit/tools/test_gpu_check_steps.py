@@ -102,14 +102,8 @@ def test_warmed_kernels_are_found_by_a_launch_of_another_process_on_the_goals_sh
 ) -> None:
     cache = tmp_path / "cache"
     command = [sys.executable, str(TOOLS / "benchmarks" / "warm_kernels.py"), "--processes", "1", "--part", "goal"]
-    command += [
-        "--kernel",
-        "chunked: row statistics",
-        "--kernel",
-        "chunked: dlogits",
-        "--out",
-        str(tmp_path / "warm.json"),
-    ]
+    command += ["--kernel", "chunked: row statistics", "--kernel", "chunked: dlogits"]
+    command += ["--out", str(tmp_path / "warm.json")]
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     subprocess.run(command, env=environment, check=True, timeout=250)
     report = json.loads((tmp_path / "warm.json").read_text())
