@@ -28,6 +28,7 @@ PLANS = [
 
 
 def make_exchange(groups: RankGroups) -> HiddenExchange:
+    assert groups.fusion is not None
     start = groups.replica_index * groups.plan.replica_size
     owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
     return HiddenExchange(groups.fusion, groups.megatron.tp, owners, WIDTHS)
@@ -68,7 +69,8 @@ def round_trip(rank: int, plan: LayoutPlan, rows: int) -> dict[str, Any] | None:
 def test_states_reach_everyone_and_gradients_sum_at_their_owner(plan: LayoutPlan, rows: int) -> None:
     results = run_ranks(round_trip, plan.world_size, plan, rows)
     members = plan.fusion_size
-    expected = {name: sum(partial_gradient(name, rows, member) for member in range(members)) for name in WIDTHS}
+    parts = {name: [partial_gradient(name, rows, member) for member in range(members)] for name in WIDTHS}
+    expected = {name: torch.stack(gradients).sum(0) for name, gradients in parts.items()}
     in_fusion = {rank for group in plan.fusion_groups() for rank in group}
     for rank, result in enumerate(results):
         if rank not in in_fusion:
@@ -83,13 +85,14 @@ def test_states_reach_everyone_and_gradients_sum_at_their_owner(plan: LayoutPlan
             assert torch.equal(gradient, expected[name])
 
 
-def sixteen_bit_sum(rank: int, plan: LayoutPlan) -> dict[str, Tensor]:
+def sixteen_bit_sum(rank: int, plan: LayoutPlan) -> dict[str, Any]:
     groups = make_groups(plan)
+    assert groups.fusion is not None
     exchange = make_exchange(groups)
     local = {name: torch.ones(4, WIDTHS[name], dtype=torch.bfloat16, requires_grad=True) for name in exchange.local}
     everything = exchange(local)
     part = 256.0 if groups.fusion.rank() == 0 else 1.0
-    sum((states * part).sum() for states in everything.values()).backward()
+    torch.stack([(states * part).sum() for states in everything.values()]).sum().backward()
     return {name: states.grad for name, states in local.items()}
 
 

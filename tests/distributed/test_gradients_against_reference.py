@@ -76,8 +76,9 @@ def _global_batch(plan: RunPlan, groups: Any) -> tuple[TokenStore, TrainingBatch
 
 def _gate_weights(rank: int, tree: dict[str, Any]) -> dict[str, torch.Tensor]:
     plan = preflight(FuserConfig.model_validate(tree), 1, resume=False)
-    gate = build_model(plan, make_groups(plan.layout), CPU).fusion.gate
-    return {name.replace("w1.shared", "w1"): p.detach().clone() for name, p in gate.named_parameters()}
+    fusion = build_model(plan, make_groups(plan.layout), CPU).fusion
+    assert fusion is not None
+    return {name.replace("w1.shared", "w1"): p.detach().clone() for name, p in fusion.gate.named_parameters()}
 
 
 def _reference(plan: RunPlan, gate: dict[str, torch.Tensor], folder: Path) -> float:
@@ -93,7 +94,8 @@ def _reference(plan: RunPlan, gate: dict[str, torch.Tensor], folder: Path) -> fl
     loss.backward()
     for name, model in specialists.items():
         model.save_gradients(folder / name)
-    torch.save({name: leaf.grad.float() for name, leaf in leaves.items()}, folder / "gate.pt")
+    gradients: dict[str, Any] = {name: leaf.grad for name, leaf in leaves.items()}
+    torch.save({name: gradient.float() for name, gradient in gradients.items()}, folder / "gate.pt")
     return loss.item()
 
 
@@ -131,6 +133,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def loss_of(hidden: dict[str, torch.Tensor], microbatch: Any) -> torch.Tensor:
         nonlocal total
+        assert model.fusion is not None and model.exchange is not None
         loss, rows, _ = model.fusion.loss(model.exchange(hidden), microbatch.targets)
         total += rows.sum().item() / batch.response_tokens
         return loss * (plan.layout.dp * len(batch.microbatches) / batch.response_tokens)
@@ -148,6 +151,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _load_gate(model: FusedStage, whole: dict[str, torch.Tensor]) -> None:
+    assert model.fusion is not None
     gate = model.fusion.gate
     start = gate.group.rank() * gate.local_units
     for name, parameter in gate.named_parameters():

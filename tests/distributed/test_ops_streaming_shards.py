@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def on_shard(case: Case, rank: int) -> Case:
     return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": 27 * rank})
 
 
-def rank_answers(rank: int, store: str) -> list[dict[str, list]]:
+def rank_answers(rank: int, store: str) -> list[dict[str, Any]]:
     from support.interpreter import teach_gpu_arithmetic
 
     from ultrafuser_mega.ops import streaming
@@ -43,7 +44,7 @@ def rank_answers(rank: int, store: str) -> list[dict[str, list]]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     defaults = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "group": dist.group.WORLD}
 
-    def loss(*tensors, **options):
+    def loss(*tensors: Any, **options: Any) -> Any:
         return streaming.mixture_loss(checked_problem(*tensors, **(defaults | options)))[0]
 
     answers = [answer_of(loss, on_shard(case, rank), needs) for case, needs in itertools.product(CASES, NEEDS)]
@@ -65,7 +66,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, torch
     return [[{name: torch.tensor(value) for name, value in answer.items()} for answer in rank] for rank in lists]
 
 
-def test_two_shards_equal_one_process(ranks):
+def test_two_shards_equal_one_process(ranks: Any) -> None:
     """In fp32: 1e-5 is a few dozen roundings; logits of 1e4 lose 1e-3 of a probability to begin with."""
     for index, (case, needs) in enumerate(itertools.product(CASES, NEEDS)):
         true, parts = truth(case), [rank[index] for rank in ranks]

@@ -6,6 +6,8 @@ state's gradient is the rank's part: the parts must add up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ NEEDS = [(True, True, True), (True, False, False)]  # gate, hidden, heads
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    common = {"widths": (4, 6, 3), "vocab": VOCAB, "padding": 8, "dtype": dtype}
+    common: dict[str, Any] = {"widths": (4, 6, 3), "vocab": VOCAB, "padding": 8, "dtype": dtype}
     return [
         make_case(31, rows=23, reduction="mean", **common),
         make_case(32, rows=23, reduction="sum", label_smoothing=0.1, z_loss=0.01, **common),
@@ -45,12 +47,12 @@ def on_shard(case: Case, rank: int, rows: list[int]) -> Case:
     return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": start})
 
 
-def as_lists(answer: Answer) -> dict:
+def as_lists(answer: Answer) -> dict[str, Any]:
     """Tensors cannot outlive the rank that made them; nested lists can, bit for bit."""
     return {"loss": answer.loss.tolist()} | {name: g.double().tolist() for name, g in answer.gradients().items()}
 
 
-def rank_answers(rank: int) -> dict:
+def rank_answers(rank: int) -> dict[Any, dict[str, Any]]:
     """(layout, backend, dtype, case, needs) -> answer, for the layouts this rank takes part in."""
     chunked.buffer_budget = gate_only.buffer_budget = lambda device: 2 * 27 * 8 * 5  # so that there are several chunks
     answers = {}
@@ -70,16 +72,16 @@ def rank_answers(rank: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict]:
+def ranks() -> list[dict[Any, dict[str, Any]]]:
     return run_ranks(rank_answers, 4)
 
 
-def parts_of(ranks: list[dict], *key: object) -> list[dict[str, torch.Tensor]]:
+def parts_of(ranks: list[dict[Any, dict[str, Any]]], *key: object) -> list[dict[str, torch.Tensor]]:
     """Every participating rank's answer."""
     return [tensors(answers[key]) for answers in ranks if key in answers]
 
 
-def tensors(answer: dict) -> dict[str, torch.Tensor]:
+def tensors(answer: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in answer.items()}
 
 
@@ -88,7 +90,7 @@ def tensors(answer: dict) -> dict[str, torch.Tensor]:
     [(backend, needs) for backend in BACKENDS for needs in NEEDS[backend == "gate_only" :]],
 )
 @pytest.mark.parametrize("layout", SHARDS)
-def test_shards_equal_one_process(layout, backend, needs, ranks):
+def test_shards_equal_one_process(layout: Any, backend: str, needs: Any, ranks: Any) -> None:
     for index, case in enumerate(cases(torch.float64)):
         true = truth(case)
         parts = parts_of(ranks, layout, backend, torch.float64, index, needs)
@@ -102,21 +104,22 @@ def test_shards_equal_one_process(layout, backend, needs, ranks):
             assert parts[0].keys() == {"loss", "gate"}
             continue
         for j in range(3):
-            total = sum(part[f"hidden[{j}]"] for part in parts).view_as(true.hidden[j])
+            total = torch.stack([part[f"hidden[{j}]"] for part in parts]).sum(0).view_as(true.hidden[j])
             assert relative_error(total, true.hidden[j]) <= 1e-11
             heads = torch.cat([part[f"heads[{j}]"] for part in parts if part[f"heads[{j}]"].numel()])
             assert relative_error(heads, true.heads[j][: heads.shape[0]]) <= 1e-11
 
 
 @pytest.mark.parametrize("layout", SHARDS)
-def test_bf16_shards_keep_the_precision_of_one_process(layout, ranks):
+def test_bf16_shards_keep_the_precision_of_one_process(layout: Any, ranks: Any) -> None:
     """Each part is rounded to bf16 once or twice (2^-9 relative), so their sum errs by a few roundings at most."""
     for index, case in enumerate(cases(torch.bfloat16)[:3]):
         true = truth(case)
         parts = parts_of(ranks, layout, "chunked", torch.bfloat16, index, NEEDS[0])
         assert relative_error(parts[0]["loss"], true.loss) <= 1e-5
         for j in range(3):
-            assert relative_error(sum(part[f"hidden[{j}]"] for part in parts), true.hidden[j]) <= 4 * 2**-9
+            total = torch.stack([part[f"hidden[{j}]"] for part in parts]).sum(0)
+            assert relative_error(total, true.hidden[j]) <= 4 * 2**-9
 
 
 def refusals_and_repeats(rank: int) -> tuple[list[str], bool]:
@@ -133,7 +136,7 @@ def refusals_and_repeats(rank: int) -> tuple[list[str], bool]:
     return messages, first == second
 
 
-def test_a_sharded_call_repeats_every_bit_and_must_say_how_large_the_vocabulary_is():
+def test_a_sharded_call_repeats_every_bit_and_must_say_how_large_the_vocabulary_is() -> None:
     for messages, same_bits in run_ranks(refusals_and_repeats, 2):
         assert same_bits
         assert messages[0].startswith(
@@ -169,7 +172,7 @@ def messages_of_wrong_shards(rank: int) -> dict[tuple[str, str], str]:
     return messages
 
 
-def test_shards_that_overlap_or_leave_gaps_are_refused_on_every_rank_and_other_ranks_are_no_shard_at_all():
+def test_shards_that_overlap_or_leave_gaps_are_refused_on_every_rank_and_other_ranks_are_no_shard_at_all() -> None:
     for rank, messages in enumerate(run_ranks(messages_of_wrong_shards, 4)):
         for name, (shards, total) in WRONG_SHARDS.items():
             expected = f"the shards of the group hold {total} rows of the vocabulary in all, needed vocab_size = 53"
@@ -187,28 +190,29 @@ def order_of_products_and_waits(rank: int) -> list[str]:
     events: list[str] = []
 
     class Pending(chunked.PendingStatistics):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments: Any) -> None:
             self.index = sum(event.startswith("send") for event in events)
             events.append(f"send {self.index}")
             super().__init__(*arguments)
 
-        def wait(self):
+        def wait(self) -> Any:
             events.append(f"wait {self.index}")
             return super().wait()
 
     product = chunked.gemm.accumulate
 
-    def accumulate(out, a, b, *, add, alpha=1.0):
+    def accumulate(out: Any, a: Any, b: Any, *, add: Any, alpha: Any = 1.0) -> None:
         if out.shape[1] == 27 and not add:  # the first specialist's part of a chunk's logits
             events.append(f"logits {sum(event.startswith('logits') for event in events)}")
         product(out, a, b, add=add, alpha=alpha)
 
-    chunked.PendingStatistics, chunked.gemm.accumulate = Pending, accumulate
+    chunked.PendingStatistics = Pending  # type: ignore[misc, assignment]
+    chunked.gemm.accumulate = accumulate
     answer_of(mixture_cross_entropy, case, (True, True, False), group=dist.group.WORLD, backend="chunked")
     return events
 
 
-def test_a_chunks_statistics_travel_while_the_next_chunks_products_run():
+def test_a_chunks_statistics_travel_while_the_next_chunks_products_run() -> None:
     """The collective is hidden: between its start and the wait for it lies a chunk's work."""
     for events in run_ranks(order_of_products_and_waits, 2):
         chunks = sum(event.startswith("send") for event in events)

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,14 +34,14 @@ def models(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 @pytest.fixture(scope="module")
-def transformers_model(models):
+def transformers_model(models: Any) -> Any:
     folder = models["release"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Calls the command; returns exit code, standard output and standard error."""
 
     def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
@@ -51,7 +52,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-def test_a_checkpoint_opens_as_the_model_that_its_export_is(models):
+def test_a_checkpoint_opens_as_the_model_that_its_export_is(models: Any) -> None:
     with (
         opened_model(models["checkpoint"], "cpu", None) as ours,
         opened_model(models["release"], "cpu", None) as theirs,
@@ -64,14 +65,16 @@ def test_a_checkpoint_opens_as_the_model_that_its_export_is(models):
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "release"])
-def test_generate_prints_what_the_release_answers_in_transformers(models, transformers_model, run, kind):
+def test_generate_prints_what_the_release_answers_in_transformers(
+    models: Any, transformers_model: Any, run: Any, kind: str
+) -> None:
     model, tokenizer = transformers_model
     expected = model.chat([{"role": "user", "content": PROMPT}], tokenizer=tokenizer, max_new_tokens=STEPS)
     assert run("generate", models[kind], PROMPT, "-n", STEPS)[:2] == (0, expected + "\n")
     assert run("generate", models[kind], "-n", STEPS, stdin=PROMPT)[:2] == (0, expected + "\n")
 
 
-def test_raw_text_is_continued_as_generate_continues_it(models, transformers_model, run):
+def test_raw_text_is_continued_as_generate_continues_it(models: Any, transformers_model: Any, run: Any) -> None:
     model, tokenizer = transformers_model
     ids = tokenizer(PROMPT, return_tensors="pt")
     sequence = model.generate(**ids, max_new_tokens=STEPS)[0]
@@ -80,7 +83,9 @@ def test_raw_text_is_continued_as_generate_continues_it(models, transformers_mod
     assert PROMPT + found.removesuffix("\n") == whole
 
 
-def test_a_file_of_prompts_is_answered_in_a_batch(models, transformers_model, run, trio, tmp_path):
+def test_a_file_of_prompts_is_answered_in_a_batch(
+    models: Any, transformers_model: Any, run: Any, trio: Path, tmp_path: Path
+) -> None:
     model, tokenizer = transformers_model
     options = ("--output", tmp_path / "out.jsonl", "--gate-trace", tmp_path / "gate.jsonl", "-n", STEPS)
     code, out, _ = run("generate", models["checkpoint"], "--input", trio / "data" / "math.heldout.jsonl", *options)
@@ -91,14 +96,14 @@ def test_a_file_of_prompts_is_answered_in_a_batch(models, transformers_model, ru
     assert len((tmp_path / "gate.jsonl").read_text().splitlines()) == 12
 
 
-def test_a_stop_string_ends_the_answer_before_it(models, run):
+def test_a_stop_string_ends_the_answer_before_it(models: Any, run: Any) -> None:
     _, whole, _ = run("generate", models["release"], PROMPT, "-n", STEPS)
     stop = whole[4:6]
     _, cut, _ = run("generate", models["release"], PROMPT, "-n", STEPS, "--stop", stop)
     assert cut == whole[: whole.index(stop)] + "\n"
 
 
-def test_chat_reads_lines_until_they_end(models, transformers_model, run):
+def test_chat_reads_lines_until_they_end(models: Any, transformers_model: Any, run: Any) -> None:
     model, tokenizer = transformers_model
     messages = [{"role": "user", "content": PROMPT}]
     first = model.chat(messages, tokenizer=tokenizer, max_new_tokens=STEPS)
@@ -131,7 +136,7 @@ def test_chat_reads_lines_until_they_end(models, transformers_model, run):
         (("{release}", "hi", "--dtype", "int4"), "--dtype int4: expected one of fp32, bf16, fp16"),
     ],
 )
-def test_bad_input_is_one_line(models, trio, run, arguments, message):
+def test_bad_input_is_one_line(models: Any, trio: Path, run: Any, arguments: Any, message: Any) -> None:
     filled = [argument.format(trio=trio, release=models["release"]) for argument in arguments]
     code, out, err = run("generate", *filled)
     assert code == 2 and out == ""
@@ -139,12 +144,14 @@ def test_bad_input_is_one_line(models, trio, run, arguments, message):
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu cpu cpu"), (2, "cuda:0 " * 3), (3, "cuda:0 cuda:1 cuda:2")])
-def test_every_specialist_gets_a_gpu_where_there_are_enough(monkeypatch, gpus, expected):
+def test_every_specialist_gets_a_gpu_where_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch, gpus: Any, expected: Any
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert [str(device) for device in choose_devices("auto", list("abc")).values()] == expected.split()
 
 
-def test_devices_are_one_for_all_or_one_for_each(monkeypatch):
+def test_devices_are_one_for_all_or_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     names = ["text", "code", "math"]
     assert [str(device) for device in choose_devices("cuda:1", names).values()] == ["cuda:1"] * 3

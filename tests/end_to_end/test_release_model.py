@@ -64,7 +64,7 @@ print(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
-def release(trio, tmp_path_factory) -> Path:
+def release(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     specialists = {
         "text": (trio / "text", "ultralm"),
         "code": (trio / "code", "codellama"),
@@ -74,35 +74,35 @@ def release(trio, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fresh(release, tmp_path_factory) -> dict[str, Any]:
+def fresh(release: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process got."""
     here = tmp_path_factory.mktemp("elsewhere")
     return run_without_this_package(CHILD, [release, here / "again", STEPS], here)
 
 
 @pytest.fixture(scope="module")
-def reference(release) -> Reference:
+def reference(release: Any) -> Reference:
     return Reference.load(release)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(release) -> PreTrainedTokenizerFast:
+def tokenizer(release: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(release)
 
 
-def test_it_runs_on_the_code_in_the_folder_without_this_package(fresh):
+def test_it_runs_on_the_code_in_the_folder_without_this_package(fresh: Any) -> None:
     assert fresh["file"].endswith("modeling_ultrafuser.py") and "modules" in fresh["file"]
     assert not fresh["leaked"]
 
 
-def test_plain_input_ids_give_the_reference_logits_and_gate_weights(fresh, reference):
+def test_plain_input_ids_give_the_reference_logits_and_gate_weights(fresh: Any, reference: Any) -> None:
     names = list(reference.specialists)
     logits, weights = reference(dict.fromkeys(names, fresh["ids"]), len(fresh["ids"]))
     torch.testing.assert_close(torch.tensor(fresh["logits"]).double(), logits, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(torch.tensor(fresh["gate_weights"]).double(), weights, atol=1e-5, rtol=0.0)
 
 
-def test_generate_and_chat_give_the_text_of_a_loop_without_cache(fresh, reference, tokenizer):
+def test_generate_and_chat_give_the_text_of_a_loop_without_cache(fresh: Any, reference: Any, tokenizer: Any) -> None:
     names = list(reference.specialists)
     expected = reference.greedy(dict.fromkeys(names, fresh["ids"]), STEPS)
     assert fresh["greedy"] == fresh["ids"] + expected
@@ -114,18 +114,18 @@ def test_generate_and_chat_give_the_text_of_a_loop_without_cache(fresh, referenc
     assert fresh["streamed"].strip() == fresh["chat"].strip()
 
 
-def test_transformers_pipeline_generates_with_it(fresh, reference, tokenizer):
+def test_transformers_pipeline_generates_with_it(fresh: Any, reference: Any, tokenizer: Any) -> None:
     response = reference.greedy(dict.fromkeys(reference.specialists, fresh["ids"]), STEPS, eos=2)
     prompt = tokenizer.decode(fresh["ids"], skip_special_tokens=True)
     whole = tokenizer.decode(fresh["ids"] + response, skip_special_tokens=True)
     assert fresh["pipeline"] == whole.removeprefix(prompt)
 
 
-def test_what_save_pretrained_writes_loads_in_the_same_way(fresh):
+def test_what_save_pretrained_writes_loads_in_the_same_way(fresh: Any) -> None:
     assert fresh["same_again"] and fresh["names"] == ["text", "code", "math"]
 
 
-def test_the_code_in_the_model_card_runs(fresh):
+def test_the_code_in_the_model_card_runs(fresh: Any) -> None:
     number = r"([\d.e-]+)"
     weights = re.findall(rf"\{{'text': {number}, 'code': {number}, 'math': {number}\}}", fresh["card"])
     assert weights

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import (
     IGNORE,
     Answer,
     answer_of,
+    gradient_of,
     make_case,
     relative_error,
     rule_violations,
@@ -41,7 +45,7 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def full_precision_products():
+def full_precision_products() -> Iterator[Any]:
     """TF32 would make plain PyTorch the less exact one and the rule too easy."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -53,7 +57,9 @@ def full_precision_products():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("widths", "vocab", "rows"), SHAPES)
-def test_error_stays_within_the_rule_of_plain_pytorch(widths, vocab, rows, reduction, dtype, backend, needs):
+def test_error_stays_within_the_rule_of_plain_pytorch(
+    widths: Any, vocab: Any, rows: Any, reduction: str, dtype: Any, backend: str, needs: Any
+) -> None:
     case = make_case(
         81,
         rows=rows,
@@ -70,7 +76,7 @@ def test_error_stays_within_the_rule_of_plain_pytorch(widths, vocab, rows, reduc
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_float64_agrees_with_the_closed_form(backend):
+def test_float64_agrees_with_the_closed_form(backend: str) -> None:
     case = make_case(82, rows=37, vocab=333, widths=(8, 12), dtype=torch.float64, device="cuda", padding=3)
     answer, expected = answer_of(mixture_cross_entropy, case, backend=backend), truth(case)
     for name, gradient in answer.gradients().items():
@@ -79,7 +85,7 @@ def test_float64_agrees_with_the_closed_form(backend):
 
 @pytest.mark.parametrize(("backend", "needs"), BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_host_never_waits_for_the_device(reduction, backend, needs):
+def test_the_host_never_waits_for_the_device(reduction: str, backend: str, needs: Any) -> None:
     case = make_case(
         83, rows=300, vocab=1000, widths=(64, 64), dtype=torch.bfloat16, device="cuda", reduction=reduction
     )
@@ -92,7 +98,7 @@ def test_the_host_never_waits_for_the_device(reduction, backend, needs):
 
 
 @pytest.mark.parametrize(("backend", "needs"), BACKENDS)
-def test_repeating_a_call_repeats_every_bit(backend, needs):
+def test_repeating_a_call_repeats_every_bit(backend: str, needs: Any) -> None:
     case = make_case(84, rows=1000, vocab=5000, widths=(64, 64), dtype=torch.bfloat16, device="cuda")
     first, second = (answer_of(mixture_cross_entropy, case, needs, backend=backend) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
@@ -102,7 +108,7 @@ def test_repeating_a_call_repeats_every_bit(backend, needs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_head_gradients_added_to_fp32_buffers_without_waiting_for_the_device(reduction, dtype):
+def test_head_gradients_added_to_fp32_buffers_without_waiting_for_the_device(reduction: str, dtype: Any) -> None:
     case = make_case(87, rows=300, vocab=1000, widths=(64, 96), dtype=dtype, device="cuda", reduction=reduction)
     heads = [head.requires_grad_() for head in case.heads]
     upstream = upstream_of(case)
@@ -127,7 +133,7 @@ def test_head_gradients_added_to_fp32_buffers_without_waiting_for_the_device(red
         assert relative_error(buffer, truth(case).heads[j]) <= torch.finfo(dtype).eps + 1e-4
 
 
-def test_more_logits_than_32_bits_can_count():
+def test_more_logits_than_32_bits_can_count() -> None:
     """N * V > 2^31: offsets must be 64 bits wide. A repeated row must give a repeated loss."""
     rows, vocab = 16384, 151936
     case = make_case(85, rows=64, vocab=vocab, widths=(16,), dtype=torch.bfloat16, device="cuda", ignored=0.0)
@@ -141,7 +147,7 @@ def test_more_logits_than_32_bits_can_count():
 
 @pytest.mark.parametrize("stride", [16400, 16401], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate"])
-def test_streaming_reads_hidden_states_that_lie_further_apart_than_32_bits_can_count(needs, stride):
+def test_streaming_reads_hidden_states_that_lie_further_apart_than_32_bits_can_count(needs: Any, stride: int) -> None:
     """rows * stride > 2^31. Rows that start at odd numbers of elements cannot be described to TMA."""
     rows = 131072
     case = make_case(90, rows=64, vocab=500, widths=(16, 16), dtype=torch.bfloat16, device="cuda", reduction="none")
@@ -158,14 +164,14 @@ def test_streaming_reads_hidden_states_that_lie_further_apart_than_32_bits_can_c
     assert torch.equal(loss[-64:], loss[:64])
     last = Answer(
         loss[-64:].detach(),
-        gate.grad[-64:],
-        [states.grad[-64:] for states in hidden if needs[1]],
-        [head.grad / repeats for head in heads if needs[2]],  # a power of two: exact
+        gradient_of(gate)[-64:],
+        [gradient_of(states)[-64:] for states in hidden if needs[1]],
+        [gradient_of(head) / repeats for head in heads if needs[2]],  # a power of two: exact
     )
     assert rule_violations(last, case) == []
 
 
-def test_a_target_outside_the_vocabulary_gives_an_infinite_loss():
+def test_a_target_outside_the_vocabulary_gives_an_infinite_loss() -> None:
     case = make_case(86, rows=4, vocab=50, widths=(16,), device="cuda", ignored=0.0, reduction="none")
     case.target[2] = 77
     for backend in ("chunked", "streaming"):
@@ -177,9 +183,9 @@ def test_a_target_outside_the_vocabulary_gives_an_infinite_loss():
 
 @pytest.mark.parametrize(("vocab", "width"), [(32000, 5120), (4000, 5120), (128256, 4096), (16032, 4096)])
 @pytest.mark.parametrize(("backend", "bar_mib"), [("chunked", 1024), ("streaming", 64)])
-def test_memory_beyond_the_gradients(backend, bar_mib, vocab, width):
+def test_memory_beyond_the_gradients(backend: str, bar_mib: Any, vocab: Any, width: Any) -> None:
     """What tests/unit/ops/test_memory_bars.py counts without a GPU, as CUDA's allocator sees it."""
-    half = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
     hidden = [torch.randn(8192, width, **half) for _ in range(3)]
     heads = [torch.zeros(vocab, width, **half) for _ in range(3)]
     gate = torch.randn(8192, 3, device="cuda", requires_grad=True)
@@ -201,13 +207,13 @@ def test_memory_beyond_the_gradients(backend, bar_mib, vocab, width):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_bf16_head_gradients_of_many_chunks_stay_within_the_rule(reduction):
+def test_bf16_head_gradients_of_many_chunks_stay_within_the_rule(reduction: str) -> None:
     """dz waits in the memory of the gradients; a vocabulary block of it is smaller than the vocabulary."""
     case = make_case(
         88, rows=700, vocab=5000, widths=(256, 320, 192), dtype=torch.bfloat16, device="cuda", reduction=reduction
     )
 
-    def loss(hidden, heads, gate_logits, target, **options):
+    def loss(hidden: Any, heads: Any, gate_logits: Any, target: Any, **options: Any) -> Any:
         defaults = {"group": None, "vocab_start": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
         problem = checked_problem(hidden, heads, gate_logits, target, **(defaults | options))
         return chunked.mixture_loss(problem, buffer_bytes=4 << 20)[0]
@@ -219,13 +225,14 @@ def test_bf16_head_gradients_of_many_chunks_stay_within_the_rule(reduction):
 
 @pytest.mark.parametrize("backend", ["chunked", "streaming"])
 @pytest.mark.parametrize("values", [{"logit_scale": 300.0}, {"common_offset": 4096.0}], ids=str)
-def test_every_probability_keeps_the_precision_of_bf16(values, backend):
+def test_every_probability_keeps_the_precision_of_bf16(values: Any, backend: str) -> None:
     """As in tests/unit/ops/test_large_logits.py; the head gradient is rounded to bf16, too."""
     case = make_case(
         131, rows=1, vocab=200, widths=(16, 16), dtype=torch.bfloat16, device="cuda", ignored=0.0, gate_scale=0.0,
         reduction="sum", **values,
     )  # fmt: skip
-    z = sum(0.5 * (states.double() @ head.double().t()) for states, head in zip(case.hidden, case.heads, strict=True))
+    pairs = zip(case.hidden, case.heads, strict=True)
+    z = torch.stack([0.5 * (states.double() @ head.double().t()) for states, head in pairs]).sum(0)
     allowed = 3 * 2**-8 + 2 * 32 * 2**-24 * float(z.abs().max())  # dz, dW, and its factor: the upstream gradient
     words = torch.softmax(z[0], 0) > 1e-30
     words[case.target] = False
@@ -235,7 +242,7 @@ def test_every_probability_keeps_the_precision_of_bf16(values, backend):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "streaming"])
-def test_what_an_ignored_row_holds_does_not_matter(backend):
+def test_what_an_ignored_row_holds_does_not_matter(backend: str) -> None:
     case = make_case(89, rows=200, vocab=1000, widths=(64, 96), dtype=torch.bfloat16, device="cuda", reduction="sum")
     clean = answer_of(mixture_cross_entropy, case, backend=backend)
     for states in case.hidden:

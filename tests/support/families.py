@@ -49,7 +49,8 @@ def write_family(
     fields = {"vocab_size": PIECES + 1, **FAMILY_CASES[case], **changes}
     if vocab_rows is not None:
         fields["vocab_size"] = vocab_rows
-    config = CONFIG_MAPPING["llama" if family == "codellama" else family](
+    configuration: Any = CONFIG_MAPPING["llama" if family == "codellama" else family]
+    config = configuration(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,

@@ -35,12 +35,12 @@ class Case:
 @dataclass(frozen=True)
 class Answer:
     loss: Tensor  # () or (N,)
-    gate: Tensor | None  # (N, n)
-    hidden: list[Tensor | None]  # n x (N, d_j)
-    heads: list[Tensor | None]  # n x (V_local, d_j)
+    gate: Any  # Tensor (N, n); None where it was not asked for
+    hidden: list[Any]  # n x Tensor (N, d_j), likewise
+    heads: list[Any]  # n x Tensor (V_local, d_j), likewise
 
     def gradients(self) -> dict[str, Tensor]:
-        named = {"gate": self.gate}
+        named: dict[str, Tensor | None] = {"gate": self.gate}
         named |= {f"hidden[{j}]": value for j, value in enumerate(self.hidden)}
         named |= {f"heads[{j}]": value for j, value in enumerate(self.heads)}
         return {name: value for name, value in named.items() if value is not None}
@@ -188,6 +188,12 @@ def answer_of(
     if any(needs):
         loss.backward(upstream_of(case).to(loss.dtype))
     return Answer(loss.detach(), gate.grad, [states.grad for states in hidden], [head.grad for head in heads])
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    """tensor.grad, which is there."""
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def rule_violations(answer: Answer, case: Case, *, gate_alone: bool = False) -> list[str]:

@@ -89,11 +89,12 @@ def fused_loss(
             ids, positions = sample[name]
             h = model(torch.tensor(ids))[torch.tensor(positions) - 1]
             logits.append(h @ model.weights["lm_head.weight"][:vocab_size].T)
-            hidden = torch.relu(h @ gate.get("w1", gate.get(f"w1.{name}")).T + gate["b1"])
+            hidden = torch.relu(h @ (gate["w1"] if "w1" in gate else gate[f"w1.{name}"]).T + gate["b1"])
             scores.append(hidden @ gate["w2"])
             target = torch.tensor(ids)[torch.tensor(positions)]
         weights = torch.stack(scores, dim=1).softmax(dim=1)
-        z = sum(weights[:, j, None] * o for j, o in enumerate(logits))
+        z = torch.stack([weights[:, j, None] * o for j, o in enumerate(logits)]).sum(0)
+        assert target is not None  # there are specialists
         terms.append(torch.nn.functional.cross_entropy(z, target, reduction="none"))
     return torch.cat(terms).mean()
 

@@ -67,6 +67,6 @@ def reference_stage(
     adam, records = ReferenceAdamW(weights, options), []
     for k in range(1, stage["steps"] + 1):
         loss = loss_of_step(k - 1)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         records.append({"loss": loss.item(), "lr": rate(stage, k), "grad_norm": adam.step(rate(stage, k))})
     return records

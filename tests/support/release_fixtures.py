@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.release_folder import PIECES, Reference, write_release, write_specialist
@@ -25,7 +26,7 @@ TRIOS = {
 
 
 @pytest.fixture(scope="session")
-def specialists(tmp_path_factory):
+def specialists(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Trio -> specialist -> its Hugging Face folder and the name of its template."""
     root = tmp_path_factory.mktemp("specialists")
     return {
@@ -41,37 +42,37 @@ def specialists(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def releases(specialists, tmp_path_factory) -> dict[str, Path]:
+def releases(specialists: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Trio -> its release folder; read only."""
     root = tmp_path_factory.mktemp("releases")
     return {trio: write_release(root / trio, members) for trio, members in specialists.items()}
 
 
 @pytest.fixture(scope="session")
-def models(releases) -> dict[str, UltraFuserForCausalLM]:
+def models(releases: Any) -> dict[str, UltraFuserForCausalLM]:
     return {trio: UltraFuserForCausalLM.from_pretrained(folder).eval() for trio, folder in releases.items()}
 
 
 @pytest.fixture(scope="session")
-def references(releases) -> dict[str, Reference]:
+def references(releases: Any) -> dict[str, Reference]:
     return {trio: Reference.load(folder) for trio, folder in releases.items()}
 
 
 @pytest.fixture(params=TRIOS)
-def trio(request) -> str:
+def trio(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def release(releases, trio) -> Path:
+def release(releases: Any, trio: Path) -> Path:
     return releases[trio]
 
 
 @pytest.fixture
-def model(models, trio) -> UltraFuserForCausalLM:
+def model(models: Any, trio: Path) -> UltraFuserForCausalLM:
     return models[trio]
 
 
 @pytest.fixture
-def reference(references, trio) -> Reference:
+def reference(references: Any, trio: Path) -> Reference:
     return references[trio]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from support.release_folder import PIECES
 
@@ -19,7 +21,7 @@ PROMPTS = {
 }
 
 
-def batch(rows=(0, 1, 2)) -> dict[str, dict[str, torch.Tensor]]:
+def batch(rows: Any = (0, 1, 2)) -> dict[str, dict[str, torch.Tensor]]:
     ids, masks = {}, {}
     for name, prompts in PROMPTS.items():
         longest = max(len(prompts[row]) for row in rows)
@@ -32,5 +34,5 @@ def of_row(row: int) -> dict[str, list[int]]:
     return {name: prompts[row] for name, prompts in PROMPTS.items()}
 
 
-def response(sequences: torch.Tensor, inputs) -> list[list[int]]:
+def response(sequences: torch.Tensor, inputs: Any) -> list[list[int]]:
     return sequences[:, inputs["specialist_input_ids"]["text"].shape[1] :].tolist()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from support.interpreter import teach_gpu_arithmetic
 
 
 @pytest.fixture(scope="session")
-def interpreted():
+def interpreted() -> Iterator[Any]:
     """Calls a function in a process whose Triton interprets kernels on CPU tensors."""
     with _worker(interpret=True) as worker:
         worker.submit(teach_gpu_arithmetic).result()
@@ -19,7 +21,7 @@ def interpreted():
 
 
 @pytest.fixture(scope="session")
-def compiling():
+def compiling() -> Iterator[Any]:
     """Calls a function in a process whose Triton compiles."""
     with _worker(interpret=False) as worker:
         yield lambda function, *args: worker.submit(function, *args).result()

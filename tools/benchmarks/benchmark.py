@@ -190,7 +190,7 @@ def megatron() -> Loss:
     function = importlib.import_module("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
     if not dist.is_initialized():
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()
         dist.init_process_group(kind, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
@@ -249,7 +249,7 @@ def step(inputs: Inputs, loss: Loss, task: str) -> Callable[[], Tensor]:
     def run() -> Tensor:
         value = loss(inputs)
         if task != "forward":
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
         return value.detach()
 
     return run
@@ -306,7 +306,7 @@ def _timed(inputs: Inputs, call: Callable[[], object]) -> float:
 
 def seconds_on_gpu(call: Callable[[], object]) -> float:
     """Between the events before and after what ``call`` puts on the current stream."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
     end.record()

@@ -111,7 +111,7 @@ def answer_of(inputs: Inputs, backend: str, needs: tuple[bool, bool, bool]) -> A
     inputs.drop_gradients()
     inputs.require(needs)
     loss = mixture_cross_entropy(inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target, backend=backend)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return named(loss, inputs)
 
 
@@ -129,7 +129,7 @@ def rule_of(inputs: Inputs) -> Rule:
     inputs.require(EVERYTHING)
     arguments = (inputs.hidden, inputs.heads, inputs.gate_logits, inputs.target)
     loss = plain_loss(*arguments, vocab_size=inputs.shape.vocab)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     plain = named(loss, inputs)
     with torch.no_grad():
         rows = plain_loss(*arguments, vocab_size=inputs.shape.vocab, reduction="none")
@@ -149,7 +149,7 @@ def truth(inputs: Inputs) -> tuple[Answer, Tensor]:
         leaves = [t[rows].detach().double().requires_grad_() for t in (inputs.gate_logits, *inputs.hidden)]
         loss = plain_loss(leaves[1:], heads, leaves[0], inputs.target[rows], vocab_size=inputs.shape.vocab,
                           reduction="none")  # fmt: skip
-        (loss.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        (loss.sum() / tokens).backward()
         losses.append(loss.detach())
         for name, leaf in zip(["gate", *(f"hidden[{j}]" for j in range(len(heads)))], leaves, strict=True):
             assert leaf.grad is not None

@@ -97,7 +97,7 @@ def report(device: str) -> dict[str, object]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "processors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "nccl": list(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+            "nccl": list(torch.cuda.nccl.version()),
         }
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
         found["nvidia_smi"] = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")

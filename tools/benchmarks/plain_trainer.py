@@ -72,7 +72,7 @@ class PlainTrainer:
                 heads = [head.to(self.compute) for head in self.model.heads]
                 vocab = min(head.shape[0] for head in heads)
                 loss = self.loss(hidden, heads, gate_logits, target, vocab_size=vocab, reduction="sum") / total
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -30,17 +30,17 @@ def index_with(folder: Path, item: Any) -> Path:
     return folder
 
 
-def test_enum_members_pickled_by_attribute_are_read(tmp_path):
+def test_enum_members_pickled_by_attribute_are_read(tmp_path: Path) -> None:
     CheckpointTensors(index_with(tmp_path, ByAttribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")))
 
 
 @pytest.mark.parametrize(("owner", "name"), [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")])
-def test_attributes_of_anything_else_are_refused(tmp_path, owner, name):
+def test_attributes_of_anything_else_are_refused(tmp_path: Path, owner: Any, name: Any) -> None:
     with pytest.raises(InputError, match=r"\.metadata: damaged checkpoint index"):
         CheckpointTensors(index_with(tmp_path, ByAttribute(owner, name)))
 
 
-def test_functions_are_refused_before_they_are_called(tmp_path):
+def test_functions_are_refused_before_they_are_called(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "made"),)

@@ -23,6 +23,7 @@ from ultrafuser_mega.convert.shards import LEDGER, check_hashes
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.release import modeling_ultrafuser
 
+Spoil = Callable[[Path], object]
 WHAT = "specialist:a"
 SHARD_BYTES = 60_000  # about eight shards
 
@@ -195,7 +196,12 @@ def hostile_archive(path: Path) -> None:
     ],
 )
 def test_damage_beside_the_tensors_is_refused_before_anything_is_written(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, spoil: Callable, named: str
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    spoil: Spoil,
+    named: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     spoil(checkpoint / file)
@@ -216,7 +222,7 @@ def test_damage_beside_the_tensors_is_refused_before_anything_is_written(
     ],
     ids=["missing", "cut"],
 )
-def test_damaged_chunks_are_named_by_a_comparison_too(checkpoint: Path, spoil: Callable, named: str) -> None:
+def test_damaged_chunks_are_named_by_a_comparison_too(checkpoint: Path, spoil: Spoil, named: str) -> None:
     for path in checkpoint.glob("*.distcp"):
         spoil(path)
     address = f"{checkpoint}@{WHAT}"

@@ -78,7 +78,8 @@ class Pieces(io.FileIO):
 
 def export_up_to(connection: Connection, job: Path, out: Path, moment: int | None) -> None:
     """Export, ending at a moment by SIGKILL; without one, send what happens at each."""
-    real, seen = Path.open, []
+    real = Path.open
+    seen: list[str] = []
 
     def open_in_pieces(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         return Pieces(path, mode) if mode == "wb" else real(path, mode, *args, **kwargs)
@@ -89,7 +90,7 @@ def export_up_to(connection: Connection, job: Path, out: Path, moment: int | Non
                 os.kill(os.getpid(), signal.SIGKILL)
             seen.append(f"{'before' if event == 'c_call' else 'after'} {called.__name__}")
 
-    Path.open = open_in_pieces  # type: ignore[method-assign]
+    Path.open = open_in_pieces  # type: ignore[method-assign, assignment]
     sys.setprofile(watch)
     write(job, out)
     sys.setprofile(None)

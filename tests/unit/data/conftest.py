@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -36,7 +37,7 @@ CHATML = (
 
 
 @pytest.fixture(scope="session")
-def first(tmp_path_factory) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS.splitlines() * 4),
@@ -62,7 +63,7 @@ def first(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepend(first, tmp_path_factory) -> Path:
+def prepend(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Also a tokenizer with a habit of putting BOS in front by itself."""
     folder = tmp_path_factory.mktemp("prepend") / "folder"
     tokenizer = json.loads((first / "tokenizer.json").read_text())
@@ -89,7 +90,7 @@ def prepend(first, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bytelevel(tmp_path_factory) -> Path:
+def bytelevel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,13 +109,13 @@ def bytelevel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vocab_size(first) -> int:
+def vocab_size(first: Any) -> int:
     """The shared vocabulary of `first` and `prepend`."""
     return len(AutoTokenizer.from_pretrained(first, local_files_only=True))
 
 
 @pytest.fixture(scope="session")
-def with_pad(first, vocab_size, tmp_path_factory) -> Path:
+def with_pad(first: Any, vocab_size: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`first` with one more token behind the shared vocabulary, as WizardMath has."""
     folder = tmp_path_factory.mktemp("with_pad")
     tokenizer = AutoTokenizer.from_pretrained(first, local_files_only=True)
@@ -125,7 +126,7 @@ def with_pad(first, vocab_size, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def altered(first, tmp_path_factory) -> Path:
+def altered(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`first` with two pieces of its vocabulary swapped."""
     folder = tmp_path_factory.mktemp("altered") / "folder"
     shutil.copytree(first, folder)
@@ -138,5 +139,5 @@ def altered(first, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def specialists(first, prepend, with_pad) -> dict[str, tuple[Path, str]]:
+def specialists(first: Any, prepend: Any, with_pad: Any) -> dict[str, tuple[Path, str]]:
     return {"text": (first, "ultralm"), "code": (prepend, "codellama"), "math": (with_pad, "wizardmath")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ CONVERSATIONS = st.builds(
 )
 
 
-def aligner_of(specialists, vocab_size: int, max_length: int = 10_000) -> Aligner:
+def aligner_of(specialists: Any, vocab_size: int, max_length: int = 10_000) -> Aligner:
     encoders = check_tokenizers({name: folder for name, (folder, _) in specialists.items()}, vocab_size)
     templates = {
         name: load_template(template, encoders[name].tokenizer, str(folder))
@@ -35,13 +37,15 @@ def aligner_of(specialists, vocab_size: int, max_length: int = 10_000) -> Aligne
 
 
 @pytest.fixture(scope="module")
-def aligner(specialists, vocab_size) -> Aligner:
+def aligner(specialists: Any, vocab_size: Any) -> Aligner:
     return aligner_of(specialists, vocab_size)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(CONVERSATIONS, min_size=1, max_size=5), st.integers(2, 300))
-def test_sequences_share_responses_hold_one_bos_and_never_pass_max_length(aligner, conversations, max_length):
+def test_sequences_share_responses_hold_one_bos_and_never_pass_max_length(
+    aligner: Any, conversations: Any, max_length: Any
+) -> None:
     short = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, max_length)
     eos, bos = aligner.encoders["text"].eos_id, aligner.encoders["text"].bos_id
     for whole, cut in zip(aligner.align(conversations), short.align(conversations), strict=True):
@@ -68,12 +72,15 @@ def test_sequences_share_responses_hold_one_bos_and_never_pass_max_length(aligne
 
 
 @pytest.mark.parametrize("kind", ["first", "bytelevel"])
-def test_a_chat_templates_prompts_are_what_transformers_gives_for_generation_at_every_turn(kind, request):
+def test_a_chat_templates_prompts_are_what_transformers_gives_for_generation_at_every_turn(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(kind)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     conversation = Conversation((("What is 2+2?", "The answer is 4."), ("Print it.", "def add(a, b):\n    return 4")))
     aligner = aligner_of({"one": (folder, "hf")}, len(tokenizer))
     (aligned,) = aligner.align([conversation])
+    assert isinstance(aligned, Aligned)
     for turn, trained in enumerate(whole_prompts(aligned)):
         messages = as_messages(conversation, turn)
         assert trained["one"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
@@ -88,13 +95,16 @@ SYSTEM_LAST = (
 )
 
 
-def test_a_turn_whose_prompt_does_not_go_on_with_the_sequence_begins_one_for_all_specialists(bytelevel, tmp_path):
+def test_a_turn_whose_prompt_does_not_go_on_with_the_sequence_begins_one_for_all_specialists(
+    bytelevel: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "mistral"
     shutil.copytree(bytelevel, folder)
     (folder / "chat_template.jinja").write_text(SYSTEM_LAST)
     aligner = aligner_of({"plain": (bytelevel, "ultralm"), "chat": (folder, "hf")}, 500)
     turns = (("one?", "yes"), ("two?", "no"), ("three?", "maybe"))
     system, without = aligner.align([Conversation(turns, "You are brief."), Conversation(turns)])
+    assert isinstance(system, Aligned) and isinstance(without, Aligned)
     assert without.starts == (0,) and system.starts == (0, 1, 2)
     assert system.responses == without.responses
     tokenizer = aligner.encoders["plain"].tokenizer
@@ -107,7 +117,9 @@ def test_a_turn_whose_prompt_does_not_go_on_with_the_sequence_begins_one_for_all
     )
 
 
-def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_shown_shortened(bytelevel, tmp_path):
+def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_shown_shortened(
+    bytelevel: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "thinks"
     shutil.copytree(bytelevel, folder)
     (folder / "chat_template.jinja").write_text(
@@ -116,8 +128,8 @@ def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_
     )
     conversation = Conversation((("one?", "<think>" + "x " * 100 + "</think>yes"), ("two?", "no")))
     (cut,) = aligner_of({"chat": (folder, "hf")}, 500, 60).align([conversation])
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    assert cut.was_cut and cut.starts == (0, 1)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert isinstance(cut, Aligned) and cut.was_cut and cut.starts == (0, 1)
     assert len(cut.prompts["chat"][0]) + len(cut.responses[0]) == 60
     assert tokenizer.decode(cut.prompts["chat"][1]) == (
         "user: one?<|im_end|>assistant: yes<|im_end|>user: two?<|im_end|>assistant: "
@@ -125,30 +137,33 @@ def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_
     assert tokenizer.decode(cut.responses[1]) == "no<|im_end|>"
 
 
-def test_a_turn_that_is_not_trained_is_read_as_context(aligner):
+def test_a_turn_that_is_not_trained_is_read_as_context(aligner: Any) -> None:
     turns = (("a", "b"), ("c", "d"), ("e", "f"))
     whole, part = aligner.align([Conversation(turns), Conversation(turns, untrained=frozenset({0, 1}))])
     assert part.responses == whole.responses[2:]
     assert whole_prompts(part) == whole_prompts(whole)[2:]
 
 
-def test_specialists_whose_templates_differ_on_the_space_share_one_answer(bytelevel):
+def test_specialists_whose_templates_differ_on_the_space_share_one_answer(bytelevel: Any) -> None:
     size = len(AutoTokenizer.from_pretrained(bytelevel, local_files_only=True))
     both = aligner_of({"chat": (bytelevel, "hf"), "plain": (bytelevel, "ultralm")}, size)
     (aligned,) = both.align([Conversation((("Hi", "Paris"),))])
+    assert isinstance(aligned, Aligned)
     piece = both.encoders["chat"].pieces()[aligned.responses[0][0]]
     assert piece.startswith("Ġ"), "a space, since one of them expects it"
 
 
-def test_a_conversation_that_one_template_cannot_render_is_dropped_and_the_others_stay(first, prepend, vocab_size):
+def test_a_conversation_that_one_template_cannot_render_is_dropped_and_the_others_stay(
+    first: Any, prepend: Any, vocab_size: Any
+) -> None:
     aligner = aligner_of({"text": (first, "ultralm"), "code": (prepend, "hf")}, vocab_size)
     with_system = Conversation((("a", "b"),), system="Be brief.")
     dropped, kept = aligner.align([with_system, Conversation((("a", "b"),))])
-    assert isinstance(kept, Aligned)
+    assert isinstance(kept, Aligned) and isinstance(dropped, Dropped)
     assert dropped.reason == UNFIT and dropped.detail.startswith("code: the chat template refuses")
 
 
-def test_a_token_beyond_the_shared_vocabulary_drops_the_conversation(with_pad, vocab_size):
+def test_a_token_beyond_the_shared_vocabulary_drops_the_conversation(with_pad: Any, vocab_size: Any) -> None:
     conversation = Conversation((("a [PAD]", "b"),))
     aligner = aligner_of({"math": (with_pad, "ultralm")}, vocab_size)
     (kept,) = aligner.align([conversation])
@@ -161,10 +176,11 @@ def test_a_token_beyond_the_shared_vocabulary_drops_the_conversation(with_pad, v
     )
     tiny = Aligner(aligner.encoders, aligner.templates, max(kept.responses[0]), 100)
     (dropped,) = tiny.align([conversation])
-    assert dropped.reason == BEYOND_VOCABULARY and dropped.detail.startswith("response: id")
+    assert isinstance(dropped, Dropped) and dropped.reason == BEYOND_VOCABULARY
+    assert dropped.detail.startswith("response: id")
 
 
-def test_without_room_for_one_response_token_the_longest_specialist_is_named(aligner):
+def test_without_room_for_one_response_token_the_longest_specialist_is_named(aligner: Any) -> None:
     conversation = Conversation((("a", "b"),))
     (whole,) = aligner.align([conversation])
     longest = len(whole.prompts["math"][0])
@@ -172,10 +188,11 @@ def test_without_room_for_one_response_token_the_longest_specialist_is_named(ali
     (dropped,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest).align([conversation])
     assert dropped == Dropped(TOO_LONG, f"math: {longest} prompt tokens, max_length {longest}")
     (cut,) = Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, longest + 1).align([conversation])
-    assert cut.responses == [whole.responses[0][:1]] and cut.was_cut
+    assert isinstance(cut, Aligned) and cut.was_cut
+    assert cut.responses == [whole.responses[0][:1]]
 
 
-def test_an_untrained_turn_stands_where_it_stood_and_only_the_others_are_responses(aligner):
+def test_an_untrained_turn_stands_where_it_stood_and_only_the_others_are_responses(aligner: Any) -> None:
     turns = (("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"))
     whole, part = aligner.align([Conversation(turns), Conversation(turns, untrained=frozenset({0, 2}))])
     assert part.responses == [whole.responses[1], whole.responses[3]] and not part.was_cut
@@ -186,7 +203,7 @@ def test_an_untrained_turn_stands_where_it_stood_and_only_the_others_are_respons
     assert last.responses == whole.responses[:1] and not last.was_cut, "nothing after the last trained turn is kept"
 
 
-def test_an_untrained_turn_that_leaves_no_room_for_a_trained_one_makes_the_prompt_too_long(aligner):
+def test_an_untrained_turn_that_leaves_no_room_for_a_trained_one_makes_the_prompt_too_long(aligner: Any) -> None:
     conversation = Conversation((("a", "b " * 50), ("c", "d")), untrained=frozenset({0}))
     (whole,) = aligner.align([conversation])
     longest = max(len(prompts[0]) for prompts in whole.prompts.values())
@@ -194,6 +211,6 @@ def test_an_untrained_turn_that_leaves_no_room_for_a_trained_one_makes_the_promp
     assert dropped == Dropped(TOO_LONG, f"math: {longest} prompt tokens, max_length {longest}")
 
 
-def test_max_length_must_leave_room_for_a_prompt_and_a_response(aligner):
+def test_max_length_must_leave_room_for_a_prompt_and_a_response(aligner: Any) -> None:
     with pytest.raises(InputError, match="max_length is 1; expected at least 2"):
         Aligner(aligner.encoders, aligner.templates, aligner.vocab_size, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ BOS = 1
 
 
 @st.composite
-def conversations(draw):
+def conversations(draw: Any) -> Any:
     turns = draw(st.integers(1, 3))
     some = st.lists(st.integers(3, 900), max_size=6)
     prompts = {name: [[BOS, *draw(some)], *(draw(some) for _ in range(turns - 1))] for name in NAMES}
@@ -37,7 +38,9 @@ def conversations(draw):
     multiple=st.sampled_from([1, 2, 8]),
     data=st.data(),
 )
-def test_every_target_stands_one_position_after_its_row_in_every_specialists_tokens(written, multiple, data):
+def test_every_target_stands_one_position_after_its_row_in_every_specialists_tokens(
+    written: Any, multiple: Any, data: Any
+) -> None:
     fillers = data.draw(st.integers(0, len(written)))
     with TemporaryDirectory() as folder:
         writer = SplitWriter(Path(folder) / "split", NAMES, token_dtype(1000))
@@ -70,7 +73,7 @@ def test_every_target_stands_one_position_after_its_row_in_every_specialists_tok
             assert row.tolist() == sequence + [PAD] * (tokens.shape[1] - len(sequence))
 
 
-def test_a_rank_lays_out_only_the_specialists_it_runs_and_the_rows_stay_the_same(store):
+def test_a_rank_lays_out_only_the_specialists_it_runs_and_the_rows_stay_the_same(store: Any) -> None:
     samples = [store.split("text", "train")[place] for place in range(3)]
     every = collate(samples, [0, 0, 0], NAMES, PAD)
     own = collate(samples, [0, 0, 0], ("code",), PAD)
@@ -79,11 +82,11 @@ def test_a_rank_lays_out_only_the_specialists_it_runs_and_the_rows_stay_the_same
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> TokenStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """Three classes; a sample's response tokens are all the same number, unique over the store."""
     folder = tmp_path_factory.mktemp("batches") / "store"
     rng = np.random.default_rng(0)
-    splits: dict = {}
+    splits: dict[str, Any] = {}
     token = 2
     for name, train, heldout in (("text", 13, 7), ("code", 9, 6), ("math", 8, 1)):
         splits[name] = {}
@@ -115,7 +118,7 @@ def shard(rank: int, dp: int, micro: int) -> Shard:
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 12), (1, 2), (2, 3), (3, 2), (4, 3), (6, 2)])
 @pytest.mark.parametrize("step", [0, 1, 17])
-def test_the_global_batch_is_the_same_however_it_is_spread(store, dp, micro, step):
+def test_the_global_batch_is_the_same_however_it_is_spread(store: Any, dp: Any, micro: Any, step: int) -> None:
     work = [TrainingBatches(store, 4, 5, shard(rank, dp, micro)).step(step) for rank in range(dp)]
     reference = TrainingBatches(store, 4, 5, shard(0, 1, 12)).step(step)
     targets = torch.cat([m.targets for one in work for m in one.microbatches])
@@ -127,14 +130,16 @@ def test_the_global_batch_is_the_same_however_it_is_spread(store, dp, micro, ste
     assert classes.bincount().tolist() == [4, 4, 4]
 
 
-def test_a_global_batch_that_cannot_be_spread_is_refused_before_the_first_step(store):
+def test_a_global_batch_that_cannot_be_spread_is_refused_before_the_first_step(store: Any) -> None:
     with pytest.raises(InputError, match="global batch of 12 samples does not divide by micro batch 5 x dp 1"):
         TrainingBatches(store, 4, 5, shard(0, 1, 5))
 
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 1), (1, 4), (2, 2), (3, 4), (8, 1)])
 @pytest.mark.parametrize(("name", "limit"), [("text", None), ("text", 3), ("code", 100), ("math", None)])
-def test_every_held_out_sample_counts_once_and_every_rank_does_as_many_microbatches(store, dp, micro, name, limit):
+def test_every_held_out_sample_counts_once_and_every_rank_does_as_many_microbatches(
+    store: Any, dp: Any, micro: Any, name: Any, limit: Any
+) -> None:
     ranks = [EvaluationBatches(store, name, shard(rank, dp, micro), limit) for rank in range(dp)]
     batches = [list(rank) for rank in ranks]
     assert {len(one) for one in batches} == {len(ranks[0])}
@@ -150,13 +155,13 @@ def test_every_held_out_sample_counts_once_and_every_rank_does_as_many_microbatc
     assert set(classes.tolist()) == {store.class_names.index(name)}
 
 
-def test_held_out_samples_come_in_order(store):
+def test_held_out_samples_come_in_order(store: Any) -> None:
     one = EvaluationBatches(store, "text", shard(0, 1, 2))
     seen = torch.cat([m.targets for m in one]).unique_consecutive().tolist()
     heldout = store.split("text", "heldout")
     assert seen[:7] == [int(sample.responses[0][0]) for sample in heldout]
 
 
-def test_a_class_without_held_out_samples_cannot_be_evaluated(store):
+def test_a_class_without_held_out_samples_cannot_be_evaluated(store: Any) -> None:
     with pytest.raises(InputError, match='class "text" has no held-out samples to evaluate on'):
         EvaluationBatches(store, "text", shard(0, 1, 1), limit=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, to_conversation, to_prompt
@@ -45,11 +47,11 @@ from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, t
         ),
     ],
 )
-def test_every_shape_becomes_the_same_kind_of_conversation(row, expected):
+def test_every_shape_becomes_the_same_kind_of_conversation(row: Any, expected: Any) -> None:
     assert to_conversation(row) == expected
 
 
-def _chat(*roles: str) -> dict:
+def _chat(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
 
@@ -84,12 +86,12 @@ def _chat(*roles: str) -> dict:
         (_chat("user", "system", "assistant"), "odd role order: messages\\[1\\] is system"),
     ],
 )
-def test_a_malformed_row_says_what_is_wrong_with_it(row, reason):
+def test_a_malformed_row_says_what_is_wrong_with_it(row: Any, reason: Any) -> None:
     with pytest.raises(MalformedRowError, match=reason):
         to_conversation(row)
 
 
-def _answered(*answers: dict) -> dict:
+def _answered(*answers: dict[str, Any]) -> dict[str, Any]:
     turns = [({"role": "user", "content": "q"}, {"role": "assistant", **answer}) for answer in answers]
     return {"messages": [message for turn in turns for message in turn]}
 
@@ -122,7 +124,7 @@ def _answered(*answers: dict) -> dict:
         ({"prompt": "a", "completion": None, "response": "b", "label": True}, Conversation((("a", "b"),))),
     ],
 )
-def test_fields_that_change_what_a_row_means_are_honoured(row, expected):
+def test_fields_that_change_what_a_row_means_are_honoured(row: Any, expected: Any) -> None:
     if expected is None:
         row["conversations"].append({"role": "assistant", "content": "b"})
         expected = Conversation((("a", "b"),), "S")
@@ -162,7 +164,7 @@ def test_fields_that_change_what_a_row_means_are_honoured(row, expected):
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(row, reason):
+def test_what_cannot_be_honoured_is_refused(row: Any, reason: Any) -> None:
     with pytest.raises(MalformedRowError, match=reason):
         to_conversation(row)
 
@@ -176,5 +178,5 @@ def test_what_cannot_be_honoured_is_refused(row, reason):
         {"prompt": "q", "label": False},
     ],
 )
-def test_a_prompt_asks_for_the_answer_whatever_is_said_of_the_one_that_stands_there(row):
+def test_a_prompt_asks_for_the_answer_whatever_is_said_of_the_one_that_stands_there(row: Any) -> None:
     assert to_prompt(row) == [{"role": "user", "content": "q"}]

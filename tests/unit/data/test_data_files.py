@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_bad_lines_do_not_make_another_format_of_a_file_that_has_a_good_one(tmp_
 def test_parquet_gives_plain_json_values(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "messages": [
                 {"role": "user", "content": "é", "weight": None},

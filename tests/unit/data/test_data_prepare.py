@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,13 +16,13 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 
 
-def write_rows(path: Path, rows: list, *, as_array: bool = False) -> Path:
+def write_rows(path: Path, rows: list[Any], *, as_array: bool = False) -> Path:
     path.write_text(json.dumps(rows, indent=1) if as_array else "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture
-def sources(tmp_path) -> dict[str, list[Path]]:
+def sources(tmp_path: Path) -> dict[str, list[Path]]:
     text = [{"instruction": f"Name city {i}.", "input": "", "output": f"Paris {i}"} for i in range(7)]
     code = [{"prompt": f"add {i}", "completion": f"return {i}"} for i in range(5)]
     math = [
@@ -43,21 +44,24 @@ def sources(tmp_path) -> dict[str, list[Path]]:
 
 
 @pytest.fixture
-def prepare(tmp_path, sources, specialists, vocab_size):
-    def call(**changes):
+def prepare(tmp_path: Path, sources: Any, specialists: Any, vocab_size: Any) -> Any:
+    def call(**changes: Any) -> Any:
         arguments = {"sources": sources, "specialists": specialists, "vocab_size": vocab_size, "max_length": 400}
         return prepare_store(tmp_path / "store", **{**arguments, **changes})
 
     return call
 
 
-def decode(store: TokenStore, folder: Path, ids) -> str:
+def decode(store: TokenStore, folder: Path, ids: Any) -> str:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids.tolist())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer.decode(ids.tolist())
 
 
-def test_samples_come_back_as_they_were_written_in_the_order_of_the_files(prepare, first, tmp_path):
+def test_samples_come_back_as_they_were_written_in_the_order_of_the_files(
+    prepare: Any, first: Any, tmp_path: Path
+) -> None:
     report = prepare()
     assert not report.reused
     store = TokenStore.open(tmp_path / "store")
@@ -77,7 +81,7 @@ def test_samples_come_back_as_they_were_written_in_the_order_of_the_files(prepar
     assert sample.response_tokens == sum(map(len, sample.responses))
 
 
-def test_counts_add_up_and_hold_every_reason(prepare, sources, tmp_path):
+def test_counts_add_up_and_hold_every_reason(prepare: Any, sources: Any, tmp_path: Path) -> None:
     with sources["code"][0].open("a") as file:
         file.write('{"prompt": "no answer"}\nnot json\n{"prompt": "%s", "completion": "b"}\n' % ("long " * 400))
     report = prepare()
@@ -114,7 +118,9 @@ def test_counts_add_up_and_hold_every_reason(prepare, sources, tmp_path):
         ('{"words": 1}', 6, "unknown shape"),
     ],
 )
-def test_on_malformed_fail_stops_at_the_first_such_row_by_file_and_line(prepare, sources, tmp_path, row, line, reason):
+def test_on_malformed_fail_stops_at_the_first_such_row_by_file_and_line(
+    prepare: Any, sources: Any, tmp_path: Path, row: Any, line: Any, reason: Any
+) -> None:
     with sources["code"][0].open("a") as file:
         file.write(row + "\n")
     with pytest.raises(InputError) as raised:
@@ -123,20 +129,20 @@ def test_on_malformed_fail_stops_at_the_first_such_row_by_file_and_line(prepare,
     assert not (tmp_path / "store").exists()
 
 
-def test_malformed_rows_of_an_array_are_named_by_row_and_line(prepare, sources):
+def test_malformed_rows_of_an_array_are_named_by_row_and_line(prepare: Any, sources: Any) -> None:
     write_rows(sources["text"][0], [{"instruction": "a", "output": "b"}, {"instruction": "a"}], as_array=True)
     report = prepare()
     assert report.problems()[0].startswith(f"malformed: {sources['text'][0]}:6 (row 2): missing field")
 
 
-def test_only_some_dropped_rows_are_shown_and_the_rest_counted(prepare, sources):
+def test_only_some_dropped_rows_are_shown_and_the_rest_counted(prepare: Any, sources: Any) -> None:
     with sources["code"][0].open("a") as file:
         file.write("{}\n" * 9)
     lines = prepare().problems()
     assert len(lines) == 3 + 2 and lines[3] == "malformed: 6 more in code train"
 
 
-def test_the_first_rows_of_a_file_and_whole_files_can_be_held_out(prepare, sources, tmp_path):
+def test_the_first_rows_of_a_file_and_whole_files_can_be_held_out(prepare: Any, sources: Any, tmp_path: Path) -> None:
     extra = write_rows(tmp_path / "extra.jsonl", [{"question": "1+1?", "answer": "2"}])
     write_rows(sources["code"][0], [{"prompt": "bad"}] + [{"prompt": f"{i}", "completion": "x"} for i in range(4)])
     prepare(holdout_rows={sources["text"][0]: 3, str(sources["code"][0]): 2}, holdout_files={"math": [extra]})
@@ -145,7 +151,7 @@ def test_the_first_rows_of_a_file_and_whole_files_can_be_held_out(prepare, sourc
     assert sizes == {"text": (4, 3), "code": (3, 1), "math": (6, 1)}, "a dropped row counts among the first rows"
 
 
-def test_batches_smaller_than_the_data_change_nothing(prepare, tmp_path):
+def test_batches_smaller_than_the_data_change_nothing(prepare: Any, tmp_path: Path) -> None:
     prepare()
     whole = TokenStore.open(tmp_path / "store").manifest
     with patch.object(build, "_BATCH_ROWS", 2):
@@ -154,7 +160,9 @@ def test_batches_smaller_than_the_data_change_nothing(prepare, tmp_path):
     assert TokenStore.open(tmp_path / "store").manifest == whole
 
 
-def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_renamed(prepare, sources, tmp_path):
+def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_renamed(
+    prepare: Any, sources: Any, tmp_path: Path
+) -> None:
     prepare()
     written = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
     moved = sources["code"][0].rename(tmp_path / "renamed.jsonl")
@@ -165,7 +173,7 @@ def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_re
     assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == written
 
 
-def test_every_malformed_row_of_a_file_is_told_at_once(prepare, sources, tmp_path):
+def test_every_malformed_row_of_a_file_is_told_at_once(prepare: Any, sources: Any, tmp_path: Path) -> None:
     with sources["code"][0].open("a") as file:
         file.write("{}\nnot json\n" * 6)
     with pytest.raises(InputError) as raised:
@@ -178,13 +186,17 @@ def test_every_malformed_row_of_a_file_is_told_at_once(prepare, sources, tmp_pat
 
 
 @pytest.mark.parametrize("on_malformed", ["skip", "fail"])
-def test_a_file_in_another_format_is_refused_as_such_whatever_becomes_of_malformed_rows(prepare, sources, on_malformed):
+def test_a_file_in_another_format_is_refused_as_such_whatever_becomes_of_malformed_rows(
+    prepare: Any, sources: Any, on_malformed: str
+) -> None:
     sources["code"][0].write_text("prompt,completion\nadd,3\n")
     with pytest.raises(InputError, match=r'class "code": .*code.jsonl: its lines are no JSON objects'):
         prepare(on_malformed=on_malformed)
 
 
-def test_shards_are_read_in_the_order_of_their_names_through_a_glob_or_a_folder(prepare, sources, tmp_path):
+def test_shards_are_read_in_the_order_of_their_names_through_a_glob_or_a_folder(
+    prepare: Any, sources: Any, tmp_path: Path
+) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     for number in (2, 0, 1):
@@ -197,7 +209,7 @@ def test_shards_are_read_in_the_order_of_their_names_through_a_glob_or_a_folder(
     assert prepare(sources={**sources, "code": [shards]}, holdout_rows={shards / "part-1.jsonl.gz": 2}).reused
 
 
-def test_columns_are_a_part_of_what_a_store_was_made_from(prepare, sources, tmp_path):
+def test_columns_are_a_part_of_what_a_store_was_made_from(prepare: Any, sources: Any, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "other.jsonl", [{"query": "a", "reply": "b", "completion": "c"}])
     files = {**sources, "code": [other]}
     prepare(sources=files, columns={other: {"prompt": "query", "completion": "reply"}})
@@ -210,8 +222,8 @@ def test_columns_are_a_part_of_what_a_store_was_made_from(prepare, sources, tmp_
 
 
 def test_what_nobody_may_have_meant_is_said_repeated_rows_leaked_held_out_rows_and_unread_content(
-    prepare, sources, tmp_path
-):
+    prepare: Any, sources: Any, tmp_path: Path
+) -> None:
     row = {"prompt": "add 2", "completion": "return 2"}  # stands in the file already
     with sources["code"][0].open("a") as file:
         file.write(json.dumps(row | {"context": "in C"}) + "\n" + json.dumps(row | {"id": 5}) + "\n")
@@ -231,7 +243,7 @@ def test_what_nobody_may_have_meant_is_said_repeated_rows_leaked_held_out_rows_a
     assert prepare(holdout_files={"code": [heldout]}).notices() == expected, "a store that is used again says the same"
 
 
-def test_only_the_trained_turns_of_a_row_are_responses(prepare, sources, first, tmp_path):
+def test_only_the_trained_turns_of_a_row_are_responses(prepare: Any, sources: Any, first: Any, tmp_path: Path) -> None:
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "bad", "weight": 0},
@@ -248,9 +260,11 @@ def test_only_the_trained_turns_of_a_row_are_responses(prepare, sources, first, 
 
 
 @pytest.mark.parametrize("change", ["max_length", "content", "template"])
-def test_a_store_of_other_inputs_is_refused_unless_overwritten(prepare, sources, specialists, tmp_path, change):
+def test_a_store_of_other_inputs_is_refused_unless_overwritten(
+    prepare: Any, sources: Any, specialists: Any, tmp_path: Path, change: str
+) -> None:
     prepare()
-    changes: dict = {}
+    changes: dict[str, Any] = {}
     if change == "max_length":
         changes["max_length"] = 300
     elif change == "template":
@@ -268,7 +282,7 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(prepare, sources,
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare, tmp_path):
+def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare: Any, tmp_path: Path) -> None:
     prepare()
     (tmp_path / "store" / "text" / "train" / "responses.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"responses.bin: damaged: 0 bytes.*--overwrite"):
@@ -277,7 +291,7 @@ def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare, tmp
     TokenStore.open(tmp_path / "store")
 
 
-def test_a_folder_that_is_no_store_is_left_alone(prepare, tmp_path):
+def test_a_folder_that_is_no_store_is_left_alone(prepare: Any, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="exists and is no token store; it is left alone"):
@@ -285,7 +299,7 @@ def test_a_folder_that_is_no_store_is_left_alone(prepare, tmp_path):
     assert (tmp_path / "store" / "thesis.txt").read_text() == "precious"
 
 
-def test_nothing_is_left_behind_when_preparing_fails_half_way(prepare, sources, tmp_path):
+def test_nothing_is_left_behind_when_preparing_fails_half_way(prepare: Any, sources: Any, tmp_path: Path) -> None:
     sources["math"][0].write_text('[{"question": "a", "answer": "b"}, {oops}]')
     before = set(tmp_path.iterdir())
     with pytest.raises(InputError, match=r"math.jsonl:1: row 2: bad JSON"):
@@ -293,7 +307,7 @@ def test_nothing_is_left_behind_when_preparing_fails_half_way(prepare, sources, 
     assert set(tmp_path.iterdir()) == before
 
 
-def test_an_empty_class_is_refused_with_the_reason(prepare, sources, tmp_path):
+def test_an_empty_class_is_refused_with_the_reason(prepare: Any, sources: Any, tmp_path: Path) -> None:
     write_rows(sources["code"][0], [{"prompt": "a"}])
     with pytest.raises(InputError, match='class "code" is left without train rows: 1 read, dropped: 1 malformed'):
         prepare()
@@ -305,7 +319,7 @@ def test_an_empty_class_is_refused_with_the_reason(prepare, sources, tmp_path):
         prepare(holdout_rows={sources["code"][0]: 1})
 
 
-def test_files_that_are_missing_or_listed_twice_are_named(prepare, sources, tmp_path):
+def test_files_that_are_missing_or_listed_twice_are_named(prepare: Any, sources: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match='class "code" has no training files; expected at least one'):
         prepare(sources={**sources, "code": []})
     with pytest.raises(InputError, match=r'class "code": .*nowhere.json: no such file'):
@@ -324,7 +338,7 @@ def test_files_that_are_missing_or_listed_twice_are_named(prepare, sources, tmp_
         prepare(holdout_files={"law": sources["text"]})
 
 
-def test_bad_names_and_choices_are_refused(prepare, sources, specialists):
+def test_bad_names_and_choices_are_refused(prepare: Any, sources: Any, specialists: Any) -> None:
     with pytest.raises(InputError, match='class "a/b": names serve as file names'):
         prepare(sources={"a/b": sources["text"]})
     with pytest.raises(InputError, match="no class was given"):
@@ -337,7 +351,9 @@ def test_bad_names_and_choices_are_refused(prepare, sources, specialists):
         prepare(specialists={"text": (specialists["text"][0], "alpaca")})
 
 
-def test_a_progress_bar_goes_to_stderr_only_when_asked_for(prepare, tmp_path, capfd):
+def test_a_progress_bar_goes_to_stderr_only_when_asked_for(
+    prepare: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     prepare()
     assert capfd.readouterr() == ("", "")
     prepare(progress=True, max_length=300, overwrite=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ SIZES = st.dictionaries(st.sampled_from(["text", "code", "math", "law"]), st.int
 
 @settings(deadline=None, derandomize=True)
 @given(SIZES, st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 10**6))
-def test_every_global_batch_holds_the_same_number_of_each_class_in_order(sizes, n, seed, step):
+def test_every_global_batch_holds_the_same_number_of_each_class_in_order(
+    sizes: Any, n: Any, seed: int, step: Any
+) -> None:
     batch = ClassBalanceSampler(sizes, n, seed).batch(step)
     assert [name for name, _ in batch] == [name for name in sizes for _ in range(n)]
     assert all(0 <= index < sizes[name] for name, index in batch)
@@ -25,7 +28,9 @@ def test_every_global_batch_holds_the_same_number_of_each_class_in_order(sizes, 
 
 @settings(deadline=None, derandomize=True)
 @given(SIZES, st.integers(1, 12), st.integers(0, 100), st.permutations(range(8)))
-def test_a_batch_depends_on_seed_and_step_alone_not_on_what_was_asked_before(sizes, n, seed, order):
+def test_a_batch_depends_on_seed_and_step_alone_not_on_what_was_asked_before(
+    sizes: Any, n: Any, seed: int, order: Any
+) -> None:
     used = ClassBalanceSampler(sizes, n, seed)
     for step in order:
         assert used.batch(step) == ClassBalanceSampler(sizes, n, seed).batch(step)
@@ -33,7 +38,7 @@ def test_a_batch_depends_on_seed_and_step_alone_not_on_what_was_asked_before(siz
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 100), st.integers(1, 3))
-def test_each_class_is_gone_through_once_before_it_starts_again(size, n, seed, epochs):
+def test_each_class_is_gone_through_once_before_it_starts_again(size: Any, n: Any, seed: int, epochs: Any) -> None:
     sampler = ClassBalanceSampler({"text": 7, "code": size}, n, seed)
     steps = -(-size * epochs // n)
     drawn = [index for step in range(steps) for name, index in sampler.batch(step) if name == "code"]
@@ -41,7 +46,7 @@ def test_each_class_is_gone_through_once_before_it_starts_again(size, n, seed, e
         assert sorted(drawn[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-def test_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ():
+def test_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ() -> None:
     alone = ClassBalanceSampler({"text": 100}, 10, 3)
     joined = ClassBalanceSampler({"code": 5, "text": 100}, 10, 3)
     assert alone.batch(7) == joined.batch(7)[10:]
@@ -49,12 +54,12 @@ def test_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ():
     assert len(orders) == 18
 
 
-def test_the_order_is_the_same_in_every_version():
+def test_the_order_is_the_same_in_every_version() -> None:
     """Golden: a resumed run must go on in the order it began with, after any upgrade."""
     assert shuffled(8, 1234, "text", 0).tolist() == [7, 0, 3, 5, 2, 1, 4, 6]
 
 
-def test_shuffling_is_uniform():
+def test_shuffling_is_uniform() -> None:
     counts = Counter(int(shuffled(4, seed, "text", 0)[0]) for seed in range(4000))
     # each place is binomial(4000, 1/4): standard deviation 27; five of them never happen by chance
     assert all(abs(counts[place] - 1000) < 5 * 27.4 for place in range(4))
@@ -62,7 +67,7 @@ def test_shuffling_is_uniform():
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data(), st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
-def test_every_sample_lands_on_one_rank_once_whatever_the_layout(data, micro, dp, slots):
+def test_every_sample_lands_on_one_rank_once_whatever_the_layout(data: Any, micro: Any, dp: Any, slots: Any) -> None:
     lengths = data.draw(st.lists(st.integers(1, 1000), min_size=micro * dp * slots, max_size=micro * dp * slots))
     plan = split_batch(lengths, micro, dp)
     assert [len(rank) for rank in plan] == [slots] * dp
@@ -75,7 +80,7 @@ def test_every_sample_lands_on_one_rank_once_whatever_the_layout(data, micro, dp
         assert min(here) >= max(after)
 
 
-def test_ranks_of_one_slot_get_nearly_the_same_work():
+def test_ranks_of_one_slot_get_nearly_the_same_work() -> None:
     plan = split_batch(np.arange(1, 33), micro_batch_size=4, dp_size=4)
     for slot in range(2):
         sums = [sum(place + 1 for place in rank[slot]) for rank in plan]
@@ -92,20 +97,20 @@ def test_ranks_of_one_slot_get_nearly_the_same_work():
         (240, 7, 1, r"a micro batch of 1, 2, 3, 4, \.\.\., 80, 120, 240 works"),
     ],
 )
-def test_a_batch_that_does_not_divide_says_what_would(total, micro, dp, hint):
+def test_a_batch_that_does_not_divide_says_what_would(total: Any, micro: Any, dp: Any, hint: Any) -> None:
     wanted = f"batch of {total} samples does not divide by micro batch {micro} x dp {dp}; .*{hint}"
     with pytest.raises(InputError, match=wanted):
         split_batch([1] * total, micro, dp)
 
 
-def test_empty_classes_and_batches_are_refused():
+def test_empty_classes_and_batches_are_refused() -> None:
     with pytest.raises(InputError, match='class "code" has no training samples'):
         ClassBalanceSampler({"text": 3, "code": 0}, 2, 0)
     with pytest.raises(InputError, match="samples_per_class is 0; expected at least 1"):
         ClassBalanceSampler({"text": 3}, 0, 0)
 
 
-def test_passes_say_how_often_each_class_is_gone_through_and_which_is_too_small_for_a_batch():
+def test_passes_say_how_often_each_class_is_gone_through_and_which_is_too_small_for_a_batch() -> None:
     lines = passes({"text": 800, "code": 3}, {"stage 1": (100, 4), "stage 2": (0, 4)})
     assert lines == [
         "stage 1 takes 100 x 4 samples of each class: text 0.50 times, code 133.33 times through its rows",

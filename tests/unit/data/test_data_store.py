@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +25,12 @@ def aligned(turns: int, length: int, token: int) -> Aligned:
     return Aligned(prompts, [[token] * length] * turns, False)
 
 
-def ids(top: int):
+def ids(top: int) -> Any:
     return st.lists(st.integers(0, top), min_size=1, max_size=5)
 
 
 @st.composite
-def samples(draw, top: int):
+def samples(draw: Any, top: int) -> Any:
     turns = draw(st.integers(1, 3))
     many = st.lists(ids(top), min_size=turns, max_size=turns)
     return Aligned({name: draw(many) for name in NAMES}, draw(many), False)
@@ -37,7 +38,7 @@ def samples(draw, top: int):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data(), vocab_size=st.sampled_from([2, 65536, 65537, 2**32]))
-def test_samples_come_back_with_the_smallest_type_that_holds_their_vocabulary(data, vocab_size):
+def test_samples_come_back_with_the_smallest_type_that_holds_their_vocabulary(data: Any, vocab_size: Any) -> None:
     batches = data.draw(st.lists(st.lists(samples(vocab_size - 1), max_size=3), max_size=3))
     dtype = token_dtype(vocab_size)
     assert dtype.itemsize == (2 if vocab_size <= 65536 else 4)
@@ -61,7 +62,7 @@ def test_samples_come_back_with_the_smallest_type_that_holds_their_vocabulary(da
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A small store with one class, written without a tokenizer."""
     splits = {}
     for split, count in (("train", 5), ("heldout", 0)):
@@ -83,7 +84,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "store"
 
 
-def test_an_opened_store_knows_its_classes_and_refuses_others(folder):
+def test_an_opened_store_knows_its_classes_and_refuses_others(folder: Any) -> None:
     store = TokenStore.open(folder)
     assert (store.class_names, store.specialists, store.vocab_size, store.max_length) == (("text",), NAMES, 100, 50)
     train = store.split("text", "train")
@@ -103,7 +104,7 @@ FILES = ("turns.bin", "responses.bin", "response_offsets.bin", "prompts.code.bin
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("name", FILES)
-def test_a_truncated_file_is_named_even_without_verifying_checksums(folder, name, verify):
+def test_a_truncated_file_is_named_even_without_verifying_checksums(folder: Any, name: Any, verify: bool) -> None:
     path = folder / "text" / "train" / name
     content = path.read_bytes()
     path.write_bytes(content[:-1])
@@ -115,7 +116,7 @@ def test_a_truncated_file_is_named_even_without_verifying_checksums(folder, name
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_is_found_when_verifying(folder, name):
+def test_one_flipped_bit_is_found_when_verifying(folder: Any, name: Any) -> None:
     path = folder / "text" / "train" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
@@ -126,7 +127,7 @@ def test_one_flipped_bit_is_found_when_verifying(folder, name):
     assert "\n" not in str(raised.value)
 
 
-def test_a_manifest_that_was_edited_cut_or_written_by_another_version_is_refused(folder):
+def test_a_manifest_that_was_edited_cut_or_written_by_another_version_is_refused(folder: Any) -> None:
     path = folder / "manifest.json"
     whole = path.read_text()
     path.write_text(whole.replace('"max_length": 50', '"max_length": 51'))

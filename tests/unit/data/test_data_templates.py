@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.chats import as_chat, as_messages
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ultrafuser_mega.data.chat_format import PromptError, SequenceTokenizer
 from ultrafuser_mega.data.conversation import Conversation
-from ultrafuser_mega.data.templates import ChatTemplate, load_template, response_format
+from ultrafuser_mega.data.templates import ChatTemplate, PaperTemplate, load_template, response_format
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import InputError
 
@@ -67,25 +68,32 @@ class Chat:
         ),
     ],
 )
-def test_the_templates_of_table_9_with_one_and_two_turns(name, one, two):
+def test_the_templates_of_table_9_with_one_and_two_turns(name: Any, one: Any, two: Any) -> None:
     template = load_template(name, None, "")
+    assert isinstance(template, PaperTemplate)
     assert template.texts(as_chat(ONE)) == one
     assert template.texts(as_chat(TWO)) == two
     assert template.response_lead == " " and template.end_id is None
 
 
-def test_braces_in_the_instruction_are_ordinary_characters():
+def test_braces_in_the_instruction_are_ordinary_characters() -> None:
     chat = as_chat(Conversation((("{instruction} {x} %s", "a"),)))
-    assert load_template("ultralm", None, "").texts(chat) == ["User: {instruction} {x} %s\nAssistant:"]
+    template = load_template("ultralm", None, "")
+    assert isinstance(template, PaperTemplate)
+    assert template.texts(chat) == ["User: {instruction} {x} %s\nAssistant:"]
 
 
-def test_every_prompt_of_a_chat_template_is_what_transformers_makes_for_generation_at_that_turn(first, bytelevel):
+def test_every_prompt_of_a_chat_template_is_what_transformers_makes_for_generation_at_that_turn(
+    first: Any, bytelevel: Any
+) -> None:
     for chat, conversation in ((Chat(first), Conversation(TWO.turns)), (Chat(bytelevel), TWO)):
         assert chat.texts(conversation) == [chat.for_generation(conversation, turn) for turn in range(2)]
     assert Chat(first).texts(ONE) == ["<s>[INST] What is 2+2? [/INST]"]
 
 
-def test_the_space_that_a_template_writes_before_answers_that_are_history_leads_responses(first, bytelevel):
+def test_the_space_that_a_template_writes_before_answers_that_are_history_leads_responses(
+    first: Any, bytelevel: Any
+) -> None:
     assert Chat(first).template.response_lead == " "
     assert Chat(bytelevel).template.response_lead == ""
     written = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -110,11 +118,11 @@ ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", None),
     ],
 )
-def test_what_ends_a_turn_is_what_the_template_writes_behind_an_answer(bytelevel, template, end):
+def test_what_ends_a_turn_is_what_the_template_writes_behind_an_answer(bytelevel: Any, template: Any, end: Any) -> None:
     assert Chat(bytelevel, template).end() == end
 
 
-def test_responses_end_as_the_first_specialist_writes_them_and_stop_at_every_ending(bytelevel):
+def test_responses_end_as_the_first_specialist_writes_them_and_stop_at_every_ending(bytelevel: Any) -> None:
     encoder = TextEncoder(bytelevel)
     other = TURNS.replace("ENDING", "<|endoftext|>") + ASK
     templates = {"chat": Chat(bytelevel).template, "other": Chat(bytelevel, other).template}
@@ -126,7 +134,7 @@ def test_responses_end_as_the_first_specialist_writes_them_and_stop_at_every_end
     assert (shared.lead, shared.end_id) == (" ", other_end) and shared.ends["plain"] == end
 
 
-def test_an_ending_beyond_the_shared_vocabulary_is_refused_by_name(bytelevel):
+def test_an_ending_beyond_the_shared_vocabulary_is_refused_by_name(bytelevel: Any) -> None:
     encoder, template = TextEncoder(bytelevel), Chat(bytelevel).template
     assert template.end_id is not None
     words = rf"specialists.a.template: its turns end with <\|im_end\|> \(id {template.end_id}\), beyond the"
@@ -134,12 +142,12 @@ def test_an_ending_beyond_the_shared_vocabulary_is_refused_by_name(bytelevel):
         response_format({"a": encoder}, {"a": template}, template.end_id)
 
 
-def test_a_conversation_that_the_chat_template_refuses_is_unfit_with_the_templates_own_words(first):
+def test_a_conversation_that_the_chat_template_refuses_is_unfit_with_the_templates_own_words(first: Any) -> None:
     with pytest.raises(PromptError, match="only user and assistant roles are supported"):
         Chat(first).texts(TWO)
 
 
-def test_a_template_that_raises_anything_is_one_line(bytelevel):
+def test_a_template_that_raises_anything_is_one_line(bytelevel: Any) -> None:
     chat = Chat(bytelevel, "{% if messages[0].role == 'system' %}{{ messages[0].content + 1 }}{% endif %}" + TURNS)
     with pytest.raises(PromptError, match="refuses the conversation: can only concatenate str") as raised:
         chat.texts(TWO)
@@ -159,14 +167,16 @@ def test_a_template_that_raises_anything_is_one_line(bytelevel):
         ("{% for m in messages %}{{ m.content }}{{ m.content }}|{% endfor %}", "repeats"),
     ],
 )
-def test_system_and_user_texts_that_do_not_survive_make_a_conversation_unfit(bytelevel, template, words):
+def test_system_and_user_texts_that_do_not_survive_make_a_conversation_unfit(
+    bytelevel: Any, template: Any, words: Any
+) -> None:
     chat = Chat(bytelevel)
     chat.template.text = template
     with pytest.raises(PromptError, match=words):
         chat.texts(TWO)
 
 
-def test_white_space_around_texts_and_answers_that_are_history_are_the_templates_own_business(bytelevel):
+def test_white_space_around_texts_and_answers_that_are_history_are_the_templates_own_business(bytelevel: Any) -> None:
     trimmed = TURNS.replace("m.content", "m.content | trim").replace("ENDING", "<|im_end|>") + ASK
     thoughtless = trimmed.replace("m.content", "m.content.split('</think>')[-1]")
     conversation = Conversation(((" What? ", "<think>x</think> 4\n"), ("And 3+3?\n", "6")), system="\tBe brief.")
@@ -176,8 +186,8 @@ def test_white_space_around_texts_and_answers_that_are_history_are_the_templates
 
 
 def test_control_tokens_make_a_conversation_unfit_for_a_chat_template_but_not_in_the_answer_that_is_trained(
-    first, bytelevel
-):
+    first: Any, bytelevel: Any
+) -> None:
     with pytest.raises(PromptError, match="user's text holds <s>, which would be read as a control token"):
         Chat(first).texts(Conversation((("Explain <s>this</s>", "HTML"),)))
     with pytest.raises(PromptError, match=r"holds <\|im_end\|>, which would be read as a control"):
@@ -187,7 +197,7 @@ def test_control_tokens_make_a_conversation_unfit_for_a_chat_template_but_not_in
     assert len(Chat(first).texts(Conversation((("a", "</s>"),)))) == 1
 
 
-def test_a_user_who_writes_the_marker_that_stands_for_a_message_changes_nothing(bytelevel):
+def test_a_user_who_writes_the_marker_that_stands_for_a_message_changes_nothing(bytelevel: Any) -> None:
     conversation = Conversation((("xQmessageQx0z", "</think>xQmessageQx2z"), ("xQmessageQx1z", "a")))
     thoughtless = TURNS.replace("m.content", "m.content.split('</think>')[-1]").replace("ENDING", "<|im_end|>")
     for template in (None, thoughtless):
@@ -209,19 +219,19 @@ def test_a_user_who_writes_the_marker_that_stands_for_a_message_changes_nothing(
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses the conversation: can only concatenate"),
     ],
 )
-def test_a_chat_template_that_loses_responses_is_refused_in_one_line(first, template, reason):
+def test_a_chat_template_that_loses_responses_is_refused_in_one_line(first: Any, template: Any, reason: Any) -> None:
     with pytest.raises(InputError, match=reason) as raised:
         Chat(first, template)
     assert str(first) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_tokenizer_without_a_chat_template_says_what_to_use_instead(first):
+def test_a_tokenizer_without_a_chat_template_says_what_to_use_instead(first: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(first, local_files_only=True)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match=r"has none; use one of ultralm, codellama, wizardmath or add chat_template"):
         load_template("hf", tokenizer, str(first))
 
 
-def test_an_unknown_template_name_lists_the_known_ones():
+def test_an_unknown_template_name_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match='template "vicuna" is not known; expected one of ultralm, codellama'):
         load_template("vicuna", None, "")

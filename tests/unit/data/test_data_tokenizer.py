@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -18,7 +20,9 @@ def pieces(encoder: TextEncoder, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["first", "prepend"])
-def test_a_response_behind_a_sentencepiece_prompt_starts_with_one_spaced_piece(kind, request):
+def test_a_response_behind_a_sentencepiece_prompt_starts_with_one_spaced_piece(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     encoder = TextEncoder(request.getfixturevalue(kind))
     texts = ["Paris", " Paris", "\nParis", "    return a", "<s>"]
     encoded = [pieces(encoder, ids) for ids in encoder.encode_responses(texts, " ")]
@@ -30,13 +34,13 @@ def test_a_response_behind_a_sentencepiece_prompt_starts_with_one_spaced_piece(k
 
 
 @pytest.mark.parametrize("kind", ["first", "prepend"])
-def test_without_a_space_before_it_a_sentencepiece_response_has_none(kind, request):
+def test_without_a_space_before_it_a_sentencepiece_response_has_none(kind: str, request: pytest.FixtureRequest) -> None:
     encoder = TextEncoder(request.getfixturevalue(kind))
     (ids,) = encoder.encode_responses(["Paris"], "")
     assert "".join(pieces(encoder, ids)) == "Paris"
 
 
-def test_a_bytelevel_response_carries_the_space_only_where_the_template_has_one(bytelevel):
+def test_a_bytelevel_response_carries_the_space_only_where_the_template_has_one(bytelevel: Any) -> None:
     encoder = TextEncoder(bytelevel)
     (spaced,), (bare,) = encoder.encode_responses(["Paris"], " "), encoder.encode_responses(["Paris"], "")
     assert "".join(pieces(encoder, spaced)) == "ĠParis"
@@ -44,8 +48,8 @@ def test_a_bytelevel_response_carries_the_space_only_where_the_template_has_one(
 
 
 def test_every_first_prompt_has_exactly_one_bos_whatever_the_tokenizer_adds_or_the_text_holds(
-    first, prepend, bytelevel
-):
+    first: Any, prepend: Any, bytelevel: Any
+) -> None:
     for folder in (first, prepend):
         encoder = TextEncoder(folder)
         for text in ("User: hi", "<s>User: <s>hi</s>"):
@@ -58,7 +62,9 @@ def test_every_first_prompt_has_exactly_one_bos_whatever_the_tokenizer_adds_or_t
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("first", ["<0x0A>"]), ("prepend", ["▁", "<0x0A>"])])
-def test_a_later_prompt_is_split_as_the_tokenizer_itself_does_after_eos(kind, expected, request):
+def test_a_later_prompt_is_split_as_the_tokenizer_itself_does_after_eos(
+    kind: Any, expected: Any, request: pytest.FixtureRequest
+) -> None:
     encoder = TextEncoder(request.getfixturevalue(kind))
     (ids,) = encoder.encode_later_prompts(["\nUser: hi"])
     whole = encoder.tokenizer("</s>\nUser: hi", add_special_tokens=False).input_ids
@@ -66,14 +72,18 @@ def test_a_later_prompt_is_split_as_the_tokenizer_itself_does_after_eos(kind, ex
     assert pieces(encoder, ids)[: len(expected)] == expected
 
 
-def test_specialists_of_one_family_agree_and_come_back_loaded(first, prepend, with_pad, vocab_size):
+def test_specialists_of_one_family_agree_and_come_back_loaded(
+    first: Any, prepend: Any, with_pad: Any, vocab_size: Any
+) -> None:
     encoders = check_tokenizers({"text": first, "code": prepend, "math": with_pad}, vocab_size)
     assert list(encoders) == ["text", "code", "math"]
     assert encoders["text"].fingerprint() != encoders["math"].fingerprint()
     assert encoders["text"].fingerprint() == TextEncoder(first).fingerprint()
 
 
-def test_swapped_pieces_are_refused_with_both_names_and_the_first_of_them(first, altered, vocab_size):
+def test_swapped_pieces_are_refused_with_both_names_and_the_first_of_them(
+    first: Any, altered: Any, vocab_size: Any
+) -> None:
     names = TextEncoder(first).pieces()
     place = next(token for token in range(vocab_size) if TextEncoder(altered).pieces()[token] != names[token])
     with pytest.raises(InputError) as raised:
@@ -83,14 +93,14 @@ def test_swapped_pieces_are_refused_with_both_names_and_the_first_of_them(first,
     assert str(altered) in message and "\n" not in message
 
 
-def test_another_family_is_refused(first, bytelevel):
+def test_another_family_is_refused(first: Any, bytelevel: Any) -> None:
     with pytest.raises(
         InputError, match=r"tokenizers of text .* and code .* disagree: the BOS id is 1 for text and None"
     ):
         check_tokenizers({"text": first, "code": bytelevel}, 400)
 
 
-def with_own_tokens(source, folder, *tokens: str):
+def with_own_tokens(source: Any, folder: Any, *tokens: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     tokenizer.add_tokens(list(tokens))
     tokenizer.save_pretrained(folder)
@@ -98,8 +108,8 @@ def with_own_tokens(source, folder, *tokens: str):
 
 
 def test_specialists_that_each_added_a_token_of_their_own_are_told_the_vocabulary_that_they_share(
-    first, altered, vocab_size, tmp_path
-):
+    first: Any, altered: Any, vocab_size: Any, tmp_path: Path
+) -> None:
     text = with_own_tokens(first, tmp_path / "text", "<|think|>")
     code = with_own_tokens(first, tmp_path / "code", "<|fim|>", "<|end|>")
     math = with_own_tokens(first, tmp_path / "math", "<|think|>", "<|calc|>")
@@ -116,7 +126,7 @@ def test_specialists_that_each_added_a_token_of_their_own_are_told_the_vocabular
         check_tokenizers({"text": text, "code": code, "other": other}, vocab_size + 1)
 
 
-def test_a_normaliser_that_rewrites_text_is_refused_with_the_text(first, tmp_path, vocab_size):
+def test_a_normaliser_that_rewrites_text_is_refused_with_the_text(first: Any, tmp_path: Path, vocab_size: Any) -> None:
     folder = tmp_path / "folds"
     shutil.copytree(first, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -129,12 +139,12 @@ def test_a_normaliser_that_rewrites_text_is_refused_with_the_text(first, tmp_pat
         check_tokenizers({"text": first, "math": folder}, vocab_size)
 
 
-def test_a_control_id_beyond_the_shared_vocabulary_is_refused(first):
+def test_a_control_id_beyond_the_shared_vocabulary_is_refused(first: Any) -> None:
     with pytest.raises(InputError, match="text's EOS id 2 lies beyond the shared vocabulary of 2"):
         check_tokenizers({"text": first}, 2)
 
 
-def test_folders_without_a_usable_tokenizer_are_named(tmp_path, first):
+def test_folders_without_a_usable_tokenizer_are_named(tmp_path: Path, first: Any) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder; expected one with tokenizer.json"):
         TextEncoder(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no tokenizer can be loaded from here") as raised:
@@ -151,7 +161,7 @@ def test_folders_without_a_usable_tokenizer_are_named(tmp_path, first):
         TextEncoder(folder)
 
 
-def test_the_shared_vocabulary_is_the_smallest_of_the_models(tmp_path):
+def test_the_shared_vocabulary_is_the_smallest_of_the_models(tmp_path: Path) -> None:
     for name, rows in (("text", 32000), ("code", 32016), ("math", 32001)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": rows}))

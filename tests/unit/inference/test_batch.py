@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from support.release_prompts import STEPS
@@ -31,23 +33,27 @@ ROWS = [
 
 
 @pytest.fixture
-def answerer(model, release) -> Answerer:
+def answerer(model: Any, release: Any) -> Answerer:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
     return Answerer(OpenedModel(model, tokenizer, frozenset({2})))
 
 
-def write(path, rows) -> PromptFile:
+def write(path: Any, rows: Any) -> PromptFile:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return PromptFile(path)
 
 
-def run(answerer, source, out, trace=None, batch_size=2, system=None) -> list[dict]:
+def run(
+    answerer: Any, source: Any, out: Any, trace: Any = None, batch_size: Any = 2, system: Any = None
+) -> list[dict[str, Any]]:
     prompts = source.encode(answerer, system)
     answer_file(answerer, source, prompts, out, trace, batch_size, Limits(STEPS), Sampling())
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_rows_keep_their_fields_and_order_and_get_the_answers_of_single_prompts(answerer, model, tmp_path):
+def test_rows_keep_their_fields_and_order_and_get_the_answers_of_single_prompts(
+    answerer: Any, model: Any, tmp_path: Path
+) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     answers = run(answerer, source, tmp_path / "out.jsonl")
     assert [{k: v for k, v in row.items() if k not in ("generated", "finish_reason")} for row in answers] == ROWS
@@ -58,13 +64,13 @@ def test_rows_keep_their_fields_and_order_and_get_the_answers_of_single_prompts(
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_the_batch_size_changes_nothing(answerer, tmp_path, batch_size):
+def test_the_batch_size_changes_nothing(answerer: Any, tmp_path: Path, batch_size: int) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     reference = run(answerer, source, tmp_path / "a.jsonl", batch_size=2)
     assert run(answerer, source, tmp_path / "b.jsonl", batch_size=batch_size) == reference
 
 
-def test_the_trace_holds_every_token_with_the_weight_of_each_specialist(answerer, tmp_path):
+def test_the_trace_holds_every_token_with_the_weight_of_each_specialist(answerer: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     answers = run(answerer, source, tmp_path / "out.jsonl", trace=tmp_path / "trace.jsonl")
     traces = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
@@ -76,7 +82,7 @@ def test_the_trace_holds_every_token_with_the_weight_of_each_specialist(answerer
         assert all(abs(sum(token["weights"]) - 1) < 1e-5 for token in trace["tokens"])
 
 
-def test_a_system_text_opens_conversations_that_bring_none(answerer, tmp_path):
+def test_a_system_text_opens_conversations_that_bring_none(answerer: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     plain, opened = source.encode(answerer, None), source.encode(answerer, "Answer in German.")
     assert [a == b for a, b in zip(plain, opened, strict=True)] == [False, False, False, True, False]
@@ -91,41 +97,45 @@ def test_a_system_text_opens_conversations_that_bring_none(answerer, tmp_path):
         ('{"messages": []}', r'in.jsonl:2: "messages" holds no assistant message'),
     ],
 )
-def test_a_row_that_is_no_prompt_is_named_by_its_line(tmp_path, line, message):
+def test_a_row_that_is_no_prompt_is_named_by_its_line(tmp_path: Path, line: Any, message: Any) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "x"}\n' + line + "\n")
     with pytest.raises(InputError, match=message):
         PromptFile(path)
 
 
-def test_a_prompt_without_room_for_an_answer_is_named_before_anything_is_answered(answerer, tmp_path):
+def test_a_prompt_without_room_for_an_answer_is_named_before_anything_is_answered(
+    answerer: Any, tmp_path: Path
+) -> None:
     source = write(tmp_path / "in.jsonl", [ROWS[0], {"prompt": "word " * 300}])
     with pytest.raises(InputError, match=r"in\.jsonl:2: the prompt has \d+ tokens for text, which reads 256 at most"):
         source.encode(answerer, None)
 
 
-def test_fields_that_answers_are_written_to_are_not_lost(tmp_path):
+def test_fields_that_answers_are_written_to_are_not_lost(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"in\.jsonl:1: has the field generated already; rename it"):
         write(tmp_path / "in.jsonl", [{"prompt": "x", "generated": "y"}])
 
 
-def test_half_a_surrogate_pair_in_another_field_is_kept(answerer, tmp_path):
+def test_half_a_surrogate_pair_in_another_field_is_kept(answerer: Any, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": "\\ud800"}\n')
     (answer,) = run(answerer, PromptFile(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
     assert answer["id"] == "\ud800"
 
 
-def test_files_that_are_there_are_not_overwritten(answerer, tmp_path):
+def test_files_that_are_there_are_not_overwritten(answerer: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     with pytest.raises(InputError, match=r"in\.jsonl: exists already"):
         run(answerer, source, tmp_path / "in.jsonl")
 
 
-def test_an_interrupted_file_does_not_get_its_name(answerer, tmp_path, monkeypatch):
+def test_an_interrupted_file_does_not_get_its_name(
+    answerer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
     stream = answerer.stream
 
-    def interrupted(prompts, *arguments, first_row):
+    def interrupted(prompts: Any, *arguments: Any, first_row: Any) -> Any:
         if first_row == 2:
             raise KeyboardInterrupt
         return stream(prompts, *arguments, first_row=first_row)

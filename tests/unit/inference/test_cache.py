@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ ACTIONS = st.lists(
 
 @given(room=st.integers(1, 12), actions=ACTIONS)
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_it_equals_the_dynamic_cache(room, actions):
+def test_it_equals_the_dynamic_cache(room: Any, actions: Any) -> None:
     ours, theirs = BufferedLayer(room), DynamicLayer()
     generator = torch.Generator().manual_seed(0)
     for action, value in [("update", 3), *actions]:
@@ -39,13 +41,13 @@ def test_it_equals_the_dynamic_cache(room, actions):
         assert ours.get_mask_sizes(2) == theirs.get_mask_sizes(2)
 
 
-def test_within_its_room_nothing_is_moved():
+def test_within_its_room_nothing_is_moved() -> None:
     layer = BufferedLayer(room=8)
     places = {layer.update(*torch.randn(2, 1, 2, 1, 4))[0].data_ptr() for _ in range(8)}
     assert len(places) == 1
 
 
-def test_every_specialist_has_its_own_layers_and_room(model):
+def test_every_specialist_has_its_own_layers_and_room(model: Any) -> None:
     cache = buffered_cache(model, dict.fromkeys(model.names, 16))
     ids = torch.arange(3, 8)[None]
     for name in model.names:

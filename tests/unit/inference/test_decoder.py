@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.release_prompts import STEPS, batch, of_row, response
@@ -14,7 +16,9 @@ GREEDY = Sampling()
 ROWS = [of_row(row) for row in range(3)]
 
 
-def decode(decoder: Decoder, prompts, steps=STEPS, sampling=GREEDY, eos=(), **options) -> dict[int, list[int]]:
+def decode(
+    decoder: Decoder, prompts: Any, steps: Any = STEPS, sampling: Any = GREEDY, eos: Any = (), **options: Any
+) -> dict[int, list[int]]:
     """Row -> its tokens."""
     answers: dict[int, list[int]] = {}
     for step in decoder.decode(prompts, max_new_tokens=steps, sampling=sampling, eos=eos, **options):
@@ -23,19 +27,21 @@ def decode(decoder: Decoder, prompts, steps=STEPS, sampling=GREEDY, eos=(), **op
     return answers
 
 
-def test_single_and_batched_prompts_of_different_lengths_give_the_text_of_a_loop_without_cache(model, reference):
+def test_single_and_batched_prompts_of_different_lengths_give_the_text_of_a_loop_without_cache(
+    model: Any, reference: Any
+) -> None:
     expected = {row: reference.greedy(prompt, STEPS) for row, prompt in enumerate(ROWS)}
     assert decode(Decoder(model), ROWS) == expected
     assert {row: decode(Decoder(model), [prompt])[0] for row, prompt in enumerate(ROWS)} == expected
 
 
-def test_the_text_is_that_of_generate(model):
+def test_the_text_is_that_of_generate(model: Any) -> None:
     inputs = batch()
     sequences = model.generate(**inputs, max_new_tokens=STEPS, eos_token_id=None)
     assert list(decode(Decoder(model), ROWS).values()) == response(sequences, inputs)
 
 
-def test_gate_weights_are_those_behind_each_token(model, reference):
+def test_gate_weights_are_those_behind_each_token(model: Any, reference: Any) -> None:
     decoding = Decoder(model).decode([ROWS[1]], max_new_tokens=4, sampling=GREEDY, eos=())
     steps = list(decoding)
     answer = [step.tokens[0] for step in steps]
@@ -44,7 +50,7 @@ def test_gate_weights_are_those_behind_each_token(model, reference):
     torch.testing.assert_close(torch.cat([step.weights for step in steps]).double(), expected, atol=1e-5, rtol=0)
 
 
-def test_rows_leave_the_batch_at_eos_and_the_others_go_on_unchanged(model, reference):
+def test_rows_leave_the_batch_at_eos_and_the_others_go_on_unchanged(model: Any, reference: Any) -> None:
     free = [reference.greedy(prompt, STEPS) for prompt in ROWS]
     eos = free[1][3]
     sizes = []
@@ -57,7 +63,7 @@ def test_rows_leave_the_batch_at_eos_and_the_others_go_on_unchanged(model, refer
     assert sizes[0] == 3 and min(sizes) < 3
 
 
-def test_a_row_that_was_ended_gets_no_further_token(model):
+def test_a_row_that_was_ended_gets_no_further_token(model: Any) -> None:
     decoding = Decoder(model).decode(ROWS, max_new_tokens=STEPS, sampling=GREEDY, eos=())
     rows = []
     for step in decoding:
@@ -74,14 +80,14 @@ class FedTokens:
         self.counts: list[dict[str, int]] = []
         forward = decoder.forward
 
-        def counted(ids, masks, cache):
+        def counted(ids: Any, masks: Any, cache: Any) -> Any:
             self.counts.append({name: part.shape[1] for name, part in ids.items()})
             return forward(ids, masks, cache)
 
         monkeypatch.setattr(decoder, "forward", counted)
 
 
-def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model, monkeypatch):
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(model)
     answer = decode(decoder, [ROWS[0]])[0]
     turn = {name: [*prompt, *answer, 7, 8, 9] for name, prompt in ROWS[0].items()}
@@ -91,7 +97,9 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model, monkey
     assert second == decode(Decoder(model), [turn])[0]
 
 
-def test_a_conversation_that_takes_another_way_keeps_what_is_common(model, monkeypatch):
+def test_a_conversation_that_takes_another_way_keeps_what_is_common(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder = Decoder(model)
     answer = decode(decoder, [ROWS[0]])[0]
     other = {name: [*prompt, *answer[:3], 5, 6] for name, prompt in ROWS[0].items()}
@@ -100,12 +108,12 @@ def test_a_conversation_that_takes_another_way_keeps_what_is_common(model, monke
     assert fed.counts[0] == dict.fromkeys(model.names, 2)
 
 
-def test_the_same_prompt_again_gives_the_same_text(model):
+def test_the_same_prompt_again_gives_the_same_text(model: Any) -> None:
     decoder = Decoder(model)
     assert decode(decoder, [ROWS[2]]) == decode(decoder, [ROWS[2]])
 
 
-def test_a_batch_between_two_turns_does_no_harm(model):
+def test_a_batch_between_two_turns_does_no_harm(model: Any) -> None:
     decoder = Decoder(model)
     first = decode(decoder, [ROWS[0]])
     decode(decoder, ROWS, steps=2)
@@ -113,12 +121,14 @@ def test_a_batch_between_two_turns_does_no_harm(model):
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_an_answer_that_was_interrupted_half_way_leaves_nothing_wrong_behind(model, monkeypatch, after):
+def test_an_answer_that_was_interrupted_half_way_leaves_nothing_wrong_behind(
+    model: Any, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
     decoder = Decoder(model)
     calls = 0
     last_hidden = model.last_hidden
 
-    def interrupted(name, ids, mask=None, cache=None):
+    def interrupted(name: Any, ids: Any, mask: Any = None, cache: Any = None) -> Any:
         nonlocal calls
         calls += name == "math"
         if calls == after + 1:
@@ -131,7 +141,7 @@ def test_an_answer_that_was_interrupted_half_way_leaves_nothing_wrong_behind(mod
     assert decode(decoder, [ROWS[0]]) == decode(Decoder(model), [ROWS[0]])
 
 
-def test_answers_end_where_the_positions_of_a_specialist_end(model):
+def test_answers_end_where_the_positions_of_a_specialist_end(model: Any) -> None:
     prompt = {name: [5] * 20 for name in model.names} | {"code": [5] * 250}
     positions = model.config.specialist_config("code").max_position_embeddings
     found = decode(Decoder(model), [prompt, ROWS[0]], steps=20)  # one row's end is not the other's
@@ -141,21 +151,21 @@ def test_answers_end_where_the_positions_of_a_specialist_end(model):
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
-def test_repetition_penalty_is_that_of_generate(model, penalty):
+def test_repetition_penalty_is_that_of_generate(model: Any, penalty: float) -> None:
     inputs = batch(rows=(1,))
     sequences = model.generate(**inputs, max_new_tokens=STEPS, eos_token_id=None, repetition_penalty=penalty)
     found = decode(Decoder(model), [ROWS[1]], sampling=Sampling(repetition_penalty=penalty))
     assert found[0] == response(sequences, inputs)[0]
 
 
-def test_repetition_penalty_does_not_see_what_pads_shorter_prompts(model):
+def test_repetition_penalty_does_not_see_what_pads_shorter_prompts(model: Any) -> None:
     penalised = Sampling(repetition_penalty=1e-4)  # prefers whatever was there before
     together = decode(Decoder(model), ROWS, sampling=penalised)
     for row, prompt in enumerate(ROWS):
         assert decode(Decoder(model), [prompt], sampling=penalised) == {0: together[row]}
 
 
-def test_draws_follow_the_seed_and_the_row_not_the_batch(model):
+def test_draws_follow_the_seed_and_the_row_not_the_batch(model: Any) -> None:
     drawn = Sampling(temperature=1.0, seed=3)
     together = decode(Decoder(model), ROWS, sampling=drawn)
     alone = {
@@ -168,11 +178,11 @@ def test_draws_follow_the_seed_and_the_row_not_the_batch(model):
 
 
 @pytest.mark.parametrize("only_best", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
-def test_drawing_among_the_single_best_token_is_greedy(model, only_best):
+def test_drawing_among_the_single_best_token_is_greedy(model: Any, only_best: Any) -> None:
     assert decode(Decoder(model), ROWS, sampling=Sampling(temperature=5.0, **only_best)) == decode(Decoder(model), ROWS)
 
 
-def test_draws_have_the_probabilities_of_the_filtered_softmax(model):
+def test_draws_have_the_probabilities_of_the_filtered_softmax(model: Any) -> None:
     """3000 first tokens among the 3 likeliest: each count within 5 standard deviations of its expectation."""
     prompts = [ROWS[0]] * 3000
     tokens = [row[0] for row in decode(Decoder(model), prompts, steps=1, sampling=Sampling(2.0, top_k=3)).values()]
@@ -197,7 +207,7 @@ def test_draws_have_the_probabilities_of_the_filtered_softmax(model):
         ({"seed": -1}, "--seed -1"),
     ],
 )
-def test_settings_out_of_range_are_refused_by_the_name_of_their_option(setting, message):
+def test_settings_out_of_range_are_refused_by_the_name_of_their_option(setting: Any, message: Any) -> None:
     with pytest.raises(InputError) as error:
         Sampling(**setting)
     assert str(error.value).startswith(message)

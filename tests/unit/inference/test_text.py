@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,17 +16,17 @@ LEADS = {"llamas": " ", "qwens": ""}
 
 
 @pytest.fixture(scope="session")
-def tokenizers(releases):
+def tokenizers(releases: Any) -> Any:
     return {trio: PreTrainedTokenizerFast.from_pretrained(folder) for trio, folder in releases.items()}
 
 
-def response_ids(tokenizer, text: str, lead: str) -> list[int]:
+def response_ids(tokenizer: Any, text: str, lead: str) -> list[int]:
     """As in training, without EOS."""
     encoder = SpecialistEncoder(tokenizer, {"first": "{instruction}", "later": "{instruction}"})
     return encoder.tokenizer.encode_responses([text], lead)[0]
 
 
-def streamed(tokenizer, ids, lead, stop=()) -> tuple[str, TextStream]:
+def streamed(tokenizer: Any, ids: Any, lead: Any, stop: Any = ()) -> tuple[str, TextStream]:
     stream = TextStream(tokenizer, lead, stop)
     shown = ""
     for token in ids:
@@ -45,7 +47,7 @@ def streamed(tokenizer, ids, lead, stop=()) -> tuple[str, TextStream]:
         "\n\nstarts with line breaks",
     ],
 )
-def test_streamed_text_is_the_text(tokenizers, trio, text):
+def test_streamed_text_is_the_text(tokenizers: Any, trio: str, text: str) -> None:
     ids = response_ids(tokenizers[trio], text, LEADS[trio])
     shown, stream = streamed(tokenizers[trio], ids, LEADS[trio])
     assert shown == stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
@@ -56,7 +58,7 @@ def test_streamed_text_is_the_text(tokenizers, trio, text):
 @pytest.mark.parametrize("trio", LEADS)
 @given(ids=st.lists(st.integers(3, 390), min_size=1, max_size=20))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_tokens_stream_to_their_decoded_text(tokenizers, trio, ids):
+def test_any_tokens_stream_to_their_decoded_text(tokenizers: Any, trio: str, ids: Any) -> None:
     """Except where bytes are no characters: shown is shown, whatever later bytes make of it."""
     shown, stream = streamed(tokenizers[trio], ids, LEADS[trio])
     assert stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
@@ -66,7 +68,7 @@ def test_any_tokens_stream_to_their_decoded_text(tokenizers, trio, ids):
 
 @pytest.mark.parametrize("trio", LEADS)
 @pytest.mark.parametrize("stop", [("largest",), ("st ci",), ("nowhere", "is the"), ("L",), (".",)])
-def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers, trio, stop):
+def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers: Any, trio: str, stop: Any) -> None:
     text = "London is the largest city. Berlin is smaller."
     ids = response_ids(tokenizers[trio], text, LEADS[trio])
     shown, stream = streamed(tokenizers[trio], ids, LEADS[trio], stop)
@@ -74,19 +76,21 @@ def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers, trio, stop
     assert shown == stream.text == text[: min(text.find(s) for s in stop if s in text)]
 
 
-def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizers):
+def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizers: Any) -> None:
     ids = response_ids(tokenizers["qwens"], "London is the largest", "")
     shown, stream = streamed(tokenizers["qwens"], ids, "", ("largest city",))
     assert shown == "London is the largest" and not stream.stopped
 
 
 @pytest.mark.parametrize("trio", LEADS)
-def test_a_long_answer_is_decoded_in_windows_and_is_the_same(tokenizers, trio, monkeypatch):
+def test_a_long_answer_is_decoded_in_windows_and_is_the_same(
+    tokenizers: Any, trio: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "Grüße, 東京 🙂\n\n    return  a + b\t# London is the largest city.\n" * 30
     ids = response_ids(tokenizers[trio], text, LEADS[trio])
     longest = 0
 
-    def counted(tokenizer, ids, lead):
+    def counted(tokenizer: Any, ids: Any, lead: Any) -> Any:
         nonlocal longest
         longest = max(longest, len(ids))
         return decode_response(tokenizer, ids, lead)
@@ -100,7 +104,7 @@ def test_a_long_answer_is_decoded_in_windows_and_is_the_same(tokenizers, trio, m
     assert shown == stream.text == decode_response(tokenizers[trio], ids, LEADS[trio])
 
 
-def test_every_token_has_its_part_of_the_text(tokenizers):
+def test_every_token_has_its_part_of_the_text(tokenizers: Any) -> None:
     ids = response_ids(tokenizers["qwens"], "a 🙂 b", "")
     _, stream = streamed(tokenizers["qwens"], ids, "")
     pieces = stream.pieces()
@@ -110,7 +114,7 @@ def test_every_token_has_its_part_of_the_text(tokenizers):
 
 
 @pytest.mark.parametrize("trio", LEADS)
-def test_the_token_that_ends_an_answer_has_no_text_even_where_it_is_an_ordinary_one(tokenizers, trio):
+def test_the_token_that_ends_an_answer_has_no_text_even_where_it_is_an_ordinary_one(tokenizers: Any, trio: str) -> None:
     """A chat template may end turns with a token that its tokenizer does not mark as special."""
     ids = response_ids(tokenizers[trio], "Rome is here.", LEADS[trio])
     stream = TextStream(tokenizers[trio], LEADS[trio], (), frozenset({ids[-1]}))

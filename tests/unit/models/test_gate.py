@@ -16,7 +16,7 @@ UNITS = 7  # over 2 and 3 ranks: padded to 8 and 9
 EQUAL, DIFFERENT = {"text": 6, "code": 6, "math": 6}, {"text": 6, "code": 4, "math": 10}
 ROWS = 5
 # float32 sums of at most 10 products against float64: a few times 2^-24 of numbers of order one.
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def states(widths: dict[str, int]) -> dict[str, Tensor]:
@@ -29,6 +29,7 @@ def upstream(specialists: int) -> Tensor:
 
 
 def run_gate(rank: int, widths: dict[str, int]) -> dict[str, Any]:
+    assert dist.group.WORLD is not None
     gate = Gate(widths, UNITS, dist.group.WORLD, torch.float32, seed=1)
     hidden = {name: h.requires_grad_() for name, h in states(widths).items()}
     logits = gate(hidden)
@@ -92,6 +93,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks() -> None:
 
 def train_gate(rank: int) -> list[tuple[str, Tensor, Tensor]]:
     """(name, before, after) of every parameter over five AdamW steps with weight decay."""
+    assert dist.group.WORLD is not None
     gate = Gate(EQUAL, UNITS, dist.group.WORLD, torch.float32, seed=1)
     before = {name: p.detach().clone() for name, p in gate.named_parameters()}
     optimizer = torch.optim.AdamW(gate.parameters(), lr=0.1, weight_decay=0.1)

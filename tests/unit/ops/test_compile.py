@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import Case, answer_of, make_case, relative_error, truth
@@ -14,7 +16,7 @@ EVERYTHING, GATE = (True, True, True), (True, False, False)
 
 @pytest.mark.parametrize("needs", [EVERYTHING, GATE, (False, True, False)], ids=["everything", "gate", "hidden"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_one_graph_forward_and_backward_with_the_same_answer(reduction, needs):
+def test_one_graph_forward_and_backward_with_the_same_answer(reduction: str, needs: Any) -> None:
     torch.compiler.reset()
     case = make_case(91, rows=12, vocab=30, widths=(4, 3), dtype=torch.float64, reduction=reduction, z_loss=0.01)
     compiled = torch.compile(mixture_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -25,7 +27,7 @@ def test_one_graph_forward_and_backward_with_the_same_answer(reduction, needs):
         assert relative_error(gradient, expected.gradients()[name]) <= 1e-12, name
 
 
-def test_fp16_gradients_too_small_for_fp16_survive_until_the_loss_scale_is_known():
+def test_fp16_gradients_too_small_for_fp16_survive_until_the_loss_scale_is_known() -> None:
     """The mean of 4096 rows: a hidden state's gradient is about 1e-6, where fp16 is 3 % coarse."""
     torch.compiler.reset()
     case = make_case(93, rows=4096, vocab=50, widths=(16, 8), dtype=torch.float16, ignored=0.0)
@@ -44,21 +46,21 @@ def test_fp16_gradients_too_small_for_fp16_survive_until_the_loss_scale_is_known
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_derivative_of_the_operators_is_an_error_and_not_silently_nothing(reduction):
+def test_a_second_derivative_of_the_operators_is_an_error_and_not_silently_nothing(reduction: str) -> None:
     torch.compiler.reset()
     case = make_case(94, rows=6, vocab=9, widths=(4, 3), reduction=reduction)
     inputs = [tensor.requires_grad_() for tensor in (case.gate_logits, *case.hidden, *case.heads)]
     compiled = torch.compile(mixture_cross_entropy, fullgraph=True, backend="eager")
     loss = compiled(inputs[1:3], inputs[3:], inputs[0], case.target, reduction=reduction)
     gradients = torch.autograd.grad(loss, inputs, torch.ones_like(loss), create_graph=True)
-    total = sum(gradient.square().sum() for gradient in gradients)
+    total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     with pytest.raises(RuntimeError, match="does not require grad"):
         torch.autograd.grad(total, inputs, allow_unused=True)
 
 
 @pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction, needs):
+def test_opcheck(reduction: str, needs: Any) -> None:
     case = make_case(92, rows=6, vocab=9, widths=(4, 3), reduction=reduction)
     gate = case.gate_logits.requires_grad_(needs[0])
     hidden = [states.requires_grad_(needs[1]) for states in case.hidden]

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(checkout: Path, wanted: str | None, nvcc: str | None, *more: str) -> subprocess.CompletedProcess:
+def build(checkout: Path, wanted: str | None, nvcc: str | None, *more: str) -> subprocess.CompletedProcess[str]:
     home = checkout / "cuda"
     (home / "bin").mkdir(parents=True, exist_ok=True)
     if nvcc:
@@ -81,7 +83,7 @@ def libraries(checkout: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("wanted", [None, "1"])
-def test_a_working_nvcc_builds_for_the_generations_it_knows(checkout, wanted):
+def test_a_working_nvcc_builds_for_the_generations_it_knows(checkout: Any, wanted: str | None) -> None:
     done = build(checkout, wanted, WORKING)
     assert done.returncode == 0, done.stderr
     assert extension(checkout).read_text() == "built\n"
@@ -102,7 +104,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_auto_goes_on_without_cuda_and_says_why_in_one_line(checkout, case):
+def test_auto_goes_on_without_cuda_and_says_why_in_one_line(checkout: Any, case: Any) -> None:
     nvcc, reason = REASONS[case]
     done = build(checkout, "auto", nvcc)
     assert done.returncode == 0, done.stderr
@@ -112,7 +114,7 @@ def test_auto_goes_on_without_cuda_and_says_why_in_one_line(checkout, case):
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_1_fails_with_the_reason_in_one_line(checkout, case):
+def test_1_fails_with_the_reason_in_one_line(checkout: Any, case: Any) -> None:
     nvcc, reason = REASONS[case]
     done = build(checkout, "1", nvcc)
     assert done.returncode != 0
@@ -120,28 +122,28 @@ def test_1_fails_with_the_reason_in_one_line(checkout, case):
     assert libraries(checkout) == []
 
 
-def test_1_fails_where_nvcc_claims_success_without_a_library(checkout):
+def test_1_fails_where_nvcc_claims_success_without_a_library(checkout: Any) -> None:
     done = build(checkout, "1", SILENT)
     assert done.returncode != 0
     assert f"UFM_BUILD_CUDA=1: {checkout}/cuda/bin/nvcc succeeded but left no library" in done.stderr
 
 
 @pytest.mark.parametrize("wanted", ["auto", "1"])
-def test_a_failed_build_does_not_pass_for_one_that_is_up_to_date(checkout, wanted):
+def test_a_failed_build_does_not_pass_for_one_that_is_up_to_date(checkout: Any, wanted: str) -> None:
     build(checkout, wanted, BROKEN)
     done = build(checkout, "1", WORKING)
     assert done.returncode == 0, done.stderr
     assert extension(checkout).read_text() == "built\n"
 
 
-def test_0_leaves_it_out_without_looking(checkout):
+def test_0_leaves_it_out_without_looking(checkout: Any) -> None:
     done = build(checkout, "0", WORKING)
     assert done.returncode == 0, done.stderr
     assert not extension(checkout).exists() and "CUDA" not in done.stdout
 
 
 @pytest.mark.parametrize(("wanted", "nvcc"), [("0", WORKING), ("auto", None), ("auto", BROKEN)])
-def test_what_is_not_built_is_not_left_over_from_an_earlier_build_either(checkout, wanted, nvcc):
+def test_what_is_not_built_is_not_left_over_from_an_earlier_build_either(checkout: Any, wanted: Any, nvcc: Any) -> None:
     """In place, where Python would import it, and in the build's folder, from which wheels are packed."""
     (checkout / "ultrafuser_mega" / "ops").mkdir(parents=True)
     assert build(checkout, "1", WORKING, "--inplace").returncode == 0
@@ -153,13 +155,13 @@ def test_what_is_not_built_is_not_left_over_from_an_earlier_build_either(checkou
     assert libraries(checkout) == []
 
 
-def test_anything_else_is_refused(checkout):
+def test_anything_else_is_refused(checkout: Any) -> None:
     done = build(checkout, "yes", WORKING)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1] == "UFM_BUILD_CUDA: 'yes' is none of 0, 1, auto"
 
 
-def test_the_cuda_runtime_inside_stays_invisible_to_pytorchs_own():
+def test_the_cuda_runtime_inside_stays_invisible_to_pytorchs_own() -> None:
     """PyTorch loads a CUDA runtime into the global scope; a symbol of ours bound to it would mix two versions."""
     from ultrafuser_mega import ops
 
@@ -173,7 +175,7 @@ def test_the_cuda_runtime_inside_stays_invisible_to_pytorchs_own():
 
 
 @pytest.fixture
-def extension_from(tmp_path, monkeypatch):
+def extension_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Lets gate_scale_cuda find its extension in a folder of this test alone."""
     from ultrafuser_mega.ops import gate_scale_cuda
 
@@ -192,20 +194,22 @@ def served(device: int = 0) -> bool:
     return gate_scale_cuda.serves(torch.device("cuda", device), torch.float32, 3)
 
 
-def test_plain_pytorch_takes_over_silently_where_the_extension_was_not_built(extension_from):
+def test_plain_pytorch_takes_over_silently_where_the_extension_was_not_built(extension_from: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not served()
 
 
-def test_plain_pytorch_takes_over_with_one_warning_where_the_library_is_damaged(extension_from):
+def test_plain_pytorch_takes_over_with_one_warning_where_the_library_is_damaged(extension_from: Any) -> None:
     (extension_from / f"_cuda_gate{SUFFIX}").write_bytes(bytes(1000))
     with pytest.warns(UserWarning, match="cannot be loaded: .*_cuda_gate.*; PyTorch's take over") as caught:
         assert not served() and not served()
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
 
 
-def test_asking_whether_a_gpu_can_be_used_leaves_the_callers_device_as_it_was(extension_from, monkeypatch):
+def test_asking_whether_a_gpu_can_be_used_leaves_the_callers_device_as_it_was(
+    extension_from: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernels set the device in a CUDA runtime of their own; PyTorch's guard is what sets it back."""
     (extension_from / "_cuda_gate.py").write_text(
         "MAX_SPECIALISTS = 16\n"
@@ -215,7 +219,7 @@ def test_asking_whether_a_gpu_can_be_used_leaves_the_callers_device_as_it_was(ex
     )
 
     @contextlib.contextmanager
-    def guard(device):
+    def guard(device: torch.device) -> Iterator[Any]:
         kernels = importlib.import_module("_cuda_gate")
         kernels.guarded_by.append(device)
         yield
@@ -226,7 +230,7 @@ def test_asking_whether_a_gpu_can_be_used_leaves_the_callers_device_as_it_was(ex
     assert served(3)
 
 
-def test_a_built_extension_imports_without_a_gpu():
+def test_a_built_extension_imports_without_a_gpu() -> None:
     pytest.importorskip("ultrafuser_mega.ops._cuda_gate", reason="the CUDA extension is not built in this tree")
     from ultrafuser_mega.ops import _cuda_gate
 

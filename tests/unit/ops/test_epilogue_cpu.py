@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 BLOCK = _cpu_epilogue.BLOCK_COLUMNS
 
 
-def chunk(rows, columns, dtype, scale=4.0, seed=0):
+def chunk(rows: Any, columns: Any, dtype: torch.dtype, scale: Any = 4.0, seed: int = 0) -> Any:
     draw = torch.Generator().manual_seed(seed)
     wide = torch.randn(rows, columns + 5, generator=draw, dtype=dtype) * scale  # rows are longer than the logits
     target = torch.randint(-1, columns, (rows,), generator=draw)
@@ -31,26 +32,28 @@ def chunk(rows, columns, dtype, scale=4.0, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("columns", [1, 15, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_statistics_and_gradient_equal_the_twins(rows, columns, dtype):
+def test_statistics_and_gradient_equal_the_twins(rows: int, columns: Any, dtype: Any) -> None:
     logits, target, coefficients = chunk(rows, columns, dtype)
     mine, twins = logits.clone(), logits.clone()
     cpu, twin = CpuEpilogue(dtype), TorchEpilogue(dtype)
     statistics, scratch = cpu.statistics(mine, target, keep=True)
+    assert scratch is not None
     expected, _ = twin.statistics(twins, target, keep=True)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
-    torch.testing.assert_close(statistics, expected, **tolerance)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-13, 1e-13)
+    torch.testing.assert_close(statistics, expected, rtol=rtol, atol=atol)
     global_max = statistics[:, 0] + 1.5  # another rank's shard may hold the maximum
     torch.testing.assert_close(
         cpu.dlogits(mine, scratch, target, global_max, coefficients),
         twin.dlogits(twins, None, target, global_max, coefficients),
-        **tolerance,
+        rtol=rtol,
+        atol=atol,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("columns", [1, BLOCK, 3 * BLOCK + 7])
 @pytest.mark.parametrize("specialists", [1, 2, 5])
-def test_mixture_statistics_equal_the_twins(specialists, columns, dtype):
+def test_mixture_statistics_equal_the_twins(specialists: int, columns: Any, dtype: Any) -> None:
     rows = 4
     draw = torch.Generator().manual_seed(1)
     logits = torch.randn(specialists, rows, columns + 5, generator=draw, dtype=dtype)[:, :, :columns] * 4
@@ -62,7 +65,7 @@ def test_mixture_statistics_equal_the_twins(specialists, columns, dtype):
     torch.testing.assert_close(mine, twins, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_looking_leaves_the_logits_alone_and_sees_the_same():
+def test_looking_leaves_the_logits_alone_and_sees_the_same() -> None:
     logits, target, _ = chunk(7, 2 * BLOCK + 3, torch.float32)
     looked_at = logits.clone()
     looked, scratch = CpuEpilogue(torch.float32).statistics(looked_at, target, keep=False)
@@ -70,39 +73,41 @@ def test_looking_leaves_the_logits_alone_and_sees_the_same():
     assert scratch is None and torch.equal(looked_at, logits) and torch.equal(looked, kept)
 
 
-def test_an_empty_shard_is_the_identity_of_the_combination():
+def test_an_empty_shard_is_the_identity_of_the_combination() -> None:
     statistics, _ = CpuEpilogue(torch.float32).statistics(torch.empty(2, 0), torch.tensor([-1, -1]), keep=True)
     assert statistics.tolist() == [[-math.inf, 0.0, -math.inf, 0.0]] * 2
 
 
-def test_blocks_of_minus_infinity_contribute_nothing():
+def test_blocks_of_minus_infinity_contribute_nothing() -> None:
     logits, target, (a, b, c) = chunk(3, 2 * BLOCK, torch.float32)
     logits[:, :BLOCK] = -math.inf
     target[:] = BLOCK + 1
     cpu = CpuEpilogue(torch.float32)
     statistics, scratch = cpu.statistics(logits, target, keep=True)
+    assert scratch is not None
     assert torch.isfinite(statistics[:, :3]).all()
     gradient = cpu.dlogits(logits, scratch, target, statistics[:, 0], (a, b, torch.zeros_like(c)))
     assert torch.count_nonzero(gradient[:, :BLOCK]) == 0 and torch.isfinite(gradient).all()
 
 
-def test_a_row_without_weight_becomes_exactly_zero_even_from_nan():
+def test_a_row_without_weight_becomes_exactly_zero_even_from_nan() -> None:
     logits, target, _ = chunk(2, 40, torch.float32)
     logits[0] = math.nan
     zero = torch.zeros(2)
     cpu = CpuEpilogue(torch.float32)
     statistics, scratch = cpu.statistics(logits, target, keep=True)
+    assert scratch is not None
     assert torch.count_nonzero(cpu.dlogits(logits, scratch, target, statistics[:, 0], (zero, zero, zero))) == 0
 
 
-def test_nan_is_not_swallowed():
+def test_nan_is_not_swallowed() -> None:
     logits, target, _ = chunk(1, 40, torch.float32)
     logits[0, 17] = math.nan
     statistics, _ = CpuEpilogue(torch.float32).statistics(logits, target, keep=False)
     assert math.isnan(statistics[0, 1])
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads():
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     logits, target, coefficients = chunk(64, 2 * BLOCK, torch.float32)
     results = []
     threads = torch.get_num_threads()
@@ -111,6 +116,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
             torch.set_num_threads(count)
             mine = logits.clone()
             statistics, scratch = CpuEpilogue(torch.float32).statistics(mine, target, keep=True)
+            assert scratch is not None
             CpuEpilogue(torch.float32).dlogits(mine, scratch, target, statistics[:, 0], coefficients)
             results.append((statistics, mine))
     finally:
@@ -121,12 +127,13 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="this PyTorch has another OpenMP runtime")
-def test_the_sweeps_run_on_the_threads_that_pytorch_has_already():
+def test_the_sweeps_run_on_the_threads_that_pytorch_has_already() -> None:
     logits, target, _ = chunk(512, 2 * BLOCK, torch.float32)
     cpu, threads = CpuEpilogue(torch.float32), torch.get_num_threads()
-    tasks, seen, done = Path("/proc/self/task"), set(), threading.Event()
+    tasks, done = Path("/proc/self/task"), threading.Event()
+    seen: set[Path] = set()
 
-    def watch():
+    def watch() -> None:
         while not done.is_set():
             seen.update(tasks.iterdir())
 
@@ -145,7 +152,7 @@ def test_the_sweeps_run_on_the_threads_that_pytorch_has_already():
     assert seen and seen <= before
 
 
-def test_the_exponential_is_within_two_ulp_down_to_the_smallest_normal_number():
+def test_the_exponential_is_within_two_ulp_down_to_the_smallest_normal_number() -> None:
     """2 ulp (1 ulp <= 2^-23 relative) without fused multiply-add as well; below 2^-126 it is 0 or exact enough."""
     x = torch.cat((-torch.linspace(0, 87.33, 1 << 20), torch.tensor([-0.0, -87.4, -104.0, -1e30, -math.inf])))
     y = torch.empty_like(x)
@@ -156,10 +163,11 @@ def test_the_exponential_is_within_two_ulp_down_to_the_smallest_normal_number():
     assert y[-5:].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_a_missing_extension_is_reported_in_one_line_that_says_how_to_build_it(monkeypatch):
+def test_a_missing_extension_is_reported_in_one_line_that_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ultrafuser_mega.ops, "_cpu_epilogue")
     monkeypatch.setitem(sys.modules, "ultrafuser_mega.ops._cpu_epilogue", None)
     spec = importlib.util.spec_from_file_location("without_extension", epilogue_cpu.__file__)
+    assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=r"C\+\+ extension is not built; run `pip install .`") as caught:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert "\n" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import answer_of, make_case, rule_violations
@@ -9,7 +11,7 @@ from support.mixture_cases import answer_of, make_case, rule_violations
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 
 
-def kernels_on(logits, target, row_max, coefficients, dtype):
+def kernels_on(logits: Any, target: Any, row_max: Any, coefficients: Any, dtype: torch.dtype) -> Any:
     from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
 
     epilogue = TritonEpilogue(dtype)
@@ -19,7 +21,7 @@ def kernels_on(logits, target, row_max, coefficients, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [1, 333, 4096, 9000])
-def test_kernels_equal_the_twin(columns, dtype, interpreted):
+def test_kernels_equal_the_twin(columns: int, dtype: Any, interpreted: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, columns + 7, generator=draw) * 4)[:, :columns]
     target = torch.tensor([-1, 0, columns - 1])
@@ -34,14 +36,14 @@ def test_kernels_equal_the_twin(columns, dtype, interpreted):
     torch.testing.assert_close(gradient.float(), expected_gradient, rtol=rounding, atol=1e-6)
 
 
-def mixture_kernel_on(logits, weights, target):
+def mixture_kernel_on(logits: Any, weights: Any, target: Any) -> Any:
     from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
 
     return TritonEpilogue(torch.bfloat16).mixture_statistics(logits, weights, target)
 
 
 @pytest.mark.parametrize(("specialists", "columns"), [(1, 333), (2, 1), (3, 2500), (5, 1024)])
-def test_mixture_kernel_equals_the_twin(specialists, columns, interpreted):
+def test_mixture_kernel_equals_the_twin(specialists: Any, columns: Any, interpreted: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(specialists, 3, columns + 7, generator=draw)[:, :, :columns] * 4
     weights = torch.softmax(torch.randn(3, specialists, generator=draw), 1)
@@ -50,7 +52,7 @@ def test_mixture_kernel_equals_the_twin(specialists, columns, interpreted):
     torch.testing.assert_close(interpreted(mixture_kernel_on, logits, weights, target), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_ignored_rows_and_masked_words_are_exact(interpreted):
+def test_ignored_rows_and_masked_words_are_exact(interpreted: Any) -> None:
     logits = torch.randn(2, 50)
     logits[0] = torch.nan
     logits[1, :20] = -torch.inf
@@ -67,12 +69,12 @@ def test_ignored_rows_and_masked_words_are_exact(interpreted):
     assert torch.isfinite(gradient).all() and torch.isfinite(statistics[1, :3]).all()
 
 
-def chunked_answer(case):
+def chunked_answer(case: Any) -> Any:
     from ultrafuser_mega.ops import chunked
     from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
     from ultrafuser_mega.ops.problem import checked_problem
 
-    def loss(hidden, heads, gate_logits, target, *, reduction="mean", **options):
+    def loss(hidden: Any, heads: Any, gate_logits: Any, target: Any, *, reduction: Any = "mean", **options: Any) -> Any:
         defaults = {"group": None, "vocab_start": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
         problem = checked_problem(hidden, heads, gate_logits, target, reduction=reduction, **(defaults | options))
         return chunked.mixture_loss(problem, epilogue=TritonEpilogue(hidden[0].dtype), buffer_bytes=16 << 10)[0]
@@ -82,7 +84,9 @@ def chunked_answer(case):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_whole_gpu_path_stays_within_the_rule_of_plain_pytorch(dtype, reduction, interpreted):
+def test_the_whole_gpu_path_stays_within_the_rule_of_plain_pytorch(
+    dtype: Any, reduction: str, interpreted: Any
+) -> None:
     """As on a GPU: 16-bit operands, fp32 logits and sums, dz written in place in 16 bits."""
     case = make_case(
         41, rows=40, vocab=333, widths=(16, 24), dtype=dtype, reduction=reduction, label_smoothing=0.1, z_loss=1e-3

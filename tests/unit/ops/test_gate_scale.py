@@ -6,6 +6,7 @@ This is the twin that the CUDA kernels are held to (tests/gpu/test_gate_kernels.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def inputs(widths: tuple[int, ...], dtype: torch.dtype, rows: int = 11, seed: int = 0):
+def inputs(widths: tuple[int, ...], dtype: torch.dtype, rows: int = 11, seed: int = 0) -> Any:
     draw = torch.Generator().manual_seed(seed)
     gate_logits = torch.randn(rows, len(widths), generator=draw, dtype=torch.float64).to(wide(dtype)) * 3
     hidden = [torch.randn(rows, d, generator=draw, dtype=torch.float64).to(dtype) for d in widths]
@@ -34,7 +35,7 @@ def inputs(widths: tuple[int, ...], dtype: torch.dtype, rows: int = 11, seed: in
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_inputs_are_the_hidden_states_times_the_softmax_rounded_once(widths, dtype):
+def test_inputs_are_the_hidden_states_times_the_softmax_rounded_once(widths: Any, dtype: torch.dtype) -> None:
     gate_logits, kept, hidden, _ = inputs(widths, dtype)
     gate_weights, scaled = gate_scale.scale_inputs(gate_logits, kept, hidden, dtype)
     exponentials = gate_logits.double().exp()
@@ -50,7 +51,7 @@ def test_inputs_are_the_hidden_states_times_the_softmax_rounded_once(widths, dty
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_gradients_are_those_of_the_formulas(widths, dtype):
+def test_gradients_are_those_of_the_formulas(widths: Any, dtype: torch.dtype) -> None:
     """dw_j = <h_j, dx_j>, dh_j = w_j dx_j, da_j = w_j (dw_j - sum_k w_k dw_k), in float64 and row by row."""
     gate_logits, kept, hidden, d_inputs = inputs(widths, dtype)
     gate_weights = torch.softmax(gate_logits, 1)
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_the_formulas(widths, dtype):
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_backward_is_the_gradient_of_forward(widths):
+def test_backward_is_the_gradient_of_forward(widths: Any) -> None:
     gate_logits, kept, hidden, d_inputs = inputs(widths, torch.float64)
     gate_logits.requires_grad_()
     leaves = [states.requires_grad_() for states in hidden]
@@ -87,7 +88,7 @@ def test_backward_is_the_gradient_of_forward(widths):
         torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-12)
 
 
-def test_a_gate_that_has_settled_keeps_its_gradient_and_what_all_dw_have_in_common_does_not_matter():
+def test_a_gate_that_has_settled_keeps_its_gradient_and_what_all_dw_have_in_common_does_not_matter() -> None:
     """w_1 = 1 - 4e-9 is 1 in fp32, and dw near 1e6 is known to 0.03."""
     gate_weights = torch.softmax(torch.tensor([[20.0, 0.0, -1.0]]), 1)
     dw = torch.tensor([1e6, 1e6 + 4.0, 1e6 - 8.0])
@@ -99,7 +100,7 @@ def test_a_gate_that_has_settled_keeps_its_gradient_and_what_all_dw_have_in_comm
     torch.testing.assert_close(d_gate[0].double(), true, rtol=1e-6, atol=0.0)
 
 
-def test_only_what_has_an_output_is_written():
+def test_only_what_has_an_output_is_written() -> None:
     gate_logits, kept, hidden, d_inputs = inputs((4, 3), torch.float32)
     gate_weights = torch.softmax(gate_logits, 1)
     both = [torch.empty_like(states) for states in hidden]
@@ -109,7 +110,7 @@ def test_only_what_has_an_output_is_written():
     assert torch.equal(one, both[1])
 
 
-def test_an_ignored_row_may_hold_anything():
+def test_an_ignored_row_may_hold_anything() -> None:
     gate_logits, kept, hidden, d_inputs = inputs((4, 3), torch.float32)
     for tensor in (gate_logits, *hidden):
         tensor[~kept] = math.nan
@@ -121,7 +122,7 @@ def test_an_ignored_row_may_hold_anything():
     assert torch.equal(gate_weights[~kept], torch.full_like(gate_weights[~kept], 0.5))
 
 
-def test_a_specialist_that_the_gate_excludes_gets_nothing():
+def test_a_specialist_that_the_gate_excludes_gets_nothing() -> None:
     gate_logits, kept, hidden, d_inputs = inputs((4, 3), torch.float32)
     gate_logits[:, 0] = -math.inf
     gate_weights, scaled = gate_scale.scale_inputs(gate_logits, kept, hidden, torch.float32)
@@ -132,7 +133,7 @@ def test_a_specialist_that_the_gate_excludes_gets_nothing():
     assert torch.equal(scaled[1][kept], hidden[1][kept])
 
 
-def test_sixteen_bit_states_may_have_wide_gradients_and_inputs():
+def test_sixteen_bit_states_may_have_wide_gradients_and_inputs() -> None:
     """fp16 gradients wait for their upstream factor in fp32; a CPU multiplies 16-bit operands in fp32."""
     gate_logits, kept, hidden, d_inputs = inputs((4, 3), torch.float16)
     gate_weights, scaled = gate_scale.scale_inputs(gate_logits, kept, hidden, torch.float32)
@@ -142,5 +143,5 @@ def test_sixteen_bit_states_may_have_wide_gradients_and_inputs():
     assert torch.equal(d_hidden[0], d_inputs[0] * gate_weights[:, :1])
 
 
-def test_cpu_tensors_take_the_plain_pytorch_path():
+def test_cpu_tensors_take_the_plain_pytorch_path() -> None:
     assert gate_scale._chosen([torch.zeros(1, 4)], torch.float32) is gate_scale_torch

@@ -8,6 +8,8 @@ logits or a specialist's part of one to bf16 would err by up to 2^-8 |z|: at 409
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import Case, make_case, truth
@@ -16,7 +18,7 @@ from ultrafuser_mega.ops import chunked
 from ultrafuser_mega.ops.problem import checked_problem
 
 WIDTHS = (4, 4)
-SIZES = {  # of the logits
+SIZES: dict[str, dict[str, Any]] = {  # of the logits
     "3": {"logit_scale": 3.0},
     "300": {"logit_scale": 300.0},
     "256 + 3": {"common_offset": 256.0},
@@ -44,13 +46,14 @@ def head_gradients(case: Case, triton: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("triton", [False, True], ids=["CPU", "Triton, interpreted"])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_probability_keeps_the_precision_of_bf16(size, triton, interpreted):
+def test_every_probability_keeps_the_precision_of_bf16(size: Any, triton: bool, interpreted: Any) -> None:
     case = make_case(
         131, rows=1, vocab=200, widths=WIDTHS, dtype=torch.bfloat16, ignored=0.0, gate_scale=0.0, reduction="sum",
         **SIZES[size],
     )  # fmt: skip
     found = interpreted(head_gradients, case, True) if triton else head_gradients(case, False)
-    z = sum(0.5 * (states.double() @ head.double().t()) for states, head in zip(case.hidden, case.heads, strict=True))
+    pairs = zip(case.hidden, case.heads, strict=True)
+    z = torch.stack([0.5 * (states.double() @ head.double().t()) for states, head in pairs]).sum(0)
     rounding = 2**-7 if triton else 2**-8  # Triton's interpreter cuts bf16 off; a GPU rounds
     allowed = rounding + 2 * sum(WIDTHS) * 2**-24 * float(z.abs().max())
     words = torch.softmax(z[0], 0) > 1e-30  # fp32 and bf16 end at 1e-38

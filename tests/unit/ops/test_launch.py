@@ -5,7 +5,7 @@ and is stopped where it would call CUDA. Tensors lie in the CPU's memory; nothin
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ KERNELS |= {"mixture_statistics_kernel"}
 
 
 @pytest.mark.parametrize("widths", [(64, 128, 96), (33, 50, 1)], ids=["aligned", "unaligned"])
-def test_every_kernel_is_launched_within_the_memory_of_its_gpu(widths, compiling):
+def test_every_kernel_is_launched_within_the_memory_of_its_gpu(widths: Any, compiling: Any) -> None:
     found = compiling(launches, widths, 300, 1000)
     assert {launch.kernel for launch in found} == KERNELS
     for launch in found:
@@ -65,5 +65,5 @@ def compilations(row_counts: list[int]) -> list[int]:
     return counts
 
 
-def test_another_number_of_tokens_compiles_nothing(compiling):
+def test_another_number_of_tokens_compiles_nothing(compiling: Any) -> None:
     assert len(set(compiling(compilations, [300, 304, 1, 4097]))) == 1

@@ -7,6 +7,7 @@ CUDA kernels are absent, so what plain PyTorch needs in their place counts, too.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -63,23 +64,24 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def problem_of(shape: str, needs: tuple[bool, bool, bool], reduction: str):
+def problem_of(shape: str, needs: tuple[bool, bool, bool], reduction: str) -> Any:
     vocab, widths = SHAPES[shape]
     gate, hidden, heads = needs
-    half = {"dtype": torch.bfloat16, "device": "meta"}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     tensors = (
         [torch.empty(ROWS, d, **half, requires_grad=hidden) for d in widths],
         [torch.empty(vocab, d, **half, requires_grad=heads) for d in widths],
         torch.empty(ROWS, len(widths), device="meta", requires_grad=gate),
         torch.empty(ROWS, dtype=torch.int64, device="meta"),
     )
-    settings = {"vocab_start": 0, "vocab_size": None, "ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-4}
+    settings: dict[str, Any] = {"vocab_start": 0, "vocab_size": None, "ignore_index": -100}
+    settings |= {"label_smoothing": 0.1, "z_loss": 1e-4}
     problem = checked_problem(*tensors, group=None, reduction=reduction, **settings)
     gradients = sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if t.requires_grad)
     return problem, gradients
 
 
-def workspace(loss_of, shape: str, task: str, reduction: str) -> float:
+def workspace(loss_of: Any, shape: str, task: str, reduction: str) -> float:
     """MiB beyond the gradients at the worst moment of a forward and, where anything is trained, a backward."""
     problem, gradients = problem_of(shape, TASKS[task], reduction)
     upstream = torch.empty(ROWS if reduction == "none" else (), device="meta")
@@ -91,7 +93,7 @@ def workspace(loss_of, shape: str, task: str, reduction: str) -> float:
 
 
 @pytest.fixture
-def silent_products(monkeypatch):
+def silent_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ultrafuser_mega.ops.gemm.accumulate", lambda *args, **options: None)
 
 
@@ -100,26 +102,28 @@ class SilentEpilogue:
 
     operand_dtype = torch.bfloat16
 
-    def statistics(self, logits, target, keep):
+    def statistics(self, logits: Any, target: Any, keep: Any) -> Any:
         return logits.new_empty((logits.shape[0], 4)), None
 
-    def dlogits(self, logits, scratch, target, row_max, coefficients):
+    def dlogits(self, logits: Any, scratch: Any, target: Any, row_max: Any, coefficients: Any) -> Any:
         rows, columns = logits.shape
         return torch.empty(0, dtype=torch.bfloat16, device="meta").set_(
             logits.untyped_storage(), 2 * logits.storage_offset(), (rows, columns), (2 * logits.stride(0), 1)
         )
 
-    def mixture_statistics(self, logits, gate_weights, target):
+    def mixture_statistics(self, logits: Any, gate_weights: Any, target: Any) -> Any:
         return logits.new_empty((logits.shape[1], 4 + 3 * logits.shape[0]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunked_and_gate_only_stay_within_one_gibibyte(shape, task, reduction, silent_products):
+def test_chunked_and_gate_only_stay_within_one_gibibyte(
+    shape: Any, task: Any, reduction: str, silent_products: Any
+) -> None:
     backend = gate_only if task == "gate alone" else chunked
 
-    def loss_of(problem):
+    def loss_of(problem: Any) -> Any:
         return backend.mixture_loss(problem, epilogue=SilentEpilogue(), buffer_bytes=BUFFER_BYTES["cuda"])
 
     used = workspace(loss_of, shape, task, reduction)
@@ -129,7 +133,9 @@ def test_chunked_and_gate_only_stay_within_one_gibibyte(shape, task, reduction, 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_streaming_stays_within_64_mebibytes(shape, task, reduction, silent_products, monkeypatch):
+def test_streaming_stays_within_64_mebibytes(
+    shape: Any, task: Any, reduction: str, silent_products: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streaming = pytest.importorskip("ultrafuser_mega.ops.streaming")
 
     monkeypatch.setattr(streaming, "launch", lambda *args: None)

@@ -7,6 +7,7 @@ PyTorch in the same type on the same numbers: see rule_violations.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ SHAPES = {  # widths, vocab, rows: a covering set, not the product
     "several epilogue blocks": ((8, 6), 2500, 9),
 }
 
-VALUES = {
+VALUES: dict[str, dict[str, Any]] = {
     "ordinary": {},
     "logits of 1e4": {"logit_scale": 1e4},
     "common offset of 1e4": {"common_offset": 1e4},
@@ -37,7 +38,7 @@ VALUES = {
 }
 
 
-def assert_close_to_truth(answer, expected, tolerance):
+def assert_close_to_truth(answer: Any, expected: Any, tolerance: Any) -> None:
     assert relative_error(answer.loss, expected.loss) <= tolerance
     for name, gradient in answer.gradients().items():
         assert relative_error(gradient, expected.gradients()[name]) <= tolerance, name
@@ -46,7 +47,7 @@ def assert_close_to_truth(answer, expected, tolerance):
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float64_agrees_with_the_closed_form_to_rounding(shape, reduction, backend):
+def test_float64_agrees_with_the_closed_form_to_rounding(shape: Any, reduction: Any, backend: str) -> None:
     widths, vocab, rows = SHAPES[shape]
     case = make_case(
         1,
@@ -71,7 +72,9 @@ VALUES_AND_TYPES = [(values, dtype) for values in VALUES for dtype in (torch.flo
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
 @pytest.mark.parametrize(("values", "dtype"), VALUES_AND_TYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_error_stays_within_the_rule_of_plain_pytorch(reduction, values, dtype, backend):
+def test_error_stays_within_the_rule_of_plain_pytorch(
+    reduction: str, values: Any, dtype: torch.dtype, backend: str
+) -> None:
     case = make_case(
         2,
         rows=64,
@@ -88,11 +91,11 @@ def test_error_stays_within_the_rule_of_plain_pytorch(reduction, values, dtype, 
 
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(reduction, backend):
+def test_gradcheck(reduction: Any, backend: str) -> None:
     case = make_case(3, rows=5, vocab=7, widths=(3, 2), dtype=torch.float64)
     inputs = [case.gate_logits, *case.hidden, *case.heads]
 
-    def loss(gate, *tensors):
+    def loss(gate: Any, *tensors: Any) -> Any:
         return mixture_cross_entropy(
             tensors[:2],
             tensors[2:],
@@ -110,7 +113,7 @@ def test_gradcheck(reduction, backend):
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [0, 6])
-def test_no_kept_row_gives_zero_loss_and_zero_gradients(rows, reduction, backend):
+def test_no_kept_row_gives_zero_loss_and_zero_gradients(rows: int, reduction: Any, backend: str) -> None:
     case = make_case(4, rows=rows, vocab=11, widths=(4, 3), ignored=2.0, reduction=reduction, label_smoothing=0.1)
     answer = answer_of(mixture_cross_entropy, case, backend=backend)
     assert answer.loss.shape == ((rows,) if reduction == "none" else ())
@@ -120,7 +123,7 @@ def test_no_kept_row_gives_zero_loss_and_zero_gradients(rows, reduction, backend
 
 
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
-def test_what_an_ignored_row_holds_does_not_matter(backend):
+def test_what_an_ignored_row_holds_does_not_matter(backend: str) -> None:
     case = make_case(5, rows=20, vocab=50, widths=(4, 3), reduction="sum", z_loss=0.01)
     ignored = case.target == IGNORE
     clean = answer_of(mixture_cross_entropy, case, backend=backend)
@@ -136,7 +139,7 @@ def test_what_an_ignored_row_holds_does_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
-def test_a_word_masked_by_minus_infinity_has_no_probability_and_no_gradient(backend):
+def test_a_word_masked_by_minus_infinity_has_no_probability_and_no_gradient(backend: str) -> None:
     case = make_case(6, rows=10, vocab=30, widths=(4, 3), ignored=0.0, reduction="sum")
     for states, head in zip(case.hidden, case.heads, strict=True):
         states[:, 0] = 1.0
@@ -154,7 +157,7 @@ def test_a_word_masked_by_minus_infinity_has_no_probability_and_no_gradient(back
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
 )
-def test_only_required_gradients_are_computed_and_they_are_the_same(needs, reduction, backend):
+def test_only_required_gradients_are_computed_and_they_are_the_same(needs: Any, reduction: Any, backend: str) -> None:
     case = make_case(7, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction=reduction)
     answer = answer_of(mixture_cross_entropy, case, needs, backend=backend)
     expected = truth(case).gradients()
@@ -166,7 +169,7 @@ def test_only_required_gradients_are_computed_and_they_are_the_same(needs, reduc
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_frozen_specialist_among_trainable_ones(reduction):
+def test_one_frozen_specialist_among_trainable_ones(reduction: Any) -> None:
     case = make_case(8, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction=reduction)
     hidden = [case.hidden[0].requires_grad_(), case.hidden[1]]
     heads = [case.heads[0], case.heads[1].requires_grad_()]
@@ -180,7 +183,7 @@ def test_one_frozen_specialist_among_trainable_ones(reduction):
 
 @pytest.mark.parametrize("backend", TRAINABLE_BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_row_losses_come_with_the_scalar_and_carry_no_gradient(reduction, backend):
+def test_row_losses_come_with_the_scalar_and_carry_no_gradient(reduction: Any, backend: str) -> None:
     case = make_case(9, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction=reduction, label_smoothing=0.1)
     hidden = [states.requires_grad_() for states in case.hidden]
     loss, rows = mixture_cross_entropy_with_rows(
@@ -193,7 +196,7 @@ def test_row_losses_come_with_the_scalar_and_carry_no_gradient(reduction, backen
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_repeating_a_call_repeats_every_bit(reduction, needs):
+def test_repeating_a_call_repeats_every_bit(reduction: Any, needs: Any) -> None:
     case = make_case(10, rows=300, vocab=1500, widths=(16, 8), reduction=reduction)
     first = answer_of(mixture_cross_entropy, case, needs, backend="chunked")
     second = answer_of(mixture_cross_entropy, case, needs, backend="chunked")
@@ -204,7 +207,7 @@ def test_repeating_a_call_repeats_every_bit(reduction, needs):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_backward_may_run_twice_on_a_retained_graph(reduction, factor):
+def test_backward_may_run_twice_on_a_retained_graph(reduction: Any, factor: float) -> None:
     case = make_case(11, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction=reduction)
     inputs = [tensor.requires_grad_() for tensor in (case.gate_logits, *case.hidden, *case.heads)]
     loss = mixture_cross_entropy(inputs[1:3], inputs[3:], inputs[0], case.target, **case.options, backend="chunked")
@@ -220,7 +223,7 @@ def test_backward_may_run_twice_on_a_retained_graph(reduction, factor):
         torch.autograd.grad(loss, inputs, up)
 
 
-def test_transposed_and_sliced_inputs_need_no_copy_by_the_caller():
+def test_transposed_and_sliced_inputs_need_no_copy_by_the_caller() -> None:
     case = make_case(12, rows=20, vocab=40, widths=(4, 3), dtype=torch.float64, reduction="sum")
     hidden = [states.t().contiguous().t() for states in case.hidden]
     heads = [torch.cat((head, head), 1)[:, : head.shape[1]] for head in case.heads]
@@ -229,7 +232,7 @@ def test_transposed_and_sliced_inputs_need_no_copy_by_the_caller():
     assert relative_error(1.25 * loss, 1.25 * truth(case).loss) <= 1e-12
 
 
-def test_autocast_does_not_change_the_answer():
+def test_autocast_does_not_change_the_answer() -> None:
     case = make_case(13, rows=20, vocab=40, widths=(4, 3), reduction="sum")
     plain = answer_of(mixture_cross_entropy, case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -237,7 +240,7 @@ def test_autocast_does_not_change_the_answer():
     assert torch.equal(plain.loss, inside.loss) and torch.equal(plain.heads[0], inside.heads[0])
 
 
-def test_fp16_gradients_survive_a_loss_scale_that_fp16_itself_cannot_hold():
+def test_fp16_gradients_survive_a_loss_scale_that_fp16_itself_cannot_hold() -> None:
     """With a loss scale of 2^16 and thousands of words, dz = scale * p is too large and p too small for fp16."""
     case = make_case(14, rows=16, vocab=2000, widths=(8, 6), dtype=torch.float16, reduction="none", ignored=0.0)
     hidden = [states.requires_grad_() for states in case.hidden]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import Case, answer_of, make_case, relative_error, rule_violations, truth
@@ -10,7 +12,7 @@ from ultrafuser_mega.ops import chunked, gemm
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "group": None,
     "vocab_start": 0,
     "vocab_size": None,
@@ -21,14 +23,23 @@ DEFAULTS = {
 }
 
 
-def chunked_loss(hidden, heads, gate_logits, target, *, buffer_bytes=None, epilogue=None, **options):
+def chunked_loss(
+    hidden: Any,
+    heads: Any,
+    gate_logits: Any,
+    target: Any,
+    *,
+    buffer_bytes: Any = None,
+    epilogue: Any = None,
+    **options: Any,
+) -> Any:
     problem = checked_problem(hidden, heads, gate_logits, target, **(DEFAULTS | options))
     return chunked.mixture_loss(problem, buffer_bytes=buffer_bytes, epilogue=epilogue)[0]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 36, 37, 1000])
-def test_any_chunk_size_gives_the_same_answer(rows_per_chunk, reduction):
+def test_any_chunk_size_gives_the_same_answer(rows_per_chunk: int, reduction: str) -> None:
     case = make_case(
         21, rows=37, vocab=50, widths=(4, 3), dtype=torch.float64, padding=2, reduction=reduction, label_smoothing=0.1
     )
@@ -40,7 +51,7 @@ def test_any_chunk_size_gives_the_same_answer(rows_per_chunk, reduction):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_head_gradients_do_not_grow_worse_with_the_number_of_chunks(dtype):
+def test_sixteen_bit_head_gradients_do_not_grow_worse_with_the_number_of_chunks(dtype: Any) -> None:
     """64 chunks of one row each, summed in fp32 and rounded once: the error is one rounding, not sixty-four."""
     case = make_case(22, rows=64, vocab=50, widths=(8, 6), dtype=dtype, reduction="sum")
     answer = answer_of(chunked_loss, case, buffer_bytes=50 * 4)
@@ -50,11 +61,13 @@ def test_sixteen_bit_head_gradients_do_not_grow_worse_with_the_number_of_chunks(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_may_round_otherwise_in_a_product_of_another_shape(reduction, monkeypatch):
+def test_logits_may_round_otherwise_in_a_product_of_another_shape(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As some BLAS do. With "none" the forward's products are blocks of the vocabulary, the backward's are not."""
     product = gemm.accumulate
 
-    def by_shape(out, a, b, **options):
+    def by_shape(out: Any, a: Any, b: Any, **options: Any) -> None:
         if out.shape[1] < 2500:  # from the last k to the first
             a, b = a.flip(1), b.flip(0)
         product(out, a, b, **options)
@@ -65,7 +78,7 @@ def test_logits_may_round_otherwise_in_a_product_of_another_shape(reduction, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_plain_pytorch_epilogue_is_a_twin_of_the_compiled_one(dtype):
+def test_the_plain_pytorch_epilogue_is_a_twin_of_the_compiled_one(dtype: Any) -> None:
     case = make_case(23, rows=37, vocab=1500, widths=(8, 6), dtype=dtype, label_smoothing=0.1, z_loss=0.01)
     twin = answer_of(chunked_loss, case, epilogue=TorchEpilogue(dtype))
     compiled = answer_of(chunked_loss, case)
@@ -81,12 +94,12 @@ class HalfDlogits(TorchEpilogue):
     def __init__(self) -> None:
         super().__init__(torch.float16)
 
-    def dlogits(self, logits, scratch, target, row_max, coefficients):
+    def dlogits(self, logits: Any, scratch: Any, target: Any, row_max: Any, coefficients: Any) -> Any:
         return super().dlogits(logits, scratch, target, row_max, coefficients).half()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_words_too_improbable_for_fp16_keep_their_part_of_an_fp16_head_gradient(reduction):
+def test_words_too_improbable_for_fp16_keep_their_part_of_an_fp16_head_gradient(reduction: str) -> None:
     """One word takes all probability but about 2^-26 for each other one, less than half of the smallest fp16 number.
 
     A loss scale of 2^16 makes their gradients large enough for fp16 again, if they survived until it is applied.
@@ -104,10 +117,11 @@ def test_words_too_improbable_for_fp16_keep_their_part_of_an_fp16_head_gradient(
     expected = truth(Case(case.hidden, [head.detach() for head in heads], case.gate_logits, case.target, case.options))
     share = 2.0**16 / 1.25 * (1 if reduction == "mean" else 8)  # truth: upstream 1.25, mean of 8 rows
     weights = torch.softmax(case.gate_logits.double(), 1)
-    z = sum(
+    parts = [
         weights[:, j, None] * (h.double() @ w.detach().double().t())
         for j, (h, w) in enumerate(zip(case.hidden, heads, strict=True))
-    )
+    ]
+    z = torch.stack(parts).sum(0)
     rarest = float(torch.softmax(z, 1).min())
     assert float(torch.softmax(z, 1)[:, 1:].max()) < 2**-25
     half_a_step = 2**-25 / 256  # of what dz is stored in, scaled by 256
@@ -116,7 +130,7 @@ def test_words_too_improbable_for_fp16_keep_their_part_of_an_fp16_head_gradient(
 
 
 @pytest.mark.parametrize("vocab", [1000, 3], ids=["logits weigh most", "hidden states weigh most"])
-def test_what_grows_with_a_chunk_stays_within_its_budget(vocab):
+def test_what_grows_with_a_chunk_stays_within_its_budget(vocab: int) -> None:
     case = make_case(24, rows=4096, vocab=vocab, widths=(40, 30))
     problem = checked_problem(case.hidden, case.heads, case.gate_logits, case.target, **DEFAULTS)
     plan = chunked.Plan(problem, buffer_bytes=1 << 20)

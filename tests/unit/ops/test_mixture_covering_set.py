@@ -7,6 +7,7 @@ Everything is held to the rule of plain PyTorch in the same type (testing.Rule).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ CASES = [  # vocabulary, rows, widths, type, values, reduction
 
 
 def case_of(vocab: int, rows: int, widths: tuple[int, ...], dtype: torch.dtype, values: str, reduction: str) -> Case:
-    options = {"rows": rows, "vocab": vocab, "widths": widths, "dtype": dtype, "reduction": reduction, "z_loss": 1e-4}
+    options: dict[str, Any] = {"rows": rows, "vocab": vocab, "widths": widths, "dtype": dtype}
+    options |= {"reduction": reduction, "z_loss": 1e-4}
     match values:
         case "saturated":
             return make_case(111, **options, gate_scale=200.0, padding=5, label_smoothing=0.1)
@@ -64,7 +66,7 @@ def masked(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_every_backend_stays_within_the_rule_of_plain_pytorch(shape):
+def test_every_backend_stays_within_the_rule_of_plain_pytorch(shape: Any) -> None:
     case = case_of(*shape)
     rule = Rule(case)
     for backend, needs in BACKENDS:
@@ -75,7 +77,7 @@ def test_every_backend_stays_within_the_rule_of_plain_pytorch(shape):
 
 
 @pytest.mark.parametrize(("backend", "needs"), [("chunked", EVERYTHING), ("gate_only", GATE)], ids=["all", "gate"])
-def test_4096_rows_of_32000_words(backend, needs):
+def test_4096_rows_of_32000_words(backend: str, needs: Any) -> None:
     """64 rows repeated 64 times: the truth of the 64 is the truth of all, and only the answer pays for the size.
 
     Sums over words are held to the rule. In a sum over rows that repeat roundings repeat, too, and add up: there only
@@ -102,12 +104,12 @@ def test_4096_rows_of_32000_words(backend, needs):
     assert rule.violations(answer, gate_alone=backend == "gate_only") == []
 
 
-def streamed(case: Case, needs: tuple[bool, bool, bool]):
+def streamed(case: Case, needs: tuple[bool, bool, bool]) -> Any:
     """The streaming backend with the block sizes it ships with, for a process whose Triton interprets."""
     from ultrafuser_mega.ops import streaming
     from ultrafuser_mega.ops.problem import checked_problem
 
-    def loss(hidden, heads, gate_logits, target, **options):
+    def loss(hidden: Any, heads: Any, gate_logits: Any, target: Any, **options: Any) -> Any:
         options = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "label_smoothing": 0.0} | options
         return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **options))[0]
 
@@ -125,6 +127,6 @@ def streamed(case: Case, needs: tuple[bool, bool, bool]):
     ],
     ids=str,
 )
-def test_interpreted_streaming_stays_within_the_rule_of_plain_pytorch(shape, needs, interpreted):
+def test_interpreted_streaming_stays_within_the_rule_of_plain_pytorch(shape: Any, needs: Any, interpreted: Any) -> None:
     case = case_of(*shape)
     assert Rule(case).violations(interpreted(streamed, case, needs), gate_alone=needs == GATE) == []

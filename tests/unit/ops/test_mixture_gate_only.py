@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import IGNORE, answer_of, make_case, relative_error, rule_violations, truth
@@ -27,7 +29,7 @@ REDUCTIONS = ["mean", "sum", "none"]
         ((8, 6), 50, 1),
     ],
 )
-def test_float64_agrees_with_the_closed_form_to_rounding(widths, vocab, rows, reduction):
+def test_float64_agrees_with_the_closed_form_to_rounding(widths: Any, vocab: Any, rows: Any, reduction: Any) -> None:
     case = make_case(
         51,
         rows=rows,
@@ -50,7 +52,7 @@ def test_float64_agrees_with_the_closed_form_to_rounding(widths, vocab, rows, re
 @pytest.mark.parametrize(
     "values", [{}, {"gate_scale": 200.0}, {"ignored": 2.0}], ids=["ordinary", "saturated", "ignored"]
 )
-def test_error_stays_within_the_rule_of_plain_pytorch(values, reduction, dtype):
+def test_error_stays_within_the_rule_of_plain_pytorch(values: Any, reduction: str, dtype: Any) -> None:
     case = make_case(
         52, rows=64, vocab=333, widths=(16, 24, 8), dtype=dtype, reduction=reduction, label_smoothing=0.1, **values
     )
@@ -59,24 +61,24 @@ def test_error_stays_within_the_rule_of_plain_pytorch(values, reduction, dtype):
 
 
 @pytest.mark.parametrize("values", [{"logit_scale": 1e4}, {"common_offset": 1e4}, {"common_offset": 1e6}], ids=str)
-def test_extreme_logits_stay_within_the_rule_of_plain_pytorch(values):
+def test_extreme_logits_stay_within_the_rule_of_plain_pytorch(values: Any) -> None:
     case = make_case(53, rows=64, vocab=333, widths=(16, 24, 8), label_smoothing=0.1, z_loss=1e-4, **values)
     answer = answer_of(mixture_cross_entropy, case, GATE, backend="gate_only")
     assert rule_violations(answer, case, gate_alone=True) == []
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(reduction):
+def test_gradcheck(reduction: Any) -> None:
     case = make_case(54, rows=5, vocab=7, widths=(3, 2), dtype=torch.float64, reduction=reduction, z_loss=0.1)
 
-    def loss(gate):
+    def loss(gate: Any) -> Any:
         return mixture_cross_entropy(case.hidden, case.heads, gate, case.target, **case.options, backend="gate_only")
 
     assert torch.autograd.gradcheck(loss, [case.gate_logits.requires_grad_()])
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 1000])
-def test_any_chunk_size_and_the_plain_pytorch_epilogue_give_the_same_answer(rows_per_chunk):
+def test_any_chunk_size_and_the_plain_pytorch_epilogue_give_the_same_answer(rows_per_chunk: int) -> None:
     case = make_case(55, rows=37, vocab=50, widths=(4, 3), dtype=torch.float64, label_smoothing=0.1)
     problem = checked_problem(
         case.hidden,
@@ -97,7 +99,7 @@ def test_any_chunk_size_and_the_plain_pytorch_epilogue_give_the_same_answer(rows
         assert relative_error(gradient, truth(case).gate) <= 1e-12
 
 
-def test_what_an_ignored_row_holds_does_not_matter():
+def test_what_an_ignored_row_holds_does_not_matter() -> None:
     case = make_case(56, rows=20, vocab=50, widths=(4, 3))
     clean = answer_of(mixture_cross_entropy, case, GATE)
     ignored = case.target == IGNORE
@@ -107,7 +109,7 @@ def test_what_an_ignored_row_holds_does_not_matter():
     assert torch.equal(dirty.loss, clean.loss) and torch.equal(dirty.gate, clean.gate)
 
 
-def test_row_losses_come_with_the_scalar():
+def test_row_losses_come_with_the_scalar() -> None:
     case = make_case(57, rows=20, vocab=50, widths=(4, 3), dtype=torch.float64, reduction="sum")
     gate = case.gate_logits.requires_grad_()
     _, rows = mixture_cross_entropy_with_rows(case.hidden, case.heads, gate, case.target, **case.options)
@@ -115,17 +117,23 @@ def test_row_losses_come_with_the_scalar():
     assert relative_error(rows, truth(case.with_options(reduction="none")).loss) <= 1e-12
 
 
-def test_repeating_a_call_repeats_every_bit():
+def test_repeating_a_call_repeats_every_bit() -> None:
     case = make_case(58, rows=300, vocab=1500, widths=(16, 8))
     first, second = (answer_of(mixture_cross_entropy, case, GATE) for _ in range(2))
     assert torch.equal(first.loss, second.loss) and torch.equal(first.gate, second.gate)
 
 
-def test_auto_multiplies_each_head_once_and_never_goes_backwards(monkeypatch):
+def test_auto_multiplies_each_head_once_and_never_goes_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes stage 1 cheap: n matrix products in the forward, none in the backward."""
     case = make_case(59, rows=20, vocab=50, widths=(4, 3, 5))
-    products = []
-    monkeypatch.setattr(gemm, "accumulate", lambda *a, f=gemm.accumulate, **k: (products.append(1), f(*a, **k)))
+    products: list[int] = []
+    accumulate = gemm.accumulate
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        products.append(1)
+        accumulate(*arguments, **options)
+
+    monkeypatch.setattr(gemm, "accumulate", counted)
     answer_of(mixture_cross_entropy, case, GATE)
     assert len(products) == 3
     products.clear()
@@ -133,7 +141,7 @@ def test_auto_multiplies_each_head_once_and_never_goes_backwards(monkeypatch):
     assert len(products) == 9
 
 
-def test_a_trainable_head_is_refused_by_name():
+def test_a_trainable_head_is_refused_by_name() -> None:
     case = make_case(60, rows=4, vocab=5, widths=(4, 3))
     case.heads[1].requires_grad_()
     with pytest.raises(InputError, match=r"backend: gate_only gives no gradient for head_weight\[1\]"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import mixture_cross_entropy
 
 
-def good():
+def good() -> Any:
     return {
         "hidden": [torch.randn(4, 3), torch.randn(4, 5)],
         "head_weight": [torch.randn(7, 3), torch.randn(7, 5)],
@@ -49,7 +51,7 @@ BAD = {
     "empty vocabulary": ({"vocab_size": 0}, "vocab_size: 0 must be at least 1"),
     "hidden is None": ({"hidden": None}, "hidden: None, needed a list of tensors"),
     "hidden is one tensor": ({"hidden": torch.randn(2, 4, 3)}, "hidden: a Tensor, needed a list of tensors"),
-    "hidden is a generator": ({"hidden": (h for h in [])}, "hidden: a generator, needed a list of tensors"),
+    "hidden is a generator": ({"hidden": (h for h in list[int]())}, "hidden: a generator, needed a list of tensors"),
     "heads by name": ({"head_weight": {"text": torch.randn(7, 3)}}, "head_weight: a dict, needed a list of tensors"),
     "a hidden is None": ({"hidden": [torch.randn(4, 3), None]}, r"hidden\[1\]: None, needed a tensor"),
     "a head is a list": ({"head_weight": [[1.0], torch.randn(7, 5)]}, r"head_weight\[0\]: a list, needed a tensor"),
@@ -65,26 +67,30 @@ BAD = {
     "reduction is None": ({"reduction": None}, "reduction: None is none of mean, sum, none"),
     "group is a name": ({"group": "fusion"}, "group: 'fusion', needed a process group or None"),
     "buffers are text": ({"head_main_grad": ["x", None]}, r"head_main_grad\[0\]: 'x', needed a tensor"),
-    "buffers are a generator": ({"head_main_grad": (b for b in [])}, "head_main_grad: a generator, needed a list"),
+    "buffers are a generator": (
+        {"head_main_grad": (b for b in list[int]())},
+        "head_main_grad: a generator, needed a list",
+    ),
     "start without a group": ({"vocab_start": 2}, "vocab_start: 2 must be 0 without a group"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_named_in_one_line(what):
+def test_bad_input_is_named_in_one_line(what: Any) -> None:
     change, message = BAD[what]
     with pytest.raises(InputError, match=message) as caught:
         mixture_cross_entropy(**(good() | change))
     assert "\n" not in str(caught.value)
 
 
-def test_the_good_input_these_differ_from_is_accepted():
+def test_the_good_input_these_differ_from_is_accepted() -> None:
     assert torch.isfinite(mixture_cross_entropy(**good()))
 
 
-def test_lists_numbers_and_heads_may_come_in_their_usual_other_forms():
+def test_lists_numbers_and_heads_may_come_in_their_usual_other_forms() -> None:
     given = good()
     given["hidden"] = tuple(given["hidden"])
     given["head_weight"] = torch.nn.ParameterList(given["head_weight"])
-    loss = mixture_cross_entropy(**given, label_smoothing=np.float32(0.1), z_loss=0, vocab_size=np.int64(7))
+    numbers: dict[str, Any] = {"label_smoothing": np.float32(0.1), "z_loss": 0, "vocab_size": np.int64(7)}
+    loss = mixture_cross_entropy(**given, **numbers)
     assert torch.isfinite(loss)

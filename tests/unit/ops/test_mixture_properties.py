@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ cases = st.builds(
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def assert_same(first, second, tolerance=1e-11):
+def assert_same(first: Any, second: Any, tolerance: Any = 1e-11) -> None:
     assert relative_error(first.loss, second.loss) <= tolerance
     for name, gradient in first.gradients().items():
         scale = float(second.gradients()[name].norm()) + 1e-6  # a gradient may cancel to nothing
@@ -44,7 +45,7 @@ def assert_same(first, second, tolerance=1e-11):
 
 @quick
 @given(cases, st.randoms(use_true_random=False))
-def test_the_order_of_the_specialists_does_not_matter(case, random):
+def test_the_order_of_the_specialists_does_not_matter(case: Any, random: Any) -> None:
     order = list(range(len(case.hidden)))
     random.shuffle(order)
     shuffled = Case(
@@ -67,14 +68,14 @@ def test_the_order_of_the_specialists_does_not_matter(case, random):
 
 @quick
 @given(cases, st.floats(-50, 50))
-def test_adding_a_number_to_all_gate_logits_of_a_row_changes_nothing(case, shift):
+def test_adding_a_number_to_all_gate_logits_of_a_row_changes_nothing(case: Any, shift: Any) -> None:
     moved = Case(case.hidden, case.heads, case.gate_logits + shift, case.target, case.options)
     assert_same(answer_of(mixture_cross_entropy, moved), answer_of(mixture_cross_entropy, case), 1e-9)
 
 
 @quick
 @given(cases, st.integers(0, 20))
-def test_splitting_the_rows_over_two_calls_changes_nothing(case, cut):
+def test_splitting_the_rows_over_two_calls_changes_nothing(case: Any, cut: Any) -> None:
     case = case.with_options(reduction="none")
     whole = answer_of(mixture_cross_entropy, case)
     pieces = [slice(0, cut), slice(cut, None)]
@@ -98,7 +99,9 @@ def test_splitting_the_rows_over_two_calls_changes_nothing(case, cut):
     st.lists(st.integers(0, 60), min_size=0, max_size=7),
     st.sampled_from([0.0, 1e6]),
 )
-def test_statistics_of_any_split_of_the_vocabulary_combine_to_those_of_the_whole(seed, vocab, cuts, offset):
+def test_statistics_of_any_split_of_the_vocabulary_combine_to_those_of_the_whole(
+    seed: int, vocab: Any, cuts: Any, offset: Any
+) -> None:
     """1 to 8 shards, empty ones among them."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(5, vocab, generator=draw, dtype=torch.float64) * 10 + offset

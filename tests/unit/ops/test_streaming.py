@@ -4,6 +4,8 @@ blocks of rows and of columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.mixture_cases import IGNORE, Case, answer_of, make_case, rule_violations
@@ -14,12 +16,12 @@ from ultrafuser_mega.ops import mixture_cross_entropy
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 
 
-def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: object):
+def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: Any) -> Any:
     from ultrafuser_mega.ops import streaming, streaming_tiles
     from ultrafuser_mega.ops.problem import checked_problem
 
-    def loss(hidden, heads, gate_logits, target, **options):
-        defaults = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
+    def loss(hidden: Any, heads: Any, gate_logits: Any, target: Any, **options: Any) -> Any:
+        defaults: dict[str, Any] = {"group": None, "vocab_start": 0, "ignore_index": IGNORE, "reduction": "mean"}
         defaults |= {"label_smoothing": 0.0, "z_loss": 0.0}
         return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **(defaults | options)))[0]
 
@@ -38,7 +40,7 @@ def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: ob
 @pytest.mark.parametrize("needs", [EVERYTHING, GATE], ids=["everything", "gate only"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_stays_within_the_rule_of_plain_pytorch(dtype, reduction, needs, interpreted):
+def test_error_stays_within_the_rule_of_plain_pytorch(dtype: Any, reduction: str, needs: Any, interpreted: Any) -> None:
     case = make_case(
         71,
         rows=20,
@@ -68,12 +70,14 @@ def test_error_stays_within_the_rule_of_plain_pytorch(dtype, reduction, needs, i
     ],
     ids=str,
 )
-def test_shapes_and_values_that_break_naive_kernels(widths, vocab, rows, values, needs, interpreted):
+def test_shapes_and_values_that_break_naive_kernels(
+    widths: Any, vocab: Any, rows: Any, values: Any, needs: Any, interpreted: Any
+) -> None:
     case = make_case(72, rows=rows, vocab=vocab, widths=widths, **values)
     assert rule_violations(interpreted(streamed, case, needs), case, gate_alone=needs == GATE) == []
 
 
-def through_descriptors(case: Case, needs: tuple[bool, bool, bool]):
+def through_descriptors(case: Case, needs: tuple[bool, bool, bool]) -> Any:
     return streamed(case, needs, tma=True)
 
 
@@ -81,7 +85,7 @@ def through_descriptors(case: Case, needs: tuple[bool, bool, bool]):
 @pytest.mark.parametrize(
     ("widths", "aligned"), [((16, 24, 40), True), ((16, 24, 5), False)], ids=["aligned", "unaligned"]
 )
-def test_tensor_descriptors_change_no_bit(widths, aligned, needs, interpreted):
+def test_tensor_descriptors_change_no_bit(widths: Any, aligned: Any, needs: Any, interpreted: Any) -> None:
     """Rows, columns and widths that no tile divides; tensors that no descriptor can describe take the pointers."""
     case = make_case(76, rows=20, vocab=333, widths=widths, dtype=torch.bfloat16, padding=3, label_smoothing=0.1)
     assert all(t.stride(0) % 8 == 0 for t in case.heads) == aligned
@@ -92,18 +96,20 @@ def test_tensor_descriptors_change_no_bit(widths, aligned, needs, interpreted):
     assert rule_violations(described, case, gate_alone=needs == GATE) == []
 
 
-def whole_tiles(case: Case, needs: tuple[bool, bool, bool]):
+def whole_tiles(case: Case, needs: tuple[bool, bool, bool]) -> Any:
     return streamed(case, needs, halves=False)
 
 
-def test_a_tile_looked_at_whole_or_in_halves_gives_the_same_within_the_rule(interpreted):
+def test_a_tile_looked_at_whole_or_in_halves_gives_the_same_within_the_rule(interpreted: Any) -> None:
     case = make_case(77, rows=20, vocab=333, widths=(16, 24, 5), label_smoothing=0.1, z_loss=1e-3)
     assert rule_violations(interpreted(whole_tiles, case, EVERYTHING), case) == []
 
 
 @pytest.mark.parametrize("gate", [-10.0, -40.0, -100.0, -float("inf")])
 @pytest.mark.parametrize("mask", [-1e4, -1e10, -1e30])
-def test_a_specialist_that_masks_words_counts_as_much_as_its_gate_weight_says(mask, gate, interpreted):
+def test_a_specialist_that_masks_words_counts_as_much_as_its_gate_weight_says(
+    mask: Any, gate: Any, interpreted: Any
+) -> None:
     """Weights from 5e-5 down to nothing; z of the masked words from -0.5 to -5e25, or as if the mask were not there."""
     case = make_case(78, rows=6, vocab=300, widths=(6, 8, 4), label_smoothing=0.1)
     case.hidden[1][:, 0], case.heads[1][:150, 0] = 1.0, mask
@@ -117,17 +123,17 @@ def splits_of(columns: int) -> int:
     return -(-columns // streaming.split_columns(columns))
 
 
-def test_a_small_vocabulary_is_cut_so_that_programs_are_many_and_a_large_one_into_bounded_walks(compiling):
+def test_a_small_vocabulary_is_cut_so_that_programs_are_many_and_a_large_one_into_bounded_walks(compiling: Any) -> None:
     assert [compiling(splits_of, columns) for columns in (1, 4000, 16032, 32000, 128256)] == [1, 8, 8, 8, 32]
 
 
-def test_every_block_has_its_program_where_they_come_in_groups(interpreted):
+def test_every_block_has_its_program_where_they_come_in_groups(interpreted: Any) -> None:
     """19 blocks of rows: a whole group of 16, and one of 3."""
     case = make_case(79, rows=600, vocab=300, widths=(4, 3))
     assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
 
 
-def test_what_an_ignored_row_holds_does_not_matter(interpreted):
+def test_what_an_ignored_row_holds_does_not_matter(interpreted: Any) -> None:
     case = make_case(73, rows=10, vocab=50, widths=(4, 3), reduction="sum")
     clean = interpreted(streamed, case)
     ignored = case.target == IGNORE
@@ -139,7 +145,7 @@ def test_what_an_ignored_row_holds_does_not_matter(interpreted):
         assert torch.equal(gradient, clean.gradients()[name]), name
 
 
-def test_the_loss_of_a_row_is_the_same_to_the_bit_in_any_batch(interpreted):
+def test_the_loss_of_a_row_is_the_same_to_the_bit_in_any_batch(interpreted: Any) -> None:
     case = make_case(74, rows=150, vocab=300, widths=(16, 8), reduction="none")
     alone = Case(
         [states[130:133] for states in case.hidden],
@@ -152,7 +158,7 @@ def test_the_loss_of_a_row_is_the_same_to_the_bit_in_any_batch(interpreted):
     assert torch.equal(interpreted(streamed, alone, (False, False, False)).loss, together[130:133])
 
 
-def test_tensors_it_cannot_serve_are_refused():
+def test_tensors_it_cannot_serve_are_refused() -> None:
     case = make_case(75, rows=4, vocab=5, widths=(3, 2))
     with pytest.raises(InputError, match=r"backend: streaming runs bf16, fp16 and fp32 on a GPU, not .*float32 on cpu"):
         mixture_cross_entropy(case.hidden, case.heads, case.gate_logits, case.target, backend="streaming")

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from ultrafuser_mega.release import assemble_release
 from ultrafuser_mega.release.assemble import CODE
 
 
-def assemble(out: Path, specialists, **changes):
-    arguments = {"vocab_size": PIECES, "gate_units": 8, "gate_shared": False, "dtype": torch.bfloat16} | changes
-    return assemble_release(out, specialists, **arguments, card=card_facts())
+def assemble(out: Path, specialists: Any, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {"vocab_size": PIECES, "gate_units": 8, "gate_shared": False, "dtype": torch.bfloat16}
+    return assemble_release(out, specialists, **(arguments | changes), card=card_facts())
 
 
 @pytest.fixture
-def copies(specialists, tmp_path) -> dict[str, tuple[Path, str]]:
+def copies(specialists: Any, tmp_path: Path) -> dict[str, tuple[Path, str]]:
     """The llamas, in folders that a test may change."""
     members = {}
     for name, (folder, template) in specialists["llamas"].items():
@@ -33,11 +34,11 @@ def copies(specialists, tmp_path) -> dict[str, tuple[Path, str]]:
     return members
 
 
-def edit_json(path: Path, **changes) -> None:
+def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_folder_holds_configuration_code_tokenizer_templates_and_card(copies, tmp_path):
+def test_the_folder_holds_configuration_code_tokenizer_templates_and_card(copies: Any, tmp_path: Path) -> None:
     assemble(tmp_path / "out", copies)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "README.md",
@@ -52,19 +53,21 @@ def test_the_folder_holds_configuration_code_tokenizer_templates_and_card(copies
     }
 
 
-def test_code_is_copied_verbatim_and_needs_nothing_but_torch_and_transformers(releases):
+def test_code_is_copied_verbatim_and_needs_nothing_but_torch_and_transformers(releases: Any) -> None:
     allowed = {"torch", "transformers", *sys.stdlib_module_names, *(Path(file).stem for file in CODE)}
     for file in CODE:
         text = (releases["llamas"] / file).read_text()
         assert text == CODE[file].read_text()
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert {name.split(".")[0] for name in names} <= allowed
 
 
 @pytest.mark.parametrize("trio", ["llamas", "qwens"])
-def test_every_field_of_a_specialists_configuration_is_kept_but_a_tie_is_undone(releases, specialists, trio):
+def test_every_field_of_a_specialists_configuration_is_kept_but_a_tie_is_undone(
+    releases: Any, specialists: Any, trio: str
+) -> None:
     config = json.loads((releases[trio] / "config.json").read_text())
     for entry in config["specialists"]:
         own = json.loads((specialists[trio][entry["name"]][0] / "config.json").read_text())
@@ -73,7 +76,7 @@ def test_every_field_of_a_specialists_configuration_is_kept_but_a_tie_is_undone(
         assert entry["config"] == own
 
 
-def test_the_configuration_says_what_tools_ask_every_model_for(copies, tmp_path):
+def test_the_configuration_says_what_tools_ask_every_model_for(copies: Any, tmp_path: Path) -> None:
     assemble(tmp_path / "out", copies)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [entry["name"] for entry in config["specialists"]] == ["text", "code", "math"]
@@ -101,7 +104,9 @@ def test_the_configuration_says_what_tools_ask_every_model_for(copies, tmp_path)
     assert {field: config.get(field) for field in expected} == expected
 
 
-def test_answers_end_as_the_first_template_ends_a_turn_and_stop_at_the_endings_of_the_others(specialists, tmp_path):
+def test_answers_end_as_the_first_template_ends_a_turn_and_stop_at_the_endings_of_the_others(
+    specialists: Any, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(specialists["qwens"]["code"][0], tmp_path / "code"))
     chatml = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(chatml.replace("<|im_end|>", "<|endoftext|>"))
@@ -117,7 +122,7 @@ def test_answers_end_as_the_first_template_ends_a_turn_and_stop_at_the_endings_o
     assert "<|endoftext|>" in paper and "eos_token" not in paper, "what all responses end with"
 
 
-def test_generation_ends_at_training_eos_first_and_takes_no_sampling_settings_over(copies, tmp_path):
+def test_generation_ends_at_training_eos_first_and_takes_no_sampling_settings_over(copies: Any, tmp_path: Path) -> None:
     edit_json(
         copies["text"][0] / "generation_config.json", eos_token_id=[2, 7, PIECES + 3], temperature=0.6, do_sample=True
     )
@@ -129,8 +134,8 @@ def test_generation_ends_at_training_eos_first_and_takes_no_sampling_settings_ov
     assert settings == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 2}
 
 
-def test_assembling_again_gives_the_same_bytes(copies, tmp_path):
-    def contents():
+def test_assembling_again_gives_the_same_bytes(copies: Any, tmp_path: Path) -> None:
+    def contents() -> Any:
         return {path: path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()}
 
     assemble(tmp_path / "out", copies)
@@ -139,7 +144,7 @@ def test_assembling_again_gives_the_same_bytes(copies, tmp_path):
     assert contents() == before
 
 
-def test_licence_files_travel_with_the_model(copies, tmp_path):
+def test_licence_files_travel_with_the_model(copies: Any, tmp_path: Path) -> None:
     (copies["code"][0] / "LICENSE.txt").write_text("LLAMA 2 COMMUNITY LICENSE AGREEMENT\n")
     (copies["code"][0] / "USE_POLICY.md").write_text("# Acceptable use\n")
     assemble(tmp_path / "out", copies)
@@ -149,14 +154,14 @@ def test_licence_files_travel_with_the_model(copies, tmp_path):
     assert copied == ["licenses/code/LICENSE.txt", "licenses/code/USE_POLICY.md"]
 
 
-def refusal(out: Path, specialists, **changes) -> str:
+def refusal(out: Path, specialists: Any, **changes: Any) -> str:
     with pytest.raises(InputError) as caught:
         assemble(out, specialists, **changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_what_cannot_be_released_is_refused_in_one_line(copies, tmp_path):
+def test_what_cannot_be_released_is_refused_in_one_line(copies: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "hidden sizes differ" in refusal(out, copies, gate_shared=True)
     assert f"vocab_size: {PIECES + 1} is more than the {PIECES} rows" in refusal(out, copies, vocab_size=PIECES + 1)
@@ -170,17 +175,17 @@ def test_what_cannot_be_released_is_refused_in_one_line(copies, tmp_path):
     assert "text/config.json: cannot be read: No such file" in refusal(out, copies)
 
 
-def test_specialists_of_different_tokenizer_families_are_refused(specialists, tmp_path):
+def test_specialists_of_different_tokenizer_families_are_refused(specialists: Any, tmp_path: Path) -> None:
     mixed = {"text": specialists["llamas"]["text"], "code": specialists["qwens"]["code"]}
     assert "fusing needs specialists of one tokenizer family" in refusal(tmp_path / "out", mixed)
 
 
-def test_one_specialist_is_a_fused_model_too(tmp_path):
+def test_one_specialist_is_a_fused_model_too(tmp_path: Path) -> None:
     folder = write_specialist(tmp_path / "only", "llama", vocab_rows=PIECES, hidden_size=32, seed=0)
     assert assemble(tmp_path / "out", {"only": (folder, "ultralm")}, gate_shared=True).names == ["only"]
 
 
-def test_the_tokenizer_pads_with_a_token_that_the_model_has(copies, tmp_path):
+def test_the_tokenizer_pads_with_a_token_that_the_model_has(copies: Any, tmp_path: Path) -> None:
     path = copies["text"][0] / "tokenizer_config.json"
     edit_json(path, pad_token="[PAD]", added_tokens_decoder={str(PIECES): {"content": "[PAD]", "special": True}})
     assemble(tmp_path / "out", copies)

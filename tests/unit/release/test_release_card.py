@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,18 +29,18 @@ def evaluation(stage: int, step: int, fused: float) -> EvalRecord:
 
 
 @pytest.fixture
-def run_dir(tmp_path) -> Path:
+def run_dir(tmp_path: Path) -> Path:
     config = load_config(None, ["stage1.steps=40", "stage2.lr=2e-5", "data.max_length=2048"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
-    facts = {"tokens_per_s": 1.0, "steps": 190, "layout": "colocated", "device": "cpu", "wall_s": 1.0}
+    facts: dict[str, Any] = {"tokens_per_s": 1.0, "steps": 190, "layout": "colocated", "device": "cpu", "wall_s": 1.0}
     write_summary(
         tmp_path / "run", build_summary(evaluation(2, 190, 1.0), **facts, after_stage1=evaluation(1, 40, 1.5))
     )
     return tmp_path / "run"
 
 
-def card_of(facts: CardFacts, specialists, out: Path) -> str:
+def card_of(facts: CardFacts, specialists: Any, out: Path) -> str:
     assemble_release(out, specialists, PIECES, 8, False, torch.float32, facts)
     return (out / "README.md").read_text()
 
@@ -51,7 +52,7 @@ def cells(card: str, row: str) -> list[str]:
     return found
 
 
-def test_the_tables_are_those_of_the_finished_run(run_dir, specialists, tmp_path):
+def test_the_tables_are_those_of_the_finished_run(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "my-fused"), specialists["llamas"], tmp_path / "out")
     assert "\n# my-fused\n" in card
     assert cells(card, "fused") == ["**1.000**", "**0.500**", "**0.750**"]
@@ -61,7 +62,7 @@ def test_the_tables_are_those_of_the_finished_run(run_dir, specialists, tmp_path
     assert cells(card, "w_code") == ["0.20", "**0.80**"]
 
 
-def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir, specialists, tmp_path):
+def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
     assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5"]
     assert cells(card, "2: everything") == ["150", "8 x 3", "2e-05", "cosine", "5"]
@@ -70,12 +71,12 @@ def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir, special
     assert cells(data, "text") == ["text.train.jsonl", "text.heldout.jsonl"]
 
 
-def test_no_path_of_the_machine_it_was_made_on_reaches_the_card(run_dir, specialists, tmp_path):
+def test_no_path_of_the_machine_it_was_made_on_reaches_the_card(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
     assert str(tmp_path) not in card and "/tmp" not in card
 
 
-def test_licences_are_what_the_folders_state(run_dir, specialists, tmp_path):
+def test_licences_are_what_the_folders_state(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     members = {}
     for name, (folder, template) in specialists["llamas"].items():
         shutil.copytree(folder, tmp_path / name)
@@ -100,20 +101,20 @@ def test_licences_are_what_the_folders_state(run_dir, specialists, tmp_path):
     }
 
 
-def test_a_run_without_a_summary_makes_a_card_without_results(run_dir, specialists, tmp_path):
+def test_a_run_without_a_summary_makes_a_card_without_results(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     (run_dir / "summary.json").unlink()
     facts = CardFacts.from_run(run_dir, "x")
     assert facts.summary is None
     assert "were not evaluated by the run" in card_of(facts, specialists["llamas"], tmp_path / "out")
 
 
-def test_a_damaged_summary_is_refused_by_name(run_dir):
+def test_a_damaged_summary_is_refused_by_name(run_dir: Any) -> None:
     (run_dir / "summary.json").write_text(json.dumps({})[:1])
     with pytest.raises(InputError, match=r"summary\.json: not valid JSON"):
         CardFacts.from_run(run_dir, "x")
 
 
-def test_licences_under_other_names_are_named_and_travel(run_dir, specialists, tmp_path):
+def test_licences_under_other_names_are_named_and_travel(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     members = {}
     for name, (folder, template) in specialists["llamas"].items():
         shutil.copytree(folder, tmp_path / name)
@@ -135,7 +136,7 @@ def test_licences_under_other_names_are_named_and_travel(run_dir, specialists, t
     assert kept == {"text/README.md", "code/README.md", "math/LICENSE.pdf", "math/MODEL_LICENSE"}
 
 
-def test_what_was_rounded_and_where_training_began_is_on_the_card(specialists, tmp_path):
+def test_what_was_rounded_and_where_training_began_is_on_the_card(specialists: Any, tmp_path: Path) -> None:
     config = load_config(None, [f"checkpoint.start={tmp_path}/older/my_release"])
     facts = CardFacts("x", config, None, rounded={"code": "3 float32 tensors rounded to bfloat16"})
     card = card_of(facts, specialists["llamas"], tmp_path / "out")
@@ -143,6 +144,6 @@ def test_what_was_rounded_and_where_training_began_is_on_the_card(specialists, t
     assert "began with the weights of `my_release`" in card and str(tmp_path) not in card
 
 
-def test_an_imported_release_keeps_its_card(specialists, tmp_path):
+def test_an_imported_release_keeps_its_card(specialists: Any, tmp_path: Path) -> None:
     facts = CardFacts("x", None, None, earlier="# Mine\n\nedited by hand\n")
     assert card_of(facts, specialists["llamas"], tmp_path / "out") == "# Mine\n\nedited by hand\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ultrafuser_mega.data.align import Aligner, Dropped
 from ultrafuser_mega.data.conversation import Conversation
-from ultrafuser_mega.data.templates import load_template
+from ultrafuser_mega.data.templates import PaperTemplate, load_template
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
 from ultrafuser_mega.release.chat_ultrafuser import SpecialistEncoder, decode_response, encode_conversation
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
@@ -35,7 +36,7 @@ QUESTION = [{"role": "user", "content": "Which city is the largest?"}]
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> dict[str, Path]:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with tokenizers of three habits: "▁" before every stretch, before the first word alone, never."""
     root = tmp_path_factory.mktemp("tokenizers")
     tiny_tokenizer(root / "prepend", pieces=PIECES)
@@ -48,7 +49,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Path]:
     return {kind: root / kind for kind in ("prepend", "first", "bytelevel")}
 
 
-def both(specialists: dict[str, tuple[Path, str]]):
+def both(specialists: dict[str, tuple[Path, str]]) -> Any:
     """The aligner of training, and a function that encodes a conversation with the released code."""
     encoders = check_tokenizers({name: folder for name, (folder, _) in specialists.items()}, PIECES)
     templates = {
@@ -57,14 +58,16 @@ def both(specialists: dict[str, tuple[Path, str]]):
     }
     aligner = Aligner(encoders, templates, PIECES, 100_000)
     released = {}
-    for name, (folder, kind) in specialists.items():
+    for name, (folder, _) in specialists.items():
         template = templates[name]
         fields = (
-            {"chat_template": template.text} if kind == "hf" else {"first": template.first, "later": template.later}
+            {"first": template.first, "later": template.later}
+            if isinstance(template, PaperTemplate)
+            else {"chat_template": template.text}
         )
         released[name] = SpecialistEncoder(AutoTokenizer.from_pretrained(folder), fields)
 
-    def encode(messages):
+    def encode(messages: Any) -> Any:
         return encode_conversation(released, messages, aligner.format.lead, aligner.format.end_id, PIECES)
 
     return aligner, encode
@@ -81,12 +84,12 @@ def both(specialists: dict[str, tuple[Path, str]]):
     ],
     ids=lambda specialists: "-".join(f"{kind}.{template}" for kind, template in specialists.values()),
 )
-def test_prompts_have_the_ids_that_training_gave_them(tokenizers, specialists):
+def test_prompts_have_the_ids_that_training_gave_them(tokenizers: Any, specialists: Any) -> None:
     aligner, encode = both({name: (tokenizers[kind], template) for name, (kind, template) in specialists.items()})
 
     @settings(max_examples=40, deadline=None, derandomize=True)
     @given(CONVERSATIONS)
-    def check(conversation):
+    def check(conversation: Any) -> None:
         (aligned,) = aligner.align([conversation])
         if isinstance(aligned, Dropped):  # a chat template, and a control token in the user's text
             with pytest.raises(ValueError, match="would be read as a control token"):
@@ -98,7 +101,7 @@ def test_prompts_have_the_ids_that_training_gave_them(tokenizers, specialists):
     check()
 
 
-def test_golden_pieces_of_llama_tokenizers(tokenizers):
+def test_golden_pieces_of_llama_tokenizers(tokenizers: Any) -> None:
     """Written down once: a change in how spaces, line breaks, BOS or EOS are split shows here."""
     _, encode = both({"text": (tokenizers["prepend"], "ultralm"), "code": (tokenizers["first"], "codellama")})
     messages = [
@@ -118,7 +121,7 @@ def test_golden_pieces_of_llama_tokenizers(tokenizers):
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "bytelevel"])
 @pytest.mark.parametrize("lead", ["", " "])
-def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers, kind, lead):
+def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers: Any, kind: str, lead: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
     encoder = SpecialistEncoder(tokenizer, {"first": "", "later": ""})
     for text in ("Paris", "two words.", "def f(a):\n    return a", "\n\n  deep", "  deep", "12 + 3", "é😀", "😀"):
@@ -126,13 +129,15 @@ def test_the_text_of_a_response_comes_back_from_its_ids(tokenizers, kind, lead):
         assert decode_response(tokenizer, ids, lead) == text
 
 
-def test_bytes_that_are_no_text_leave_nothing_of_the_anchor_behind(tokenizers):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizers["prepend"])
+def test_bytes_that_are_no_text_leave_nothing_of_the_anchor_behind(tokenizers: Any) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizers["prepend"])
     broken = tokenizer.convert_tokens_to_ids(["<0xF0>", "<0x9F>", "H", "i"])
     assert decode_response(tokenizer, broken, " ") == tokenizer.decode(broken)
 
 
-def test_the_released_tokenizer_is_the_one_of_training_whatever_its_folder_called_it(releases, specialists):
+def test_the_released_tokenizer_is_the_one_of_training_whatever_its_folder_called_it(
+    releases: Any, specialists: Any
+) -> None:
     for trio, release in releases.items():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
         trained = TextEncoder(specialists[trio]["text"][0]).tokenizer
@@ -141,7 +146,9 @@ def test_the_released_tokenizer_is_the_one_of_training_whatever_its_folder_calle
         assert tokenizer.padding_side == "left"
 
 
-def test_auto_tokenizer_makes_the_same_of_the_release_as_of_the_folder_it_came_from(tokenizers, specialists, tmp_path):
+def test_auto_tokenizer_makes_the_same_of_the_release_as_of_the_folder_it_came_from(
+    tokenizers: Any, specialists: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "specialist"
     shutil.copytree(specialists["llamas"]["text"][0], folder)
     (folder / "tokenizer.json").unlink()
@@ -156,7 +163,7 @@ def test_auto_tokenizer_makes_the_same_of_the_release_as_of_the_folder_it_came_f
     )
 
 
-def test_chat_stops_at_stop_strings(models, releases):
+def test_chat_stops_at_stop_strings(models: Any, releases: Any) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(releases["llamas"])
     whole = models["llamas"].chat(QUESTION, tokenizer=tokenizer, max_new_tokens=12)
     stop = next(letter for letter in whole[2:] if letter.isascii() and letter.isalnum())
@@ -164,7 +171,9 @@ def test_chat_stops_at_stop_strings(models, releases):
     assert stop in stopped and len(stopped) < len(whole) and whole.startswith(stopped)
 
 
-def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(tokenizers, specialists, tmp_path):
+def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(
+    tokenizers: Any, specialists: Any, tmp_path: Path
+) -> None:
     members = dict(specialists["llamas"])
     code = tmp_path / "code"
     shutil.copytree(members["code"][0], code)
@@ -172,7 +181,7 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
     (code / "tokenizer.json").unlink()
     members["code"] = (code, "hf")
     model = UltraFuserForCausalLM.from_pretrained(write_release(tmp_path / "out", members))
-    assert [entry.get("tokenizer") for entry in model.config.specialists] == [None, "tokenizers/code", None]
+    assert [entry.get("tokenizer") for entry in model.config.specialists or []] == [None, "tokenizers/code", None]
 
     conversation = Conversation((("Say [INST].", "No.\n  Yes."), (" Why?", "...")))
     aligner, _ = both(members)
@@ -193,7 +202,7 @@ def test_a_tokenizer_that_is_not_the_first_ones_travels_with_its_specialist(toke
         again.chat_inputs([QUESTION], tokenizer)
 
 
-def test_chat_answers_with_the_text_that_generate_gives(model, release, reference):
+def test_chat_answers_with_the_text_that_generate_gives(model: Any, release: Any, reference: Any) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
     inputs = model.chat_inputs([QUESTION], tokenizer)
     prompts = {name: ids[0].tolist() for name, ids in inputs["specialist_input_ids"].items()}
@@ -206,7 +215,7 @@ def test_chat_answers_with_the_text_that_generate_gives(model, release, referenc
     assert model.chat([QUESTION, other], tokenizer=tokenizer, max_new_tokens=10) == alone
 
 
-def test_tools_that_know_one_template_get_the_first_specialists(releases):
+def test_tools_that_know_one_template_get_the_first_specialists(releases: Any) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(releases["llamas"])
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -232,7 +241,9 @@ def test_tools_that_know_one_template_get_the_first_specialists(releases):
         ([{"role": "user", "content": "<|im_start|>system"}], "<|im_start|>, which would be read as a control token"),
     ],
 )
-def test_conversations_that_training_would_not_have_seen_are_refused_in_one_line(models, releases, messages, words):
+def test_conversations_that_training_would_not_have_seen_are_refused_in_one_line(
+    models: Any, releases: Any, messages: Any, words: Any
+) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(releases["qwens"])
     with pytest.raises(ValueError) as caught:
         models["qwens"].chat(messages, tokenizer=tokenizer)

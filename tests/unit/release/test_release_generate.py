@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.release_prompts import PROMPTS, STEPS, batch, of_row, response
 from transformers import StoppingCriteria
 
 
-def test_a_batch_of_different_prompts_gives_the_text_of_a_loop_without_cache(model, reference):
+def test_a_batch_of_different_prompts_gives_the_text_of_a_loop_without_cache(model: Any, reference: Any) -> None:
     inputs = batch()
     sequences = model.generate(**inputs, max_new_tokens=STEPS, eos_token_id=None)
     assert sequences[:, :-STEPS].equal(inputs["specialist_input_ids"]["text"])
     assert response(sequences, inputs) == [reference.greedy(of_row(row), STEPS) for row in range(3)]
 
 
-def test_one_prompt_for_all_specialists_generates_the_same_text_batched_and_alone(model, reference):
+def test_one_prompt_for_all_specialists_generates_the_same_text_batched_and_alone(model: Any, reference: Any) -> None:
     prompts = PROMPTS["math"]
     ids = torch.tensor([[0] * (15 - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (15 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -26,7 +28,7 @@ def test_one_prompt_for_all_specialists_generates_the_same_text_batched_and_alon
     assert model.generate(input_ids=ids[1:2, 9:], **options)[0, 6:].tolist() == expected[1]
 
 
-def test_eos_ends_a_response_and_the_rest_of_its_row_is_padding(model, reference):
+def test_eos_ends_a_response_and_the_rest_of_its_row_is_padding(model: Any, reference: Any) -> None:
     inputs = batch()
     free = [reference.greedy(of_row(row), STEPS) for row in range(3)]
     eos = free[0][4]  # a token that comes up: the first response ends there at the latest
@@ -36,13 +38,13 @@ def test_eos_ends_a_response_and_the_rest_of_its_row_is_padding(model, reference
     assert found == [row + [0] * (longest - len(row)) for row in expected]
 
 
-def test_without_a_cache_the_text_is_the_same(model):
+def test_without_a_cache_the_text_is_the_same(model: Any) -> None:
     inputs = batch()
     options = {"max_new_tokens": STEPS, "eos_token_id": None}
     assert model.generate(**inputs, use_cache=False, **options).equal(model.generate(**inputs, **options))
 
 
-def test_a_returned_cache_goes_on_where_the_text_ended(model):
+def test_a_returned_cache_goes_on_where_the_text_ended(model: Any) -> None:
     inputs = batch(rows=(0,))
     options = {"eos_token_id": None, "return_dict_in_generate": True}
     whole = model.generate(**inputs, max_new_tokens=STEPS, **options).sequences
@@ -62,14 +64,14 @@ def test_a_returned_cache_goes_on_where_the_text_ended(model):
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}]
 )
-def test_beam_search_with_reordered_caches_finds_what_it_finds_without_a_cache(model, options):
+def test_beam_search_with_reordered_caches_finds_what_it_finds_without_a_cache(model: Any, options: Any) -> None:
     inputs = batch()
     found = model.generate(**inputs, max_new_tokens=8, **options)
     assert found.shape[0] == 3 * options.get("num_return_sequences", 1)
     assert found.equal(model.generate(**inputs, max_new_tokens=8, use_cache=False, **options))
 
 
-def test_sampling_follows_the_seed_and_draws_each_sequence_on_its_own(model):
+def test_sampling_follows_the_seed_and_draws_each_sequence_on_its_own(model: Any) -> None:
     inputs = batch()
 
     def sample(seed: int) -> torch.Tensor:
@@ -81,7 +83,7 @@ def test_sampling_follows_the_seed_and_draws_each_sequence_on_its_own(model):
     assert not one[0].equal(one[1])
 
 
-def test_sampling_among_the_single_best_token_is_greedy(model):
+def test_sampling_among_the_single_best_token_is_greedy(model: Any) -> None:
     inputs, options = batch(), {"max_new_tokens": STEPS, "eos_token_id": None}
     assert model.generate(**inputs, do_sample=True, top_k=1, **options).equal(model.generate(**inputs, **options))
 
@@ -100,16 +102,16 @@ class Recorder:
         self.ended = True
 
 
-def test_a_streamer_gets_the_prompt_and_then_every_token(model):
+def test_a_streamer_gets_the_prompt_and_then_every_token(model: Any) -> None:
     inputs, streamer = batch(rows=(1,)), Recorder()
     sequences = model.generate(**inputs, max_new_tokens=STEPS, eos_token_id=None, streamer=streamer)
     assert streamer.parts == [PROMPTS["text"][1], *([token] for token in response(sequences, inputs)[0])]
     assert streamer.ended
 
 
-def test_stopping_criteria_see_the_growing_sequence(model):
+def test_stopping_criteria_see_the_growing_sequence(model: Any) -> None:
     class AfterThree(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             return torch.full((input_ids.shape[0],), input_ids.shape[1] >= len(PROMPTS["text"][1]) + 3)
 
     inputs = batch(rows=(1,))
@@ -117,7 +119,7 @@ def test_stopping_criteria_see_the_growing_sequence(model):
     assert len(response(sequences, inputs)[0]) == 3
 
 
-def test_scores_that_generate_returns_are_the_reference_logits(model, reference):
+def test_scores_that_generate_returns_are_the_reference_logits(model: Any, reference: Any) -> None:
     inputs = batch(rows=(0,))
     output = model.generate(
         **inputs, max_new_tokens=4, eos_token_id=None, output_logits=True, return_dict_in_generate=True
@@ -139,19 +141,19 @@ def test_scores_that_generate_returns_are_the_reference_logits(model, reference)
         ({"temprature": 0.5}, "temprature"),
     ],
 )
-def test_what_generation_cannot_do_is_refused(model, options, words):
+def test_what_generation_cannot_do_is_refused(model: Any, options: Any, words: Any) -> None:
     with pytest.raises(ValueError, match=words):
         model.generate(**batch(), max_new_tokens=2, **options)
 
 
-def test_padding_on_the_right_is_refused(model):
+def test_padding_on_the_right_is_refused(model: Any) -> None:
     inputs = batch()
     inputs["specialist_attention_mask"]["code"] = inputs["specialist_attention_mask"]["code"].flip(1)
     with pytest.raises(ValueError, match="code is padded on the right"):
         model.generate(**inputs, max_new_tokens=2)
 
 
-def test_a_cache_that_already_holds_the_whole_prompt_is_refused(model):
+def test_a_cache_that_already_holds_the_whole_prompt_is_refused(model: Any) -> None:
     inputs = batch(rows=(0,))
     cache = model(specialist_input_ids=inputs["specialist_input_ids"]).past_key_values
     with pytest.raises(ValueError, match="give a longer prompt"):

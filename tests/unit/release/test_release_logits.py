@@ -5,13 +5,16 @@ Tolerance 1e-5: logits are of order one, and float32 carries each specialist's t
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support.release_folder import PIECES
 
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,7 +28,7 @@ def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_ids_alone_go_to_all_specialists_and_every_position_has_fused_logits(model, reference):
+def test_ids_alone_go_to_all_specialists_and_every_position_has_fused_logits(model: Any, reference: Any) -> None:
     ids = random_ids(3, 17)
     output = model(ids, return_gate_weights=True)
     assert output.logits.shape == (3, 17, PIECES) and output.logits.dtype == torch.float32
@@ -37,14 +40,14 @@ def test_ids_alone_go_to_all_specialists_and_every_position_has_fused_logits(mod
     assert output.gate_weights.std(dim=(0, 1)).min() > 0.01, "the test's gate must tell positions apart"
 
 
-def test_specialists_of_one_width_share_a_gate_layer_and_keep_their_order(models):
+def test_specialists_of_one_width_share_a_gate_layer_and_keep_their_order(models: Any) -> None:
     assert [name for name, _ in models["qwens"].gate.named_parameters()] == ["b1", "w2", "w1.shared"]
     assert [name for name, _ in models["llamas"].gate.w1.named_parameters()] == ["text", "code", "math"]
     assert models["llamas"].names == models["qwens"].names == ["text", "code", "math"]
 
 
 @torch.no_grad()
-def test_prompts_of_different_lengths_are_aligned_at_their_ends(model, reference):
+def test_prompts_of_different_lengths_are_aligned_at_their_ends(model: Any, reference: Any) -> None:
     response = [random_ids(6, seed=row).tolist() for row in range(2)]
     prompts = {
         name: [random_ids(length, seed=10 + row).tolist() for row, length in enumerate(lengths)]
@@ -64,14 +67,14 @@ def test_prompts_of_different_lengths_are_aligned_at_their_ends(model, reference
 
 
 @torch.no_grad()
-def test_without_logits_to_keep_specialist_prompts_give_as_many_positions_as_the_shortest_has(model):
+def test_without_logits_to_keep_specialist_prompts_give_as_many_positions_as_the_shortest_has(model: Any) -> None:
     lengths = dict(zip(model.names, (9, 4, 12), strict=True))
     ids = {name: random_ids(2, length) for name, length in lengths.items()}
     assert model(specialist_input_ids=ids).logits.shape == (2, 4, PIECES)
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing_but_the_padding(model):
+def test_left_padding_changes_nothing_but_the_padding(model: Any) -> None:
     rows = [random_ids(5).tolist(), random_ids(11, seed=1).tolist()]
     ids, mask = pad_left(rows)
     batched = model(ids, attention_mask=mask).logits
@@ -80,7 +83,7 @@ def test_left_padding_changes_nothing_but_the_padding(model):
 
 
 @torch.no_grad()
-def test_a_cache_gives_the_same_logits_as_the_whole_sequence(model):
+def test_a_cache_gives_the_same_logits_as_the_whole_sequence(model: Any) -> None:
     ids = random_ids(2, 14)
     whole = model(ids, use_cache=False)
     assert whole.past_key_values is None
@@ -90,13 +93,15 @@ def test_a_cache_gives_the_same_logits_as_the_whole_sequence(model):
 
 
 @torch.no_grad()
-def test_logits_to_keep_takes_the_last_positions(model):
+def test_logits_to_keep_takes_the_last_positions(model: Any) -> None:
     ids = random_ids(2, 8)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:], **CLOSE)
 
 
-def test_the_loss_is_that_of_the_next_token_and_reaches_the_gate_and_every_head_row(release, reference):
-    model = UltraFuserForCausalLM.from_pretrained(release)
+def test_the_loss_is_that_of_the_next_token_and_reaches_the_gate_and_every_head_row(
+    release: Any, reference: Any
+) -> None:
+    model: Any = UltraFuserForCausalLM.from_pretrained(release)
     ids = random_ids(1, 12)
     labels = ids.clone()
     labels[:, :5] = -100
@@ -115,13 +120,13 @@ def test_the_loss_is_that_of_the_next_token_and_reaches_the_gate_and_every_head_
         assert not head.grad[PIECES:].any(), "rows beyond the shared vocabulary take no part"
 
 
-def test_a_tied_specialist_comes_with_a_head_of_its_own(models):
+def test_a_tied_specialist_comes_with_a_head_of_its_own(models: Any) -> None:
     tied_once = models["qwens"].specialists["text"]
     assert not torch.equal(tied_once.lm_head.weight, tied_once.model.embed_tokens.weight)
     assert not models["qwens"].all_tied_weights_keys
 
 
-def test_saving_and_loading_again_keeps_every_tensor_and_the_configuration(model, tmp_path):
+def test_saving_and_loading_again_keeps_every_tensor_and_the_configuration(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = UltraFuserForCausalLM.from_pretrained(tmp_path)
     state = model.state_dict()
@@ -130,14 +135,14 @@ def test_saving_and_loading_again_keeps_every_tensor_and_the_configuration(model
     assert again.config.specialists == model.config.specialists
 
 
-def test_dtype_and_attention_that_are_asked_for_reach_every_specialist(release):
-    model = UltraFuserForCausalLM.from_pretrained(release, dtype=torch.bfloat16, attn_implementation="eager")
+def test_dtype_and_attention_that_are_asked_for_reach_every_specialist(release: Any) -> None:
+    model: Any = UltraFuserForCausalLM.from_pretrained(release, dtype=torch.bfloat16, attn_implementation="eager")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {model.specialists[name].config._attn_implementation for name in model.names} == {"eager"}
     assert model(random_ids(1, 4)).logits.dtype == torch.float32
 
 
-def test_a_model_made_from_the_configuration_alone_has_a_gate_like_a_linear_layer(model):
+def test_a_model_made_from_the_configuration_alone_has_a_gate_like_a_linear_layer(model: Any) -> None:
     fresh = UltraFuserForCausalLM(model.config)
     for name, w1 in fresh.gate.w1.named_parameters():
         width = w1.shape[1]
@@ -146,7 +151,7 @@ def test_a_model_made_from_the_configuration_alone_has_a_gate_like_a_linear_laye
         assert -bound <= w1.min() < -0.9 * bound and 0.9 * bound < w1.max() <= bound
 
 
-def test_a_tuple_comes_back_where_one_is_asked_for(model):
+def test_a_tuple_comes_back_where_one_is_asked_for(model: Any) -> None:
     (logits,) = model(random_ids(1, 4), use_cache=False, return_dict=False)
     assert logits.shape == (1, 4, PIECES)
 
@@ -164,13 +169,13 @@ def test_a_tuple_comes_back_where_one_is_asked_for(model):
         ({"specialist_input_ids": {"text": random_ids(1, 3)}}, "expected exactly text, code, math"),
     ],
 )
-def test_arguments_that_cannot_be_honoured_are_refused_in_one_line(model, arguments, words):
+def test_arguments_that_cannot_be_honoured_are_refused_in_one_line(model: Any, arguments: Any, words: Any) -> None:
     with pytest.raises(ValueError) as caught:
         model(**arguments)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_shared_and_separate_prompts_at_once_are_refused(model):
+def test_shared_and_separate_prompts_at_once_are_refused(model: Any) -> None:
     ids = random_ids(1, 3)
     with pytest.raises(ValueError, match="not both"):
         model(ids, specialist_input_ids=dict.fromkeys(model.names, ids))

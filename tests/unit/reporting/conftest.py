@@ -22,7 +22,7 @@ LOSS = {
 }
 
 
-def make_step(step: int, *, stage: int = 1, **changes) -> StepRecord:
+def make_step(step: int, *, stage: int = 1, **changes: Any) -> StepRecord:
     fields: dict[str, Any] = {
         "stage": stage,
         "step": step,
@@ -56,6 +56,6 @@ def final() -> EvalRecord:
 
 
 @pytest.fixture
-def step_of():
+def step_of() -> Any:
     """``step_of(7, loss=...)``: the invented step 7 with some fields changed."""
     return make_step

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from ultrafuser_mega.reporting.records import EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, print_tables, to_markdown
 
 
-def test_loss_table_as_markdown_has_the_best_of_every_column_bold(final, after_stage1):
+def test_loss_table_as_markdown_has_the_best_of_every_column_bold(final: Any, after_stage1: Any) -> None:
     assert to_markdown(loss_table(final, after_stage1=after_stage1)) == (
         "| model               |      text |      code |      math |      mean |\n"
         "| ------------------- | --------: | --------: | --------: | --------: |\n"
@@ -20,7 +21,7 @@ def test_loss_table_as_markdown_has_the_best_of_every_column_bold(final, after_s
     )
 
 
-def test_gate_table_is_the_papers_table_6(final):
+def test_gate_table_is_the_papers_table_6(final: Any) -> None:
     assert to_markdown(gate_table(final)) == (
         "| weight | text data | code data | math data |\n"
         "| ------ | --------: | --------: | --------: |\n"
@@ -30,7 +31,7 @@ def test_gate_table_is_the_papers_table_6(final):
     )
 
 
-def test_classes_and_specialists_may_differ_in_name_and_number():
+def test_classes_and_specialists_may_differ_in_name_and_number() -> None:
     record = EvalRecord(
         stage=2,
         step=1,
@@ -42,7 +43,7 @@ def test_classes_and_specialists_may_differ_in_name_and_number():
     assert "| w_expert\\|x |" in to_markdown(gate_table(record))
 
 
-def test_a_value_that_is_missing_or_not_finite_is_never_best():
+def test_a_value_that_is_missing_or_not_finite_is_never_best() -> None:
     record = EvalRecord(stage=2, step=1, loss={"a": {"fused": float("nan"), "x": 3.0}, "b": {"fused": 1.0}}, gate={})
     table = loss_table(record)
     assert [table.cell(row, 0) for row in (0, 1)] == ["-", "3.000"]
@@ -50,13 +51,13 @@ def test_a_value_that_is_missing_or_not_finite_is_never_best():
     assert table.cell(1, 1) == "-"
 
 
-def test_a_column_best_that_ties_exactly_is_bold_twice_but_not_one_that_only_rounds_alike():
+def test_a_column_best_that_ties_exactly_is_bold_twice_but_not_one_that_only_rounds_alike() -> None:
     losses = {"a": {"fused": 1.00001, "x": 1.0, "y": 1.0}}
     table = loss_table(EvalRecord(stage=2, step=1, loss=losses, gate={}))
     assert [row[0] for row in table.best] == [False, True, True]
 
 
-def test_printed_to_a_file_a_wide_table_keeps_every_column_whole():
+def test_printed_to_a_file_a_wide_table_keeps_every_column_whole() -> None:
     classes = [f"a-class-with-a-long-name-{index}" for index in range(8)]
     gate = {name: {"general": 0.75, "other": 0.25} for name in classes}
     output = io.StringIO()

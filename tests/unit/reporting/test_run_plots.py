@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +20,12 @@ from ultrafuser_mega.reporting.records import EvalRecord
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def figures(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The figures that are saved during the test, so that it can look into them."""
     saved: list[Figure] = []
     save = plots._save
 
-    def save_and_keep(figure, path):
+    def save_and_keep(figure: Any, path: Any) -> Any:
         saved.append(figure)
         return save(figure, path)
 
@@ -31,19 +33,19 @@ def figures(monkeypatch):
     return saved
 
 
-def _png_size(path) -> tuple[int, int]:
+def _png_size(path: Any) -> tuple[int, int]:
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     return struct.unpack(">II", data[16:24])
 
 
-def _texts(axes) -> list[str]:
+def _texts(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
 def test_loss_plot_has_a_panel_per_class_with_eval_points_best_specialist_and_stage_boundary(
-    tmp_path, steps, after_stage1, final, figures
-):
+    tmp_path: Path, steps: Any, after_stage1: Any, final: Any, figures: Any
+) -> None:
     path = plot_losses(tmp_path / "plots" / "loss.png", steps, [after_stage1, final])
     width, height = _png_size(path)
     assert width == 1600 and 400 < height < 700
@@ -56,12 +58,12 @@ def test_loss_plot_has_a_panel_per_class_with_eval_points_best_specialist_and_st
     assert boundary.get_xdata()[0] == 8.5
 
 
-def test_loss_plot_works_before_any_evaluation_and_with_a_loss_that_is_not_finite(tmp_path, step_of):
+def test_loss_plot_works_before_any_evaluation_and_with_a_loss_that_is_not_finite(tmp_path: Path, step_of: Any) -> None:
     steps = [step_of(1), step_of(2, class_loss={"text": float("nan")}), step_of(3)]
     _png_size(plot_losses(tmp_path / "loss.png", steps, []))
 
 
-def test_a_run_that_diverged_can_still_be_plotted(tmp_path, step_of):
+def test_a_run_that_diverged_can_still_be_plotted(tmp_path: Path, step_of: Any) -> None:
     nan = float("nan")
     gate = {"text": {"text": nan, "code": nan}}
     steps = [step_of(1), step_of(2, loss=nan, class_loss={"text": nan}, gate=gate)]
@@ -72,14 +74,16 @@ def test_a_run_that_diverged_can_still_be_plotted(tmp_path, step_of):
     _png_size(plot_gate_heatmap(tmp_path / "heat.png", ["text"], np.full((1, 2), nan), ["text", "code"]))
 
 
-def test_gate_plot_draws_every_specialist_in_its_colour(tmp_path, steps, figures):
+def test_gate_plot_draws_every_specialist_in_its_colour(tmp_path: Path, steps: Any, figures: Any) -> None:
     _png_size(plot_gate_over_steps(tmp_path / "gate.png", steps))
     colors = specialist_colors(["text", "code", "math"])
     for axes in figures[0].axes:
         assert set(colors.values()) <= {line.get_color() for line in axes.lines}
 
 
-def test_heat_map_has_a_column_per_sample_a_row_per_specialist_and_the_mean_beside_it(tmp_path, figures):
+def test_heat_map_has_a_column_per_sample_a_row_per_specialist_and_the_mean_beside_it(
+    tmp_path: Path, figures: Any
+) -> None:
     classes = ["law", "chat", "law", "law", "chat"]
     weights = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.8, 0.2], [0.4, 0.6]])  # (5, 2)
     _png_size(plot_gate_heatmap(tmp_path / "heat.png", classes, weights, ["jurist", "general"]))
@@ -93,25 +97,25 @@ def test_heat_map_has_a_column_per_sample_a_row_per_specialist_and_the_mean_besi
 
 
 @pytest.mark.parametrize("weights", [np.ones((2, 3)), np.ones((3, 2)), np.ones(3)])
-def test_heat_map_refuses_shapes_that_do_not_fit(tmp_path, weights):
+def test_heat_map_refuses_shapes_that_do_not_fit(tmp_path: Path, weights: Any) -> None:
     with pytest.raises(InputError, match=r"plot_gate_heatmap: weights .* for \(samples, specialists\) \(3, 3\)"):
         plot_gate_heatmap(tmp_path / "heat.png", ["a", "a", "b"], weights, ["x", "y", "z"])
 
 
-def test_plots_without_a_step_say_so(tmp_path):
+def test_plots_without_a_step_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="plot_losses: no step record"):
         plot_losses(tmp_path / "loss.png", [], [])
     with pytest.raises(InputError, match="plot_gate_over_steps: no step record"):
         plot_gate_over_steps(tmp_path / "gate.png", [])
 
 
-def test_moving_average_is_the_mean_around_every_place_and_leaves_out_nan():
+def test_moving_average_is_the_mean_around_every_place_and_leaves_out_nan() -> None:
     values = np.array([1.0, 2.0, np.nan, 4.0, 9.0, np.nan, np.nan, np.nan])
     expected = [1.5, 1.5, 3.0, 6.5, 6.5, 9.0, np.nan, np.nan]
     np.testing.assert_allclose(moving_average(values, window=3), expected, rtol=1e-12)
     np.testing.assert_array_equal(moving_average(values, window=1), values)
 
 
-def test_plotting_never_loads_pyplot():
+def test_plotting_never_loads_pyplot() -> None:
     code = "import sys, ultrafuser_mega.reporting.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ultrafuser_mega.reporting.records import (
 )
 
 
-def _write(run_dir, steps, evals=(), *, resume_step=None) -> None:
+def _write(run_dir: Any, steps: Any, evals: Any = (), *, resume_step: Any = None) -> None:
     with MetricsWriter(run_dir, resume_step=resume_step) as writer:
         for record in steps:
             writer.write_step(record)
@@ -30,18 +31,18 @@ def _write(run_dir, steps, evals=(), *, resume_step=None) -> None:
             writer.write_eval(record)
 
 
-def _scalars(run_dir) -> EventAccumulator:
+def _scalars(run_dir: Any) -> EventAccumulator:
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     return events
 
 
-def test_metrics_file_gives_back_every_record(tmp_path, steps, after_stage1, final):
+def test_metrics_file_gives_back_every_record(tmp_path: Path, steps: Any, after_stage1: Any, final: Any) -> None:
     _write(tmp_path, steps, [after_stage1, final])
     assert read_metrics(tmp_path) == (steps, [after_stage1, final])
 
 
-def test_every_line_is_one_json_object_and_is_on_disk_at_once(tmp_path, step_of):
+def test_every_line_is_one_json_object_and_is_on_disk_at_once(tmp_path: Path, step_of: Any) -> None:
     with MetricsWriter(tmp_path, resume_step=None) as writer:
         writer.write_step(step_of(1))
         line = (tmp_path / "metrics.jsonl").read_text()
@@ -49,7 +50,7 @@ def test_every_line_is_one_json_object_and_is_on_disk_at_once(tmp_path, step_of)
     assert json.loads(line)["kind"] == "step"
 
 
-def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path, step_of):
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path: Path, step_of: Any) -> None:
     _write(tmp_path, [step_of(1, loss=math.nan, grad_norm=math.inf)])
     data = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert data["loss"] is None and data["grad_norm"] is None
@@ -57,13 +58,13 @@ def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_
     assert math.isnan(record.loss) and math.isnan(record.grad_norm)
 
 
-def test_numpy_scalars_are_written_as_numbers(tmp_path, step_of):
+def test_numpy_scalars_are_written_as_numbers(tmp_path: Path, step_of: Any) -> None:
     _write(tmp_path, [step_of(1, loss=np.float32(2.5), tokens=np.int64(7))])
     (record,), _ = read_metrics(tmp_path)
     assert (record.loss, record.tokens) == (2.5, 7)
 
 
-def test_resume_drops_the_records_after_the_resumed_step(tmp_path, step_of, after_stage1):
+def test_resume_drops_the_records_after_the_resumed_step(tmp_path: Path, step_of: Any, after_stage1: Any) -> None:
     _write(tmp_path, [step_of(step) for step in range(1, 11)], [after_stage1])  # the evaluation is of step 8
     _write(tmp_path, [step_of(step, lr=1e-5) for step in (8, 9)], resume_step=7)
     steps, evals = read_metrics(tmp_path)
@@ -72,7 +73,7 @@ def test_resume_drops_the_records_after_the_resumed_step(tmp_path, step_of, afte
     assert evals == []
 
 
-def test_resume_drops_a_last_line_that_was_cut_off(tmp_path, step_of):
+def test_resume_drops_a_last_line_that_was_cut_off(tmp_path: Path, step_of: Any) -> None:
     _write(tmp_path, [step_of(1), step_of(2)])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
@@ -81,7 +82,7 @@ def test_resume_drops_a_last_line_that_was_cut_off(tmp_path, step_of):
     assert [(record.step, record.lr) for record in steps] == [(1, 2e-3), (2, 1e-5)]
 
 
-def test_a_fresh_run_replaces_the_records_of_an_earlier_one(tmp_path, step_of):
+def test_a_fresh_run_replaces_the_records_of_an_earlier_one(tmp_path: Path, step_of: Any) -> None:
     _write(tmp_path, [step_of(1), step_of(2)])
     _write(tmp_path, [step_of(1, lr=1e-5)])
     steps, _ = read_metrics(tmp_path)
@@ -89,7 +90,7 @@ def test_a_fresh_run_replaces_the_records_of_an_earlier_one(tmp_path, step_of):
 
 
 @pytest.mark.parametrize("damage", ["{not json}\n", "[1, 2]\n", '{"kind": "step"}\n'])
-def test_a_damaged_line_is_named(tmp_path, step_of, damage):
+def test_a_damaged_line_is_named(tmp_path: Path, step_of: Any, damage: str) -> None:
     _write(tmp_path, [step_of(1), step_of(2)])
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_text().splitlines(keepends=True)
@@ -98,12 +99,12 @@ def test_a_damaged_line_is_named(tmp_path, step_of, damage):
         MetricsWriter(tmp_path, resume_step=2)
 
 
-def test_reading_a_folder_without_metrics_names_the_file(tmp_path):
+def test_reading_a_folder_without_metrics_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"metrics\.jsonl: no such file"):
         read_metrics(tmp_path)
 
 
-def test_a_record_with_unknown_fields_is_named(tmp_path):
+def test_a_record_with_unknown_fields_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "perplexity": 3}\n')
     with pytest.raises(InputError, match="line 1: not a record of this program"):
         read_metrics(tmp_path)
@@ -123,7 +124,7 @@ def test_records_of_an_earlier_version_are_read_without_what_it_did_not_measure(
     assert all(math.isnan(getattr(before, name)) for name in new)
 
 
-def test_tensorboard_holds_the_documented_scalars(tmp_path, step_of, final):
+def test_tensorboard_holds_the_documented_scalars(tmp_path: Path, step_of: Any, final: Any) -> None:
     _write(tmp_path, [step_of(1)], [final])
     events = _scalars(tmp_path)
     names = set(events.Tags()["scalars"])
@@ -141,14 +142,14 @@ def test_tensorboard_holds_the_documented_scalars(tmp_path, step_of, final):
     assert (event.step, event.value) == (12, pytest.approx(6.90))
 
 
-def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path, step_of):
+def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path, step_of: Any) -> None:
     _write(tmp_path, [step_of(step) for step in range(1, 6)])
     _write(tmp_path, [step_of(step, lr=1e-5) for step in (4, 5, 6)], resume_step=3)
     curve = [(event.step, event.value) for event in _scalars(tmp_path).Scalars("lr")]
     assert curve == [(step, pytest.approx(2e-3 if step <= 3 else 1e-5)) for step in range(1, 7)]
 
 
-def test_summary_is_nested_as_documented(tmp_path, final, after_stage1):
+def test_summary_is_nested_as_documented(tmp_path: Path, final: Any, after_stage1: Any) -> None:
     summary = build_summary(
         final, tokens_per_s=900.0, steps=12, layout="disjoint", device="cpu", wall_s=60.5, after_stage1=after_stage1
     )
@@ -164,19 +165,19 @@ def test_summary_is_nested_as_documented(tmp_path, final, after_stage1):
     assert [entry.name for entry in path.parent.iterdir()] == ["summary.json"]  # the draft is gone
 
 
-def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     write_summary(tmp_path, {"steps": 1})
     with pytest.raises(TypeError):
         write_summary(tmp_path, {"steps": object()})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 1}
 
 
-def test_mean_is_given_only_for_models_evaluated_on_every_class():
+def test_mean_is_given_only_for_models_evaluated_on_every_class() -> None:
     record = EvalRecord(stage=1, step=1, loss={"a": {"fused": 1.0, "x": 2.0}, "b": {"fused": 3.0}}, gate={})
     assert record.mean == {"fused": 2.0}
 
 
-def test_names_that_the_summary_needs_for_itself_are_refused():
+def test_names_that_the_summary_needs_for_itself_are_refused() -> None:
     with pytest.raises(InputError, match='class name "mean"'):
         EvalRecord(stage=1, step=1, loss={"mean": {"fused": 1.0}}, gate={})
     with pytest.raises(InputError, match='specialist name "fused"'):

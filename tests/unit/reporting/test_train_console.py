@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -28,13 +29,13 @@ class _Clock:
         return self.now
 
 
-def _log(**options) -> tuple[TrainConsole, io.StringIO, _Clock]:
+def _log(**options: Any) -> tuple[TrainConsole, io.StringIO, _Clock]:
     output, clock = io.StringIO(), _Clock()
     console = TrainConsole(enabled=True, console=Console(file=output), clock=clock, **options)
     return console, output, clock
 
 
-def _terminal(width: int = 100, **options) -> tuple[TrainConsole, _Terminal, _Clock]:
+def _terminal(width: int = 100, **options: Any) -> tuple[TrainConsole, _Terminal, _Clock]:
     output, clock = _Terminal(), _Clock()
     rich_console = Console(
         file=output, force_terminal=True, force_interactive=True, width=width, height=30, _environ={}
@@ -46,7 +47,7 @@ def _text(output: io.StringIO) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
 
 
-def test_a_log_gets_first_step_last_step_and_one_line_per_interval(step_of):
+def test_a_log_gets_first_step_last_step_and_one_line_per_interval(step_of: Any) -> None:
     console, output, clock = _log(plain_every_s=10.0)
     with console:
         console.begin_stage(1, "gate only", first_step=1, steps=30)
@@ -59,7 +60,7 @@ def test_a_log_gets_first_step_last_step_and_one_line_per_interval(step_of):
     assert len(lines) == 5
 
 
-def test_a_log_line_is_one_line_of_plain_ascii_with_every_number(step_of):
+def test_a_log_line_is_one_line_of_plain_ascii_with_every_number(step_of: Any) -> None:
     console, output, _ = _log()
     with console:
         console.begin_stage(2, "everything", first_step=401, steps=100)
@@ -72,7 +73,7 @@ def test_a_log_line_is_one_line_of_plain_ascii_with_every_number(step_of):
     )
 
 
-def test_the_last_step_is_shown_even_when_a_run_is_cut_off(step_of):
+def test_the_last_step_is_shown_even_when_a_run_is_cut_off(step_of: Any) -> None:
     console, output, clock = _log()
     with pytest.raises(KeyboardInterrupt), console:
         console.begin_stage(1, "gate only", first_step=1, steps=400)
@@ -83,7 +84,7 @@ def test_the_last_step_is_shown_even_when_a_run_is_cut_off(step_of):
     assert "step 3/400" in output.getvalue().splitlines()[-1]
 
 
-def test_force_color_does_not_turn_a_log_file_into_a_live_display(step_of):
+def test_force_color_does_not_turn_a_log_file_into_a_live_display(step_of: Any) -> None:
     output = io.StringIO()
     with TrainConsole(enabled=True, console=Console(file=output, _environ={"FORCE_COLOR": "1"})) as console:
         console.begin_stage(1, "gate only", first_step=1, steps=2)
@@ -91,7 +92,7 @@ def test_force_color_does_not_turn_a_log_file_into_a_live_display(step_of):
     assert _ESCAPE not in output.getvalue()
 
 
-def test_a_terminal_shows_bar_numbers_and_gate_per_class(step_of):
+def test_a_terminal_shows_bar_numbers_and_gate_per_class(step_of: Any) -> None:
     console, output, clock = _terminal()
     with console:
         console.begin_stage(1, "gate only", first_step=1, steps=4)
@@ -107,7 +108,7 @@ def test_a_terminal_shows_bar_numbers_and_gate_per_class(step_of):
     assert re.search(r"code data +3\.0800 +0\.23 +0\.59 +0\.18", shown)
 
 
-def test_a_finished_stage_says_how_long_it_took(step_of):
+def test_a_finished_stage_says_how_long_it_took(step_of: Any) -> None:
     console, output, clock = _terminal()
     with console:
         console.begin_stage(1, "gate only", first_step=1, steps=1)
@@ -116,7 +117,7 @@ def test_a_finished_stage_says_how_long_it_took(step_of):
     assert "1/1 took 1:02:05" in _text(output)
 
 
-def test_the_live_display_redraws_at_most_ten_times_a_second(step_of):
+def test_the_live_display_redraws_at_most_ten_times_a_second(step_of: Any) -> None:
     console, output, clock = _terminal()
     with console:
         console.begin_stage(1, "gate only", first_step=1, steps=1000)
@@ -128,7 +129,9 @@ def test_the_live_display_redraws_at_most_ten_times_a_second(step_of):
 
 
 @pytest.mark.parametrize(("weights", "color"), [((0.6, 0.4), "32"), ((0.4, 0.6), "33")])
-def test_the_own_specialist_is_green_where_it_leads_and_yellow_where_it_does_not(step_of, weights, color):
+def test_the_own_specialist_is_green_where_it_leads_and_yellow_where_it_does_not(
+    step_of: Any, weights: Any, color: Any
+) -> None:
     console, output, _ = _terminal(own={"law": "jurist"})
     gate = {"law": dict(zip(("jurist", "coder"), weights, strict=True))}
     with console:
@@ -137,7 +140,7 @@ def test_the_own_specialist_is_green_where_it_leads_and_yellow_where_it_does_not
     assert re.search(rf"\x1b\[1;{color}m *{weights[0]:.2f}\x1b\[0m", output.getvalue())
 
 
-def test_a_loss_that_is_not_finite_stands_out(step_of):
+def test_a_loss_that_is_not_finite_stands_out(step_of: Any) -> None:
     console, output, _ = _terminal()
     with console:
         console.begin_stage(1, "gate only", first_step=1, steps=1)
@@ -145,7 +148,7 @@ def test_a_loss_that_is_not_finite_stands_out(step_of):
     assert "1;31mnan" in output.getvalue()
 
 
-def test_a_note_stays_and_is_printed_as_it_is(step_of):
+def test_a_note_stays_and_is_printed_as_it_is(step_of: Any) -> None:
     for console, output, _ in (_log(), _terminal()):
         with console:
             console.begin_stage(1, "gate only", first_step=1, steps=2)
@@ -154,7 +157,9 @@ def test_a_note_stays_and_is_printed_as_it_is(step_of):
         assert "wrote runs/[demo]/step_2 :smile:\n" in _text(output).replace("\r", "")
 
 
-def test_a_disabled_console_prints_nothing_and_takes_the_same_calls(step_of, capfd):
+def test_a_disabled_console_prints_nothing_and_takes_the_same_calls(
+    step_of: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     with TrainConsole(enabled=False) as console:
         console.begin_stage(1, "gate only", first_step=1, steps=1)
         console.step(step_of(1))
@@ -162,7 +167,7 @@ def test_a_disabled_console_prints_nothing_and_takes_the_same_calls(step_of, cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_cursor_is_not_left_hidden_while_live(step_of):
+def test_the_cursor_is_not_left_hidden_while_live(step_of: Any) -> None:
     console, output, _ = _terminal()
     with console:
         console.begin_stage(1, "gate only", first_step=1, steps=2)
@@ -171,6 +176,6 @@ def test_the_cursor_is_not_left_hidden_while_live(step_of):
     assert written.rfind(f"{_ESCAPE}[?25h") > written.rfind(f"{_ESCAPE}[?25l")
 
 
-def test_a_step_without_a_stage_is_a_mistake_of_the_caller(step_of):
+def test_a_step_without_a_stage_is_a_mistake_of_the_caller(step_of: Any) -> None:
     with pytest.raises(RuntimeError, match="begin_stage"):
         TrainConsole(enabled=True).step(step_of(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import pytest
@@ -16,7 +17,9 @@ TINY = ("--device", "cpu", "--tokens", 16, "--vocab", 64, "--repeats", 2)
 QUICK = (*TINY, "--skip", "torch.compile", "--skip", "megatron")  # nothing to compile or to import
 
 
-def test_a_tiny_shape_is_measured_printed_and_written(monkeypatch, capsys, tmp_path):
+def test_a_tiny_shape_is_measured_printed_and_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     out = tmp_path / "result.json"
     assert run_script(monkeypatch, NAME, *QUICK, "--out", out) == 0
     report = json.loads(out.read_text())
@@ -35,8 +38,10 @@ def test_a_tiny_shape_is_measured_printed_and_written(monkeypatch, capsys, tmp_p
     assert f"wrote {out}" in printed
 
 
-def test_a_peer_that_is_not_installed_is_listed_with_the_reason(monkeypatch, capsys):
-    def not_there():
+def test_a_peer_that_is_not_installed_is_listed_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def not_there() -> None:
         raise ImportError("No module named 'liger_kernel'")
 
     monkeypatch.setitem(benchmark.PEERS, "liger-kernel", not_there)
@@ -44,7 +49,7 @@ def test_a_peer_that_is_not_installed_is_listed_with_the_reason(monkeypatch, cap
     assert "absent: liger-kernel (No module named 'liger_kernel')" in capsys.readouterr().out
 
 
-def test_the_result_says_what_it_was_measured_on(monkeypatch, tmp_path):
+def test_the_result_says_what_it_was_measured_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     assert run_script(monkeypatch, NAME, *QUICK, "--task", "forward", "--out", out) == 0
     machine = json.loads(out.read_text())["machine"]
@@ -59,7 +64,7 @@ def test_the_result_says_what_it_was_measured_on(monkeypatch, tmp_path):
     assert machine["date"].endswith("+00:00")
 
 
-def test_the_commit_is_that_of_the_checkout_alone(monkeypatch, tmp_path):
+def test_the_commit_is_that_of_the_checkout_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A copy without git inside somebody else's repository has no commit."""
     bench = script(NAME)
     git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c")
@@ -73,7 +78,9 @@ def test_the_commit_is_that_of_the_checkout_alone(monkeypatch, tmp_path):
 
 
 @pytest.mark.timeout(200)
-def test_megatron_is_measured_in_shards_and_who_cannot_be_is_listed(monkeypatch, capsys, tmp_path):
+def test_megatron_is_measured_in_shards_and_who_cannot_be_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pytest.importorskip("megatron.core")
     out = tmp_path / "result.json"
     assert run_script(monkeypatch, NAME, *TINY, "--task", "train", "--vocab-shards", 2, "--out", out) == 0
@@ -87,7 +94,9 @@ def test_megatron_is_measured_in_shards_and_who_cannot_be_is_listed(monkeypatch,
 
 
 @pytest.mark.timeout(200)
-def test_shards_may_be_empty_and_megatron_says_that_it_needs_even_ones(monkeypatch, tmp_path):
+def test_shards_may_be_empty_and_megatron_says_that_it_needs_even_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("megatron.core")
     out = tmp_path / "result.json"
     arguments = ("--device", "cpu", "--tokens", 8, "--vocab", 5, "--repeats", 1, "--vocab-shards", 4)
@@ -97,14 +106,16 @@ def test_shards_may_be_empty_and_megatron_says_that_it_needs_even_ones(monkeypat
     assert run["absent"]["train: megatron"] == "needs shards of one size, and 5 rows do not make 4"
 
 
-def test_several_ranks_are_reported_as_the_slowest_with_the_most_memory_of_any():
+def test_several_ranks_are_reported_as_the_slowest_with_the_most_memory_of_any() -> None:
     fast = {"task": "train", "variant": FLOOR, "median_s": 1.0, "peak_extra_bytes": 7, "gradient_bytes": 3}
     slow = fast | {"median_s": 2.0, "peak_extra_bytes": 5, "gradient_bytes": 2}
     (record,) = script(NAME).slowest([{"results": [fast]}, {"results": [slow]}])["results"]
     assert (record["median_s"], record["peak_extra_bytes"], record["gradient_bytes"]) == (2.0, 7, 3)
 
 
-def test_a_sweep_is_drawn_as_time_against_size_with_a_line_per_variant_and_a_panel_per_task(monkeypatch, tmp_path):
+def test_a_sweep_is_drawn_as_time_against_size_with_a_line_per_variant_and_a_panel_per_task(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
     sweep = (*QUICK, "--sweep", "specialists", "--task", "forward", "--task", "train")
@@ -122,7 +133,7 @@ def test_a_sweep_is_drawn_as_time_against_size_with_a_line_per_variant_and_a_pan
     assert line.get_ydata()[2] == found["train"]
 
 
-def test_one_shape_is_drawn_as_bars(monkeypatch, tmp_path):
+def test_one_shape_is_drawn_as_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "shape.svg"
     assert run_script(monkeypatch, NAME, *QUICK, "--task", "forward", "--plot", picture) == 0
@@ -148,7 +159,7 @@ REFUSED = {
 }
 
 
-def refusal(monkeypatch, capsys, name: str, arguments: str) -> str:
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, arguments: str) -> str:
     """The one line with which a script refuses its arguments."""
     assert run_script(monkeypatch, name, *arguments.split()) == 2
     output = capsys.readouterr()
@@ -158,28 +169,34 @@ def refusal(monkeypatch, capsys, name: str, arguments: str) -> str:
 
 
 @pytest.fixture
-def nothing_is_measured(monkeypatch):
-    def measured(*_):
+def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any) -> None:
         raise AssertionError("measured in spite of a bad argument")
 
     monkeypatch.setattr(script(NAME), "run_shape", measured)
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_a_bad_argument_is_one_line_before_anything_is_measured(monkeypatch, capsys, nothing_is_measured, arguments):
+def test_a_bad_argument_is_one_line_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nothing_is_measured: Any, arguments: Any
+) -> None:
     expected = REFUSED[arguments]
     line = refusal(monkeypatch, capsys, NAME, f"--device cpu {arguments}")
     assert line.startswith("bench_mixture_ce.py: error: argument ")
     assert expected in line.replace("'", "")  # argparse quotes choices in some versions of Python
 
 
-def test_cuda_without_a_device_is_refused(monkeypatch, capsys, nothing_is_measured):
+def test_cuda_without_a_device_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nothing_is_measured: Any
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     line = refusal(monkeypatch, capsys, NAME, "--device cuda")
     assert line.endswith("argument --device: cuda: PyTorch finds no CUDA device; use cpu\n")
 
 
-def test_a_picture_that_cannot_be_written_is_refused(monkeypatch, capsys, nothing_is_measured, tmp_path):
+def test_a_picture_that_cannot_be_written_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nothing_is_measured: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     line = refusal(monkeypatch, capsys, NAME, f"--device cpu --plot {tmp_path}/x.nonsense")
     assert "matplotlib writes no .nonsense; use .png" in line
@@ -188,7 +205,9 @@ def test_a_picture_that_cannot_be_written_is_refused(monkeypatch, capsys, nothin
 
 
 @pytest.mark.parametrize("capability", ["70", "123", "80 70", "x"])
-def test_the_kernel_report_refuses_a_generation_it_cannot_compile_for(monkeypatch, capsys, capability):
+def test_the_kernel_report_refuses_a_generation_it_cannot_compile_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], capability: str
+) -> None:
     pytest.importorskip("triton")
     line = refusal(monkeypatch, capsys, "report_kernels", f"--capability {capability}")
     assert "argument --capability: invalid " in line
@@ -196,7 +215,9 @@ def test_the_kernel_report_refuses_a_generation_it_cannot_compile_for(monkeypatc
 
 
 @pytest.mark.parametrize("arguments", ["--tokens 0", "--vocab -1", "--width 0", "--kernel x", "--out /no/such/x.json"])
-def test_the_tuner_refuses_bad_arguments(monkeypatch, capsys, arguments):
+def test_the_tuner_refuses_bad_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
     pytest.importorskip("triton")
     assert refusal(monkeypatch, capsys, "tune_kernels", arguments).startswith(
         f"tune_kernels.py: error: argument {arguments.split()[0]}: "

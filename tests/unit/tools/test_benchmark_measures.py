@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import replace
+from typing import Any
 
 import benchmark
 import pytest
@@ -14,7 +15,7 @@ from benchmark import FLOOR, TASKS, Inputs, Shape
 SHAPE = Shape(16, 40, (8, 4), torch.float32)
 
 
-def test_every_variant_takes_part_in_every_round_beside_the_floor():
+def test_every_variant_takes_part_in_every_round_beside_the_floor() -> None:
     inputs = Inputs(SHAPE, torch.device("cpu"))
     losses = {"chunked": benchmark.ours("chunked"), "plain PyTorch": benchmark.plain()}
     for task in TASKS:
@@ -23,15 +24,15 @@ def test_every_variant_takes_part_in_every_round_beside_the_floor():
         assert all(len(result.seconds) == 3 and result.median > 0 for result in results)
 
 
-def test_all_variants_compute_the_same_loss():
+def test_all_variants_compute_the_same_loss() -> None:
     inputs = Inputs(SHAPE, torch.device("cpu"))
     inputs.require((True, False, False))
     values = [benchmark.ours(name)(inputs) for name in ("chunked", "gate_only")] + [benchmark.plain()(inputs)]
     torch.testing.assert_close(torch.stack(values), values[0].expand(3), rtol=1e-5, atol=1e-5)
 
 
-def test_a_variant_that_fails_is_left_out_with_its_reason():
-    def broken(_inputs):
+def test_a_variant_that_fails_is_left_out_with_its_reason() -> None:
+    def broken(_inputs: Inputs) -> torch.Tensor:
         raise RuntimeError("out of memory\nwith details")
 
     failed: dict[str, str] = {}
@@ -40,7 +41,7 @@ def test_a_variant_that_fails_is_left_out_with_its_reason():
     assert failed == {"train: broken": "out of memory"}
 
 
-def test_a_variant_that_computes_something_else_is_not_timed():
+def test_a_variant_that_computes_something_else_is_not_timed() -> None:
     failed: dict[str, str] = {}
     losses = {"half": lambda inputs: benchmark.plain()(inputs) / 2, "chunked": benchmark.ours("chunked")}
     results = benchmark.measure(Inputs(SHAPE, torch.device("cpu")), "train", losses, 1, failed)
@@ -48,14 +49,14 @@ def test_a_variant_that_computes_something_else_is_not_timed():
     assert failed["train: half"].startswith("gives a loss of ")
 
 
-def test_gradient_bytes_count_what_the_task_trains():
+def test_gradient_bytes_count_what_the_task_trains() -> None:
     inputs = Inputs(SHAPE, torch.device("cpu"))
     gate, hidden, heads = 16 * 2 * 4, 16 * (8 + 4) * 4, 40 * (8 + 4) * 4
     assert inputs.require(TASKS["gate_only"][0]) == gate
     assert inputs.require(TASKS["train"][0]) == gate + hidden + heads
 
 
-def test_every_rank_has_the_same_rows_and_its_share_of_the_heads_which_may_be_empty():
+def test_every_rank_has_the_same_rows_and_its_share_of_the_heads_which_may_be_empty() -> None:
     ranks = [Inputs(replace(SHAPE, vocab=5), torch.device("cpu"), shard, 4) for shard in range(4)]
     assert [rank.vocab_start for rank in ranks] == [0, 2, 4, 5]
     assert [rank.heads[0].shape[0] for rank in ranks] == [2, 2, 1, 0]
@@ -66,11 +67,11 @@ def test_every_rank_has_the_same_rows_and_its_share_of_the_heads_which_may_be_em
     assert not torch.equal(ranks[0].heads[0], ranks[1].heads[0])
 
 
-def test_what_is_called_compiled_is_compiled_for_every_shape_of_a_sweep(monkeypatch):
+def test_what_is_called_compiled_is_compiled_for_every_shape_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """More shapes and tasks than dynamo compiles of one function before it gives up and runs it eagerly."""
     graphs = []
 
-    def backend(graph, _examples):
+    def backend(graph: Any, _examples: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
@@ -84,7 +85,7 @@ def test_what_is_called_compiled_is_compiled_for_every_shape_of_a_sweep(monkeypa
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
-def test_peak_memory_counts_what_a_call_takes_even_where_freed_memory_lies_ready():
+def test_peak_memory_counts_what_a_call_takes_even_where_freed_memory_lies_ready() -> None:
     """64 MiB in pieces that the C library serves from its heap, of which 128 MiB have just been freed."""
     inputs = Inputs(SHAPE, torch.device("cpu"))
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.scripts import TOOLS
@@ -45,7 +46,7 @@ def pretended(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(120)
-def test_without_a_gpu_it_ends_at_once_with_one_line(tmp_path):
+def test_without_a_gpu_it_ends_at_once_with_one_line(tmp_path: Path) -> None:
     out = tmp_path / "results"
     done = gpu_check(out, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
@@ -55,7 +56,7 @@ def test_without_a_gpu_it_ends_at_once_with_one_line(tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_the_report_is_made_even_when_every_step_was_left_out(tmp_path, pretended):
+def test_the_report_is_made_even_when_every_step_was_left_out(tmp_path: Path, pretended: Any) -> None:
     done = gpu_check(tmp_path, **pretended, GPU_CHECK_SECONDS="0")
     assert done.returncode == 1, done.stderr
     steps = json.loads((tmp_path / "a_gpu.json").read_text())["steps"]
@@ -68,7 +69,9 @@ def test_the_report_is_made_even_when_every_step_was_left_out(tmp_path, pretende
 
 
 @pytest.mark.timeout(240)
-def test_what_failed_or_lacks_a_package_does_not_stop_what_follows_and_does_not_pass(tmp_path, pretended):
+def test_what_failed_or_lacks_a_package_does_not_stop_what_follows_and_does_not_pass(
+    tmp_path: Path, pretended: Any
+) -> None:
     done = gpu_check(tmp_path, **pretended)
     assert done.returncode == 1, done.stderr
     steps = json.loads((tmp_path / "a_gpu.json").read_text())["steps"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 TINY = {"tiny": Shape(9, 37, (8, 12), torch.float32)}
 
 
-def test_values_of_every_backend_of_a_cpu_are_right_and_streaming_says_that_it_needs_a_gpu():
+def test_values_of_every_backend_of_a_cpu_are_right_and_streaming_says_that_it_needs_a_gpu() -> None:
     records = list(script("check_values").check(CPU, TINY))
     outcomes = {(r["case"], r["dtype"]): r["outcome"] for r in records}
     assert len(outcomes) == len(records) == 6 * 3
@@ -31,7 +32,9 @@ def test_values_of_every_backend_of_a_cpu_are_right_and_streaming_says_that_it_n
 @pytest.mark.parametrize(
     ("factors", "outcome"), [((1.01, 1.01), "WRONG"), ((1.0, 1.0 + 1e-6), "other bits"), ((1.0, 1.0), "right")]
 )
-def test_a_wrong_value_and_one_that_does_not_repeat_are_told_apart(monkeypatch, factors, outcome):
+def test_a_wrong_value_and_one_that_does_not_repeat_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, factors: Any, outcome: Any
+) -> None:
     values = script("check_values")
     right, turns = values.mixture_cross_entropy, iter(factors)
     monkeypatch.setattr(values, "mixture_cross_entropy", lambda *args, **more: right(*args, **more) * next(turns))
@@ -41,7 +44,7 @@ def test_a_wrong_value_and_one_that_does_not_repeat_are_told_apart(monkeypatch, 
     assert record["outcome"] == outcome
 
 
-def test_a_backend_that_raises_is_a_record_and_not_the_end(monkeypatch):
+def test_a_backend_that_raises_is_a_record_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     values = script("check_values")
 
     def raising(*_: object, backend: str, **__: object) -> torch.Tensor:
@@ -52,7 +55,9 @@ def test_a_backend_that_raises_is_a_record_and_not_the_end(monkeypatch):
     assert found == {("failed", "chunked does not launch")}
 
 
-def test_the_losss_profile_has_a_table_per_backend_and_a_trace_that_opens(monkeypatch, tmp_path):
+def test_the_losss_profile_has_a_table_per_backend_and_a_trace_that_opens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     out, trace = tmp_path / "profile.json", tmp_path / "trace.json.gz"
     assert run_script(monkeypatch, "profile_loss", "--device", "cpu", "--out", out, "--trace", trace) == 0
     tables = json.loads(out.read_text())["operators"]
@@ -64,7 +69,7 @@ def test_the_losss_profile_has_a_table_per_backend_and_a_trace_that_opens(monkey
     assert {path.name for path in tmp_path.iterdir()} == {out.name, trace.name}
 
 
-def test_what_is_warmed_first_is_what_the_goals_shapes_take_and_last_what_the_tuner_tries():
+def test_what_is_warmed_first_is_what_the_goals_shapes_take_and_last_what_the_tuner_tries() -> None:
     pytest.importorskip("triton")
     warm, tuner = script("warm_kernels"), script("tune_kernels")
     jobs = list(warm.jobs(["goal", "tests", "candidates"]))
@@ -92,10 +97,13 @@ def epilogues_of_the_goal(cache: str) -> int:
 
 
 @pytest.mark.timeout(280)
-def test_warmed_kernels_are_found_by_a_launch_of_another_process_on_the_goals_shape(tmp_path, compiling):
+def test_warmed_kernels_are_found_by_a_launch_of_another_process_on_the_goals_shape(
+    tmp_path: Path, compiling: Any
+) -> None:
     cache = tmp_path / "cache"
-    command = [sys.executable, TOOLS / "benchmarks" / "warm_kernels.py", "--processes", "1", "--part", "goal"]
-    command += ["--kernel", "chunked: row statistics", "--kernel", "chunked: dlogits", "--out", tmp_path / "warm.json"]
+    command = [sys.executable, str(TOOLS / "benchmarks" / "warm_kernels.py"), "--processes", "1", "--part", "goal"]
+    command += ["--kernel", "chunked: row statistics", "--kernel", "chunked: dlogits"]
+    command += ["--out", str(tmp_path / "warm.json")]
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     subprocess.run(command, env=environment, check=True, timeout=250)
     report = json.loads((tmp_path / "warm.json").read_text())
@@ -118,11 +126,11 @@ def candidate_compiled(cache: str) -> tuple[int, bool]:
 
 
 @pytest.mark.timeout(280)
-def test_the_tuners_tiles_compile_without_a_gpu(tmp_path, compiling):
+def test_the_tuners_tiles_compile_without_a_gpu(tmp_path: Path, compiling: Any) -> None:
     assert compiling(candidate_compiled, str(tmp_path)) == (1, True)
 
 
-def test_the_toy_runs_configuration_is_one_that_training_takes(tmp_path):
+def test_the_toy_runs_configuration_is_one_that_training_takes(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.planning.preflight import preflight
@@ -134,12 +142,12 @@ def test_the_toy_runs_configuration_is_one_that_training_takes(tmp_path):
 @pytest.mark.parametrize(
     ("here", "wrong"), [([6.0, 5.0], False), ([6.0001, 5.05], False), ([6.01, 5.0], True), ([6.0, 5.2], True)]
 )
-def test_losses_that_part_from_the_cpus_are_wrong(tmp_path, here, wrong):
+def test_losses_that_part_from_the_cpus_are_wrong(tmp_path: Path, here: Any, wrong: Any) -> None:
     for name, losses in (("cpu", [6.0, 5.0]), ("cuda", here)):
         (tmp_path / f"{name}_run").mkdir()
         lines = [json.dumps({"kind": "step", "stage": 1, "step": i, "loss": loss}) for i, loss in enumerate(losses)]
         (tmp_path / f"{name}_run" / "metrics.jsonl").write_text("\n".join(lines))
-    report: dict = {"wrong": []}
+    report: dict[str, Any] = {"wrong": []}
     script("train_toy_on").compare(tmp_path, "cuda", report)
     assert bool(report["wrong"]) == wrong
     assert [losses["here"] for losses in report["losses"]] == here
@@ -153,10 +161,12 @@ def test_losses_that_part_from_the_cpus_are_wrong(tmp_path, here, wrong):
         ("import time; print('slow', flush=True); time.sleep(60)", 2, "train: not done after 2 s"),
     ],
 )
-def test_a_command_that_fails_or_hangs_ends_the_toy_run_with_what_it_said(monkeypatch, code, limit, said):
+def test_a_command_that_fails_or_hangs_ends_the_toy_run_with_what_it_said(
+    monkeypatch: pytest.MonkeyPatch, code: Any, limit: Any, said: Any
+) -> None:
     toy = script("train_toy_on")
     monkeypatch.setattr(toy, "COMMAND", [sys.executable, "-c", code])
-    report: dict = {"commands": []}
+    report: dict[str, Any] = {"commands": []}
     if said is None:
         assert toy.finish(toy.start(), "train", limit, report) == "done\n"
     else:
@@ -177,11 +187,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(280)
-def test_the_trainer_contends(models, tmp_path):
+def test_the_trainer_contends(models: Any, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    command = [sys.executable, TOOLS / "benchmarks" / "train_beside_plain.py", "--contender", "trainer"]
-    command += ["--models", models, "--device", "cpu", "--warm-steps", "1", "--steps", "1"]
-    subprocess.run([*command, "--out", tmp_path / "out.json"], check=True, timeout=250)
+    command = [sys.executable, str(TOOLS / "benchmarks" / "train_beside_plain.py"), "--contender", "trainer"]
+    command += ["--models", str(models), "--device", "cpu", "--warm-steps", "1", "--steps", "1"]
+    subprocess.run([*command, "--out", str(tmp_path / "out.json")], check=True, timeout=250)
     result = json.loads((tmp_path / "out.json").read_text())
     for stage in ("stage1", "stage2"):
         assert len(result[stage]["seconds"]) == 1 and result[stage]["median_s"] > 0
@@ -189,7 +199,7 @@ def test_the_trainer_contends(models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain PyTorch", "one GEMM"])
-def test_the_plain_script_contends(models, tmp_path, name):
+def test_the_plain_script_contends(models: Any, tmp_path: Path, name: str) -> None:
     beside = script("train_beside_plain")
     arguments = types.SimpleNamespace(
         device="cpu", contender=name, models=models, traces=None, warm_steps=1, steps=2, out=tmp_path / "out.json"
@@ -200,7 +210,7 @@ def test_the_plain_script_contends(models, tmp_path, name):
     assert any("mm" in row["name"] for row in result["stage2"]["operators"])
 
 
-def test_the_plain_script_trains_the_gate_alone_then_everything_and_its_losses_fall(models):
+def test_the_plain_script_trains_the_gate_alone_then_everything_and_its_losses_fall(models: Any) -> None:
     plain, beside = script("plain_trainer"), script("train_beside_plain")
     from ultrafuser_mega.toy.corpus import CLASSES, read_jsonl
     from ultrafuser_mega.toy.training import encode

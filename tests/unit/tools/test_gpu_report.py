@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import pytest
@@ -24,7 +25,7 @@ MILLISECONDS = {  # of every variant, so that each bar is met
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the benchmark leaves of a tiny shape, with every variant that a GPU with one peer installed has."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -39,11 +40,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(out.read_text())
 
 
-def not_installed():
+def not_installed() -> None:
     raise ImportError("No module named 'peer'")
 
 
-def part(measured: dict, vocab: int, width: int) -> dict:
+def part(measured: dict[str, Any], vocab: int, width: int) -> dict[str, Any]:
     """A step's results with the numbers of MILLISECONDS, as if of one of the bars' shapes."""
     copy = json.loads(json.dumps(measured))
     (run,) = copy["runs"]
@@ -56,14 +57,14 @@ def part(measured: dict, vocab: int, width: int) -> dict:
     return copy
 
 
-def gate_kernels(of_copy: float) -> dict:
+def gate_kernels(of_copy: float) -> dict[str, Any]:
     record = {"variant": "kernel", "median_us": 100.0, "gb_per_s": 2000.0, "of_copy": of_copy}
     names = [(shape, direction) for shape in ("llama2-13b", "llama3-8b") for direction in ("forward", "backward")]
     return {"device": "H100", "results": [record | {"shape": s, "direction": d} for s, d in names]}
 
 
 @pytest.fixture
-def complete(measured) -> dict:
+def complete(measured: Any) -> dict[str, Any]:
     return {
         "steps": {"build": {"seconds": 20, "exit_code": 0}, "tests": {"seconds": 150, "exit_code": 124}, "tiles": {}},
         "llama2-13b": part(measured, 32000, 5120),
@@ -75,7 +76,7 @@ def complete(measured) -> dict:
     }
 
 
-def tuned() -> list[dict]:
+def tuned() -> list[dict[str, Any]]:
     """The tuner's own records, as they come out of JSON."""
     pytest.importorskip("triton")
     tuner = script("tune_kernels")
@@ -87,7 +88,7 @@ def tuned() -> list[dict]:
     return json.loads(json.dumps(records))
 
 
-def made_of(report: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def made_of(report: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     source = folder / "nvidia_h100.json"
     source.write_text(json.dumps(report))
     assert run_script(monkeypatch, "gpu_report", source) == 0
@@ -120,7 +121,9 @@ SHAPES = {
 }
 
 
-def test_every_bar_of_every_shape_is_met_by_numbers_that_keep_it(complete, tmp_path, monkeypatch):
+def test_every_bar_of_every_shape_is_met_by_numbers_that_keep_it(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = made_of(complete, tmp_path, monkeypatch)
     for shape in SHAPES:
         for what in (*BARS, *MEMORY_BARS):
@@ -132,7 +135,9 @@ def test_every_bar_of_every_shape_is_met_by_numbers_that_keep_it(complete, tmp_p
 
 
 @pytest.mark.parametrize("what", BARS)
-def test_a_number_beyond_its_bar_is_missed_in_its_shape_alone(complete, tmp_path, monkeypatch, what):
+def test_a_number_beyond_its_bar_is_missed_in_its_shape_alone(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any
+) -> None:
     task, variants, milliseconds = BARS[what]
     for r in complete["llama3-8b"]["runs"][0]["results"]:
         if r["task"] == task and r["variant"] in variants:
@@ -144,7 +149,9 @@ def test_a_number_beyond_its_bar_is_missed_in_its_shape_alone(complete, tmp_path
 
 
 @pytest.mark.parametrize("what", MEMORY_BARS)
-def test_a_mebibyte_too_many_is_missed(complete, tmp_path, monkeypatch, what):
+def test_a_mebibyte_too_many_is_missed(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any
+) -> None:
     variant, mib = MEMORY_BARS[what]
     for r in complete["llama2-13b_eighth"]["runs"][0]["results"]:
         if r["variant"] == variant:
@@ -154,13 +161,17 @@ def test_a_mebibyte_too_many_is_missed(complete, tmp_path, monkeypatch, what):
     assert cells(text, "llama2-13b", what)[4] == "met"
 
 
-def test_a_gate_kernel_below_the_copys_share_is_missed(complete, tmp_path, monkeypatch):
+def test_a_gate_kernel_below_the_copys_share_is_missed(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     complete["gate_kernels"] = gate_kernels(0.849)
     text = made_of(complete, tmp_path, monkeypatch)
     assert cells(text, "llama3-8b", "gate kernel, forward: of a copy's bandwidth")[3:5] == ["84.9%", "**MISSED**"]
 
 
-def test_the_worst_of_several_runs_of_a_shape_counts(complete, tmp_path, monkeypatch):
+def test_the_worst_of_several_runs_of_a_shape_counts(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.compile takes part in a run of its own, which must not hide behind the first."""
     again = json.loads(json.dumps(complete["llama2-13b"]))
     (run,) = again["runs"]
@@ -175,7 +186,9 @@ def test_the_worst_of_several_runs_of_a_shape_counts(complete, tmp_path, monkeyp
     assert row[3:] == ["0.95", "**MISSED**", "absent: liger-kernel, cut-cross-entropy"]
 
 
-def test_what_no_run_of_the_very_shape_measured_is_not_measured(complete, tmp_path, monkeypatch):
+def test_what_no_run_of_the_very_shape_measured_is_not_measured(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     complete["llama3-8b"]["runs"][0]["tokens"] = 4096
     del complete["gate_kernels"], complete["llama2-13b_eighth"]
     results = complete["llama2-13b"]["runs"][0]["results"]
@@ -190,7 +203,9 @@ def test_what_no_run_of_the_very_shape_measured_is_not_measured(complete, tmp_pa
     assert cells(text, "llama2-13b", "gate kernel, forward: of a copy's bandwidth")[4] == "not measured"
 
 
-def test_a_shapes_table_has_every_variant_beside_the_floor_and_the_best_peer(complete, tmp_path, monkeypatch):
+def test_a_shapes_table_has_every_variant_beside_the_floor_and_the_best_peer(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = made_of({"steps": {}, "llama2-13b": complete["llama2-13b"]}, tmp_path, monkeypatch)
     tflops = next(r["tflops"] for r in complete["llama2-13b"]["runs"][0]["results"] if r["variant"] == "streaming")
     found = cells(text, "train", "streaming")
@@ -201,12 +216,14 @@ def test_a_shapes_table_has_every_variant_beside_the_floor_and_the_best_peer(com
     assert cells(text, "torch") == ["torch", complete["llama2-13b"]["machine"]["torch"]]
 
 
-def test_the_fastest_tile_stands_beside_the_one_in_use(complete, tmp_path, monkeypatch):
+def test_the_fastest_tile_stands_beside_the_one_in_use(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = made_of(complete, tmp_path, monkeypatch)
     assert cells(text, "dlogits") == ["dlogits", "[256, 8]", "1.500", "[128, 8]", "2.000", "1"]
 
 
-def test_steps_say_how_they_ended(complete, tmp_path, monkeypatch):
+def test_steps_say_how_they_ended(complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = made_of(complete, tmp_path, monkeypatch)
     assert cells(text, "build") == ["build", "20", "done"]
     assert cells(text, "tests") == ["tests", "150", "ran into its limit"]
@@ -214,7 +231,9 @@ def test_steps_say_how_they_ended(complete, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": []}'])
-def test_another_file_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, content):
+def test_another_file_is_refused_in_one_line_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
     source = tmp_path / "other.json"
     if content is not None:
         source.write_text(content)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-def resources(capability: int, dtype: str, specialists: int) -> list:
+def resources(capability: int, dtype: str, specialists: int) -> list[Any]:
     from kernel_report import report
 
     return report(capability, dtype, specialists)
@@ -18,7 +19,9 @@ def resources(capability: int, dtype: str, specialists: int) -> list:
     ("capability", "dtype", "specialists", "tensor_core"),
     [(80, "bf16", 3, "HMMA"), (90, "bf16", 3, "HGMMA"), (90, "fp16", 2, "HGMMA"), (100, "bf16", 3, "UTCHMMA")],
 )
-def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, dtype, specialists, tensor_core, compiling):
+def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(
+    capability: Any, dtype: Any, specialists: Any, tensor_core: Any, compiling: Any
+) -> None:
     kernels = compiling(resources, capability, dtype, specialists)
     assert {kernel.kernel.split(":")[0] for kernel in kernels} == {"chunked", "gate_only", "streaming"}
     for kernel in kernels:
@@ -29,19 +32,19 @@ def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(capability, dtyp
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_of_fp32_spill_nothing(capability, compiling):
+def test_kernels_of_fp32_spill_nothing(capability: int, compiling: Any) -> None:
     for kernel in compiling(resources, capability, "fp32", 3):
         assert kernel.local_bytes == 0, kernel
 
 
-def cuda_resources(nvcc: str) -> list:
+def cuda_resources(nvcc: str) -> list[Any]:
     from kernel_report import cuda_report
 
     return cuda_report(nvcc, Path(__file__).parents[3] / "csrc" / "gate_kernels.cu")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
-def test_cuda_kernels_compile_for_every_generation_and_spill_nothing(compiling):
+def test_cuda_kernels_compile_for_every_generation_and_spill_nothing(compiling: Any) -> None:
     kernels = compiling(cuda_resources, shutil.which("nvcc"))
     forward = {f"scale_inputs_kernel<{t}>" for t in ("float", "__half", "__nv_bfloat16")}
     backward = {f"unscale_gradients_kernel<{t}, {t}>" for t in ("float", "__half", "__nv_bfloat16")}

@@ -27,11 +27,11 @@ def wheel(folder: Path, name: str) -> None:
         file.writestr(f"{info}/RECORD", "")
 
 
-def test_missing_modules_are_named_and_others_not():
+def test_missing_modules_are_named_and_others_not() -> None:
     assert needed("--missing", "json,no_such_module,no_such.inner,torch").stdout == "no_such_module, no_such.inner\n"
 
 
-def test_only_wheels_of_missing_packages_are_installed(tmp_path):
+def test_only_wheels_of_missing_packages_are_installed(tmp_path: Path) -> None:
     wheel(tmp_path / "wheels", "ufm_carried_along")
     wheel(tmp_path / "wheels", "torch")  # which is there, and must stay what it is
     done = needed("--wheels", tmp_path / "wheels", "--target", tmp_path / "site")
@@ -40,7 +40,7 @@ def test_only_wheels_of_missing_packages_are_installed(tmp_path):
     assert {path.name for path in (tmp_path / "site").glob("*.py")} == {"ufm_carried_along.py"}
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = needed("--wheels", tmp_path / "none", "--target", tmp_path / "site")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "is not a folder; tools/gpu_wheels.sh makes one" in done.stderr

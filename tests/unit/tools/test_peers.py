@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peers import concatenated, concatenated_loss, plain_loss
 from support.mixture_cases import Case, answer_of, make_case, relative_error, truth
 
-SHAPE = {"rows": 9, "vocab": 37, "widths": (12, 8, 16), "padding": 3}
+SHAPE: dict[str, Any] = {"rows": 9, "vocab": 37, "widths": (12, 8, 16), "padding": 3}
 
 
 @pytest.mark.parametrize("peer", [plain_loss, concatenated_loss])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_loss_and_gradients_are_those_of_the_closed_form_in_float64(peer, reduction):
+def test_loss_and_gradients_are_those_of_the_closed_form_in_float64(peer: Any, reduction: str) -> None:
     case = make_case(
         5, **SHAPE, dtype=torch.float64, reduction=reduction, label_smoothing=0.1, z_loss=1e-3, logit_scale=4.0
     )
@@ -24,7 +26,7 @@ def test_loss_and_gradients_are_those_of_the_closed_form_in_float64(peer, reduct
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_one_gemm_rounds_inputs_and_logits_once_each_to_the_models_type(dtype):
+def test_one_gemm_rounds_inputs_and_logits_once_each_to_the_models_type(dtype: Any) -> None:
     """A row's loss moves by at most twice what its logits do; those are rounded where the docstring says, and nowhere
     else but in a sum of K fp32 products."""
     case = make_case(6, **SHAPE, dtype=dtype, ignored=0.0, reduction="none")

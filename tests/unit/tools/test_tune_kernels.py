@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from support.scripts import script
 
 
@@ -16,12 +19,12 @@ def every_kernel_once() -> tuple[set[str], set[str]]:
     return set(calls), set(tuner.CANDIDATES)
 
 
-def test_every_kernel_that_has_candidates_is_called_as_the_loss_calls_it(interpreted):
+def test_every_kernel_that_has_candidates_is_called_as_the_loss_calls_it(interpreted: Any) -> None:
     called, tuned = interpreted(every_kernel_once)
     assert called == tuned
 
 
-def test_the_fastest_comes_first_a_failure_last_and_the_table_is_left_alone(monkeypatch):
+def test_the_fastest_comes_first_a_failure_last_and_the_table_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = script("tune_kernels")
     table = {"kernel": (64, 4)}
     times = {(64, 4): 2.0, (128, 8): 1.0}
@@ -48,7 +51,7 @@ def blocks_of_the_gate_only_forward() -> list[tuple[int, int]]:
 
     from ultrafuser_mega.ops import gemm
 
-    tuner = script("tune_kernels")
+    tuner: Any = script("tune_kernels")
     table, key = tuner.table_of(tuner.GATE_BLOCKS, 90)
     assert (key, table[key]) == ("cuda", 8192)
     table = table | {}
@@ -57,11 +60,11 @@ def blocks_of_the_gate_only_forward() -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     accumulate = gemm.accumulate
 
-    def counted(*arguments, **options):
+    def counted(*arguments: Any, **options: Any) -> Any:
         found[-1] = (table["cpu"], found[-1][1] + 1)
         return accumulate(*arguments, **options)
 
-    def timed(function):
+    def timed(function: Any) -> Any:
         found.append((0, 0))
         loss, _ = function()
         assert loss.requires_grad
@@ -72,5 +75,5 @@ def blocks_of_the_gate_only_forward() -> list[tuple[int, int]]:
     return found
 
 
-def test_blocks_of_columns_reach_the_gate_only_loss_that_is_timed(interpreted):
+def test_blocks_of_columns_reach_the_gate_only_loss_that_is_timed(interpreted: Any) -> None:
     assert interpreted(blocks_of_the_gate_only_forward) == [(32, 2 * 3), (64, 2 * 2), (128, 2 * 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,16 @@ FINAL_NAMES = {*CLASSES, "data", "recipe.json"}
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_toy(tmp_path_factory.mktemp("toy"), seed=1, progress=False, recipe=SMALL)
 
 
 @pytest.fixture
-def trainings(monkeypatch):
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace the training processes by random weights; returns the list of what would have been trained."""
     started: list[str] = []
 
-    def fake(jobs, console):
+    def fake(jobs: Any, console: Any) -> Any:
         started.append("all")
         for job in jobs:
             own = {key: job.shape[key] for key in ("vocab_rows", "kv_heads", "rope_theta")}
@@ -43,7 +44,7 @@ def names_in(root: Path) -> set[str]:
     return {path.name for path in root.iterdir()} & FINAL_NAMES
 
 
-def test_the_three_differ_as_the_papers_trio_does(toy):
+def test_the_three_differ_as_the_papers_trio_does(toy: Any) -> None:
     configs = {name: AutoModelForCausalLM.from_pretrained(path).config for name, path in toy.specialists.items()}
     assert {name: config.vocab_size for name, config in configs.items()} == {"text": 512, "code": 528, "math": 513}
     thetas = {name: config.rope_parameters["rope_theta"] for name, config in configs.items()}
@@ -51,7 +52,7 @@ def test_the_three_differ_as_the_papers_trio_does(toy):
     assert {name: config.num_key_value_heads for name, config in configs.items()} == {"text": 4, "code": 2, "math": 4}
 
 
-def test_the_folders_are_complete_and_share_one_tokenizer(toy):
+def test_the_folders_are_complete_and_share_one_tokenizer(toy: Any) -> None:
     for name, folder in toy.specialists.items():
         files = {path.name for path in folder.iterdir()}
         assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.model",
@@ -63,14 +64,14 @@ def test_the_folders_are_complete_and_share_one_tokenizer(toy):
         assert all(0 < toy.heldout_loss[name][other] < 20 for other in CLASSES)
 
 
-def test_a_finished_trio_is_reused_without_touching_it(toy, trainings):
+def test_a_finished_trio_is_reused_without_touching_it(toy: Any, trainings: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in toy.root.rglob("*")}
     assert make_toy(toy.root, seed=1, progress=False, recipe=SMALL) == toy
     assert {path: path.stat().st_mtime_ns for path in toy.root.rglob("*")} == before
     assert trainings == []
 
 
-def test_another_seed_or_a_damaged_file_means_a_new_build(tmp_path, trainings):
+def test_another_seed_or_a_damaged_file_means_a_new_build(tmp_path: Path, trainings: Any) -> None:
     first = make_toy(tmp_path, seed=1, progress=False, recipe=SMALL)
     rows = read_jsonl(first.train["text"])
     make_toy(tmp_path, seed=2, progress=False, recipe=SMALL)
@@ -81,8 +82,10 @@ def test_another_seed_or_a_damaged_file_means_a_new_build(tmp_path, trainings):
     AutoModelForCausalLM.from_pretrained(tmp_path / "math")
 
 
-def test_an_interrupted_build_leaves_no_final_name_and_the_next_one_succeeds(tmp_path, trainings, monkeypatch):
-    def interrupted(jobs, console):
+def test_an_interrupted_build_leaves_no_final_name_and_the_next_one_succeeds(
+    tmp_path: Path, trainings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(jobs: Any, console: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -94,10 +97,12 @@ def test_an_interrupted_build_leaves_no_final_name_and_the_next_one_succeeds(tmp
     assert not (tmp_path / ".partial").exists()
 
 
-def test_a_build_interrupted_while_publishing_is_finished_not_repeated(tmp_path, trainings, monkeypatch):
+def test_a_build_interrupted_while_publishing_is_finished_not_repeated(
+    tmp_path: Path, trainings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rename = Path.rename
 
-    def rename_until_code(self, target):
+    def rename_until_code(self: Any, target: Any) -> Any:
         if Path(target) == tmp_path / "code":
             raise KeyboardInterrupt
         return rename(self, target)
@@ -111,8 +116,8 @@ def test_a_build_interrupted_while_publishing_is_finished_not_repeated(tmp_path,
     assert trainings == ["all"]
 
 
-def test_two_callers_at_once_build_once(tmp_path, trainings):
-    results: list = []
+def test_two_callers_at_once_build_once(tmp_path: Path, trainings: Any) -> None:
+    results: list[Any] = []
     callers = [
         threading.Thread(target=lambda: results.append(make_toy(tmp_path, progress=False, recipe=SMALL)))
         for _ in range(2)
@@ -125,7 +130,7 @@ def test_two_callers_at_once_build_once(tmp_path, trainings):
     assert trainings == ["all"]
 
 
-def test_a_folder_of_someone_elses_is_never_replaced(tmp_path, trainings):
+def test_a_folder_of_someone_elses_is_never_replaced(tmp_path: Path, trainings: Any) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match=r"holds 'data' but no recipe\.json"):
@@ -141,13 +146,15 @@ def test_a_folder_of_someone_elses_is_never_replaced(tmp_path, trainings):
         ("cpu", ToyRecipe(steps=0), "^steps = 0: must be at least 1"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, device, recipe, message):
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, device: str, recipe: Any, message: Any
+) -> None:
     with pytest.raises(InputError, match=message):
         make_toy(tmp_path / "toy", device=device, progress=False, recipe=recipe)
     assert not (tmp_path / "toy").exists()
 
 
-def test_a_failing_worker_is_named_with_what_it_said(tmp_path):
+def test_a_failing_worker_is_named_with_what_it_said(tmp_path: Path) -> None:
     job = Job("math", str(tmp_path), str(tmp_path / "nothing"), SMALL.shape("math"), 1, 1, 1e-3, 0, "cpu")
     with pytest.raises(RuntimeError, match=r"(?s)toy specialist 'math' ended with code 1.*math\.train\.jsonl"):
         run_jobs([job], build.Console(quiet=True))

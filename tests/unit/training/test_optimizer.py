@@ -16,7 +16,7 @@ def rates(**stage: Any) -> list[float]:
     """The rate that each step of the stage is done with."""
     options = Stage.model_validate({"samples_per_class": 1} | stage)
     group = {"lr": None, "max_lr": options.lr, "min_lr": options.min_lr}  # as Megatron fills them
-    schedule = make_schedule(SimpleNamespace(param_groups=[group]), options, 0.0)  # type: ignore[arg-type]
+    schedule = make_schedule(SimpleNamespace(param_groups=[group]), options, 0.0)
     found = []
     for _ in range(options.steps):
         found.append(group["lr"])
