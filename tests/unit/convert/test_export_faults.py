@@ -221,4 +221,6 @@ def test_element_type_that_is_no_float_is_refused(copy: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    assert "tensor model.norm.weight is F8_E4M3; expected fp32, bf16 or fp16 weights" in refusal(lambda: plan_folders({"a": source}, None))
+    assert "tensor model.norm.weight is F8_E4M3; expected fp32, bf16 or fp16 weights" in refusal(
+        lambda: plan_folders({"a": source}, None)
+    )
