@@ -118,7 +118,7 @@ def test_chat_reads_lines_until_they_end(models: Any, transformers_model: Any, r
     ("arguments", "message"),
     [
         (("nowhere", "hi"), "nowhere: no such folder; expected a release folder or a checkpoint"),
-        (("{trio}/text", "hi"), "text: expected what ultrafuser export wrote, or a checkpoint"),
+        (("{trio}/text", "hi"), "text: expected what ultrafuser export wrote, a checkpoint, or the folder of a run"),
         (("{release}", " "), "the prompt is empty"),
         (("{release}", "hi", "--raw", "--system", "x"), "--system: --raw uses no templates"),
         (("{release}", "hi", "--gate-trace", "{trio}"), "exists already; nothing is overwritten"),

@@ -99,8 +99,13 @@ def _message(error: BaseException) -> str:
 
 
 def _leave_for_torchrun(message: str) -> None:
-    """Write the file that torchrun's report quotes, in its form; it gives every rank a name for it."""
+    """Write the file that torchrun's report quotes, in its form; it gives every rank a name for it.
+
+    The report has a part for every rank, so this is one line: of a traceback, which has been printed, the error's own.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        first, *rest = message.splitlines()
+        message = " ".join([first, *rest[-1:]])
         told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": told}))
