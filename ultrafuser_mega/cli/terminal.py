@@ -116,7 +116,7 @@ def chat(
         command, _, rest = line.partition(" ")
         if not line:
             continue
-        if command == "/exit":
+        if command in ("/exit", "/quit"):
             return
         if command in ("/reset", "/system"):
             wanted = rest.strip() or None if command == "/system" else system

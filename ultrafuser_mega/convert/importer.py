@@ -93,16 +93,24 @@ def plan_folders(folders: Mapping[str, Path], dtype: torch.dtype | None) -> Impo
     archs = {name: read_architecture(folder) for name, folder in folders.items()}
     vocab_size = min(arch.vocab_rows for arch in archs.values())
     units = max(arch.hidden_size for arch in archs.values())
-    return _of_folders(Sources(folders, dict.fromkeys(folders, "hf"), None), archs, vocab_size, units, 0, dtype)
+    sources = Sources(folders, dict.fromkeys(folders, "hf"), None)
+    types = _element_types(sources, archs)
+    return ImportPlan(sources, archs, vocab_size, units, 0, dtype or _holding(types), types)
 
 
 def plan_config(config: FuserConfig, dtype: torch.dtype | None) -> ImportPlan:
-    """Import the specialists of a run; raises InputError where one is unusable."""
+    """Import the specialists of a run; raises InputError where one is unusable.
+
+    ``dtype`` None takes the smallest type that holds all of the folders' and the run's own, which its gate has.
+    """
     sources = Sources.of(config)
     archs = {name: read_architecture(folder) for name, folder in sources.folders.items()}
     vocab_size = shared_vocabulary(config)
     units = config.gate.hidden_size or max(arch.hidden_size for arch in archs.values())
-    return _of_folders(sources, archs, vocab_size, units, config.seed, dtype)
+    types = _element_types(sources, archs)
+    return ImportPlan(
+        sources, archs, vocab_size, units, config.seed, dtype or _holding(types, DTYPES[config.dtype]), types
+    )
 
 
 def plan_release(folder: Path, dtype: torch.dtype | None) -> ImportPlan:
@@ -111,33 +119,21 @@ def plan_release(folder: Path, dtype: torch.dtype | None) -> ImportPlan:
     check_hashes(folder)
     types = {name: model.element_types(f"specialists.{name}.") for name in model.architectures}
     types["the gate"] = model.element_types("gate.")
-    found = set[torch.dtype]().union(*(_importable(folder, of_one) for of_one in types.values()))
-    dtype = dtype or reduce(torch.promote_types, found)
-    return ImportPlan(model, model.architectures, model.vocab_size, model.gate_units, 0, dtype, types)
+    return ImportPlan(
+        model, model.architectures, model.vocab_size, model.gate_units, 0, dtype or _holding(types), types
+    )
 
 
-def _of_folders(
-    sources: Sources,
-    archs: Mapping[str, Architecture],
-    vocab_size: int,
-    gate_units: int,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> ImportPlan:
-    types: dict[str, dict[str, torch.dtype]] = {}
-    found: set[torch.dtype] = set()
+def _element_types(sources: Sources, archs: Mapping[str, Architecture]) -> dict[str, dict[str, torch.dtype]]:
+    """Specialist -> tensor -> element type, once its folder was found to hold the model that it describes."""
     for name, arch in archs.items():
         HFWeights(sources.folders[name], arch)
-        types[name] = element_types(sources.folders[name])
-        found |= _importable(sources.folders[name], types[name])
-    return ImportPlan(sources, archs, vocab_size, gate_units, seed, dtype or reduce(torch.promote_types, found), types)
+    return {name: element_types(sources.folders[name]) for name in archs}
 
 
-def _importable(folder: Path, types: Mapping[str, torch.dtype]) -> set[torch.dtype]:
-    for tensor, dtype in types.items():
-        if dtype not in DTYPES.values():
-            raise InputError(f"{folder}: tensor {tensor} is {dtype}; expected fp32, bf16 or fp16")
-    return set(types.values())
+def _holding(types: Mapping[str, Mapping[str, torch.dtype]], *more: torch.dtype) -> torch.dtype:
+    """The smallest element type that holds all of these."""
+    return reduce(torch.promote_types, {*more, *(dtype for of_one in types.values() for dtype in of_one.values())})
 
 
 def import_specialists(

@@ -60,7 +60,7 @@ def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, int]]) -> l
         if not steps:
             continue
         taken = steps * samples_per_class
-        often = ", ".join(f"{name} {taken / size:.2f} times" for name, size in sizes.items())
+        often = ", ".join(f"{name} {_often(taken / size)} times" for name, size in sizes.items())
         lines.append(f"{title} takes {steps:,} x {samples_per_class} samples of each class: {often} through its rows")
         for name, size in sizes.items():
             if size < samples_per_class:
@@ -69,6 +69,11 @@ def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, int]]) -> l
                     "a batch holds the same row more than once"
                 )
     return lines
+
+
+def _often(times: float) -> str:
+    """Two decimals, or two digits where those would be zeros."""
+    return f"{times:.2f}" if times >= 0.1 else f"{times:.1g}"
 
 
 def shuffled(size: int, seed: int, name: str, epoch: int) -> np.ndarray:

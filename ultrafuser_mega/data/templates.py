@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultrafuser_mega.data.chat_format import (
+    Chat,
     JinjaTemplate,
     PieceTemplate,
     PromptError,
@@ -123,6 +124,22 @@ def load_template(name: str, tokenizer: Any, folder: str) -> Template:
     if name == "hf":
         return ChatTemplate(tokenizer, folder)
     raise InputError(f'template "{name}" is not known; expected one of {", ".join(TEMPLATE_NAMES)}')
+
+
+def other_than_own(template: Template, tokenizer: SequenceTokenizer, folder: str) -> bool:
+    """Whether a template of the paper asks otherwise than the chat template that the folder brings along.
+
+    White space and control tokens are left out: published chat templates differ from the paper's forms in those.
+    """
+    if isinstance(template, ChatTemplate) or not tokenizer.tokenizer.chat_template:
+        return False
+    chat = Chat(None, ["What is 2 + 3?"], [], [])
+    try:
+        asked = [t.prompt(tokenizer, chat) for t in (template, ChatTemplate(tokenizer.tokenizer, folder))]
+    except (InputError, PromptError):
+        return False
+    ours, own = ("".join(tokenizer.tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in asked)
+    return ours != own
 
 
 @dataclass(frozen=True, slots=True)

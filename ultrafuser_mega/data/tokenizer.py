@@ -40,7 +40,9 @@ class TextEncoder(SequenceTokenizer):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds here, some with pages of advice
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            if not any((Path(folder) / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+                raise InputError(f"{folder}: holds no tokenizer; add its tokenizer.json or tokenizer.model") from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"{folder}: no tokenizer can be loaded from here: {reason}") from None
         if not tokenizer.is_fast:
             raise InputError(f"{folder}: only a slow Python tokenizer was found; save a tokenizer.json beside it")

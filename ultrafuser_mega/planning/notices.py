@@ -10,6 +10,8 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.checkpoint.sources import element_types, held_types, read_sources, rounding
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.data.templates import load_template, other_than_own
+from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.hf_folder import Architecture, unread_fields
 
 
@@ -36,6 +38,13 @@ def folder_notices(
             lines.append(
                 f"specialists.{name}: its folder ties the output head to the embedding; stage 2 trains them apart, "
                 "so its export holds both (tie_word_embeddings: false)"
+            )
+    for name, folder in config.folders.items():
+        encoder, chosen = TextEncoder(folder), config.specialists[name].template
+        if other_than_own(load_template(chosen, encoder.tokenizer, str(folder)), encoder, str(folder)):
+            lines.append(
+                f"specialists.{name}: template {chosen} asks otherwise than the chat template in {folder}; "
+                "is it the one that the model was trained with?"
             )
     fields = dict.fromkeys(notice for folder in config.folders.values() for notice in unread_fields(folder))
     return (*lines, *(f"note: {notice}" for notice in fields))

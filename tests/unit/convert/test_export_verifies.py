@@ -129,7 +129,7 @@ def test_checkpoint_without_a_tokenizer_is_refused_before_anything_is_written(tm
     for path in source.glob("*token*"):
         path.unlink()
     checkpoint = checkpoint_of(source, tmp_path / "checkpoint")
-    with pytest.raises(InputError, match=r"no tokenizer can be loaded from here: .*; --no-verify exports without"):
+    with pytest.raises(InputError, match=r"holds no tokenizer; add its .*; --no-verify exports without"):
         export(checkpoint, tmp_path / "out", WHAT)
     assert not (tmp_path / ".out.partial").exists()
     assert export(checkpoint, tmp_path / "out", WHAT, verify=False) == []

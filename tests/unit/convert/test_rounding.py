@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.families import write_family
 from support.trio import ONE, config_tree
 
@@ -58,6 +58,8 @@ def test_a_release_of_rounded_specialists_says_so_on_its_card(trio: Path, tmp_pa
 
 def test_a_plan_says_what_it_will_round_and_untie(trio: Path, tmp_path: Path) -> None:
     tree = config_tree(trio, tmp_path / "runs", ONE)
+    for specialist in tree["specialists"].values():
+        specialist["template"] = "hf"
     assert preflight(FuserConfig.model_validate(tree), 1, resume=False).notices == ()
     shutil.copytree(trio / "text", tmp_path / "tied")
     fields = json.loads((tmp_path / "tied" / "config.json").read_text()) | {"tie_word_embeddings": True}
@@ -88,3 +90,15 @@ def test_a_second_process_exporting_to_the_same_name_is_refused(tmp_path: Path, 
     assert list(unfinished.iterdir()) == []
     export(tmp_path / "checkpoint", tmp_path / "out", what, resume=True, verify=False)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_import_of_a_run_holds_the_runs_own_type_so_that_its_gate_is_not_rounded(trio: Path, tmp_path: Path) -> None:
+    tree = config_tree(trio, tmp_path / "runs", ONE)
+    for name in ("text", "code", "math"):
+        folder = shutil.copytree(trio / name, tmp_path / "bf16" / name)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    tree["models"] = str(tmp_path / "bf16")
+    for dtype, held in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        config = FuserConfig.model_validate(tree | {"dtype": dtype})
+        assert plan_config(config, None).dtype == held
