@@ -32,8 +32,8 @@ class PlainFuser(nn.Module):
         ]
         self.specialists = nn.ModuleList(self.members)
         width = int(self.members[0].config.hidden_size)
-        self.projection, self.score = nn.Linear(width, width, device=device), nn.Linear(width, 1, False, device=device)
-        self.gate = nn.Sequential(self.projection, nn.ReLU(), self.score)
+        self.device = device
+        self.gate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).to(device)
 
     def inputs(self, ids: Sequence[Tensor], predicts: Sequence[Tensor], frozen: bool) -> tuple[list[Tensor], Tensor]:
         """ids, predicts: per specialist (B, T). n x (N, d) hidden states before response tokens; (N, n) gate logits."""
@@ -42,7 +42,7 @@ class PlainFuser(nn.Module):
                 member.model(input_ids=tokens, use_cache=False).last_hidden_state[mask]
                 for member, tokens, mask in zip(self.members, ids, predicts, strict=True)
             ]
-        return hidden, torch.cat([self.gate(states.to(self.score.weight.dtype)) for states in hidden], 1).float()
+        return hidden, torch.cat([self.gate(states.float()) for states in hidden], 1).float()
 
     @property
     def heads(self) -> list[Tensor]:
@@ -54,7 +54,7 @@ class PlainTrainer:
 
     def __init__(self, model: PlainFuser, stage: int, loss: Callable[..., Tensor], compute: torch.dtype) -> None:
         self.model, self.frozen, self.loss, self.compute = model, stage == 1, loss, compute
-        self.device = model.score.weight.device
+        self.device = model.device
         if not self.frozen:
             model.specialists.float()  # what AdamW moves; autocast makes 16 bits of it
         model.specialists.requires_grad_(not self.frozen)
