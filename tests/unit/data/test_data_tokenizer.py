@@ -147,7 +147,10 @@ def test_a_control_id_beyond_the_shared_vocabulary_is_refused(first: Any) -> Non
 def test_folders_without_a_usable_tokenizer_are_named(tmp_path: Path, first: Any) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder; expected one with tokenizer.json"):
         TextEncoder(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no tokenizer can be loaded from here") as raised:
+    with pytest.raises(InputError, match=r"holds no tokenizer; add its tokenizer\.json or tokenizer\.model$"):
+        TextEncoder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="no tokenizer can be loaded from here: .") as raised:
         TextEncoder(tmp_path)
     assert "\n" not in str(raised.value)
     folder = tmp_path / "no_eos"
