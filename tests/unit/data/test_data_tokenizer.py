@@ -150,7 +150,7 @@ def test_folders_without_a_usable_tokenizer_are_named(tmp_path: Path, first: Any
     with pytest.raises(InputError, match=r"holds no tokenizer; add its tokenizer\.json or tokenizer\.model$"):
         TextEncoder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="no tokenizer can be loaded from here: .") as raised:
+    with pytest.raises(InputError, match=r"no tokenizer can be loaded from here: .") as raised:
         TextEncoder(tmp_path)
     assert "\n" not in str(raised.value)
     folder = tmp_path / "no_eos"
