@@ -9,10 +9,9 @@
 # made, of which the missing ones are installed for this call. pytest-xdist makes the tests faster; with nvcc the CUDA
 # kernels of csrc/ are built, tested and measured, too; liger-kernel and cut-cross-entropy take part where installed.
 #
-# Triton's kernels compile in the background from the moment the package can be imported, which is when its C++ part
-# is built. What matters most comes
-# first, every step has a limit, one that fails does not stop the next, one whose packages are missing is reported as
-# such, and what no longer fits into $GPU_CHECK_SECONDS (default 520) is left out. Leaves <GPU's name>.json, written anew
+# Triton's kernels compile in the background from the moment the package can be imported, which is when its C++ part is
+# built. What matters most comes first, every step has a limit, one that fails does not stop the next, one whose packages
+# are missing is reported as such, and what no longer fits into $GPU_CHECK_SECONDS (default 520) is left out. Leaves <GPU's name>.json, written anew
 # after every step, the profiler's traces, and the same as tables beside the project's bars, <GPU's name>.md. Exits with
 # 1 if anything failed, was missing or left out.
 #

@@ -20,7 +20,7 @@ from ultrafuser_mega.reporting.palette import specialist_colors
 _HELP = """/reset         forget the conversation, all but its system text
 /system TEXT   begin again with this system text (none: without)
 /help          this
-/exit          leave, as Ctrl-D does; Ctrl-C ends an answer early
+/exit, /quit   leave, as Ctrl-D does; Ctrl-C ends an answer early
 """
 _FEW_COLORS = ("blue", "yellow", "green", "magenta", "cyan", "red")  # as near to the palette as they come
 # A model may write escape sequences; a terminal must not act on them.

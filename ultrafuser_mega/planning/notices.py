@@ -18,6 +18,7 @@ from ultrafuser_mega.models.hf_folder import Architecture, unread_fields
 def folder_notices(
     config: FuserConfig,
     architectures: Mapping[str, Architecture],
+    encoders: Mapping[str, TextEncoder],
     dtype: torch.dtype,
     start: tuple[Progress, Path] | None,
 ) -> tuple[str, ...]:
@@ -40,7 +41,7 @@ def folder_notices(
                 "so its export holds both (tie_word_embeddings: false)"
             )
     for name, folder in config.folders.items():
-        encoder, chosen = TextEncoder(folder), config.specialists[name].template
+        encoder, chosen = encoders[name], config.specialists[name].template
         if other_than_own(load_template(chosen, encoder.tokenizer, str(folder)), encoder, str(folder)):
             lines.append(
                 f"specialists.{name}: template {chosen} asks otherwise than the chat template in {folder}; "

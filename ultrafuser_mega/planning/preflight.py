@@ -119,7 +119,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
             HFWeights(config.folders[name], arch)
         check_positions("data.max_length", config.data.max_length, name, arch)
     vocab_size = shared_vocabulary(config)
-    check_tokenizers(config.folders, vocab_size)
+    encoders = check_tokenizers(config.folders, vocab_size)
     _check_data_files(config)
     _check_batches(config, layout)
     _check_run_dir(config.run_dir)
@@ -132,7 +132,9 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         resume=None,
     )
     start = _start(config, plan.identity)
-    plan = replace(plan, start=start, notices=folder_notices(config, architectures, DTYPES[config.dtype], start))
+    plan = replace(
+        plan, start=start, notices=folder_notices(config, architectures, encoders, DTYPES[config.dtype], start)
+    )
     if not resume:
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
