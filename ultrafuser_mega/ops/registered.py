@@ -97,14 +97,9 @@ def _(
     hidden: Sequence[Tensor],
     heads: Sequence[Tensor],
     needs: Sequence[bool],
-    backend: str,
-    group: str,
-    vocab_start: int,
-    vocab_size: int,
-    ignore_index: int,
-    reduction: str,
-    *_: float,
+    *rest: Any,
 ) -> list[Tensor]:
+    reduction = rest[5]
     rows = gate_logits.new_empty(target.shape[0], dtype=accumulate_dtype(hidden[0].dtype))
     loss = torch.empty_like(rows) if reduction == "none" else rows.new_empty(())
     wanted = [False] * len(needs) if _deferred(reduction, needs, hidden[0].dtype) else needs
