@@ -70,7 +70,7 @@ def test_gradient_of_every_parameter(
 
 def _global_batch(plan: RunPlan, groups: Any) -> tuple[TokenStore, TrainingBatches]:
     store = TokenStore.open(plan.config.store_dir)
-    shard = make_shard(plan, groups, plan.config.micro_batch_size)
+    shard = make_shard(plan, groups)
     return store, TrainingBatches(store, plan.config.stage2.samples_per_class, plan.config.seed + 2, shard)
 
 
@@ -106,7 +106,14 @@ class _FirstReplica:
     def shard(plan: RunPlan) -> Any:
         from ultrafuser_mega.data.batches import Shard
 
-        return Shard(dp_rank=0, dp_size=1, micro_batch_size=1, specialists=tuple(plan.architectures), pad_id=2)
+        return Shard(
+            dp_rank=0,
+            dp_size=1,
+            microbatch_tokens=plan.config.microbatch_tokens,
+            specialists=tuple(plan.architectures),
+            multiples=dict.fromkeys(plan.architectures, 1),
+            pad_id=2,
+        )
 
 
 def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -152,10 +152,9 @@ def test_specialist_named_like_something_of_torch(case: Case, refused: Callable[
     assert "specialists.train: torch keeps the name 'train'" in refused("plan", "--ranks", "1")
 
 
-def test_batch_that_does_not_split(refused: Callable[..., str]) -> None:
-    message = refused("plan", "--ranks", "1", "micro_batch_size=5")
-    assert "stage1.samples_per_class: 3 classes x 4 = 12 samples" in message
-    assert "a multiple of 5" in message
+def test_microbatches_that_cannot_hold_the_longest_sample(refused: Callable[..., str]) -> None:
+    message = refused("plan", "--ranks", "1", "microbatch_tokens=100")
+    assert "microbatch_tokens: 100 cannot hold a sample of data.max_length 160; set microbatch_tokens to 160" in message
 
 
 @pytest.mark.parametrize("command", ["plan", "prepare"])

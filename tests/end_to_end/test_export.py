@@ -33,7 +33,7 @@ TOLERANCE = 1e-5  # of losses up to 10 and gate weights: two orders above what f
 
 
 def short_run(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    tree = config_tree(trio, runs, layout) | {"micro_batch_size": 2}
+    tree = config_tree(trio, runs, layout) | {"microbatch_tokens": 400}
     tree["stage1"] |= {"steps": 2}
     tree["stage2"] |= {"steps": LAST.step}
     tree["evaluation"] = {"samples_per_class": HELDOUT, "token_views": 0}

@@ -158,7 +158,7 @@ def write_models(root: Path, size: Size, layers: int, device: torch.device) -> N
             "max_length": size.max_length,
             "classes": {n: {"train": [f"{n}.train.jsonl"], "heldout": [f"{n}.heldout.jsonl"]} for n in CLASSES},
         },
-        "micro_batch_size": size.microbatch,
+        "microbatch_tokens": size.microbatch * size.max_length,
         "stage1": stage,
         "stage2": stage,
         "checkpoint": {"every": 0},

@@ -12,5 +12,4 @@ class Evaluation(Section):
 
     every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     samples_per_class: PositiveInt = 100
-    micro_batch_size: PositiveInt = 4
     token_views: NonNegativeInt = Field(2, description="samples per class in the token-coloured HTML")

@@ -35,7 +35,10 @@ class FuserConfig(Section):
     gate: GateOptions = GateOptions()
     loss: Loss = Loss()
     data: Data
-    micro_batch_size: PositiveInt = Field(1, description="samples per microbatch and replica")
+    microbatch_tokens: PositiveInt = Field(
+        4096,
+        description="most tokens of a microbatch, into which whole samples are packed; a step takes as many as needed",
+    )
     stage1: Stage
     stage2: Stage
     optimizer: Optimizer = Optimizer()

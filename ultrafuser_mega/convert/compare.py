@@ -332,18 +332,13 @@ def _compute_checkpoint(
             (name,) = names
             tail = [fusion.tails[name]] if name in fusion.tails else []
             whole = hidden[name] @ torch.cat([heads[name], *tail]).t()
-        b, s = batch.tokens[names[0]].shape
-        collected.append(whole.view(s, b, -1).transpose(0, 1).contiguous())
+        collected.append(whole.view(*batch.shape, -1))
         return torch.zeros(())
-
-    every = [dict.fromkeys(names, ids) for ids in batches]
-    rows = [{name: torch.arange(ids.numel()) for name in names} for ids in batches]
 
     def run() -> list[Tensor]:
         collected.clear()
-        sequences = [Sequences(*pair) for pair in zip(every, rows, strict=True)]
         with torch.no_grad():
-            Engine(model, groups, device).forward(sequences, keep_logits)
+            Engine(model, groups, device).forward([Sequences(ids, names) for ids in batches], keep_logits)
         return list(collected)
 
     logits = run()

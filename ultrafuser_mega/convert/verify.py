@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from ultrafuser_mega.convert.agreement import (
     limits,
     rounding_cost,
 )
+from ultrafuser_mega.data.packing import PackedTokens, positions_of, starts_of
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
@@ -33,15 +33,22 @@ from ultrafuser_mega.training.engine import Engine
 _NAME = "specialist"
 
 
-@dataclass(frozen=True)
 class Sequences:
-    """A microbatch for the engine: every position of every sequence is a row."""
+    """A microbatch for the engine: b sequences of s tokens, the same for all specialists, every position a row."""
 
-    tokens: dict[str, Tensor]
-    rows: dict[str, Tensor]
+    def __init__(self, ids: Tensor, names: Iterable[str]) -> None:
+        b, s = ids.shape
+        lengths = (s,) * b
+        packed = PackedTokens(
+            ids.reshape(1, -1), torch.from_numpy(positions_of(lengths)), torch.from_numpy(starts_of(lengths)), lengths
+        )
+        self.shape = (b, s)
+        self.tokens = dict.fromkeys(names, packed)
+        self.rows = dict.fromkeys(names, torch.arange(b * s))
 
     def to(self, device: torch.device) -> Sequences:
-        return Sequences(*({name: t.to(device) for name, t in part.items()} for part in (self.tokens, self.rows)))
+        """Itself: what is compared is compared on CPUs."""
+        return self
 
 
 def verify_specialist(
@@ -142,14 +149,10 @@ def sharded_logits(
             shard = hidden[name] @ fusion.heads[name].t()
             shards = [torch.empty_like(shard) for _ in range(fusion.group.size())]
             dist.all_gather(shards, shard, group=fusion.group)
-            b, s = batch.tokens[name].shape
             whole = torch.cat(shards, dim=1)[:, :vocab_size]
-            collected[name].append(whole.view(s, b, -1).transpose(0, 1).contiguous())
+            collected[name].append(whole.view(*batch.shape, -1))
         return torch.zeros(())
 
-    sequences = [
-        Sequences(dict.fromkeys(folders, ids), dict.fromkeys(folders, torch.arange(ids.numel()))) for ids in batches
-    ]
     with torch.no_grad():
-        Engine(model, groups, device).forward(sequences, keep_logits)
+        Engine(model, groups, device).forward([Sequences(ids, folders) for ids in batches], keep_logits)
     return collected if groups.is_reporter else None

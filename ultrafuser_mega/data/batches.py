@@ -1,4 +1,4 @@
-"""What one data-parallel rank works on: the microbatches of a training step, and of an evaluation.
+"""What one data-parallel replica works on: the microbatches of a training step, and of an evaluation.
 
 Both are computed from the store alone. Every rank sees the whole plan, so the number of response tokens
 in the global batch (the divisor of the loss) is known without communication, and so is the order.
@@ -6,13 +6,14 @@ in the global batch (the divisor of the loss) is known without communication, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ultrafuser_mega.data.collate import MicroBatch, collate
-from ultrafuser_mega.data.sampler import ClassBalanceSampler, split_batch
+from ultrafuser_mega.data.packing import spread
+from ultrafuser_mega.data.sampler import ClassBalanceSampler, Pick
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 
@@ -21,16 +22,35 @@ from ultrafuser_mega.errors import InputError
 class Shard:
     """This rank's part of the data-parallel work and what it needs of a batch.
 
-    ``specialists``: those whose tokens this rank feeds (all of a store's, or fewer in a disjoint
-    layout); ``pad_to_multiple``: see collate.
+    ``multiples``: for every specialist what its tokens in a microbatch are padded to a multiple of;
+    ``specialists``: those whose tokens this rank feeds (all, or fewer in a disjoint layout).
     """
 
     dp_rank: int
     dp_size: int
-    micro_batch_size: int
+    microbatch_tokens: int
     specialists: tuple[str, ...]
+    multiples: Mapping[str, int]
     pad_id: int
-    pad_to_multiple: int = 1
+
+    @property
+    def own_multiples(self) -> dict[str, int]:
+        """Those of ``specialists``."""
+        return {name: self.multiples[name] for name in self.specialists}
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How well a global batch was packed, from the longest sequence of each sample but for ``padding``.
+
+    padding    share of all processed positions that are padding or filler
+    imbalance  tokens of the busiest replica, in parts of the mean
+    fill       tokens of the mean microbatch, in parts of microbatch_tokens
+    """
+
+    padding: float
+    imbalance: float
+    fill: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +64,7 @@ class StepBatch:
     response_tokens: int
     samples: int
     processed_tokens: int
+    packing: Packing
 
 
 class TrainingBatches:
@@ -54,62 +75,84 @@ class TrainingBatches:
         self.splits = {name: store.split(name, "train") for name in self.class_names}
         self.sampler = ClassBalanceSampler({n: len(s) for n, s in self.splits.items()}, samples_per_class, seed)
         self.shard = shard
-        samples = samples_per_class * len(self.class_names)
-        split_batch([1] * samples, shard.micro_batch_size, shard.dp_size)  # refuses before the first step
 
     def step(self, step: int) -> StepBatch:
         """The work of a step (from 0)."""
         picks = self.sampler.batch(step)
         n = self.sampler.samples_per_class
         indexes = {name: [index for _, index in picks[c * n : (c + 1) * n]] for c, name in enumerate(self.class_names)}
-        lengths = np.concatenate([self.splits[name].max_lengths(indexes[name]) for name in self.class_names])
-        plan = split_batch(lengths, self.shard.micro_batch_size, self.shard.dp_size)[self.shard.dp_rank]
+        lengths = {
+            specialist: np.concatenate([self.splits[name].lengths(specialist, indexes[name]) for name in indexes])
+            for specialist in self.specialists
+        }
+        longest = np.maximum.reduce(list(lengths.values()))
+        plan = spread(longest, self.shard.dp_size, self.shard.microbatch_tokens)
+        mine = [self._collate([picks[place] for place in places]) for places in plan[self.shard.dp_rank]]
+        # Every replica runs the step's collectives, also one that more replicas than samples leave without work.
+        shortest = int(longest.argmin())
         return StepBatch(
-            [self._collate([picks[position] for position in positions]) for positions in plan],
+            mine or [self._collate([picks[shortest]], filler=True)],
             sum(int(self.splits[name].response_tokens(indexes[name]).sum()) for name in self.class_names),
             len(picks),
-            sum(
-                int(self.splits[name].lengths(specialist, indexes[name]).sum())
-                for name in self.class_names
-                for specialist in self.specialists
-            ),
+            sum(int(of_all.sum()) for of_all in lengths.values()),
+            packing_of(plan, lengths, longest, shortest, self.shard),
         )
 
-    def _collate(self, picks: Sequence[tuple[str, int]]) -> MicroBatch:
+    def _collate(self, picks: Sequence[Pick], filler: bool = False) -> MicroBatch:
         samples = [self.splits[name][index] for name, index in picks]
         class_ids = [self.class_names.index(name) for name, _ in picks]
-        shard = self.shard
-        return collate(samples, class_ids, shard.specialists, shard.pad_id, shard.pad_to_multiple)
+        beyond = len(self.class_names) if filler else None
+        return collate(samples, class_ids, self.shard.own_multiples, self.shard.pad_id, beyond)
+
+
+def packing_of(
+    plan: list[list[list[int]]], lengths: Mapping[str, np.ndarray], longest: np.ndarray, filler: int, shard: Shard
+) -> Packing:
+    """How well ``plan`` packs samples of these ``lengths``; replicas without any take a copy of ``filler``."""
+    microbatches = [places for replica in plan for places in replica or [[filler]]]
+    processed = sum(
+        -(-int(lengths[name][places].sum()) // multiple) * multiple
+        for name, multiple in shard.multiples.items()
+        for places in microbatches
+    )
+    real = sum(int(of_all.sum()) for of_all in lengths.values())
+    loads = [sum(int(longest[places].sum()) for places in replica) for replica in plan]
+    return Packing(
+        padding=1 - real / processed,
+        imbalance=max(loads) * len(loads) / sum(loads),
+        fill=sum(loads) / (len(microbatches) * shard.microbatch_tokens),
+    )
 
 
 class EvaluationBatches:
-    """The first ``limit`` held-out samples of one class (None: all), spread over the dp ranks.
+    """The first ``limit`` held-out samples of every class (None: all), spread over the replicas, each once.
 
-    All ranks get the same number of microbatches of the same number of samples. Where the samples do
-    not divide, the last microbatches are filled up with copies whose targets are IGNORED, so every
-    sample counts exactly once. ``response_tokens`` is the number of those that count, over all ranks.
+    ``places[i]`` are the samples of microbatch i of this replica: class, index in the class's held-out split.
     """
 
-    def __init__(self, store: TokenStore, class_name: str, shard: Shard, limit: int | None = None) -> None:
-        self.split = store.split(class_name, "heldout")
-        self.class_id = store.class_names.index(class_name)
+    def __init__(self, store: TokenStore, shard: Shard, limit: int | None = None) -> None:
+        self.class_names = store.class_names
+        self.splits = {name: store.split(name, "heldout") for name in self.class_names}
         self.shard = shard
-        self.samples = len(self.split) if limit is None else min(limit, len(self.split))
-        if self.samples == 0:
-            raise InputError(f'{store.folder}: class "{class_name}" has no held-out samples to evaluate on')
-        self.response_tokens = int(self.split.response_tokens(np.arange(self.samples)).sum())
+        picks: list[Pick] = []
+        for name, split in self.splits.items():
+            samples = len(split) if limit is None else min(limit, len(split))
+            if samples == 0:
+                raise InputError(f'{store.folder}: class "{name}" has no held-out samples to evaluate on')
+            picks += [(name, index) for index in range(samples)]
+        longest = np.concatenate(
+            [split.max_lengths([i for other, i in picks if other == name]) for name, split in self.splits.items()]
+        )
+        plan = spread(longest, shard.dp_size, shard.microbatch_tokens)[shard.dp_rank]
+        self.places = [[picks[position] for position in positions] for positions in plan]
 
     def __len__(self) -> int:
-        """Microbatches per rank."""
-        return -(-self.samples // (self.shard.micro_batch_size * self.shard.dp_size))
+        """Microbatches of this replica; replicas differ, and one may have none."""
+        return len(self.places)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """This rank's microbatches, in the order of the samples."""
-        shard = self.shard
-        for slot in range(len(self)):
-            first = (slot * shard.dp_size + shard.dp_rank) * shard.micro_batch_size
-            wanted = range(first, first + shard.micro_batch_size)
-            samples = [self.split[min(index, self.samples - 1)] for index in wanted]
-            fillers = sum(index >= self.samples for index in wanted)
-            class_ids = [self.class_id] * len(samples)
-            yield collate(samples, class_ids, shard.specialists, shard.pad_id, shard.pad_to_multiple, fillers)
+        """This replica's microbatches."""
+        for places in self.places:
+            samples = [self.splits[name][index] for name, index in places]
+            class_ids = [self.class_names.index(name) for name, _ in places]
+            yield collate(samples, class_ids, self.shard.own_multiples, self.shard.pad_id)

@@ -1,15 +1,15 @@
-"""Which samples a step trains on, and on which rank: the class-balance sampler (section 2.2, algorithm 1).
+"""Which samples a step trains on: the class-balance sampler (section 2.2, algorithm 1).
 
 Every GLOBAL batch holds the same number of samples of each class. Each class is shuffled anew every
 time it has been gone through, and wraps around on its own. The batch of a step is a pure function of
 (seed, step): resuming needs no replay, and neither the number of ranks nor the other classes play a
-part. ``split_batch`` then spreads a global batch over data-parallel ranks and microbatches.
+part. ``packing.spread`` then places a global batch on data-parallel replicas and in microbatches.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -85,32 +85,3 @@ def shuffled(size: int, seed: int, name: str, epoch: int) -> np.ndarray:
     key = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=16).digest()
     bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(size)
     return np.argsort(bits, kind="stable")
-
-
-def split_batch(lengths: Sequence[int] | np.ndarray, micro_batch_size: int, dp_size: int) -> list[list[list[int]]]:
-    """Spread a global batch: result[dp rank][microbatch] lists positions of the batch.
-
-    ``lengths`` are the samples' longest sequences. Samples are taken in order of length, longest first
-    (memory runs out in the first microbatch or never), so a microbatch holds similar lengths and pads
-    little; within the slot that all ranks work on at the same time they are dealt back and forth, so no
-    rank waits for another. Every position appears exactly once.
-
-    Raises InputError if the batch is not a multiple of ``micro_batch_size * dp_size``.
-    """
-    total, slot = len(lengths), micro_batch_size * dp_size
-    if micro_batch_size < 1 or dp_size < 1 or total == 0 or total % slot:
-        fits = [size for size in range(1, total // max(dp_size, 1) + 1) if total % (size * dp_size) == 0]
-        hint = (
-            f"with dp {dp_size} a micro batch of {_few(fits)} works"
-            if fits
-            else f"no micro batch works with dp {dp_size}: make the global batch a multiple of {dp_size}"
-        )
-        wanted = f"micro batch {micro_batch_size} x dp {dp_size}"
-        raise InputError(f"a global batch of {total} samples does not divide by {wanted}; {hint}")
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").reshape(-1, micro_batch_size, dp_size)
-    order[:, 1::2] = order[:, 1::2, ::-1]
-    return [[microbatch.tolist() for microbatch in order[:, :, rank]] for rank in range(dp_size)]
-
-
-def _few(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:4], "...", *numbers[-3:]]))

@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.models.specialist import SpecialistStage, transformer_config
@@ -54,12 +55,12 @@ class FusedStage(MegatronModule):
         """Called by Megatron's schedules with what the previous stage sent, or [None] on a first stage."""
         self._received = input_tensor[0]
 
-    def forward(self, tokens: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    def forward(self, tokens: Mapping[str, PackedTokens], rows: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """One stage.
 
         Args:
-            tokens: name -> (b, s_j) ids of this rank's specialists; beyond the first stage only their shape counts.
-            rows: name -> (N,) which of the s_j * b hidden states, sequence first, predict the response tokens.
+            tokens: name -> T_j packed tokens for this rank's specialists; beyond the first stage their ids are unused.
+            rows: name -> (N,) which of the T_j hidden states predict the response tokens.
 
         Returns:
             On a last stage, name -> (N, d_j): this rank's specialists' hidden states at ``rows``.
@@ -72,14 +73,14 @@ class FusedStage(MegatronModule):
             return {name: h.flatten(0, 1).index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
 
-    def _hand_over(self, packed: Tensor, tokens: Mapping[str, Tensor]) -> None:
+    def _hand_over(self, packed: Tensor, tokens: Mapping[str, PackedTokens]) -> None:
         offset = 0
         for name, stage in self.stages.items():
-            b, s = tokens[name].shape
+            rows = sum(tokens[name].lengths)
             if stage.config.sequence_parallel:
-                s //= stage.pg_collection.tp.size()
-            numel = s * b * stage.arch.hidden_size
-            stage.set_input_tensor(packed.view(-1)[offset : offset + numel].view(s, b, stage.arch.hidden_size))
+                rows //= stage.pg_collection.tp.size()
+            numel = rows * stage.arch.hidden_size
+            stage.set_input_tensor(packed.view(-1)[offset : offset + numel].view(rows, 1, stage.arch.hidden_size))
             offset += numel
         if offset != packed.numel():
             raise RuntimeError(f"received {packed.numel()} numbers from the previous stage, expected {offset}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ultrafuser_mega.models.gate import Gate, mark_sharded, shard_rows
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
-from ultrafuser_mega.ops import mixture_cross_entropy, mixture_cross_entropy_with_rows
+from ultrafuser_mega.ops import cross_entropy_of_each, mixture_cross_entropy_with_rows
 
 _ROW_MULTIPLE = 8  # rows per rank: keeps every shard's GEMM aligned for tensor cores
 
@@ -99,9 +99,10 @@ class FusionHead(nn.Module):
         """
         gate_logits = self.gate(hidden)
         total, rows = mixture_cross_entropy_with_rows(
-            *self._mixture(hidden, self.names, gate_logits),
+            *self._mixture(hidden, gate_logits),
             target,
             reduction="sum",
+            backend=self.loss_options.backend,
             label_smoothing=self.loss_options.label_smoothing,
             z_loss=self.loss_options.z_loss,
             **self._shard,
@@ -109,22 +110,14 @@ class FusionHead(nn.Module):
         return total, rows, gate_logits.detach().softmax(dim=1)
 
     @torch.no_grad()
-    def evaluate(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Plain cross-entropy (N,) of the fused model (under "fused") and of every specialist alone; gate weights."""
+    def evaluate(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain cross-entropy (1 + n, N) of the fused model and of every specialist alone; gate weights (N, n)."""
         gate_logits = self.gate(hidden)
-        certain = gate_logits.new_zeros((target.shape[0], 1))
-        models = {"fused": self._mixture(hidden, self.names, gate_logits)}
-        models |= {name: self._mixture(hidden, [name], certain) for name in self.names}
-        losses = {
-            model: mixture_cross_entropy(*mixture, target, reduction="none", **self._shard)
-            for model, mixture in models.items()
-        }
+        losses = cross_entropy_of_each(*self._mixture(hidden, gate_logits), target, **self._shard)
         return losses, gate_logits.softmax(dim=1)
 
-    def _mixture(
-        self, hidden: Mapping[str, Tensor], names: list[str], gate_logits: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        return [hidden[name] for name in names], [self.heads[name] for name in names], gate_logits
+    def _mixture(self, hidden: Mapping[str, Tensor], gate_logits: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        return [hidden[name] for name in self.names], [self.heads[name] for name in self.names], gate_logits
 
     @property
     def _shard(self) -> dict[str, Any]:
@@ -132,7 +125,6 @@ class FusionHead(nn.Module):
             "group": self.group if self.group.size() > 1 else None,
             "vocab_start": self.vocab_start,
             "vocab_size": self.vocab_size,
-            "backend": self.loss_options.backend,
         }
 
     def sharded_state_dict(self, replica: int) -> dict[str, ShardedTensor]:

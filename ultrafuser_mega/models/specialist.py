@@ -20,9 +20,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ultrafuser_mega.data.packing import PackedTokens
+from ultrafuser_mega.models.attention import SequenceInfo, rotary_frequencies
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
-from ultrafuser_mega.models.layers import RMSNorm, layer_spec, scaled_frequencies
+from ultrafuser_mega.models.layers import RMSNorm, layer_spec
 
 
 def transformer_config(
@@ -74,6 +76,8 @@ class SpecialistStage(GPTModel):
         groups: process groups of this specialist on this rank.
     """
 
+    frequencies: Tensor
+
     def __init__(self, arch: Architecture, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         tp = groups.tp.size()
         super().__init__(
@@ -84,14 +88,12 @@ class SpecialistStage(GPTModel):
             pre_process=groups.pp.rank() == 0,
             post_process=False,
             share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            rotary_base=arch.rope_theta,
+            position_embedding_type="none",  # the attention core's work
             pg_collection=groups,
         )
         self.arch = arch
-        if arch.rope_scaling is not None:
-            # GPTModel's own scaling takes the factor from outside and assumes Llama 3's other three numbers.
-            self.rotary_pos_emb.inv_freq = scaled_frequencies(self.rotary_pos_emb.inv_freq, arch.rope_scaling)
+        frequencies = rotary_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.is_last = groups.pp.rank() == groups.pp.size() - 1
         if self.is_last:
             # GPTModel ties the final norm to the output layer, which this model does not have.
@@ -104,9 +106,17 @@ class SpecialistStage(GPTModel):
                 dim = 1 if isinstance(module, RowParallelLinear) else 0
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
-    def forward(self, tokens: Tensor | None) -> Tensor:  # (b, s) -> (s, b, d); (s / tp, b, d) under sp between stages
-        """Hidden states leaving this stage; on the last stage after the final norm and over the whole sequence."""
-        hidden = super().forward(tokens, None, None)
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        """What leaves this stage: (T, 1, d), or (T / tp, 1, d) under sequence parallelism between stages.
+
+        On the last stage after the final norm and over the whole row.
+        """
+        info = SequenceInfo.of(tokens, self.frequencies, self.config.params_dtype)
+        hidden = self.decoder(
+            hidden_states=self.embedding(tokens.ids, position_ids=None) if self.pre_process else None,
+            attention_mask=None,
+            packed_seq_params=info,
+        )
         if self.is_last and self.config.sequence_parallel:
             # What follows treats all ranks alike, so the gradient is already complete on each: split, not reduce.
             hidden = gather_from_sequence_parallel_region(

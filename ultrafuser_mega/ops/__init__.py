@@ -5,10 +5,11 @@
 Imports neither Megatron nor any other folder of the package. Triton is loaded when a CUDA tensor first comes in.
 """
 
+from ultrafuser_mega.ops.evaluation import cross_entropy_of_each
 from ultrafuser_mega.ops.loss import (
     LossWithRows,
     mixture_cross_entropy,
     mixture_cross_entropy_with_rows,
 )
 
-__all__ = ["LossWithRows", "mixture_cross_entropy", "mixture_cross_entropy_with_rows"]
+__all__ = ["LossWithRows", "cross_entropy_of_each", "mixture_cross_entropy", "mixture_cross_entropy_with_rows"]

@@ -121,7 +121,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     vocab_size = shared_vocabulary(config)
     encoders = check_tokenizers(config.folders, vocab_size)
     _check_data_files(config)
-    _check_batches(config, layout)
+    _check_microbatches(config)
     _check_run_dir(config.run_dir)
     plan = RunPlan(
         config=config,
@@ -196,16 +196,12 @@ def _check_words(config: FuserConfig) -> None:
         raise InputError("loss.backend: gate_only cannot train stage 2; use auto, which takes it in stage 1")
 
 
-def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
-    share = config.micro_batch_size * layout.dp
-    for stage_name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
-        batch = stage.samples_per_class * len(config.data.classes)
-        if batch % share:
-            raise InputError(
-                f"{stage_name}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
-                f"{batch} samples do not split into microbatches of {config.micro_batch_size} on {layout.dp} "
-                f"replica(s); make the product a multiple of {share}"
-            )
+def _check_microbatches(config: FuserConfig) -> None:
+    if config.microbatch_tokens < config.data.max_length:
+        raise InputError(
+            f"microbatch_tokens: {config.microbatch_tokens} cannot hold a sample of data.max_length "
+            f"{config.data.max_length}; set microbatch_tokens to {config.data.max_length} or more"
+        )
 
 
 def _check_data_files(config: FuserConfig) -> None:

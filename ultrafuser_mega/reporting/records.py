@@ -53,6 +53,9 @@ class StepRecord:
     processed_tokens: float = math.nan  # prompts and responses of the global batch, for every specialist, no padding
     data_seconds: float = math.nan  # of ``seconds``, to make the microbatches; the slowest rank's
     peak_memory_bytes: float = math.nan  # at most so far, allocated by CUDA or resident on the CPU; of the largest rank
+    padding: float = math.nan  # share of all processed positions that are padding
+    imbalance: float = math.nan  # tokens of the busiest replica, in parts of the mean
+    fill: float = math.nan  # tokens of the mean microbatch, in parts of microbatch_tokens
 
 
 @dataclass(frozen=True)

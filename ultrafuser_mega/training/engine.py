@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
@@ -24,12 +25,12 @@ class Batch(Protocol):
     """What the pipeline needs of a microbatch; a loss function may need more of it."""
 
     @property
-    def tokens(self) -> Mapping[str, Tensor]:
-        """Specialist -> (b, s_j) ids."""
+    def tokens(self) -> Mapping[str, PackedTokens]:
+        """Specialist -> its packed tokens."""
 
     @property
     def rows(self) -> Mapping[str, Tensor]:
-        """Specialist -> (N,) which hidden states, sequence first, predict the response tokens."""
+        """Specialist -> (N,) which hidden states predict the response tokens."""
 
     def to(self, device: torch.device) -> Any:
         """The same on a device."""
@@ -86,6 +87,9 @@ class Engine:
         self._run(self.model, microbatches, loss, forward_only=True)
 
     def _run(self, model: Any, microbatches: Batches[B], loss: LossFunction[B], forward_only: bool) -> None:
+        if len(microbatches) == 0:  # Megatron's schedules run at least one
+            return
+
         def forward_step(batches: Any, stage: Any) -> tuple[Any, Callable[[Any], tuple[Tensor, dict[str, Any]]]]:
             batch = next(batches).to(self.device)
             with torch.set_grad_enabled(not forward_only):

@@ -15,7 +15,7 @@ class ClassTotals:
     """Sums of row values per class, in float64.
 
     Args:
-        classes: class names; rows carry indexes into them.
+        classes: class names; rows carry indexes into them, or one past the last, which counts nowhere (fillers).
         columns: names of the values that come with every row.
         device: where rows are.
     """
@@ -23,7 +23,7 @@ class ClassTotals:
     def __init__(self, classes: Sequence[str], columns: Sequence[str], device: torch.device) -> None:
         self.classes = list(classes)
         self.columns = list(columns)
-        self._sums = torch.zeros(len(classes), len(columns) + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(classes) + 1, len(columns) + 1, dtype=torch.float64, device=device)
 
     def add(self, row_class: Tensor, values: Tensor) -> None:
         """Rows of one microbatch: ``row_class`` (N,), ``values`` (N, len(columns))."""
@@ -38,13 +38,13 @@ class ClassTotals:
         if not groups.is_reporter:
             self._sums.zero_()
         dist.all_reduce(self._sums, group=groups.world)
-        counts = self._sums[:, -1:].clamp(min=1)
-        means = (self._sums[:, :-1] / counts).tolist()
+        sums = self._sums[:-1]
+        means = (sums[:, :-1] / sums[:, -1:].clamp(min=1)).tolist()
         return {name: dict(zip(self.columns, row, strict=True)) for name, row in zip(self.classes, means, strict=True)}
 
     def counts(self) -> dict[str, int]:
         """class -> rows of the job; after :meth:`reduce`."""
-        return {name: int(count) for name, count in zip(self.classes, self._sums[:, -1].tolist(), strict=True)}
+        return {name: int(count) for name, count in zip(self.classes, self._sums[:-1, -1].tolist(), strict=True)}
 
 
 def largest_of_ranks(values: Sequence[float], device: torch.device) -> list[float]:

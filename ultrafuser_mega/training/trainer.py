@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -126,7 +125,7 @@ class Trainer:
         elif plan.resume is None:
             load_hf_weights(self.model, config.folders)
         self.engine = Engine(self.model, groups, device)
-        self.shard = make_shard(plan, groups, config.micro_batch_size)
+        self.shard = make_shard(plan, groups)
 
     def stage(self, number: int) -> Stage:
         """Configuration of stage 1 or 2."""
@@ -143,10 +142,7 @@ class Trainer:
 
     def evaluate(self, *, trained: bool = True) -> EvaluationResult:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
-        options = self.plan.config.evaluation
-        result = evaluate(
-            self.engine, self.store, replace(self.shard, micro_batch_size=options.micro_batch_size), options
-        )
+        result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
@@ -286,6 +282,9 @@ class Trainer:
             gate={name: {other: row[gates[other]] for other in specialists} for name, row in means.items()},
             seconds=seconds,
             processed_tokens=batch.processed_tokens,
+            padding=batch.packing.padding,
+            imbalance=batch.packing.imbalance,
+            fill=batch.packing.fill,
             data_seconds=worst_data,
             peak_memory_bytes=int(worst_memory),
         )
@@ -348,18 +347,17 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> Fuse
         )
 
 
-def make_shard(plan: RunPlan, groups: RankGroups, micro_batch_size: int) -> Shard:
+def make_shard(plan: RunPlan, groups: RankGroups) -> Shard:
     """This rank's part of the data-parallel work."""
-    local = groups.local_specialists
-    multiple = math.lcm(*(plan.layout.placements[name].tp for name in local))
-    first = TextEncoder(next(iter(plan.config.folders.values())))
+    config, placements = plan.config, plan.layout.placements
+    sequence_parallel = config.parallel.sequence_parallel
     return Shard(
         dp_rank=groups.replica_index,
         dp_size=plan.layout.dp,
-        micro_batch_size=micro_batch_size,
-        specialists=tuple(local),
-        pad_id=first.eos_id,
-        pad_to_multiple=multiple if plan.config.parallel.sequence_parallel else 1,
+        microbatch_tokens=config.microbatch_tokens,
+        specialists=tuple(groups.local_specialists),
+        multiples={name: placement.tp if sequence_parallel else 1 for name, placement in placements.items()},
+        pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id,
     )
 
 

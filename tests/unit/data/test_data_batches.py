@@ -33,50 +33,44 @@ def conversations(draw: Any) -> Any:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    written=st.lists(conversations(), min_size=1, max_size=5),
-    multiple=st.sampled_from([1, 2, 8]),
-    data=st.data(),
-)
+@given(written=st.lists(conversations(), min_size=1, max_size=5), multiple=st.sampled_from([1, 2, 8]))
 def test_every_target_stands_one_position_after_its_row_in_every_specialists_tokens(
-    written: Any, multiple: Any, data: Any
+    written: Any, multiple: Any
 ) -> None:
-    fillers = data.draw(st.integers(0, len(written)))
     with TemporaryDirectory() as folder:
         writer = SplitWriter(Path(folder) / "split", NAMES, token_dtype(1000))
         writer.add(written)
         writer.close()
         samples = list(Split(Path(folder) / "split", NAMES, token_dtype(1000)))
         class_ids = [place % 3 for place in range(len(samples))]
-        full = collate(samples, class_ids, NAMES, PAD, multiple)
-        batch = collate(samples, class_ids, NAMES, PAD, multiple, fillers)
-    b = len(samples)
+        batch = collate(samples, class_ids, dict.fromkeys(NAMES, multiple), PAD)
+        filler = collate(samples, class_ids, dict.fromkeys(NAMES, multiple), PAD, filler_class=3)
     expected = [token for sample in written for turn in sample.responses for token in turn]
-    assert full.targets.tolist() == expected
-    counting = full.row_sample < b - fillers
-    assert torch.equal(batch.targets, torch.where(counting, full.targets, IGNORED))
-    assert batch.row_sample.tolist() == [k for k, s in enumerate(written) for turn in s.responses for _ in turn]
-    assert batch.row_class.tolist() == [class_ids[k] for k in batch.row_sample.tolist()]
+    assert batch.targets.tolist() == expected
+    assert batch.row_counts == [sum(map(len, sample.responses)) for sample in written]
+    assert batch.row_class.tolist() == np.repeat(class_ids, batch.row_counts).tolist()
+    assert set(filler.targets.tolist()) == {IGNORED} and set(filler.row_class.tolist()) == {3}
     for name in NAMES:
-        tokens, rows = batch.tokens[name], batch.rows[name]
-        longest = max(sample.length(name) for sample in samples)
-        assert tokens.shape == (b, -(-longest // multiple) * multiple)
-        position, k = rows // b, rows % b
-        assert torch.equal(k, batch.row_sample)
-        assert torch.equal(tokens[k, position + 1], full.targets)
-        # the same through the layout that the model uses: states flattened from (S, b)
-        next_token = torch.roll(tokens, -1, dims=1).transpose(0, 1).reshape(-1)
-        assert torch.equal(next_token[rows], full.targets)
-        assert torch.all((tokens == BOS).sum(1) == 1) and torch.all(tokens[:, 0] == BOS)
-        for row, sample in zip(tokens, written, strict=True):
-            sequence = [t for p, r in zip(sample.prompts[name], sample.responses, strict=True) for t in (*p, *r)]
-            assert row.tolist() == sequence + [PAD] * (tokens.shape[1] - len(sequence))
+        packed, rows = batch.tokens[name], batch.rows[name]
+        sequences = [
+            [t for p, r in zip(sample.prompts[name], sample.responses, strict=True) for t in (*p, *r)]
+            for sample in written
+        ]
+        padding = -sum(map(len, sequences)) % multiple
+        assert packed.ids[0].tolist() == [token for ids in sequences for token in ids] + [PAD] * padding
+        assert packed.lengths == (*map(len, sequences), *([padding] if padding else []))
+        assert packed.starts.tolist() == [0, *np.cumsum(packed.lengths)]
+        assert packed.positions.tolist() == [place for length in packed.lengths for place in range(length)]
+        assert torch.equal(packed.ids[0, rows + 1], batch.targets)
+        sample_of = torch.tensor(packed.lengths).repeat_interleave(torch.tensor(packed.lengths))  # any mark of its own
+        assert torch.equal(sample_of[rows], sample_of[rows + 1]), "no target stands in the next sample"
+        assert torch.equal(filler.rows[name], rows) and torch.equal(filler.tokens[name].ids, packed.ids)
 
 
 def test_a_rank_lays_out_only_the_specialists_it_runs_and_the_rows_stay_the_same(store: Any) -> None:
     samples = [store.split("text", "train")[place] for place in range(3)]
-    every = collate(samples, [0, 0, 0], NAMES, PAD)
-    own = collate(samples, [0, 0, 0], ("code",), PAD)
+    every = collate(samples, [0, 0, 0], dict.fromkeys(NAMES, 1), PAD)
+    own = collate(samples, [0, 0, 0], {"code": 1}, PAD)
     assert list(own.tokens) == list(own.rows) == ["code"]
     assert torch.equal(own.rows["code"], every.rows["code"]) and torch.equal(own.targets, every.targets)
 
@@ -112,56 +106,71 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return TokenStore.open(folder)
 
 
-def shard(rank: int, dp: int, micro: int) -> Shard:
-    return Shard(dp_rank=rank, dp_size=dp, micro_batch_size=micro, specialists=NAMES, pad_id=PAD, pad_to_multiple=4)
+def shard(rank: int, dp: int, microbatch_tokens: int = 64) -> Shard:
+    return Shard(rank, dp, microbatch_tokens, specialists=NAMES, multiples=dict.fromkeys(NAMES, 4), pad_id=PAD)
 
 
-@pytest.mark.parametrize(("dp", "micro"), [(1, 12), (1, 2), (2, 3), (3, 2), (4, 3), (6, 2)])
+@pytest.mark.parametrize(("dp", "microbatch_tokens"), [(1, 4096), (1, 64), (2, 100), (3, 64), (5, 64), (16, 64)])
 @pytest.mark.parametrize("step", [0, 1, 17])
-def test_the_global_batch_is_the_same_however_it_is_spread(store: Any, dp: Any, micro: Any, step: int) -> None:
-    work = [TrainingBatches(store, 4, 5, shard(rank, dp, micro)).step(step) for rank in range(dp)]
-    reference = TrainingBatches(store, 4, 5, shard(0, 1, 12)).step(step)
-    targets = torch.cat([m.targets for one in work for m in one.microbatches])
-    assert sorted(targets.tolist()) == sorted(reference.microbatches[0].targets.tolist())
-    assert {one.response_tokens for one in work} == {len(targets)} and {one.samples for one in work} == {12}
-    assert {len(one.microbatches) for one in work} == {12 // (dp * micro)}
-    first_rows = [(m, m.row_sample.diff(prepend=torch.tensor([-1])) > 0) for one in work for m in one.microbatches]
-    classes = torch.cat([m.row_class[is_first] for m, is_first in first_rows])
-    assert classes.bincount().tolist() == [4, 4, 4]
-
-
-def test_a_global_batch_that_cannot_be_spread_is_refused_before_the_first_step(store: Any) -> None:
-    with pytest.raises(InputError, match="global batch of 12 samples does not divide by micro batch 5 x dp 1"):
-        TrainingBatches(store, 4, 5, shard(0, 1, 5))
-
-
-@pytest.mark.parametrize(("dp", "micro"), [(1, 1), (1, 4), (2, 2), (3, 4), (8, 1)])
-@pytest.mark.parametrize(("name", "limit"), [("text", None), ("text", 3), ("code", 100), ("math", None)])
-def test_every_held_out_sample_counts_once_and_every_rank_does_as_many_microbatches(
-    store: Any, dp: Any, micro: Any, name: Any, limit: Any
+def test_the_global_batch_is_the_same_however_it_is_spread(
+    store: Any, dp: Any, microbatch_tokens: Any, step: int
 ) -> None:
-    ranks = [EvaluationBatches(store, name, shard(rank, dp, micro), limit) for rank in range(dp)]
-    batches = [list(rank) for rank in ranks]
-    assert {len(one) for one in batches} == {len(ranks[0])}
-    assert all(m.tokens["text"].shape[0] == micro for one in batches for m in one)
-    counted = torch.cat([m.targets for one in batches for m in one])
-    counted = counted[counted != IGNORED]
-    heldout = store.split(name, "heldout")
-    size = min(limit or 100, len(heldout))
-    expected = [token for place in range(size) for token in heldout[place].responses[0].tolist()]
-    assert sorted(counted.tolist()) == sorted(expected)
-    assert all(rank.response_tokens == len(expected) and rank.samples == size for rank in ranks)
-    classes = torch.cat([m.row_class for one in batches for m in one])
-    assert set(classes.tolist()) == {store.class_names.index(name)}
+    work = [TrainingBatches(store, 4, 5, shard(rank, dp, microbatch_tokens)).step(step) for rank in range(dp)]
+    reference = TrainingBatches(store, 4, 5, shard(0, 1, 4096)).step(step)
+    assert len(reference.microbatches) == 1
+    microbatches = [m for one in work for m in one.microbatches]
+    targets = torch.cat([m.targets for m in microbatches])
+    kept = targets != IGNORED
+    assert sorted(targets[kept].tolist()) == sorted(reference.microbatches[0].targets.tolist())
+    assert {one.response_tokens for one in work} == {int(kept.sum())} and {one.samples for one in work} == {12}
+    assert {one.processed_tokens for one in work} == {reference.processed_tokens}
+    assert all(sum(m.tokens[name].lengths) <= microbatch_tokens for m in microbatches for name in NAMES)
+    classes = [int(rows[0]) for m in microbatches for rows in m.row_class.split(m.row_counts)]
+    assert np.bincount(classes, minlength=4)[:3].tolist() == [4, 4, 4]
 
 
-def test_held_out_samples_come_in_order(store: Any) -> None:
-    one = EvaluationBatches(store, "text", shard(0, 1, 2))
-    seen = torch.cat([m.targets for m in one]).unique_consecutive().tolist()
-    heldout = store.split("text", "heldout")
-    assert seen[:7] == [int(sample.responses[0][0]) for sample in heldout]
+def test_a_replica_that_gets_no_sample_runs_a_filler_that_counts_nowhere(store: Any) -> None:
+    work = [TrainingBatches(store, 4, 5, shard(rank, 16)).step(0) for rank in range(16)]
+    idle = [one for one in work if (one.microbatches[0].targets == IGNORED).all()]
+    assert len(idle) == 4 and all(len(one.microbatches) == 1 for one in idle)
+    assert all((m.row_class == 3).all() for one in idle for m in one.microbatches)
+
+
+def test_what_a_step_says_of_its_packing(store: Any) -> None:
+    """Counted again from the microbatches that all replicas get."""
+    work = [TrainingBatches(store, 4, 5, shard(rank, 3)).step(2) for rank in range(3)]
+    (packing,) = {one.packing for one in work}
+    microbatches = [m for one in work for m in one.microbatches]
+    positions = sum(m.tokens[name].ids.numel() for m in microbatches for name in NAMES)
+    assert packing.padding == pytest.approx(1 - work[0].processed_tokens / positions)
+    longest = [
+        sum(
+            max(m.tokens[name].lengths[place] for name in NAMES)
+            for m in one.microbatches
+            for place in range(len(m.row_counts))
+        )
+        for one in work
+    ]
+    assert packing.imbalance == pytest.approx(max(longest) / (sum(longest) / 3))
+    assert packing.fill == pytest.approx(sum(longest) / (len(microbatches) * 64))
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("limit", [None, 3])
+def test_every_held_out_sample_counts_once(store: Any, dp: Any, limit: Any) -> None:
+    ranks = [EvaluationBatches(store, shard(rank, dp), limit) for rank in range(dp)]
+    microbatches = [m for rank in ranks for m in rank]
+    assert sum(map(len, ranks)) == len(microbatches)
+    places = [place for rank in ranks for microbatch in rank.places for place in microbatch]
+    wanted = {(n, i) for n in NAMES for i in range(min(limit or 99, len(store.split(n, "heldout"))))}
+    assert len(places) == len(wanted) and set(places) == wanted
+    rows = [part for m in microbatches for part in m.targets.split(m.row_counts)]
+    for (name, index), part in zip(places, rows, strict=True):
+        assert part.tolist() == store.split(name, "heldout")[index].responses[0].tolist()
+    classes = [int(part[0]) for m in microbatches for part in m.row_class.split(m.row_counts)]
+    assert classes == [store.class_names.index(name) for name, _ in places]
 
 
 def test_a_class_without_held_out_samples_cannot_be_evaluated(store: Any) -> None:
     with pytest.raises(InputError, match='class "text" has no held-out samples to evaluate on'):
-        EvaluationBatches(store, "text", shard(0, 1, 1), limit=0)
+        EvaluationBatches(store, shard(0, 1), limit=0)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultrafuser_mega.data.sampler import ClassBalanceSampler, passes, shuffled, split_batch
+from ultrafuser_mega.data.sampler import ClassBalanceSampler, passes, shuffled
 from ultrafuser_mega.errors import InputError
 
 SIZES = st.dictionaries(st.sampled_from(["text", "code", "math", "law"]), st.integers(1, 40), min_size=1)
@@ -63,44 +62,6 @@ def test_shuffling_is_uniform() -> None:
     counts = Counter(int(shuffled(4, seed, "text", 0)[0]) for seed in range(4000))
     # each place is binomial(4000, 1/4): standard deviation 27; five of them never happen by chance
     assert all(abs(counts[place] - 1000) < 5 * 27.4 for place in range(4))
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.data(), st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
-def test_every_sample_lands_on_one_rank_once_whatever_the_layout(data: Any, micro: Any, dp: Any, slots: Any) -> None:
-    lengths = data.draw(st.lists(st.integers(1, 1000), min_size=micro * dp * slots, max_size=micro * dp * slots))
-    plan = split_batch(lengths, micro, dp)
-    assert [len(rank) for rank in plan] == [slots] * dp
-    assert all(len(microbatch) == micro for rank in plan for microbatch in rank)
-    assert sorted(place for rank in plan for microbatch in rank for place in microbatch) == list(range(len(lengths)))
-    assert plan == split_batch(np.array(lengths), micro, dp)
-    for slot in range(slots - 1):  # slots go from long to short: similar lengths share a slot
-        here = [lengths[place] for rank in plan for place in rank[slot]]
-        after = [lengths[place] for rank in plan for place in rank[slot + 1]]
-        assert min(here) >= max(after)
-
-
-def test_ranks_of_one_slot_get_nearly_the_same_work() -> None:
-    plan = split_batch(np.arange(1, 33), micro_batch_size=4, dp_size=4)
-    for slot in range(2):
-        sums = [sum(place + 1 for place in rank[slot]) for rank in plan]
-        assert max(sums) == min(sums), "dealt back and forth, evenly spaced lengths balance exactly"
-
-
-@pytest.mark.parametrize(
-    ("total", "micro", "dp", "hint"),
-    [
-        (12, 5, 2, "with dp 2 a micro batch of 1, 2, 3, 6 works"),
-        (12, 8, 2, "with dp 2 a micro batch of 1, 2, 3, 6 works"),
-        (12, 0, 1, "with dp 1 a micro batch of 1, 2, 3, 4, 6, 12 works"),
-        (9, 1, 2, "no micro batch works with dp 2: make the global batch a multiple of 2"),
-        (240, 7, 1, r"a micro batch of 1, 2, 3, 4, \.\.\., 80, 120, 240 works"),
-    ],
-)
-def test_a_batch_that_does_not_divide_says_what_would(total: Any, micro: Any, dp: Any, hint: Any) -> None:
-    wanted = f"batch of {total} samples does not divide by micro batch {micro} x dp {dp}; .*{hint}"
-    with pytest.raises(InputError, match=wanted):
-        split_batch([1] * total, micro, dp)
 
 
 def test_empty_classes_and_batches_are_refused() -> None:

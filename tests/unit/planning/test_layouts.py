@@ -21,7 +21,7 @@ def test_without_a_number_of_ranks_the_first_layout_is_taken(trio: Path, tmp_pat
 
 def test_of_two_layouts_for_as_many_ranks_the_first_is_taken(trio: Path, tmp_path: Path) -> None:
     three = {"kind": "colocated", "dp": 3}
-    tree = config_tree(trio, tmp_path, ONE) | {"micro_batch_size": 1}
+    tree = config_tree(trio, tmp_path, ONE)
     config = FuserConfig.model_validate(tree | {"layouts": [ONE, three, DISJOINT_3]})
     assert chosen_layout(preflight(config, 3, resume=False)).startswith("layouts.1, for 3 rank(s); --ranks 1 would")
 
