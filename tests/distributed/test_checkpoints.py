@@ -25,7 +25,7 @@ TIMES = ("seconds", "tokens_per_s", "data_seconds", "peak_memory_bytes")
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:
-    tree = config_tree(trio, runs, layout) | {"parallel": parallel, "dtype": dtype, "microbatch_tokens": 160}
+    tree = config_tree(trio, runs, layout) | {"parallel": parallel, "dtype": dtype, "microbatch_tokens": 320}
     tree["stage1"] |= {"steps": 4, "warmup_steps": 3}  # cuts fall into the warm-ups too
     tree["stage2"] |= {"steps": 6, "warmup_steps": 3}
     tree["checkpoint"] = {"every": 2, "keep": 20}

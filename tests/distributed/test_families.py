@@ -94,7 +94,7 @@ def test_families_learn_the_same_on_one_rank_and_on_two(
         write_family(trio / name, case, vocab_rows=416)
     runs = {}
     for name, layout, ranks in (("one", ONE, 1), ("two", COLOCATED_TP2, 2)):
-        tree = config_tree(trio, tmp_path / name, layout) | {"microbatch_tokens": 160}
+        tree = config_tree(trio, tmp_path / name, layout) | {"microbatch_tokens": 320}
         tree["stage1"] |= {"steps": 1}
         tree["stage2"] |= {"steps": 3, "lr": 5e-3, "warmup_steps": 0}
         tree["evaluation"] = {"samples_per_class": 2, "token_views": 0}

@@ -67,7 +67,7 @@ def test_loss_per_sample_is_the_sum_over_its_tokens(
     for normalize in ("token", "sample"):
         tree = config_tree(trio, tmp_path / normalize, layout) | {
             "loss": {"normalize": normalize},
-            "microbatch_tokens": 160,
+            "microbatch_tokens": 320,
         }
         tree["stage1"] |= {"steps": 1}
         tree["stage2"] |= {"steps": 1}

@@ -68,7 +68,7 @@ def config_tree(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any
         },
         "layouts": [layout],
         "data": {"root": str(trio / "data"), "max_length": 160, "classes": classes},
-        "microbatch_tokens": 240,
+        "microbatch_tokens": 480,
         "stage1": {"steps": 8, "samples_per_class": 4, "lr": 5e-3, "warmup_steps": 1},
         "stage2": {"steps": 12, "samples_per_class": 4, "lr": 5e-4, "warmup_steps": 1},
         "evaluation": {"samples_per_class": 4, "token_views": 1},
