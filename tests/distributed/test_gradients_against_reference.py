@@ -143,7 +143,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         assert model.fusion is not None and model.exchange is not None
         loss, rows, _ = model.fusion.loss(model.exchange(hidden), microbatch.targets)
         total += rows.sum().item() / batch.response_tokens
-        return loss * (plan.layout.dp * len(batch.microbatches) / batch.response_tokens)
+        return loss / batch.response_tokens
 
     trainable.zero_grad()
     Engine(model, groups, CPU).train(trainable.wrapped, batch.microbatches, loss_of)

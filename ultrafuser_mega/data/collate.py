@@ -45,7 +45,7 @@ class MicroBatch:
         self.targets, self.row_class = pieces
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on ``device``; the copy to a GPU is from pinned memory and not waited for."""
+        """The same on ``device``, in one copy; the host does not wait for a GPU to have it."""
         if device.type == "cpu":
             return self
         flat = self._flat.pin_memory() if device.type == "cuda" else self._flat

@@ -73,17 +73,20 @@ class FusedStage(MegatronModule):
             return {name: h.flatten(0, 1).index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
 
+    def handed_over(self, tokens: Mapping[str, PackedTokens]) -> int:
+        """Numbers that a stage hands to the next for a microbatch of these tokens."""
+        return sum(self._rows(name, tokens) * stage.arch.hidden_size for name, stage in self.stages.items())
+
+    def _rows(self, name: str, tokens: Mapping[str, PackedTokens]) -> int:
+        """Hidden states of a specialist between stages: under sequence parallelism each rank has its part."""
+        stage = self.stages[name]
+        parts = stage.pg_collection.tp.size() if stage.config.sequence_parallel else 1
+        return sum(tokens[name].lengths) // parts
+
     def _hand_over(self, packed: Tensor, tokens: Mapping[str, PackedTokens]) -> None:
-        offset = 0
-        for name, stage in self.stages.items():
-            rows = sum(tokens[name].lengths)
-            if stage.config.sequence_parallel:
-                rows //= stage.pg_collection.tp.size()
-            numel = rows * stage.arch.hidden_size
-            stage.set_input_tensor(packed.view(-1)[offset : offset + numel].view(rows, 1, stage.arch.hidden_size))
-            offset += numel
-        if offset != packed.numel():
-            raise RuntimeError(f"received {packed.numel()} numbers from the previous stage, expected {offset}")
+        sizes = [self._rows(name, tokens) * stage.arch.hidden_size for name, stage in self.stages.items()]
+        for (name, stage), part in zip(self.stages.items(), packed.view(-1).split(sizes), strict=True):
+            stage.set_input_tensor(part.view(self._rows(name, tokens), 1, -1))
 
 
 def build_fused_stage(

@@ -58,6 +58,7 @@ def transformer_config(
         perform_initialization=False,  # every weight is read from a file
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, experts or not
+        calculate_per_token_loss=True,  # the loss comes scaled by the global batch: nothing is divided on the way
         batch_p2p_comm=False,  # batched p2p with variable lengths deadlocks from 4 stages on (Megatron-LM #5100)
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
 
@@ -39,6 +40,11 @@ def choose_device(wanted: str) -> torch.device:
     if kind_of_device(wanted, launched_here()) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; the host does not wait for a GPU to have it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def kind_of_device(wanted: str, ranks: int) -> str:

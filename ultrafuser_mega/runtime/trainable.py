@@ -5,20 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from ultrafuser_mega.runtime.mcore import megatron_scope
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """A module being trained on this rank: gradients over replicas, one optimizer, one schedule."""
+    """A module being trained on this rank: gradients over replicas, one optimizer, one schedule.
+
+    clip_grad: bound on the gradient norm; 0 for none.
+    """
 
     wrapped: DistributedDataParallel
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     schedule: OptimizerParamScheduler
+    clip_grad: float
     device: torch.device
 
     def zero_grad(self) -> None:
@@ -31,12 +37,30 @@ class Trainable:
         with megatron_scope(self.device):
             self.wrapped.finish_grad_sync()
 
-    def step(self) -> tuple[float, float]:
-        """Clip by the one global norm, update, advance the schedule; returns (gradient norm, lr used)."""
+    @torch.no_grad()
+    def step(self) -> tuple[Tensor, float]:
+        """Clip by the one global norm, update, advance the schedule.
+
+        Returns:
+            The gradient norm before clipping, () on the device, so that nobody has to wait for it; the rate used.
+        """
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         with megatron_scope(self.device):
-            _, norm, _ = self.optimizer.step()
-            if norm is None:  # clipping is off
-                norm = self.optimizer.get_grad_norm()
+            self.optimizer.prepare_grads()
+            norm = self._gradient_norm()
+            if self.clip_grad:
+                gradients = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
+                if gradients:
+                    torch._foreach_mul_(gradients, (self.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+            self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
-        return float(norm), float(lr)
+        return norm, float(lr)
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole model. Megatron's own waits for the device once per parameter where apex is missing."""
+        squared = torch.zeros((), device=self.device)
+        for part in self.optimizer.chained_optimizers:
+            if gradients := part.get_main_grads_for_grad_norm():
+                squared += torch.stack(torch._foreach_norm(gradients)).square().sum()
+        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        return squared.sqrt()

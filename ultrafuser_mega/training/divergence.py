@@ -62,7 +62,7 @@ def measured_loss(engine: Engine, class_names: Sequence[str], microbatches: list
         return loss
 
     engine.forward(microbatches, measure)
-    means = totals.reduce(engine.groups)
+    means = totals.reduce(engine.groups).means
     return math.fsum(row["loss"] for row in means.values()) / len(means)
 
 

@@ -6,13 +6,16 @@ last stages meet in the fusion group: earlier stages run ahead of each other und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ultrafuser_mega.data.packing import PackedTokens
@@ -52,6 +55,51 @@ class Batches(Protocol[B_co]):
 LossFunction = Callable[[dict[str, Tensor], B], Tensor]
 
 
+class _Feed(Generic[B]):
+    """The microbatches of one run of a schedule, on the device, the next of them open to a look ahead."""
+
+    def __init__(self, microbatches: Iterable[B], device: torch.device) -> None:
+        self._left = iter(microbatches)
+        self._ahead: deque[B] = deque()
+        self._device = device
+
+    def look_ahead(self) -> B:
+        """The first microbatch that was neither taken nor looked at."""
+        batch: B = next(self._left).to(self._device)
+        self._ahead.append(batch)
+        return batch
+
+    def __next__(self) -> B:
+        return self._ahead.popleft() if self._ahead else next(self._left).to(self._device)
+
+
+class KnownShapes(P2PCommunicator):
+    """Pipeline transfers whose shapes both sides know from the microbatches: nothing is exchanged to agree on them.
+
+    Megatron sends three numbers before every tensor of variable length, in a batch of its own that can deadlock from
+    four stages on (Megatron-LM #5100, #5271), and waits for the device to read them. Here what comes from the previous
+    stage belongs to its next microbatch, and the gradient that comes back to the oldest tensor sent and not answered.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, config: TransformerConfig) -> None:
+        super().__init__(group, config)
+        self.next_size: Callable[[], int] = lambda: 0  # numbers of the next tensor from the previous stage
+        self._sent: deque[Sequence[int]] = deque()
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        if tensor_send_next is not None:
+            self._sent.append(tensor_send_next.shape)
+        nothing = (0, 0, 0)
+        return (self.next_size(), 1, 1) if recv_prev else nothing, self._sent.popleft() if recv_next else nothing
+
+    def begin(self, next_size: Callable[[], int]) -> None:
+        """Before a run of a schedule; of the run before nothing is awaited."""
+        self._sent.clear()
+        self.next_size = next_size
+
+
 class Engine:
     """Runs microbatches through the pipeline of this rank's specialist(s).
 
@@ -67,7 +115,7 @@ class Engine:
         self.device = device
         config = model.config
         pipelined = groups.megatron.pp.size() > 1
-        self._p2p = {"p2p_communicator": P2PCommunicator(groups.megatron.pp, config)} if pipelined else {}
+        self._p2p = KnownShapes(groups.megatron.pp, config) if pipelined else None
         self._schedule = (
             schedules.forward_backward_pipelining_without_interleaving
             if pipelined
@@ -77,8 +125,7 @@ class Engine:
     def train(self, wrapped: DistributedDataParallel, microbatches: Batches[B], loss: LossFunction[B]) -> None:
         """Forward and backward of everything; gradients end up reduced in ``wrapped``'s buffers.
 
-        ``loss`` must return its microbatch's share of the replica's loss times the number of microbatches:
-        Megatron divides by it.
+        ``loss`` must return its microbatch's share of the global batch's loss: gradients are only summed.
         """
         self._run(wrapped, microbatches, loss, forward_only=False)
 
@@ -90,22 +137,28 @@ class Engine:
         if len(microbatches) == 0:  # Megatron's schedules run at least one
             return
 
-        def forward_step(batches: Any, stage: Any) -> tuple[Any, Callable[[Any], tuple[Tensor, dict[str, Any]]]]:
-            batch = next(batches).to(self.device)
+        feed, uncounted = _Feed(microbatches, self.device), torch.zeros((), dtype=torch.int)
+        if self._p2p is not None:
+            self._p2p.begin(lambda: self.model.handed_over(feed.look_ahead().tokens))
+
+        def forward_step(
+            batches: Any, stage: Any
+        ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict[str, Any]]]]:
+            batch = next(batches)
             with torch.set_grad_enabled(not forward_only):
                 output = stage(batch.tokens, batch.rows)
-            # The schedule divides the loss in place, so it gets a tensor of its own.
-            return output, lambda hidden: (loss(hidden, batch).clone(), {})
+            # Megatron would count tokens (the number between) to divide the gradients in the end.
+            return output, lambda hidden: (loss(hidden, batch), uncounted, {})
 
         with megatron_scope(self.device):
             self._schedule(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
+                data_iterator=feed,
                 model=[model],
                 num_microbatches=len(microbatches),
                 seq_length=1,  # unused with variable lengths
                 micro_batch_size=1,  # likewise
                 forward_only=forward_only,
                 pg_collection=self.groups.megatron,
-                **self._p2p,
+                **({"p2p_communicator": self._p2p} if self._p2p is not None else {}),
             )

@@ -42,7 +42,7 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
         return losses.new_zeros(())
 
     engine.forward(batches, measure)
-    means = totals.reduce(engine.groups)
+    means = totals.reduce(engine.groups).means
     samples = []
     if engine.groups.is_reporter and gates:
         rows = torch.cat(gates).cpu().split(counts)

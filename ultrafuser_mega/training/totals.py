@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.runtime.groups import RankGroups
+
+
+@dataclass(frozen=True)
+class Totals:
+    """means: class -> column -> mean over the job's rows; counts: class -> rows; largest: as asked for."""
+
+    means: dict[str, dict[str, float]]
+    counts: dict[str, int]
+    largest: list[float]
 
 
 class ClassTotals:
@@ -30,25 +40,28 @@ class ClassTotals:
         with_count = torch.cat([values.double(), values.new_ones((values.shape[0], 1), dtype=torch.float64)], dim=1)
         self._sums.index_add_(0, row_class, with_count)
 
-    def reduce(self, groups: RankGroups) -> dict[str, dict[str, float]]:
-        """class -> column -> mean over the job's rows; collective over the job.
+    def reduce(self, groups: RankGroups, largest: Tensor | None = None) -> Totals:
+        """What all ranks have together; collective over the job. The host waits for the device once.
 
         Every rank of a fusion group sees the same rows, so one rank per replica contributes.
+
+        Args:
+            groups: of this rank.
+            largest: (k,) numbers of this rank of which the largest on any rank is wanted.
         """
         if not groups.is_reporter:
             self._sums.zero_()
         dist.all_reduce(self._sums, group=groups.world)
-        sums = self._sums[:-1]
-        means = (sums[:, :-1] / sums[:, -1:].clamp(min=1)).tolist()
-        return {name: dict(zip(self.columns, row, strict=True)) for name, row in zip(self.classes, means, strict=True)}
-
-    def counts(self) -> dict[str, int]:
-        """class -> rows of the job; after :meth:`reduce`."""
-        return {name: int(count) for name, count in zip(self.classes, self._sums[:-1, -1].tolist(), strict=True)}
-
-
-def largest_of_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """The largest there is on any rank, of each value; collective over the job."""
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return [float(value) for value in largest.tolist()]
+        largest = self._sums.new_zeros(0) if largest is None else largest.to(self._sums.dtype)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.world)
+        numbers = torch.cat([self._sums[:-1].flatten(), largest]).tolist()
+        width = len(self.columns) + 1
+        rows = [numbers[place * width : (place + 1) * width] for place in range(len(self.classes))]
+        return Totals(
+            means={
+                name: {column: value / max(row[-1], 1.0) for column, value in zip(self.columns, row, strict=False)}
+                for name, row in zip(self.classes, rows, strict=True)
+            },
+            counts={name: int(row[-1]) for name, row in zip(self.classes, rows, strict=True)},
+            largest=numbers[len(self.classes) * width :],
+        )

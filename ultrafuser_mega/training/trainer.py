@@ -28,7 +28,7 @@ from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.planning.preflight import DTYPES, RunPlan, compared_with_data
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
-from ultrafuser_mega.runtime.device import peak_memory
+from ultrafuser_mega.runtime.device import peak_memory, to_device
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
 from ultrafuser_mega.runtime.trainable import Trainable
@@ -39,7 +39,7 @@ from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.prepare import data_notes, open_store
 from ultrafuser_mega.training.run_folder import locked_run, set_aside
 from ultrafuser_mega.training.token_samples import token_samples
-from ultrafuser_mega.training.totals import ClassTotals, largest_of_ranks
+from ultrafuser_mega.training.totals import ClassTotals
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
 
@@ -239,16 +239,13 @@ class Trainer:
         gates = {name: f"gate {name}" for name in specialists}
         totals = ClassTotals(self.store.class_names, ["loss", *gates.values()], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
-        # Data parallelism averages over replicas: their number makes that a sum. Megatron's schedule likewise
-        # divides by the number of microbatches; stage 1 runs its own backward, without that division.
-        scale = self.groups.plan.dp / terms * (len(batch.microbatches) if number == 2 else 1)
 
         def loss_of(hidden: dict[str, Tensor], microbatch: MicroBatch) -> Tensor:
             fusion, exchange = self.model.fusion, self.model.exchange
             assert fusion is not None and exchange is not None
             with torch.enable_grad():
                 loss, rows, weights = fusion.loss(exchange(hidden), microbatch.targets)
-                loss = loss * scale
+                loss = loss / terms
             if number == 1:
                 loss.backward()
             totals.add(microbatch.row_class, torch.cat([rows[:, None].to(weights.dtype), weights], dim=1))
@@ -260,15 +257,15 @@ class Trainer:
             trainable.reduce_gradients()
         else:
             self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
-        grad_norm, lr = trainable.step()
-        means = totals.reduce(self.groups)
-        tokens = totals.counts()
-        loss = sum(means[name]["loss"] * tokens[name] for name in means) / terms
+        norm, lr = trainable.step()
+        costs = torch.tensor([data_seconds, float(peak_memory(self.device))], dtype=torch.float64)
+        reduced = totals.reduce(self.groups, torch.cat([norm.double()[None], to_device(costs, self.device)]))
+        means, (grad_norm, worst_data, worst_memory) = reduced.means, reduced.largest
+        loss = sum(means[name]["loss"] * reduced.counts[name] for name in means) / terms
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
                 f"loss is {loss:.6g}, gradient norm {grad_norm:.6g} at step {global_step}; {remedy(self.checkpoints)}"
             )
-        worst_data, worst_memory = largest_of_ranks([data_seconds, float(peak_memory(self.device))], self.device)
         seconds = time.perf_counter() - begun
         return StepRecord(
             stage=number,

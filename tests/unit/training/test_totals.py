@@ -9,7 +9,7 @@ import torch
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import LayoutPlan, plan_colocated, plan_disjoint
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.totals import ClassTotals
+from ultrafuser_mega.training.totals import ClassTotals, Totals
 
 CLASSES = ["text", "code", "law"]
 # Replica -> its microbatches of (classes of the rows, their losses); no row is about law.
@@ -19,22 +19,24 @@ ROWS = {
 }
 
 
-def reduce_rows(rank: int, plan: LayoutPlan) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def reduce_rows(rank: int, plan: LayoutPlan) -> Totals:
     groups = make_groups(plan)
     totals = ClassTotals(CLASSES, ["loss", "negated"], torch.device("cpu"))
     if groups.is_last_stage:  # all ranks of a fusion group see the same rows
         for classes, losses in ROWS[groups.replica_index]:
             values = torch.tensor([[loss, -loss] for loss in losses])
             totals.add(torch.tensor(classes), values)
-    return totals.reduce(groups), totals.counts()
+            totals.add(torch.tensor([len(CLASSES)]), torch.tensor([[9.0, 9.0]]))  # a filler
+    return totals.reduce(groups, torch.tensor([rank, -rank]))
 
 
 def check(plan: LayoutPlan) -> None:
-    for means, counts in run_ranks(reduce_rows, plan.world_size, plan):  # the same on every rank
-        assert means["text"] == {"loss": 3.0, "negated": -3.0}
-        assert means["code"] == {"loss": 3.0, "negated": -3.0}
-        assert means["law"] == {"loss": 0.0, "negated": 0.0}
-        assert counts == {"text": 2, "code": 3, "law": 0}
+    for totals in run_ranks(reduce_rows, plan.world_size, plan):  # the same on every rank
+        assert totals.means["text"] == {"loss": 3.0, "negated": -3.0}
+        assert totals.means["code"] == {"loss": 3.0, "negated": -3.0}
+        assert totals.means["law"] == {"loss": 0.0, "negated": 0.0}
+        assert totals.counts == {"text": 2, "code": 3, "law": 0}
+        assert totals.largest == [plan.world_size - 1, 0.0]
 
 
 def test_every_replica_counts_once_however_many_ranks_share_its_rows() -> None:
