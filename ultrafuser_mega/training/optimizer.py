@@ -10,8 +10,8 @@ Step m has lr; the cosine would reach min_lr at step S + 1, so that no step is s
 
 The optimizer is AdamW. Weight decay takes matrices: those of linear layers, the embeddings, the output heads, and both
 layers of the gate (its second, ``w2``, is a 1 x m matrix that is kept as a vector). Biases and norms do not decay.
-Before the update gradients are scaled by min(1, clip_grad / (norm + 1e-6)); the norm is the whole model's. The update is
-torch's fused AdamW, on CPUs as on GPUs: one kernel without temporaries.
+Before the update gradients are scaled by min(1, clip_grad / (norm + 1e-6)); the norm is the whole model's. Torch's
+fused AdamW does the update, on CPUs as on GPUs: one kernel without temporaries.
 """
 
 from __future__ import annotations
