@@ -1,4 +1,4 @@
-"""The same 20 steps from the same weights and data give the same losses and weights in every layout."""
+"""The same 10 steps from the same weights and data give the same losses and weights in every layout."""
 
 from __future__ import annotations
 
@@ -30,10 +30,21 @@ from ultrafuser_mega.training.trainer import build_model
 TOLERANCE = 1e-4  # of losses and gradient norms, relative; of weights, absolute
 
 
+def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool]) -> dict[str, Any]:
+    tree = config_tree(trio, runs, layout)
+    tree["stage1"] |= {"steps": 4}
+    tree["stage2"] |= {"steps": 6}
+    tree["parallel"] = parallel
+    # Below eps AdamW's step is proportional to the gradient, above it is lr whatever the size. Some embeddings have
+    # gradients of 1e-8 here, all of them rounding: with the usual eps they would move by lr in one layout's direction.
+    tree["optimizer"] = {"eps": 1e-6}
+    return tree
+
+
 @pytest.fixture(scope="module")
 def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run everything else is compared with."""
-    return train(config_tree(trio, tmp_path_factory.mktemp("one"), ONE), 1)
+    return train(_tree(trio, tmp_path_factory.mktemp("one"), ONE, {}), 1)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +52,7 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(COLOCATED_TP2, 2, {}, id="colocated_tp2"),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, id="colocated_tp2_pp2_sequence_parallel"),
-        pytest.param(DISJOINT_6, 6, {}, id="disjoint_2_2_2"),
+        pytest.param({**ONE, "dp": 5}, 5, {}, id="replicas_that_do_not_divide_the_batch"),
         pytest.param(DISJOINT_6, 6, {"sequence_parallel": True}, id="disjoint_2_2_2_sequence_parallel"),
         pytest.param(DISJOINT_8, 8, {}, id="the_default_8_ranks"),
         pytest.param(DISJOINT_8, 8, {"sequence_parallel": True}, id="the_default_8_ranks_sequence_parallel"),
@@ -51,15 +62,14 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_does_not_depend_on_the_layout(
     trio: Path, one_rank: Path, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool]
 ) -> None:
-    tree = config_tree(trio, tmp_path, layout)
-    tree["parallel"] = parallel
+    tree = _tree(trio, tmp_path, layout, parallel)
     here, there = read_steps(train(tree, ranks)), read_steps(one_rank)
-    assert [step["step"] for step in here] == list(range(1, 21))
+    assert [step["step"] for step in here] == list(range(1, 11))
     for mine, theirs in zip(here, there, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=TOLERANCE)
         assert mine["lr"] == theirs["lr"]
-    ours, reference = _final_weights(tree), _final_weights(config_tree(trio, one_rank.parent, ONE))
+    ours, reference = _final_weights(tree), _final_weights(_tree(trio, one_rank.parent, ONE, {}))
     assert ours.keys() == reference.keys()
     differences = {name: (ours[name] - reference[name]).abs().max().item() for name in ours}
     assert {name: d for name, d in differences.items() if d > TOLERANCE} == {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from ultrafuser_mega.data.packing import PackedTokens
+from ultrafuser_mega.models.elementwise import rotate
 from ultrafuser_mega.models.families import LinearScaling, Llama3Scaling
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ class SequenceInfo(PackedSeqParams):
 
     lengths   the k lengths
     starts    (k + 1,) int32
-    cos, sin  (T, 1, 1, e) in the dtype of the hidden states
+    cos, sin  (T, 1, 1, e / 2) in the dtype of the hidden states
     """
 
     lengths: tuple[int, ...] = ()
@@ -41,8 +42,7 @@ class SequenceInfo(PackedSeqParams):
     @classmethod
     def of(cls, tokens: PackedTokens, frequencies: Tensor, dtype: torch.dtype) -> SequenceInfo:
         """Of ``tokens``, rotated by ``frequencies`` (e / 2,) in radians per position."""
-        angles = tokens.positions[:, None].float() * frequencies
-        angles = torch.cat([angles, angles], dim=1)[:, None, None]
+        angles = (tokens.positions[:, None].float() * frequencies)[:, None, None]
         return cls(
             qkv_format="sbhd",
             lengths=tokens.lengths,
@@ -66,13 +66,6 @@ def rotary_frequencies(
     return (1 - share) * inv_freq / scaling.factor + share * inv_freq
 
 
-def rotate(x: Tensor, info: SequenceInfo) -> Tensor:
-    """Rotary embedding of x (T, 1, heads, e): the first half of each head's dimensions is paired with the second."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * info.cos + turned * info.sin
-
-
 class PackedAttention(nn.Module):
     """Grouped-query attention, causal within each sequence; no score of two sequences is ever computed.
 
@@ -87,7 +80,7 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """q (T, 1, heads, e), k and v (T, 1, groups, e) -> (T, 1, heads * e)."""
         info = packed_seq_params
-        q, k = rotate(q, info), rotate(k, info)
+        q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
         if q.is_cuda and q.dtype in _FLASH_DTYPES:
             longest = max(info.lengths)
             out = varlen_attn(
@@ -103,11 +96,7 @@ class PackedAttention(nn.Module):
             )
             assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
             return out.flatten(1)[:, None]
-        return torch.cat([_attend(*parts) for parts in zip(*(x.split(info.lengths) for x in (q, k, v)), strict=True)])
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (s, 1, heads | groups, e) -> (s, 1, heads * e)
-    grouped = k.shape[2] != q.shape[2]
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return out.permute(2, 0, 1, 3).flatten(2)
+        grouped = k.shape[2] != q.shape[2]
+        sequences = zip(*(x.permute(1, 2, 0, 3).split(info.lengths, dim=2) for x in (q, k, v)), strict=True)
+        attended = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in sequences]
+        return torch.cat(attended, dim=2).permute(2, 0, 1, 3).flatten(2)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ultrafuser_mega.models.attention import PackedAttention
+from ultrafuser_mega.models.elementwise import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -26,8 +26,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d)
-        # Llama's definition: normalise in float32, round, then scale.
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGlu:
+    """The MLP's activation, as Megatron builds one that a spec names. No module: it has no state to checkpoint."""
+
+    def __init__(self, config: TransformerConfig) -> None: ...
+
+    def __call__(self, x: Tensor) -> Tensor:  # (T, 1, 2 f) -> (T, 1, f)
+        return swiglu(x)
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:
@@ -40,6 +48,7 @@ def layer_spec(*, qk_norm: bool) -> ModuleSpec:
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    spec.submodules.mlp.submodules.activation_func = SwiGlu
     if qk_norm:
         spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.k_layernorm = RMSNorm

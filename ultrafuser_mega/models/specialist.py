@@ -43,6 +43,7 @@ def transformer_config(
         normalization="RMSNorm",
         activation_func=F.silu,
         gated_linear_unit=True,
+        use_te_activation_func=True,  # the one that the layer spec names
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm,  # also has finalize_model_grads sum these norms' gradients over the heads' ranks
