@@ -33,8 +33,8 @@ def import_(
     """
     from ultrafuser_mega.checkpoint.locate import is_checkpoint
     from ultrafuser_mega.config import load_config
-    from ultrafuser_mega.convert.dtypes import parse_dtype
     from ultrafuser_mega.convert.importer import SINGLE, import_specialists, plan_config, plan_folders, plan_release
+    from ultrafuser_mega.models.dtypes import parse_dtype
     from ultrafuser_mega.release.check import is_release
 
     wanted = parse_dtype(dtype)

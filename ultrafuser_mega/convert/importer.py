@@ -13,10 +13,10 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
 from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
 from ultrafuser_mega.config import FuserConfig
-from ultrafuser_mega.convert.dtypes import DTYPES
 from ultrafuser_mega.convert.released import ReleasedModel
 from ultrafuser_mega.convert.shards import check_hashes
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import (

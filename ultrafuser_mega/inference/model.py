@@ -13,8 +13,8 @@ import torch
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from ultrafuser_mega.convert.dtypes import parse_dtype
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import parse_dtype
 from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
@@ -26,6 +25,7 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
@@ -35,8 +35,6 @@ from ultrafuser_mega.models.hf_folder import (
 )
 from ultrafuser_mega.planning.notices import folder_notices
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError
+from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
-from ultrafuser_mega.planning.preflight import DTYPES, RunPlan, compared_with_data
+from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.device import peak_memory

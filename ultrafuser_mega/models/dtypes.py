@@ -1,4 +1,4 @@
-"""Element types of weights as the command line names them."""
+"""Element types of weights, as configurations and the command line name them."""
 
 from __future__ import annotations
 
