@@ -26,13 +26,15 @@ def plan(
     A configuration's layouts are alternatives: a job takes the first that uses exactly its ranks.
     """
     from ultrafuser_mega.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import MANIFEST, TokenStore
     from ultrafuser_mega.launch.rank import ensure_toy
     from ultrafuser_mega.planning.memory import rank_shares
     from ultrafuser_mega.planning.preflight import chosen_layout, compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.reporting.plan_table import plan_table
 
-    loaded = load_config(config, overrides or [])
     ranks = ranks or first_layouts_ranks(loaded)
     ensure_toy(loaded, ranks)
     resolved = preflight(loaded, ranks, resume)
