@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.integrity import record_files, verify_files
+from ultrafuser_mega.checkpoint.integrity import HaveRead, record_files, verify_files, verify_files_here
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import FusedStage
@@ -102,6 +102,20 @@ def verify_checkpoint(path: Path) -> None:
         InputError: a file is missing or damaged; the same message on every rank.
     """
     verify_files(path, _read_record(path).get("files", {}), advice(path))
+
+
+def verify_checkpoint_here(path: Path, have_read: HaveRead) -> None:
+    """The same as :func:`verify_checkpoint` by one process, without a job; reads all of it.
+
+    Raises:
+        InputError: as there.
+    """
+    verify_files_here(path, _read_record(path).get("files", {}), advice(path), have_read)
+
+
+def noted_bytes(path: Path) -> int:
+    """Of all files that are compared; 0 for a checkpoint that notes none."""
+    return sum(noted["bytes"] for noted in _read_record(path).get("files", {}).values())
 
 
 def _read_record(path: Path) -> dict[str, Any]:
