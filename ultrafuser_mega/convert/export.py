@@ -212,7 +212,8 @@ def _card(model: TrainedModel, name: str) -> CardFacts:
     config = load_config(model.folder / CONFIG)
     run_dir = model.folder.resolve().parent.parent
     summary = None
-    if model.progress == Progress(2, config.stage2.steps) and (run_dir / "config.yaml").is_file():
+    ends = [Progress(number, stage.steps) for number, stage in config.stages.items()]
+    if ends[-1:] == [model.progress] and (run_dir / "config.yaml").is_file():
         summary = CardFacts.from_run(run_dir, name).summary
     origins = {specialist: source.origin for specialist, source in model.sources.items()}
     return CardFacts(name=name, config=config, summary=summary, origins=origins, rounded=rounded)

@@ -107,8 +107,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     """
     layout = choose_plan(plan_layouts(config), world_size)
     _check_words(config)
-    config.stage1.check_schedule("stage1")
-    config.stage2.check_schedule("stage2")
+    for number, stage in config.stages.items():
+        stage.check_schedule(f"stage{number}")
     architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
     for name, arch in architectures.items():
         placement = layout.placements[name]
@@ -196,11 +196,11 @@ def _check_words(config: FuserConfig) -> None:
 
 def _check_batches(config: FuserConfig, layout: LayoutPlan) -> None:
     share = config.micro_batch_size * layout.dp
-    for stage_name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+    for number, stage in config.stages.items():
         batch = stage.samples_per_class * len(config.data.classes)
         if batch % share:
             raise InputError(
-                f"{stage_name}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
+                f"stage{number}.samples_per_class: {len(config.data.classes)} classes x {stage.samples_per_class} = "
                 f"{batch} samples do not split into microbatches of {config.micro_batch_size} on {layout.dp} "
                 f"replica(s); make the product a multiple of {share}"
             )
