@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.reporting.records import MEAN, SUMMARY_FILE, EvalRecord
+from ultrafuser_mega.reporting.records import MEAN, PER_TOKEN, SUMMARY_FILE, EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
 NOT_STATED = "not stated"
@@ -238,7 +238,8 @@ def _results(summary: Mapping[str, Any] | None) -> str:
 
 def _record(summary: Mapping[str, Any], step: int) -> EvalRecord:
     loss = {name: _numbers(values) for name, values in summary["eval"].items() if name != MEAN}
-    gate = {name: _numbers(values) for name, values in summary["gate"].items()}
+    weights = summary.get(PER_TOKEN) or summary["gate"]  # as version 0.1.0 called it
+    gate = {name: _numbers(values) for name, values in weights.items()}
     return EvalRecord(stage=2, step=step, loss=loss, gate=gate)
 
 

@@ -62,6 +62,15 @@ def test_the_tables_are_those_of_the_finished_run(run_dir: Any, specialists: Any
     assert cells(card, "w_code") == ["0.20", "**0.80**"]
 
 
+def test_a_summary_of_the_first_version_is_read_as_well(run_dir: Path, specialists: Any, tmp_path: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for part in (summary, summary["after_stage1"]):
+        part["gate"] = part.pop("gate_per_token")
+    write_summary(run_dir, summary)
+    card = card_of(CardFacts.from_run(run_dir, "my-fused"), specialists["llamas"], tmp_path / "out")
+    assert cells(card, "w_code") == ["0.20", "**0.80**"]
+
+
 def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
     assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5"]

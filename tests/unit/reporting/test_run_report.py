@@ -61,7 +61,9 @@ def test_per_token_long_responses_weigh_more_and_per_sample_they_do_not() -> Non
 
 def test_both_averages_are_in_the_summary_and_the_table_under_their_names(tmp_path: Path) -> None:
     finish(tmp_path)
-    assert '"gate_per_sample"' in (tmp_path / "summary.json").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["gate_per_token"] == {"law": {"jurist": 0.8, "general": 0.2}}
+    assert summary["gate_per_sample"]["law"]["jurist"] == pytest.approx(0.65)
     assert "**Average gate weight per token**" in (tmp_path / "results.md").read_text()
 
 
