@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.command import ultrafuser
 from support.launched import launch
 from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
@@ -110,7 +111,11 @@ def replace(text: str) -> Callable[[Path], Path]:
     ],
 )
 def test_damage_is_one_line_that_names_the_file_and_the_older_checkpoint(
-    checkpoints: Path, damage: Callable[[Path], Path], says: str
+    checkpoints: Path,
+    damage: Callable[[Path], Path],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = damage(checkpoints / NEWEST)
     before = (checkpoints.parent / "metrics.jsonl").read_bytes()
@@ -119,7 +124,24 @@ def test_damage_is_one_line_that_names_the_file_and_the_older_checkpoint(
     assert errors.startswith(f"error: {path}: {says}")
     assert errors.endswith(f"; copy the checkpoint again, or remove {NEWEST} for --resume to go on from {OLDER}\n")
     assert errors.count("\n") == 1
+    runs = checkpoints.parents[1]
+    assert ultrafuser(monkeypatch, "plan", "--config", runs / "config.yaml", "--resume", f"runs={runs}") == 2
+    assert capsys.readouterr() == ("", errors)  # the plan says it before
     assert (checkpoints.parent / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_plan_says_that_a_whole_checkpoint_was_compared_and_refuses_a_damaged_one_to_begin_with(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, newest = checkpoints.parents[1], checkpoints / NEWEST
+    arguments = ("plan", "--config", runs / "config.yaml", f"runs={runs}")
+    compared = f"checked: every file of {newest} has the size and the checksum that it was written with"
+    for options in (("--resume",), (f"checkpoint.start={newest}",)):
+        assert ultrafuser(monkeypatch, *arguments, *options) == 0
+        assert compared in capsys.readouterr().out.splitlines()
+    path = flip(newest)
+    assert ultrafuser(monkeypatch, *arguments, f"checkpoint.start={newest}") == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: damaged: its checksum is ")
 
 
 def test_advice_to_go_on_from_the_older_checkpoint_works(checkpoints: Path) -> None:

@@ -139,4 +139,4 @@ def _untimed(record: dict[str, Any]) -> dict[str, Any]:
 
 def _result(run: Path) -> Any:
     summary = json.loads((run / "summary.json").read_text())
-    return {key: summary[key] for key in ("eval", "gate", "steps")}
+    return {key: summary[key] for key in ("eval", "gate_per_token", "steps")}

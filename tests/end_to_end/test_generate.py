@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from support.command import ultrafuser
 from support.trio import ONE, config_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,6 +143,24 @@ def test_bad_input_is_one_line(models: Any, trio: Path, run: Any, arguments: Any
     code, out, err = run("generate", *filled)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_an_element_type_that_does_not_hold_a_value_is_refused_by_the_tensor(
+    trio: Path, run: Any, tmp_path: Path
+) -> None:
+    tree = config_tree(Path(shutil.copytree(trio, tmp_path / "trio")), tmp_path / "runs", ONE)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    weights = tmp_path / "trio" / "code" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][5] = -1e5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert run("import", tmp_path / "run.yaml", tmp_path / "checkpoint")[0] == 0
+    assert run("export", tmp_path / "checkpoint", tmp_path / "release", "--no-verify")[0] == 0
+    for folder in (tmp_path / "checkpoint", tmp_path / "release"):
+        code, _, err = run("generate", folder, PROMPT, "--dtype", "fp16")
+        named = f"{folder}: tensor specialists.code.model.norm.weight"
+        expected = "its largest value, 100000, is beyond float16, which ends at 65504; use fp32 or bf16"
+        assert (code, err.splitlines()[-1]) == (2, f"error: {named}: {expected}")  # behind a bar of loading, perhaps
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu cpu cpu"), (2, "cuda:0 " * 3), (3, "cuda:0 cuda:1 cuda:2")])

@@ -21,6 +21,7 @@ from support.trio import CPU, ONE, config_tree
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
@@ -181,6 +182,21 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tree: dict[str, Any]) 
     train(tree, resume=True)
     assert [(e["step"], e["loss"]) for e in records(run_dir, "eval")] == [(e["step"], e["loss"]) for e in whole]
     assert "after_stage1" in json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("left_out", ["stage1", "stage2"])
+def test_a_run_of_one_stage_reports_and_exports_that_one(tree: dict[str, Any], tmp_path: Path, left_out: str) -> None:
+    tree[left_out] |= {"steps": 0, "samples_per_class": 1000}  # of which there are not as many
+    run_dir = train(tree)
+    assert [(step["stage"], step["step"]) for step in records(run_dir, "step")] == [
+        (2 if left_out == "stage1" else 1, step) for step in (1, 2)
+    ]
+    export(run_dir, tmp_path / "release", verify=False)
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "One stage, " in card
+    results = card[card.index("## Results") :]
+    assert "Held-out loss" in results and "after stage 1" not in results
+    train(tree, resume=True)
 
 
 def test_a_finished_run_resumed_is_as_it_was(tree: dict[str, Any]) -> None:

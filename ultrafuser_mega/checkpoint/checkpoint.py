@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.integrity import record_files, verify_files
+from ultrafuser_mega.checkpoint.integrity import HaveRead, record_files, verify_files, verify_files_here
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import FusedStage
@@ -104,6 +104,20 @@ def verify_checkpoint(path: Path) -> None:
     verify_files(path, _read_record(path).get("files", {}), advice(path))
 
 
+def verify_checkpoint_here(path: Path, have_read: HaveRead) -> None:
+    """The same as :func:`verify_checkpoint` by one process, without a job; reads all of it.
+
+    Raises:
+        InputError: as there.
+    """
+    verify_files_here(path, _read_record(path).get("files", {}), advice(path), have_read)
+
+
+def noted_bytes(path: Path) -> int:
+    """Of all files that are compared; 0 for a checkpoint that notes none."""
+    return sum(noted["bytes"] for noted in _read_record(path).get("files", {}).values())
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """What progress.json says: "progress", "identity" and "files"."""
     file = path / PROGRESS
@@ -137,12 +151,16 @@ def save_checkpoint(
     sources: SourceFiles | None,
 ) -> Path:
     """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
-    final = folder / progress.folder
+    final, partial = folder / progress.folder, folder / f".{progress.folder}.partial"
     if groups.rank == 0:
         for unfinished in folder.glob(".*.partial"):
             shutil.rmtree(unfinished)
-    write_checkpoint(final, progress, model, trainable, groups, identity, sources)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    write_checkpoint(partial, progress, model, trainable, groups, identity, sources)
     if groups.rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
         for _, old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -150,7 +168,7 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    final: Path,
+    folder: Path,
     progress: Progress,
     model: FusedStage,
     trainable: Trainable | None,
@@ -158,10 +176,10 @@ def write_checkpoint(
     identity: Mapping[str, Any],
     sources: SourceFiles | None,
 ) -> None:
-    """Write the folder ``final``, in place of what has this name; collective over the job.
+    """Write a checkpoint into ``folder``, its progress.json last; collective over the job.
 
     Args:
-        final: the checkpoint folder.
+        folder: empty; what it is called is up to the caller, who gives it its final name when this is done.
         progress: where the run stands.
         model: this rank's share.
         trainable: whose optimizer to write too; None for weights alone, which belongs to step 0.
@@ -169,29 +187,20 @@ def write_checkpoint(
         identity: description of the model, checked on reading.
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
     """
-    partial = final.with_name(f".{final.name}.partial")
-    if groups.rank == 0:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    dist.barrier()
     with megatron_scope(next(model.parameters()).device):
         state = _model_state(model, groups)
         if trainable is not None:
             state |= _optimizer_state(trainable, state)
         use_plain_results_queue()
-        dist_checkpointing.save(state, str(partial))
+        dist_checkpointing.save(state, str(folder))
     if groups.rank == 0:
         assert sources is not None
-        sources.write(partial)
+        sources.write(folder)
     dist.barrier()
-    files = record_files(partial)
+    files = record_files(folder)
     if groups.rank == 0:
         record = {"progress": asdict(progress), "identity": identity, "files": files}
-        (partial / PROGRESS).write_text(json.dumps(record, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    dist.barrier()
+        (folder / PROGRESS).write_text(json.dumps(record, indent=1))
 
 
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ultrafuser_mega.errors import InputError
 
 #: file, relative to the checkpoint -> {"bytes": its size, "crc32": its checksum as 8 hexadecimal digits}
 FileRecords = dict[str, dict[str, Any]]
+#: told the bytes of a piece of a file that was read
+HaveRead = Callable[[int], object]
 
 _OF_RANK = re.compile(r"__(\d+)_\d+\.distcp$")  # as Megatron's writer names them
 _READ_AT_ONCE = 1 << 24
@@ -60,11 +62,22 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: s
         raise InputError(f"{first}; {advice}")
 
 
-def _problem(path: Path, noted: Mapping[str, Any]) -> str | None:
+def verify_files_here(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str, have_read: HaveRead) -> None:
+    """The same as :func:`verify_files` by one process, without a job.
+
+    Raises:
+        InputError: as there.
+    """
+    for name in sorted(files):
+        if problem := _problem(folder / name, files[name], have_read):
+            raise InputError(f"{problem}; {advice}")
+
+
+def _problem(path: Path, noted: Mapping[str, Any], have_read: HaveRead | None = None) -> str | None:
     try:
         if (size := path.stat().st_size) != noted["bytes"]:
             return f"{path}: damaged: {size} bytes there, {noted['bytes']} were written"
-        if (checksum := _checksum(path)) != noted["crc32"]:
+        if (checksum := _checksum(path, have_read)) != noted["crc32"]:
             return f"{path}: damaged: its checksum is {checksum}, {noted['crc32']} was written"
     except FileNotFoundError:
         return f"{path}: missing"
@@ -77,9 +90,11 @@ def _record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Path, have_read: HaveRead | None = None) -> str:
     value = 0
     with path.open("rb") as file:
         while block := file.read(_READ_AT_ONCE):
             value = zlib.crc32(block, value)
+            if have_read is not None:
+                have_read(len(block))
     return f"{value:08x}"

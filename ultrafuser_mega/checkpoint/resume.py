@@ -41,7 +41,10 @@ def changed_settings(path: Path, progress: Progress, config: FuserConfig) -> tup
     before, now = _settings(path), flat(config.model_dump(mode="json"))
     _refuse_other_dtype(path, before, now)
     _refuse_other_steps(path, progress, before, now)
-    stages = tuple(f"stage{stage}." for stage in (1, 2) if stage >= progress.stage)
+    left = (f"stage{stage}." for stage in (1, 2) if stage >= progress.stage)
+    stages = tuple(
+        stage if now[f"{stage}steps"] else f"{stage}steps" for stage in left
+    )  # one without steps has no rates
     return tuple(
         f"note: {key} is {now.get(key)}, the run had {before.get(key)}"
         for key in dict.fromkeys([*now, *before])

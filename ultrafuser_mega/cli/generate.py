@@ -38,18 +38,19 @@ def generate(
     --input takes rows as training data has them (instruction, question, prompt, messages or conversations; answers may
     be missing) and writes them to --output with the fields "generated" and "finish_reason" (eos, stop or length).
     """
-    from ultrafuser_mega.cli.terminal import AnswerPrinter
-    from ultrafuser_mega.inference.answer import Answerer, check_text
-    from ultrafuser_mega.inference.batch import PromptFile, TraceFile, answer_file, refuse_existing
-    from ultrafuser_mega.inference.model import opened_model
-
-    limits, sampling, gate_trace = answer.limits, answer.sampling, answer.gate_trace
     if (input_ is None) != (output is None):
         raise InputError("--input and --output belong together; give both or neither")
     if input_ is not None and (prompt is not None or raw):
         raise InputError("--input: takes neither PROMPT nor --raw; leave one of them out")
     if raw and system:
         raise InputError("--system: --raw uses no templates; put the text into the prompt")
+    # Behind what costs nothing: torch and transformers take seconds.
+    from ultrafuser_mega.cli.terminal import AnswerPrinter
+    from ultrafuser_mega.inference.answer import Answerer, check_text
+    from ultrafuser_mega.inference.batch import PromptFile, TraceFile, answer_file, refuse_existing
+    from ultrafuser_mega.inference.model import opened_model
+
+    limits, sampling, gate_trace = answer.limits, answer.sampling, answer.gate_trace
     source = PromptFile(input_) if input_ is not None else None
     text = prompt if prompt is not None or source is not None else sys.stdin.read()
     if text is not None:

@@ -31,19 +31,22 @@ def import_(
     gate and heads, with a folder that one under the name "specialist". A run begins with it by checkpoint.start.
     Needs memory for all weights at once.
     """
-    from ultrafuser_mega.checkpoint.locate import is_checkpoint
     from ultrafuser_mega.config import load_config
-    from ultrafuser_mega.convert.dtypes import parse_dtype
+
+    if source.is_dir() and overrides:
+        raise InputError(f"{' '.join(overrides)}: overrides belong to a configuration; {source} is a folder")
+    config = None if source.is_dir() else load_config(source, overrides or [])
+    # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
+    from ultrafuser_mega.checkpoint.locate import is_checkpoint
     from ultrafuser_mega.convert.importer import SINGLE, import_specialists, plan_config, plan_folders, plan_release
+    from ultrafuser_mega.models.dtypes import parse_dtype
     from ultrafuser_mega.release.check import is_release
 
     wanted = parse_dtype(dtype)
-    if source.is_dir() and overrides:
-        raise InputError(f"{' '.join(overrides)}: overrides belong to a configuration; {source} is a folder")
     if is_checkpoint(source):
         raise InputError(f"{source}: is a checkpoint already; a run begins with it by checkpoint.start={source}")
-    if not source.is_dir():
-        resolved = plan_config(load_config(source, overrides or []), wanted)
+    if config is not None:
+        resolved = plan_config(config, wanted)
         advice = f"train from it: ultrafuser train --config {' '.join([str(source), *(overrides or [])])}"
         advice += f" checkpoint.start={checkpoint}"
     elif is_release(source):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ultrafuser_mega.cli.options import Config, Overrides, Ranks, wide_console
+
+_LONG = 10**10  # bytes: more take a while to read, which is then said
 
 
 def plan(
@@ -23,27 +27,58 @@ def plan(
     gives every rank's specialist and pipeline stage, its rows of the vocabulary, and the memory that weights,
     gradients and optimizer take in either stage.
 
+    A checkpoint that the job would begin with (--resume, or checkpoint.start) is read whole, to compare its files with
+    the sizes and checksums that were noted when it was written, as the job does: that takes as long as reading it.
+
     A configuration's layouts are alternatives: a job takes the first that uses exactly its ranks.
     """
     from ultrafuser_mega.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import MANIFEST, TokenStore
     from ultrafuser_mega.launch.rank import ensure_toy
     from ultrafuser_mega.planning.memory import rank_shares
     from ultrafuser_mega.planning.preflight import chosen_layout, compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.reporting.plan_table import plan_table
 
-    loaded = load_config(config, overrides or [])
     ranks = ranks or first_layouts_ranks(loaded)
     ensure_toy(loaded, ranks)
     resolved = preflight(loaded, ranks, resume)
     if (loaded.store_dir / MANIFEST).is_file():
         resolved = compared_with_data(resolved, TokenStore.open(loaded.store_dir, verify=False))
+    weights = resolved.resume or resolved.start
+    compared = _compare_files(weights[1]) if weights is not None else []
     console = wide_console()
     console.print(plan_table(resolved.layout.describe(), rank_shares(resolved)))
     lines = [chosen_layout(resolved)]
     if resolved.resume is not None:
         lines += [f"--resume: goes on from {resolved.resume[1]}", *(resolved.changes or ["as the run was before"])]
-    lines += resolved.notices
+    lines += [*resolved.notices, *compared]
     lines.append("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _compare_files(checkpoint: Path) -> list[str]:
+    """Compare a checkpoint's files with what was noted of them, a bar on standard error meanwhile; the result in words.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ultrafuser_mega.checkpoint.checkpoint import noted_bytes, verify_checkpoint_here
+
+    total = noted_bytes(checkpoint)
+    if not total:
+        return [f"note: {checkpoint} notes no checksums, as the first versions wrote it; its files are not compared"]
+    shown = sys.stderr.isatty()
+    if total > _LONG and not shown:
+        print(f"comparing checksums of {total / 1e9:.0f} GB in {checkpoint}", file=sys.stderr, flush=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("comparing checksums", total=total)
+        verify_checkpoint_here(checkpoint, lambda size: bar.advance(task, size))
+    return [f"checked: every file of {checkpoint} has the size and the checksum that it was written with"]

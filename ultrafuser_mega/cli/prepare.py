@@ -20,12 +20,14 @@ def prepare(
     itself where it was not done before, and uses a store that was made from the same inputs.
     """
     from ultrafuser_mega.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.planning.preflight import shared_vocabulary
     from ultrafuser_mega.toy import make_toy
     from ultrafuser_mega.training.prepare import data_notes
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
-    loaded = load_config(config, overrides or [])
     if loaded.toy is not None:
         make_toy(loaded.toy, progress=True)
     report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)

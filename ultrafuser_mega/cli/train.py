@@ -22,13 +22,15 @@ def train(
     On several machines: torchrun or SLURM with examples/pretrain_fuser.py, see examples/slurm.
     """
     from ultrafuser_mega.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import TokenStore
     from ultrafuser_mega.launch.local import launch_local
     from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, resumes
     from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
-    loaded = load_config(config, overrides or [])
     ranks = ranks or first_layouts_ranks(loaded)
     check_launch(loaded, ranks)
     ensure_toy(loaded, ranks)

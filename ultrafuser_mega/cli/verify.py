@@ -38,10 +38,10 @@ def verify(
     memory for a whole model in float32. Exit code 1 when a difference is above the tolerance, or NaN.
     """
     if b is not None:
-        from ultrafuser_mega.convert.compare import compare
-
         if (tp, pp, sequence_parallel) != (1, 1, False):
             raise InputError("--tp, --pp, --sequence-parallel: shard A compared with itself; leave them out with B")
+        from ultrafuser_mega.convert.compare import compare
+
         comparison = compare(a, b, text, tolerance)
         print(comparison.to_json())
         raise typer.Exit(0 if comparison.equal else 1)

@@ -56,6 +56,11 @@ class FuserConfig(Section):
         return self.data.store or self.run_dir / "store"
 
     @property
+    def stages(self) -> dict[int, Stage]:
+        """Number -> stage, of those that have steps; one that has none is left out of the run and of its reports."""
+        return {number: stage for number, stage in ((1, self.stage1), (2, self.stage2)) if stage.steps}
+
+    @property
     def folders(self) -> dict[str, Path]:
         """Specialist name -> Hugging Face folder."""
         return {name: self.models / specialist.path for name, specialist in self.specialists.items()}

@@ -29,8 +29,6 @@ class Stage(Section):
         Raises:
             InputError: the rate would climb where it should fall, never reach ``lr``, or leave a setting unread.
         """
-        if self.steps == 0:  # the stage is left out
-            return
         if self.min_lr > self.lr:
             raise InputError(f"{name}.min_lr: {self.min_lr:g} is more than {name}.lr, {self.lr:g}; make it smaller")
         if self.warmup_steps > self.steps:

@@ -7,14 +7,10 @@ switched off, when it was seen to compute what the checkpoint computes (``compar
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import LEDGER, SHARD_BYTES, Planned, begin_ledger, write_shards
+from ultrafuser_mega.convert.unfinished import alone, finish, refuse_existing, unfinished_of, writing
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD
 from ultrafuser_mega.release import CardFacts, assemble_release
@@ -72,9 +69,9 @@ def export(
     if what is None:
         what, *said = _only_choice(model)
         notices += said
-    with _writing(out):
+    with writing(out):
         _check_free(out, resume)
-    unfinished, identity, part = _unfinished(out), _identity(model, what), what.removeprefix(_SPECIALIST)
+    unfinished, identity, part = unfinished_of(out), _identity(model, what), what.removeprefix(_SPECIALIST)
     write: Callable[[], list[str]]
     if what == FUSED:
         parts, card = {name: model.specialist(name) for name in model.sources}, _card(model, out.name)
@@ -84,10 +81,10 @@ def export(
     else:
         raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
     check = ExportCheck(folder, part) if verify else None
-    with _writing(unfinished):
+    with writing(unfinished):
         unfinished.mkdir(parents=True, exist_ok=True)
-    with _alone(unfinished):
-        with _writing(unfinished):
+    with alone(unfinished):
+        with writing(unfinished):
             _check_free(out, resume=True)  # another process may have been through in the meantime
             notices += _begin(unfinished, identity)
             notices += write()
@@ -95,9 +92,8 @@ def export(
                 path.unlink()
         if check is not None:
             notices.append(check.run(unfinished))
-        with _writing(out):
-            unfinished.rename(out)
-            _sync(out.parent)
+        with writing(out):
+            finish(unfinished, out)
     return notices
 
 
@@ -112,42 +108,11 @@ def _only_choice(model: TrainedModel) -> list[str]:
     ]
 
 
-def _unfinished(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
-
-
 def _check_free(out: Path, resume: bool) -> None:
-    if out.exists():
-        raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
-    if not resume and (unfinished := _unfinished(out)).exists():
-        with _alone(unfinished):
+    refuse_existing(out)
+    if not resume and (unfinished := unfinished_of(out)).exists():
+        with alone(unfinished):
             raise InputError(f"{unfinished}: an interrupted export; go on with --resume, or remove it")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes' exports out of ``folder``; a process that ends, however it does, lets go of it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process exports to this name; wait, or choose another name") from None
-        except OSError as error:
-            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # network folders that lock no folders
-                raise
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What the system has against it (permissions, a full disk, a file in the way) as an InputError, by name."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename or path}: cannot be read or written ({error.strerror or error})") from None
 
 
 def _begin(folder: Path, identity: str) -> list[str]:
@@ -247,7 +212,8 @@ def _card(model: TrainedModel, name: str) -> CardFacts:
     config = load_config(model.folder / CONFIG)
     run_dir = model.folder.resolve().parent.parent
     summary = None
-    if model.progress == Progress(2, config.stage2.steps) and (run_dir / "config.yaml").is_file():
+    ends = [Progress(number, stage.steps) for number, stage in config.stages.items()]
+    if ends[-1:] == [model.progress] and (run_dir / "config.yaml").is_file():
         summary = CardFacts.from_run(run_dir, name).summary
     origins = {specialist: source.origin for specialist, source in model.sources.items()}
     return CardFacts(name=name, config=config, summary=summary, origins=origins, rounded=rounded)
@@ -261,12 +227,3 @@ def _identity(model: TrainedModel, what: str) -> str:
     sizes = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.folder.glob("*.distcp"))
     digest.update(json.dumps(sizes).encode())
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -13,10 +14,11 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
 from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
 from ultrafuser_mega.config import FuserConfig
-from ultrafuser_mega.convert.dtypes import DTYPES
 from ultrafuser_mega.convert.released import ReleasedModel
 from ultrafuser_mega.convert.shards import check_hashes
+from ultrafuser_mega.convert.unfinished import alone, finish, refuse_existing, unfinished_of, writing
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.models.hf_folder import (
@@ -141,6 +143,8 @@ def import_specialists(
 ) -> None:
     """Write the checkpoint ``out``; by default one process holds all of the weights.
 
+    It is written under a hidden name beside ``out``, which it gets when it is complete.
+
     Args:
         plan: what to import.
         out: must not exist.
@@ -148,17 +152,32 @@ def import_specialists(
         timeout_s: after which the import counts as failed.
 
     Raises:
-        InputError: ``out`` exists, or the layout does not fit a specialist.
+        InputError: ``out`` exists or cannot be written, another process is importing or exporting to this name, the
+            layout does not fit a specialist, or a value is beyond the plan's element type.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
+    with writing(out):
+        refuse_existing(out)
     layout = layout or plan_colocated(list(plan.architectures), tp=1, pp=1, dp=1)
     for name, arch in plan.architectures.items():
         check_parallel_sizes(name, arch, layout.placements[name].tp, layout.placements[name].pp)
-    run_ranks(_import_rank, layout.world_size, plan, out, layout, timeout_s=timeout_s)
+    unfinished = unfinished_of(out)
+    with writing(unfinished):
+        unfinished.mkdir(parents=True, exist_ok=True)
+    with alone(unfinished):
+        with writing(unfinished):
+            refuse_existing(out)  # another process may have been through in the meantime
+            if any(unfinished.iterdir()):
+                raise InputError(f"{unfinished}: left by an interrupted import or export; remove it")
+        try:
+            run_ranks(_import_rank, layout.world_size, plan, unfinished, layout, timeout_s=timeout_s)
+            with writing(out):
+                finish(unfinished, out)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
-def _import_rank(rank: int, plan: ImportPlan, out: Path, layout: LayoutPlan) -> None:
+def _import_rank(rank: int, plan: ImportPlan, folder: Path, layout: LayoutPlan) -> None:
     device = torch.device("cpu")
     groups = make_groups(layout)
     with megatron_scope(device):
@@ -182,4 +201,5 @@ def _import_rank(rank: int, plan: ImportPlan, out: Path, layout: LayoutPlan) -> 
         "gate_units": plan.gate_units,
         "specialists": {name: asdict(arch) for name, arch in plan.architectures.items()},
     }
-    write_checkpoint(out, Progress(1, 0), model, None, groups, identity, plan.sources.read() if rank == 0 else None)
+    sources = plan.sources.read() if rank == 0 else None
+    write_checkpoint(folder, Progress(1, 0), model, None, groups, identity, sources)

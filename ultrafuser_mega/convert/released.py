@@ -71,16 +71,21 @@ class ReleasedModel:
 
     @torch.no_grad()
     def load(self, model: FusedStage) -> None:
-        """Fill this rank's share of ``model``: specialists, heads and gate."""
-        tensors = TensorFolder(self.folder)
-        weights = {name: _ReleasedWeights(tensors, name, arch) for name, arch in self.architectures.items()}
+        """Fill this rank's share of ``model``, in its element type: specialists, heads and gate.
+
+        Raises:
+            InputError: the folder holds a value that is beyond the element type.
+        """
+        tensors, dtype = TensorFolder(self.folder), model.config.params_dtype
+        weights = {name: _ReleasedWeights(tensors, name, arch, dtype) for name, arch in self.architectures.items()}
         load_weights(model, weights)
         if model.fusion is None:
             return
         gate = model.fusion.gate
         start = gate.group.rank() * gate.local_units
         for name, parameter in gate.named_parameters():
-            rows = tensors.read(f"gate.{name}", slice(start, max(start, min(start + gate.local_units, gate.units))))
+            held = slice(start, max(start, min(start + gate.local_units, gate.units)))
+            rows = tensors.read(f"gate.{name}", held, dtype=dtype)
             parameter[: len(rows)] = rows  # units that pad their number stay zero
 
     def read(self) -> SourceFiles:
@@ -133,15 +138,15 @@ class _Part:
     def __init__(self, tensors: TensorFolder, prefix: str) -> None:
         self._tensors, self._prefix = tensors, prefix
 
-    def read(self, tensor: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        return self._tensors.read(self._prefix + tensor, rows, columns)
+    def read(self, tensor: str, *part: Any, **options: Any) -> Tensor:
+        return self._tensors.read(self._prefix + tensor, *part, **options)
 
 
 class _ReleasedWeights(HFWeights):
     """A specialist's tensors, read as those of its own folder would be."""
 
-    def __init__(self, tensors: TensorFolder, name: str, architecture: Architecture) -> None:
+    def __init__(self, tensors: TensorFolder, name: str, architecture: Architecture, dtype: torch.dtype) -> None:
         # Nothing to check here: check_release compared every tensor with the configuration.
-        self.arch = architecture
+        self.arch, self.dtype = architecture, dtype
         self.tensors = cast(TensorFolder, _Part(tensors, f"specialists.{name}."))
         self._head = HEAD  # a release ties no head

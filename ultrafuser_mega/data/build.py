@@ -32,7 +32,7 @@ from ultrafuser_mega.errors import InputError
 MALFORMED = "malformed"
 _BATCH_ROWS = 512
 _EXAMPLES = 3  # rows named per reason in the report; dropped.jsonl names them all
-_TOLD = 10  # malformed rows named at once where they end the work
+_TOLD = 10  # malformed rows of a file that are named where they end the work
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def write_splits(
 ) -> dict[str, dict[str, Any]]:
     """Write every class's two splits and dropped.jsonl under ``folder``; {class: {split: manifest part}}.
 
-    Raises InputError that names the malformed rows of the first file that has some if ``on_malformed`` is "fail".
+    Raises InputError that names the malformed rows of every file, the first of each, if ``on_malformed`` is "fail".
     """
     classes = dict.fromkeys(source.class_name for source in sources)
     dtype = token_dtype(aligner.vocab_size)
-    repeats = Repeats()
+    repeats, malformed = Repeats(), _Malformed(on_malformed == "fail")
     with ExitStack() as stack:
         dropped = stack.enter_context((folder / DROPPED).open("w", encoding="utf-8"))
         show = stack.enter_context(_progress_bar(sources, progress))
@@ -69,11 +69,12 @@ def write_splits(
             writer = stack.enter_context(SplitWriter(folder / name / split, list(aligner.encoders), dtype))
             parts[name, split] = _Part(name, split, writer, dropped)
         for number, source in enumerate(sources):
-            rows = _conversations(source, parts, on_malformed)
+            rows = _conversations(source, parts, malformed)
             while batch := list(islice(rows, _BATCH_ROWS)):
                 _write_batch(number, source, batch, aligner, parts, repeats)
                 show(batch[-1][0].end_byte)
             show(None)
+        malformed.refuse()
         for split in SPLITS:
             for number, line, row in repeats.found(split):
                 parts[sources[number].class_name, split].repeat(f"{sources[number].path}:{line} (row {row})")
@@ -136,10 +137,41 @@ class _Part:
 _Parts = dict[tuple[str, str], _Part]
 
 
-def _conversations(source: Source, parts: _Parts, on_malformed: str) -> Iterator[tuple[Row, Conversation]]:
-    """The rows that are conversations, counted; the others are dropped, or told at once when the file has been read."""
-    malformed: list[str] = []
-    count = 0
+@dataclass
+class _Malformed:
+    """The malformed rows of all files, where they end the work: what is wrong with the first of each, and how many."""
+
+    are_fatal: bool
+    files: dict[Path, int] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def ends_the_work(self) -> bool:
+        """Whether it is known by now that there will be no store."""
+        return self.are_fatal and bool(self.files)
+
+    def add(self, source: Source, row: Row, reason: str) -> None:
+        self.files[source.path] = self.files.get(source.path, 0) + 1
+        if self.files[source.path] <= _TOLD:
+            self.told.append(f"{_place(source, row)}: {reason}")
+
+    def end_file(self, source: Source) -> None:
+        if (more := self.files.get(source.path, 0) - _TOLD) > 0:
+            self.told.append(f"and {more} more in {source.path}")
+
+    def refuse(self) -> None:
+        if self.ends_the_work:
+            raise InputError(
+                f"{'; '.join(self.told)}; mend the {sum(self.files.values())} malformed row(s), "
+                "or leave them out with data.on_malformed: skip"
+            )
+
+
+def _conversations(source: Source, parts: _Parts, malformed: _Malformed) -> Iterator[tuple[Row, Conversation]]:
+    """The rows that are conversations, counted; the others are dropped and noted.
+
+    None is given once a malformed one ends the work: from there on rows are only looked at, to tell all at once.
+    """
     for row in read_rows(source.path):
         part = parts[source.class_name, source.split_of(row)]
         part.rows += 1
@@ -149,19 +181,12 @@ def _conversations(source: Source, parts: _Parts, on_malformed: str) -> Iterator
             conversation = to_conversation(renamed(row.value, source.columns))
         except MalformedRowError as error:
             part.drop(source, row, Dropped(MALFORMED, str(error)))
-            count += 1
-            if len(malformed) < _TOLD:
-                malformed.append(f"{_place(source, row)}: {error}")
+            malformed.add(source, row, str(error))
             continue
         part.unread.update(unread_fields(row.value, source.columns))
-        if on_malformed == "skip" or not count:
+        if not malformed.ends_the_work:
             yield row, conversation
-    if count and on_malformed == "fail":
-        more = f"; and {count - len(malformed)} more" if count > len(malformed) else ""
-        raise InputError(
-            f"{'; '.join(malformed)}{more}; mend the {count} malformed row(s), "
-            "or leave them out with data.on_malformed: skip"
-        )
+    malformed.end_file(source)
 
 
 def _write_batch(

@@ -48,12 +48,12 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
         elif name not in _OPTIONAL:
             raise MalformedRowError(f'missing field "{own}", which columns names for {name}')
     of_a_message = {own: name for name, own in columns.items() if name in _OF_A_MESSAGE}
-    for name in MESSAGES:
-        if of_a_message and isinstance(result.get(name), list):
+    for name, value in result.items():
+        if of_a_message and isinstance(value, list):  # of messages, whatever shape the row has
             result[name] = [
-                {of_a_message.get(key, key): value for key, value in message.items()}
+                {of_a_message.get(key, key): part for key, part in message.items()}
                 if isinstance(message, dict)
                 else message
-                for message in result[name]
+                for message in value
             ]
     return result

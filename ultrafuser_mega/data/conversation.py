@@ -1,6 +1,6 @@
 """A training row as a conversation, whatever shape the row came in.
 
-Here the five shapes in which people keep instruction data become one: optional system text and a list
+Here the six shapes in which people keep instruction data become one: optional system text and a list
 of (user, assistant) turns. Reading files is readers.py's work; what a specialist sees of a
 conversation is templates.py's; which fields of a row were not read unread.py tells.
 
@@ -11,6 +11,7 @@ The shape is found by its fields, looked for in this order (null counts as absen
     instruction (+ input)         output | response                                            Alpaca, GPTeacher
     question                      answer | response                                            GSM8K
     prompt                        completion | response                                        OctoPack
+    prompt, a list of messages    completion | response, a list: these alone are trained      TRL
 
 What else changes what a row means is honoured or refused:
 
@@ -89,8 +90,8 @@ def to_conversation(row: Any) -> Conversation:
             "unknown shape: expected messages, conversations, instruction, question or prompt, "
             f"found the fields {found}"
         )
-    if shape in MESSAGES:
-        return _from_messages(row[shape], shape, system)
+    if lists := message_lists(row, shape):
+        return _from_messages(row, lists, system)
     return _from_pair(row, shape, system)
 
 
@@ -105,7 +106,8 @@ def to_prompt(row: Any) -> list[dict[str, str]]:
         if shape in MESSAGES:
             row[shape] = _with_stand_in(row[shape])
         elif shape is not None:
-            row[answers_of(shape)[0]] = _NO_ANSWER
+            stands_in = {"role": "assistant", "content": _NO_ANSWER}
+            row[answers_of(shape)[0]] = [stands_in] if message_lists(row, shape) else _NO_ANSWER
     conversation = to_conversation(row)
     messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
     for user, assistant in conversation.turns:
@@ -139,6 +141,18 @@ def answer_field(row: dict[str, Any], ask: str) -> str | None:
     """The field in which this row's answer to ``ask`` stands; a null is only taken if there is nothing else."""
     there = [name for name in answers_of(ask) if name in row]
     return next((name for name in there if row[name] is not None), there[0] if there else None)
+
+
+def message_lists(row: dict[str, Any], shape: str) -> tuple[str, ...]:
+    """The fields whose messages make up a row of this shape, one list behind the other; none where it holds texts.
+
+    Of two the first is what the second, which alone is trained, answers.
+    """
+    if shape in MESSAGES:
+        return (shape,)
+    if shape == "prompt" and isinstance(row[shape], list):
+        return (shape, answer_field(row, shape) or answers_of(shape)[0])
+    return ()
 
 
 def message_keys(message: dict[str, Any]) -> tuple[str, str]:
@@ -188,20 +202,26 @@ def _history(row: dict[str, Any]) -> list[tuple[str, str]]:
     return turns
 
 
-def _from_messages(messages: Any, field: str, system: str | None) -> Conversation:
-    if not isinstance(messages, list):
-        raise MalformedRowError(f'"{field}" must be a list, found {_type_name(messages)}')
+def _from_messages(row: dict[str, Any], fields: tuple[str, ...], system: str | None) -> Conversation:
+    """Of the messages in ``fields`` (see ``message_lists``)."""
+    placed: list[tuple[str, int, Any]] = []
+    for field in fields:
+        if field not in row:
+            raise MalformedRowError(f'missing field "{field}" beside "{fields[0]}", which is a list of messages')
+        if not isinstance(row[field], list):
+            raise MalformedRowError(f'"{field}" must be a list, found {_type_name(row[field])}')
+        placed += [(field, place, message) for place, message in enumerate(row[field])]
     turns: list[tuple[str, str]] = []
     untrained: set[int] = set()
     user: str | None = None
-    for place, message in enumerate(messages):
+    for number, (field, place, message) in enumerate(placed):
         at = f"{field}[{place}]"
         if not isinstance(message, dict):
             raise MalformedRowError(f"{at} must be an object, found {_type_name(message)}")
         role, text = _role_and_text(message, field, at)
-        is_trained = _is_trained(message, at)
+        is_trained = _is_trained(message, at) and field == fields[-1]
         if role == "system":
-            if place != 0:
+            if number != 0:
                 raise MalformedRowError(f"odd role order: {at} is system, which may only come first")
             if system and text and system != text:
                 raise MalformedRowError(f"{at} is another system text than the row's own")
@@ -217,18 +237,18 @@ def _from_messages(messages: Any, field: str, system: str | None) -> Conversatio
                 untrained.add(len(turns))
             turns.append((user, text))
             user = None
+    if not row[fields[-1]] or not (turns or user):
+        raise MalformedRowError(f'"{fields[-1]}" holds no assistant message')
     if user is not None:
-        raise MalformedRowError(f'odd role order: "{field}" ends with a user message that nobody answers')
-    if not turns:
-        raise MalformedRowError(f'"{field}" holds no assistant message')
+        raise MalformedRowError(f'odd role order: "{fields[-1]}" ends with a user message that nobody answers')
     if len(untrained) == len(turns):
-        raise MalformedRowError(f'nothing to train: every assistant message of "{field}" has weight 0')
+        raise MalformedRowError(f'nothing to train: every assistant message of "{fields[-1]}" has weight 0')
     return Conversation(tuple(turns), system, frozenset(untrained))
 
 
 def _role_and_text(message: dict[str, Any], field: str, at: str) -> tuple[str, str]:
     _refuse_not_shown(message, _NOT_SHOWN_IN_A_MESSAGE, at)
-    role_key, text_key = MESSAGE_KEYS[MESSAGES.index(field)]
+    role_key, text_key = MESSAGE_KEYS[MESSAGES.index(field)] if field in MESSAGES else message_keys(message)
     if role_key not in message:
         role_key, text_key = message_keys(message)
     given = _text(message, role_key, at=at)

@@ -52,7 +52,7 @@ def prepare_store(
                    as they stand in the file, those that are dropped included
     holdout_files  class name -> further files, folders or globs, held out as a whole
     columns        one of ``sources`` or ``holdout_files`` -> its names for a row's fields (columns.py)
-    on_malformed   "skip" counts and names malformed rows, "fail" stops at the first file that has some
+    on_malformed   "skip" counts and names malformed rows, "fail" makes no store of them and names those of all files
     overwrite      rebuild where ``out_dir`` holds a store made from other inputs
     progress       show a bar on stderr
 

@@ -19,6 +19,7 @@ from ultrafuser_mega.data.conversation import (
     answer_field,
     find_shape,
     message_keys,
+    message_lists,
 )
 
 _SHORTEST_TEXT = 24  # characters; shorter ones are names, dates, sources
@@ -37,17 +38,18 @@ def unread_fields(row: dict[str, Any], columns: Mapping[str, str]) -> list[str]:
     value = renamed(row, columns)
     shape = find_shape(value)
     assert shape is not None
-    read = {shape, *SYSTEM}
+    lists = message_lists(value, shape)
+    read = {*SYSTEM, *lists}
     of_messages: list[str] = []
-    if shape in MESSAGES:
-        for message in value[shape]:
-            of_messages += _content_of(message, {*message_keys(message), *TRAINED})
-    else:
-        read |= {"history", str(answer_field(value, shape))} | ({"input"} if shape == "instruction" else set())
+    for field in lists:
+        for message in value[field]:
+            content = _content_of(message, {*message_keys(message), *TRAINED})
+            of_messages += [f"{field}[].{name}" for name in content]
+    if not lists:
+        read |= {shape, "history", str(answer_field(value, shape))} | ({"input"} if shape == "instruction" else set())
     if columns:
         read = set(columns.values())
-    names = dict.fromkeys([*_content_of(row, read), *(f"{shape}[].{name}" for name in of_messages)])
-    return list(names)
+    return list(dict.fromkeys([*_content_of(row, read), *of_messages]))
 
 
 def _content_of(holder: Mapping[str, Any], read: Iterable[str]) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from ultrafuser_mega.convert.dtypes import parse_dtype
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import parse_dtype
+from ultrafuser_mega.models.hf_folder import TensorFolder
 from ultrafuser_mega.release.check import check_release, is_release, loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
@@ -46,7 +47,7 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
         dtype: fp32, bf16 or fp16; None: the element type of the stored weights.
 
     Raises:
-        InputError: the folder is neither, or is damaged; a device or dtype is not there.
+        InputError: the folder is neither, or is damaged; a device or dtype is not there; a value is beyond the dtype.
     """
     wanted = parse_dtype(dtype)
     if not folder.is_dir():
@@ -59,6 +60,8 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
                 model = UltraFuserForCausalLM.from_pretrained(
                     folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
                 )
+            if wanted is not None:
+                _refuse_overflow(model, folder, wanted)
         else:
             from ultrafuser_mega.inference.restored import RestoredModel  # brings Megatron: seconds
 
@@ -72,6 +75,14 @@ def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[Open
         ends = GenerationConfig.from_pretrained(described).eos_token_id
         eos = frozenset(ends if isinstance(ends, list) else [ends])
         yield OpenedModel(model, FastTokenizer.from_pretrained(described), eos)
+
+
+def _refuse_overflow(model: UltraFuserForCausalLM, folder: Path, dtype: torch.dtype) -> None:
+    """Refuse what transformers made infinite on loading ``folder`` in ``dtype``; what is so by itself is left alone."""
+    tensors = TensorFolder(folder)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            tensors.read(name, dtype=dtype)
 
 
 def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:

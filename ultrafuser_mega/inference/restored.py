@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import narrowed
 from ultrafuser_mega.release import CardFacts, assemble_release
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
@@ -49,9 +51,14 @@ class RestoredModel:
 
     @torch.no_grad()
     def load(self, dtype: torch.dtype | None) -> UltraFuserForCausalLM:
-        """The model on the CPU, in ``dtype`` or in that of the checkpoint."""
+        """The model on the CPU, in ``dtype`` or in that of the checkpoint.
+
+        Raises:
+            InputError: the checkpoint is damaged, or holds a value that is beyond ``dtype``.
+        """
+        dtype = dtype or self._dtype
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype or self._dtype)
+        torch.set_default_dtype(dtype)
         try:
             with no_init_weights():
                 model = UltraFuserForCausalLM(self.config)
@@ -60,7 +67,11 @@ class RestoredModel:
         for name in self.config.names:
             part = self._trained.specialist(name)
             for tensor in part.shapes:
-                model.get_parameter(f"specialists.{name}.{tensor}").copy_(part.read(tensor))
+                key = f"specialists.{name}.{tensor}"
+                model.get_parameter(key).copy_(self._narrowed(key, part.read(tensor), dtype))
         for key in self._trained.gate_keys():
-            model.get_parameter(key).copy_(self._trained.gate(key))
+            model.get_parameter(key).copy_(self._narrowed(key, self._trained.gate(key), dtype))
         return model
+
+    def _narrowed(self, key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return narrowed(value, dtype, f"{self._trained.folder}: tensor {key}")

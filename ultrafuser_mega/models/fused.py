@@ -125,11 +125,16 @@ def build_fused_stage(
 
 
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path]) -> None:
-    """Fill this rank's share from the specialists' Hugging Face folders."""
+    """Fill this rank's share from the specialists' Hugging Face folders, in the model's element type.
+
+    Raises:
+        InputError: a folder cannot be read, or holds a value that is beyond the element type.
+    """
     archs = {name: stage.arch for name, stage in model.stages.items()}
     if model.fusion is not None:
         archs |= model.fusion.architectures
-    load_weights(model, {name: HFWeights(folders[name], arch) for name, arch in archs.items()})
+    dtype = model.config.params_dtype
+    load_weights(model, {name: HFWeights(folders[name], arch, dtype) for name, arch in archs.items()})
 
 
 def load_weights(model: FusedStage, weights: Mapping[str, HFWeights]) -> None:

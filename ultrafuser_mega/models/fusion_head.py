@@ -83,7 +83,7 @@ class FusionHead(nn.Module):
             head = self.heads[name]
             head.zero_()
             if stop > self.vocab_start:
-                head[: stop - self.vocab_start] = weights[name].head(slice(self.vocab_start, stop)).to(head.dtype)
+                head[: stop - self.vocab_start] = weights[name].head(slice(self.vocab_start, stop))
             if name in self.tails:
                 self.tails[name].copy_(weights[name].head(slice(self.vocab_size, arch.vocab_rows)))
 

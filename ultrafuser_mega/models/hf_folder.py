@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import narrowed
 from ultrafuser_mega.models.families import FAMILIES, Architecture
 from ultrafuser_mega.models.hf_config import parse_architecture, read_architecture, read_json_object, unread_fields
 from ultrafuser_mega.models.safetensors_file import WEIGHT_TYPES, SafetensorsFile
@@ -98,10 +99,21 @@ class TensorFolder:
             )
         return WEIGHT_TYPES[code]
 
-    def read(self, tensor: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """``tensor[rows]`` or ``tensor[rows, columns]``."""
+    def read(
+        self,
+        tensor: str,
+        rows: slice = slice(None),
+        columns: slice | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``tensor[rows]`` or ``tensor[rows, columns]``, in ``dtype`` or in the type that it is stored in.
+
+        Raises:
+            InputError: it is stored in a type that weights may not have, or ``dtype`` does not hold a value of it.
+        """
         self.dtype(tensor)
-        return self._file_of[tensor].read(tensor, rows, columns)
+        value = self._file_of[tensor].read(tensor, rows, columns)
+        return value if dtype is None else narrowed(value, dtype, f"{self.folder}: tensor {tensor}")
 
 
 def _indexed(index: Path) -> dict[str, SafetensorsFile]:
@@ -132,12 +144,19 @@ def _weight_map(index: Path) -> dict[str, str]:
 class HFWeights:
     """Slices of a specialist's folder in the layout that Megatron-core's layers keep them (see ``families``).
 
+    Args:
+        folder: of the model.
+        architecture: that its config.json describes.
+        dtype: to read everything in; None: as it is stored.
+
     Raises:
-        InputError: the folder cannot be read, or its tensors are not those of ``architecture``.
+        InputError: the folder cannot be read, or its tensors are not those of ``architecture``; on reading, ``dtype``
+            does not hold a value.
     """
 
-    def __init__(self, folder: Path, architecture: Architecture) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, dtype: torch.dtype | None = None) -> None:
         self.arch = architecture
+        self.dtype = dtype
         self.tensors = TensorFolder(folder)
         # A tied model may still store its head.
         self._head = EMBEDDING if architecture.tied and HEAD not in self.tensors else HEAD
@@ -148,21 +167,21 @@ class HFWeights:
 
     def embedding(self, rows: slice) -> Tensor:  # (rows, d)
         """Rows of the input embedding."""
-        return self.tensors.read(EMBEDDING, rows)
+        return self.tensors.read(EMBEDDING, rows, dtype=self.dtype)
 
     def head(self, rows: slice) -> Tensor:  # (rows, d)
         """Rows of the output head; of the embedding where the model ties them."""
-        return self.tensors.read(self._head, rows)
+        return self.tensors.read(self._head, rows, dtype=self.dtype)
 
     def final_norm(self) -> Tensor:  # (d,)
         """Weight of the norm after the last layer."""
-        return self.tensors.read(FINAL_NORM)
+        return self.tensors.read(FINAL_NORM, dtype=self.dtype)
 
     def layer(self, index: int, tp_rank: int, tp: int) -> dict[str, Tensor]:
         """Tensor-parallel shard of decoder layer ``index`` under Megatron's parameter names."""
 
         def read(name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-            return self.tensors.read(f"model.layers.{index}.{name}", rows, columns)
+            return self.tensors.read(f"model.layers.{index}.{name}", rows, columns, self.dtype)
 
         rules = FAMILIES[self.arch.family].rules
         return {rule.parameter: rule.shard(self.arch, read, tp_rank, tp) for rule in rules}

@@ -134,7 +134,7 @@ class SpecialistStage(GPTModel):
             table = self.embedding.word_embeddings.weight
             rows = slice(rank * table.shape[0], min((rank + 1) * table.shape[0], self.arch.vocab_rows))
             table.zero_()  # rows that pad the vocabulary to a multiple of tp
-            table[: rows.stop - rows.start] = weights.embedding(rows).to(table.dtype)
+            table[: rows.stop - rows.start] = weights.embedding(rows)
         for layer in self.decoder.layers:
             parameters = dict(layer.named_parameters())
             shard = weights.layer(layer.layer_number - 1, rank, tp)

@@ -34,6 +34,10 @@ def _rank_share(plan: RunPlan, rank: int) -> RankShare:
     everything = held + gate
     weight, optimizer = _WEIGHT[config.dtype], _OPTIMIZER[config.dtype]
     shards = layout.dp if config.parallel.distributed_optimizer else 1
+    bytes_of = {
+        1: everything * weight + gate * (_GRADIENT + optimizer),
+        2: everything * (weight + _GRADIENT + optimizer / shards),
+    }
     return RankShare(
         rank=rank,
         specialists=tuple(names),
@@ -41,8 +45,7 @@ def _rank_share(plan: RunPlan, rank: int) -> RankShare:
         stage=(stage, placement.pp),
         vocabulary_rows=rows,
         parameters=everything,
-        stage1_bytes=everything * weight + gate * (_GRADIENT + optimizer),
-        stage2_bytes=everything * (weight + _GRADIENT + optimizer / shards),
+        stage_bytes={number: bytes_of[number] for number in config.stages},
     )
 
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
@@ -26,6 +25,7 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
@@ -35,8 +35,6 @@ from ultrafuser_mega.models.hf_folder import (
 )
 from ultrafuser_mega.planning.notices import folder_notices
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     """
     layout = choose_plan(plan_layouts(config), world_size)
     _check_words(config)
-    config.stage1.check_schedule("stage1")
-    config.stage2.check_schedule("stage2")
+    for number, stage in config.stages.items():
+        stage.check_schedule(f"stage{number}")
     architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
     for name, arch in architectures.items():
         placement = layout.placements[name]

@@ -19,10 +19,11 @@ from transformers import PreTrainedConfig
 
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.reporting.records import MEAN, SUMMARY_FILE, EvalRecord
+from ultrafuser_mega.reporting.records import MEAN, PER_TOKEN, SUMMARY_FILE, EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
 NOT_STATED = "not stated"
+_STAGES = {1: "1: gate only", 2: "2: everything"}
 _LICENCE_FILE = re.compile(r"licen[cs]e|^(copying|notice|use_policy|terms)", re.IGNORECASE)
 
 
@@ -194,20 +195,21 @@ def _training(config: FuserConfig) -> str:
     count = len(config.data.classes)
     stages = [
         (
-            title,
+            _STAGES[number],
             stage.steps,
             f"{stage.samples_per_class} x {count}",
             f"{stage.lr:g}",
             stage.schedule,
             stage.warmup_steps,
         )
-        for title, stage in (("1: gate only", config.stage1), ("2: everything", config.stage2))
+        for number, stage in config.stages.items()
     ]
+    how_many = ("No stage", "One stage", "Two stages")[len(stages)]
     optimizer, loss = config.optimizer, config.loss
     return (
         "## Training\n\nData, one class per kind of instruction:\n\n"
         f"{_markdown(('class', 'trained on', 'held out'), classes)}\n"
-        f"Two stages, every global batch with the same number of samples of each class.{begun}\n\n"
+        f"{how_many}, every global batch with the same number of samples of each class.{begun}\n\n"
         f"{_markdown(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
         f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
         f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
@@ -236,7 +238,8 @@ def _results(summary: Mapping[str, Any] | None) -> str:
 
 def _record(summary: Mapping[str, Any], step: int) -> EvalRecord:
     loss = {name: _numbers(values) for name, values in summary["eval"].items() if name != MEAN}
-    gate = {name: _numbers(values) for name, values in summary["gate"].items()}
+    weights = summary.get(PER_TOKEN) or summary["gate"]  # as version 0.1.0 called it
+    gate = {name: _numbers(values) for name, values in weights.items()}
     return EvalRecord(stage=2, step=step, loss=loss, gate=gate)
 
 

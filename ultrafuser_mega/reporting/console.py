@@ -161,7 +161,7 @@ class TrainConsole:
             f"{name}[{' '.join(self._weight(name, specialist, weight) for specialist, weight in weights.items())}]"
             for name, weights in record.gate.items()
         )
-        head = f"{stage.label.split(':')[0]}  step {stage.done(record)}/{stage.steps}"
+        head = f"{stage.label.split(':')[0]} step {stage.done(record)} of {stage.steps}"
         return "  ".join([head, *facts, f"gate {gate}"])
 
     def _weight(self, class_name: str, specialist: str, weight: float) -> str:

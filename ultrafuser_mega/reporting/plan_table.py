@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -19,16 +19,16 @@ class RankShare:
     stage: tuple[int, int]
     vocabulary_rows: range | None  # of every head; empty where all are padding, None outside of the fusion group
     parameters: int
-    stage1_bytes: float  # weights, gradients and optimizer state
-    stage2_bytes: float
+    stage_bytes: Mapping[int, float]  # stage that has steps -> weights, gradients and optimizer state
 
 
-def plan_table(title: str, shares: Iterable[RankShare]) -> Table:
+def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
     """One row per rank: role, vocabulary rows, parameters and bytes of weights and optimizer."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "specialist", "tp", "stage", "vocabulary rows"):
         table.add_column(column, no_wrap=True)
-    for column in ("parameters", "stage 1", "stage 2"):
+    stages = [f"stage {number}" for number in shares[0].stage_bytes]
+    for column in ("parameters", *stages):
         table.add_column(column, justify="right", no_wrap=True)
     for share in shares:
         table.add_row(
@@ -38,10 +38,10 @@ def plan_table(title: str, shares: Iterable[RankShare]) -> Table:
             _place(*share.stage),
             _rows(share.vocabulary_rows),
             f"{share.parameters:,}",
-            _size(share.stage1_bytes),
-            _size(share.stage2_bytes),
+            *map(_size, share.stage_bytes.values()),
         )
-    table.caption = "stage 1, stage 2: weights, gradients and optimizer state; activations come on top"
+    if stages:
+        table.caption = f"{', '.join(stages)}: weights, gradients and optimizer state; activations come on top"
     return table
 
 

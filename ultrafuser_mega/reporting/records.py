@@ -6,7 +6,8 @@ Steps count from 1 through both stages, so that the last step of stage 1 is N1 a
 from N1 + 1; step 0 is the state before training.
 
 A gate weight is averaged in one of two ways. *Per token*: over all response tokens, so that long responses count for
-more; everything that is called ``gate`` here. *Per sample*: over a sample's response tokens first, then over samples.
+more; everything that is called ``gate`` here and in metrics.jsonl (which resumed runs read back and go on with), and
+``gate_per_token`` in summary.json. *Per sample*: over a sample's response tokens first, then over samples.
 
 Not here: computing any of these numbers (training) and showing them (console, tables, plots).
 """
@@ -30,6 +31,7 @@ FUSED = "fused"
 MEAN = "mean"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+PER_TOKEN = "gate_per_token"  # in summary.json, beside gate_per_sample
 TENSORBOARD_FOLDER = "tensorboard"
 
 GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> average weight
@@ -231,9 +233,9 @@ def build_summary(
     after_stage1: EvalRecord | None = None,
     gate_per_sample: GateWeights | None = None,
 ) -> dict[str, Any]:
-    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>, gate.<class>.<specialist> (per
-    token), gate_per_sample.<class>.<specialist>, train.tokens_per_s (response tokens), steps, layout, device, wall_s;
-    ``after_stage1`` holds an eval and a gate of its own."""
+    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>,
+    gate_per_token.<class>.<specialist>, gate_per_sample.<class>.<specialist>, train.tokens_per_s (response tokens),
+    steps, layout, device, wall_s; ``after_stage1`` holds an eval and a gate_per_token of its own."""
     summary = {
         **_eval_summary(final),
         "train": {"tokens_per_s": tokens_per_s},
@@ -260,7 +262,7 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 def _eval_summary(record: EvalRecord) -> dict[str, Any]:
     losses = {name: dict(models) for name, models in record.loss.items()}
     gate = {name: dict(weights) for name, weights in record.gate.items()}
-    return {"eval": {**losses, MEAN: record.mean}, "gate": gate}
+    return {"eval": {**losses, MEAN: record.mean}, PER_TOKEN: gate}
 
 
 def _flat(prefix: str, nested: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

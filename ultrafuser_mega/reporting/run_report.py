@@ -86,13 +86,23 @@ class RunReport:
         self._console.step(record)
 
     def evaluated(self, result: EvaluationResult, stage: int, step: int) -> None:
-        """An evaluation was done after ``step`` steps."""
+        """An evaluation was done after ``step`` steps, counted through both stages."""
         if self._metrics is None:
             return
         record = EvalRecord(stage=stage, step=step, loss=result.loss, gate=result.gate)
         self._metrics.write_eval(record)
+        if stage == 2 and not self.facts.stage_steps[1]:  # left out: all was said at the end of stage 1
+            return
         fused = "  ".join(f"{name} {losses['fused']:.4f}" for name, losses in record.loss.items())
-        self.note(f"held-out loss of the fused model after {step} steps: {fused}  mean {record.mean['fused']:.4f}")
+        when = self._when(step)
+        self.note(f"held-out loss of the fused model {when}: {fused}  mean {record.mean['fused']:.4f}")
+
+    def _when(self, step: int) -> str:
+        """Behind ``step`` steps, counted through both stages, in words that count within a stage."""
+        first, second = self.facts.stage_steps
+        if step > first:
+            return f"after stage 2 step {step - first} of {second}"
+        return f"after stage 1 step {step} of {first}" if step else "before training"
 
     def finish(self, final: EvaluationResult, views: Sequence[TokenSample]) -> None:
         """The run is over: tables, plots, the token view and summary.json.
@@ -112,7 +122,9 @@ class RunReport:
             before = {name: {} for name in final.loss}
         loss = {name: {**before[name], "fused": final.loss[name]["fused"]} for name in final.loss}
         record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate)
-        after_stage1 = next((e for e in evals if e.stage == 1 and e.step == stage1_steps > 0), None)
+        after_stage1 = None
+        if stage1_steps and stage2_steps:  # else it is the end, or the beginning
+            after_stage1 = next((e for e in evals if e.stage == 1 and e.step == stage1_steps), None)
         tables = [loss_table(record, after_stage1=after_stage1), gate_table(record)]
         self._console.end_stage()  # a live display would draw over the tables
         print_tables(tables)

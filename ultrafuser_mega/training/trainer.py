@@ -23,9 +23,10 @@ from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError
+from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
-from ultrafuser_mega.planning.preflight import DTYPES, RunPlan, compared_with_data
+from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.device import peak_memory, to_device
@@ -75,7 +76,7 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
             report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
-        for stage in (1, 2):
+        for stage in plan.config.stages:
             if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
                 report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
                 return
@@ -134,6 +135,10 @@ class Trainer:
     def global_step(self, progress: Progress) -> int:
         """Steps done since the start of stage 1."""
         return progress.step + (self.stage(1).steps if progress.stage == 2 else 0)
+
+    def place(self, progress: Progress) -> str:
+        """Where in the run this is, for people."""
+        return f"stage {progress.stage} step {progress.step} of {self.stage(progress.stage).steps}"
 
     @property
     def checkpoints(self) -> Path:
@@ -233,8 +238,7 @@ class Trainer:
         asked = time.perf_counter()
         batch = batches.step(step)
         data_seconds = time.perf_counter() - asked
-        global_step = self.global_step(Progress(number, step + 1))
-        config = self.plan.config
+        progress, config = Progress(number, step + 1), self.plan.config
         specialists = list(config.specialists)
         gates = {name: f"gate {name}" for name in specialists}
         totals = ClassTotals(self.store.class_names, ["loss", *gates.values()], self.device)
@@ -264,12 +268,12 @@ class Trainer:
         loss = sum(means[name]["loss"] * reduced.counts[name] for name in means) / terms
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
-                f"loss is {loss:.6g}, gradient norm {grad_norm:.6g} at step {global_step}; {remedy(self.checkpoints)}"
+                f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {remedy(self.checkpoints)}"
             )
         seconds = time.perf_counter() - begun
         return StepRecord(
             stage=number,
-            step=global_step,
+            step=self.global_step(progress),
             loss=loss,
             class_loss={name: row["loss"] for name, row in means.items()},
             lr=lr,
@@ -294,7 +298,7 @@ class Trainer:
         Args:
             loss: of the weights as they are, measured.
         """
-        where = f"stage {progress.stage} step {progress.step}"
+        where = self.place(progress)
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.release_folder import PIECES, write_release, write_specialist
 from support.trio import ONE, config_tree
 
@@ -138,3 +138,15 @@ def test_a_template_that_training_does_not_know_is_refused_by_name(release: Path
     (copy / "config.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=r"specialists\.text\.template = .* is none of ultralm, codellama, wizardmath"):
         plan_release(copy, None)
+
+
+@pytest.mark.parametrize("tensor", ["gate.b1", "specialists.math.lm_head.weight"])
+def test_a_release_in_a_type_that_does_not_hold_a_value_is_refused_by_the_tensor(
+    release: Path, tmp_path: Path, tensor: str
+) -> None:
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors[tensor].view(-1)[2] = 1e5
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"^{copy}: tensor {tensor}: its largest value, 100000, is beyond float16, "):
+        import_specialists(plan_release(copy, torch.float16), tmp_path / "checkpoint")

@@ -83,7 +83,7 @@ def test_a_second_process_exporting_to_the_same_name_is_refused(tmp_path: Path, 
     try:
         fcntl.flock(other, fcntl.LOCK_EX)
         for resume in (False, True):
-            with pytest.raises(InputError, match=r"\.out\.partial: another process exports to this name"):
+            with pytest.raises(InputError, match=r"\.out\.partial: another process writes to this name"):
                 export(tmp_path / "checkpoint", tmp_path / "out", what, resume=resume, verify=False)
     finally:
         os.close(other)
@@ -102,3 +102,17 @@ def test_an_import_of_a_run_holds_the_runs_own_type_so_that_its_gate_is_not_roun
     for dtype, held in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         config = FuserConfig.model_validate(tree | {"dtype": dtype})
         assert plan_config(config, None).dtype == held
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_an_import_into_a_type_that_does_not_hold_a_value_is_refused_by_the_tensor(tmp_path: Path, tensor: str) -> None:
+    source = write_family(tmp_path / "source", "llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors[tensor].view(-1)[3:5] = torch.tensor([66000.0, -70000.0])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        import_specialists(plan_folders({"a": source}, torch.float16), tmp_path / "checkpoint")
+    assert str(caught.value) == (
+        f"{source}: tensor {tensor}: its largest value, 70000, is beyond float16, which ends at 65504; use fp32 or bf16"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -51,6 +51,66 @@ def test_every_shape_becomes_the_same_kind_of_conversation(row: Any, expected: A
     assert to_conversation(row) == expected
 
 
+def _trl(prompt: Any, completion: Any, **fields: Any) -> dict[str, Any]:
+    """A row of conversational prompt and completion, roles in a word each."""
+    lists = {
+        name: [{"role": role, "content": text} for role, text in turns] if isinstance(turns, list) else turns
+        for name, turns in (("prompt", prompt), ("completion", completion))
+    }
+    return lists | fields
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (_trl([("user", "a")], [("assistant", "b")]), Conversation((("a", "b"),))),
+        (
+            _trl([("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c")], [("assistant", "d")], label=True),
+            Conversation((("a", "b"), ("c", "d")), "S", frozenset({0})),
+        ),
+        (
+            _trl([("user", "a")], [("assistant", "b"), ("user", "c"), ("assistant", "d")], system="S"),
+            Conversation((("a", "b"), ("c", "d")), "S"),
+        ),
+        (
+            {
+                "prompt": [{"from": "human", "value": "a"}],
+                "completion": None,
+                "response": [
+                    {"from": "gpt", "value": "b", "weight": 0},
+                    {"from": "human", "value": "c"},
+                    {"from": "gpt", "value": "d"},
+                ],
+            },
+            Conversation((("a", "b"), ("c", "d")), untrained=frozenset({0})),
+        ),
+    ],
+)
+def test_of_a_prompt_and_a_completion_in_messages_only_the_completion_is_trained(row: Any, expected: Any) -> None:
+    assert to_conversation(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (_trl([("user", "a")], "b"), "'completion' must be a list, found text"),
+        (_trl("a", [("assistant", "b")]), "'completion' must be text, found a list"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "missing field 'completion' beside 'prompt', which is a list"),
+        (_trl([("user", "a")], []), "'completion' holds no assistant message"),
+        (_trl([("user", "a"), ("assistant", "b")], []), "'completion' holds no assistant message"),
+        (_trl([("user", "a")], [("user", "b")]), r"odd role order: completion\[0\] is a second user message in a row"),
+        (_trl([], [("assistant", "b")]), r"odd role order: completion\[0\] is an assistant message that no user"),
+        (_trl([("user", "a")], [("system", "b")]), r"completion\[0\] is system, which may only come first"),
+        (_trl([("tool", "a")], [("assistant", "b")]), r"prompt\[0\].role is 'tool', expected system, user or"),
+        (_trl([("user", "a")], [("assistant", "b")], tools=[{"name": "f"}]), "'tools' holds what no template"),
+        (_trl([("user", "a")], [("assistant", "b")], label=False), "'label' is false: an answer that should not"),
+    ],
+)
+def test_a_malformed_prompt_or_completion_in_messages_says_where(row: Any, reason: str) -> None:
+    with pytest.raises(MalformedRowError, match=reason.replace("'", '"')):
+        to_conversation(row)
+
+
 def _chat(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
@@ -176,7 +236,14 @@ def test_what_cannot_be_honoured_is_refused(row: Any, reason: Any) -> None:
         {"messages": [{"role": "user", "content": "q"}]},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
         {"prompt": "q", "label": False},
+        {"prompt": [{"role": "user", "content": "q"}]},
+        _trl([("user", "q")], [("assistant", "bad"), ("user", "more"), ("assistant", "worse")]),
     ],
 )
 def test_a_prompt_asks_for_the_answer_whatever_is_said_of_the_one_that_stands_there(row: Any) -> None:
     assert to_prompt(row) == [{"role": "user", "content": "q"}]
+
+
+def test_the_messages_of_a_prompt_are_asked_as_they_are() -> None:
+    row = _trl([("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c")], [("assistant", "d")])
+    assert to_prompt(row) == row["prompt"]

@@ -118,7 +118,7 @@ def test_counts_add_up_and_hold_every_reason(prepare: Any, sources: Any, tmp_pat
         ('{"words": 1}', 6, "unknown shape"),
     ],
 )
-def test_on_malformed_fail_stops_at_the_first_such_row_by_file_and_line(
+def test_on_malformed_fail_makes_no_store_and_names_the_row_by_file_and_line(
     prepare: Any, sources: Any, tmp_path: Path, row: Any, line: Any, reason: Any
 ) -> None:
     with sources["code"][0].open("a") as file:
@@ -173,16 +173,34 @@ def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_re
     assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == written
 
 
-def test_every_malformed_row_of_a_file_is_told_at_once(prepare: Any, sources: Any, tmp_path: Path) -> None:
-    with sources["code"][0].open("a") as file:
+def test_the_malformed_rows_of_all_classes_are_told_at_once(prepare: Any, sources: Any, tmp_path: Path) -> None:
+    code, math = sources["code"][0], sources["math"][0]
+    heldout = write_rows(tmp_path / "heldout.jsonl", [{"prompt": "a"}])
+    with code.open("a") as file:
         file.write("{}\nnot json\n" * 6)
+    with math.open("a") as file:
+        file.write("[]\n")
     with pytest.raises(InputError) as raised:
+        prepare(on_malformed="fail", holdout_files={"text": [heldout]})
+    told = str(raised.value).split("; ")
+    assert [part.partition(" (row")[0] for part in told[:10]] == [f"{code}:{line}" for line in range(6, 16)]
+    assert told[0].startswith(f"{code}:6 (row 6): unknown shape: ")
+    assert told[10:] == [
+        f"and 2 more in {code}",
+        f"{math}:7 (row 7): expected an object, found a list",
+        f'{heldout}:1 (row 1): missing field "completion" (or "response") beside "prompt"',
+        "mend the 14 malformed row(s), or leave them out with data.on_malformed: skip",
+    ]
+    assert "\n" not in str(raised.value)
+
+
+def test_behind_a_malformed_row_that_ends_the_work_nothing_is_tokenised(
+    prepare: Any, sources: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources["text"][0].write_text("[{}]")
+    monkeypatch.setattr(build, "_write_batch", lambda *_: pytest.fail("tokenised"))
+    with pytest.raises(InputError, match=r"text.json:1 \(row 1\): unknown shape"):
         prepare(on_malformed="fail")
-    message = str(raised.value)
-    assert message.startswith(f"{sources['code'][0]}:6 (row 6): unknown shape")
-    assert [f"code.jsonl:{line} (row {line}): " in message for line in (7, 15, 16)] == [True, True, False]
-    assert "; and 2 more; mend the 12 malformed row(s), or leave them out with data.on_malformed: skip" in message
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize("on_malformed", ["skip", "fail"])

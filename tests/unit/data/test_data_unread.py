@@ -28,6 +28,8 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ({"question": "a", "answer": "b", "input": "c"}, ["input"]),
         ({"messages": CHAT, "prompt": "a"}, ["prompt"]),
         ({"messages": [CHAT[0] | {"name": "Ann"}, CHAT[1] | {"weight": 1}]}, ["messages[].name"]),
+        ({"prompt": [CHAT[0] | {"name": "Ann"}], "completion": [CHAT[1] | {"weight": 1}]}, ["prompt[].name"]),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "input": "c", "history": [["d", "e"]]}, ["input", "history"]),
         ({"messages": [CHAT[0], CHAT[1] | {"reasoning_content": "First I add, then I say it."}]}, None),
     ],
 )
@@ -50,6 +52,13 @@ def test_columns_give_a_files_own_names_and_only_they_are_read() -> None:
 def test_columns_name_the_fields_of_messages_as_well() -> None:
     columns = {"messages": "dialogue", "role": "speaker", "content": "text"}
     row = {"dialogue": [{"speaker": "user", "text": "a"}, {"speaker": "assistant", "text": "b", "weight": 1}]}
+    assert to_conversation(renamed(row, columns)) == Conversation((("a", "b"),))
+    assert unread_fields(row, columns) == []
+
+
+def test_columns_name_the_fields_of_the_messages_of_a_prompt_and_its_completion() -> None:
+    columns = {"prompt": "asked", "completion": "told", "role": "speaker", "content": "text"}
+    row = {"asked": [{"speaker": "user", "text": "a"}], "told": [{"speaker": "assistant", "text": "b"}]}
     assert to_conversation(renamed(row, columns)) == Conversation((("a", "b"),))
     assert unread_fields(row, columns) == []
 

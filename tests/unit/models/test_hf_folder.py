@@ -74,11 +74,29 @@ def refusal(call: Callable[..., Any], *args: Any) -> str:
     return str(caught.value)
 
 
-def test_config_of_transformers_4(tmp_path: Path) -> None:
-    arch = read_architecture(write_config(tmp_path))
+# Llama-2 came before grouped queries, rope_theta and tying were written out.
+OLDER = dict.fromkeys(("num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings"), "absent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"kv_heads": 2, "rope_theta": 1e6, "rope_scaling": None, "tied": False}),
+        (OLDER, {"kv_heads": 6, "rope_theta": 1e4, "rope_scaling": None, "tied": False}),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_theta": 1e6, "rope_scaling": LinearScaling(4.0)}),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+            {"rope_theta": 1e6, "rope_scaling": LinearScaling(4.0)},
+        ),
+        ({"rope_scaling": {"rope_type": "default"}}, {"rope_theta": 1e6, "rope_scaling": None}),
+    ],
+    ids=["transformers 4", "older", "linear by its old key", "linear by its new key", "default scaling"],
+)
+def test_config_of_transformers_4_and_older(tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    arch = read_architecture(write_config(tmp_path, **changes))
     assert (arch.layers, arch.hidden_size, arch.ffn_size, arch.vocab_rows) == (2, 96, 256, 72)
-    assert (arch.heads, arch.kv_heads, arch.head_dim) == (6, 2, 16)
-    assert (arch.rope_theta, arch.norm_eps, arch.max_positions, arch.tied) == (1e6, 1e-5, 16384, False)
+    assert (arch.heads, arch.head_dim, arch.norm_eps, arch.max_positions) == (6, 16, 1e-5, 16384)
+    assert {field: getattr(arch, field) for field in expected} == expected
 
 
 def test_config_of_transformers_5(llama: Path) -> None:
@@ -86,13 +104,6 @@ def test_config_of_transformers_5(llama: Path) -> None:
     assert "rope_theta" not in json.loads((llama / "config.json").read_text())
     arch = read_architecture(llama)
     assert (arch.heads, arch.kv_heads, arch.head_dim, arch.rope_theta) == (8, 4, 12, 1e6)
-
-
-def test_fields_of_older_configs_that_may_be_absent(tmp_path: Path) -> None:
-    """Llama-2 came before grouped queries, rope_theta and tying were written out."""
-    old = dict.fromkeys(("num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings"), "absent")
-    arch = read_architecture(write_config(tmp_path, **old))
-    assert (arch.kv_heads, arch.rope_theta, arch.tied) == (6, 1e4, False)
 
 
 @pytest.mark.parametrize(
@@ -137,22 +148,18 @@ def test_field_that_would_be_wrong_or_ignored_is_refused_by_name(
     assert named in message
 
 
-@pytest.mark.parametrize("key", ["type", "rope_type"])
-def test_linear_rope_scaling_under_its_old_and_its_new_key(tmp_path: Path, key: str) -> None:
-    arch = read_architecture(write_config(tmp_path, rope_scaling={key: "linear", "factor": 4}))
-    assert arch.rope_scaling == LinearScaling(4.0) and arch.rope_theta == 1e6
-
-
-def test_default_rope_scaling_is_no_scaling(tmp_path: Path) -> None:
-    assert read_architecture(write_config(tmp_path, rope_scaling={"rope_type": "default"})).rope_theta == 1e6
-
-
-def test_folder_without_a_readable_config(tmp_path: Path) -> None:
-    assert refusal(read_architecture, tmp_path / "gone").startswith(f"{tmp_path / 'gone'}: no such folder")
-    assert refusal(read_architecture, tmp_path).startswith(f"{tmp_path}: has no config.json")
-    for content, reason in (("{", "not valid JSON"), ("[]", "holds a list")):
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "{folder}: has no config.json"), ("{", "not valid JSON"), ("[]", "holds a list")],
+)
+def test_folder_without_a_readable_config(tmp_path: Path, content: str | None, named: str) -> None:
+    if content is not None:
         (tmp_path / "config.json").write_text(content)
-        assert reason in refusal(read_architecture, tmp_path)
+    assert named.format(folder=tmp_path) in refusal(read_architecture, tmp_path)
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert refusal(read_architecture, tmp_path / "gone").startswith(f"{tmp_path / 'gone'}: no such folder")
 
 
 def open_weights(folder: Path) -> HFWeights:
@@ -175,6 +182,10 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
         save_file(tensors, folder / "model.safetensors")
 
     return spoil
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    return change_tensors(lambda tensors: tensors.update({name: tensor}))
 
 
 def index(**changes: str | int) -> Callable[[Path], None]:
@@ -216,20 +227,13 @@ def index(**changes: str | int) -> Callable[[Path], None]:
             "index.json: weight_map names 3 for tensor model.norm.weight; expected the name of a file",
             id="index names a number",
         ),
-        pytest.param(
-            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96, dtype=torch.int8)})),
-            "tensor model.norm.weight is I8; expected fp32, bf16 or fp16 weights: save the model in one of these",
-            id="tensor of whole numbers",
-        ),
-        pytest.param(
-            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96).to(torch.float8_e4m3fn)})),
-            "tensor model.norm.weight is F8_E4M3; expected fp32, bf16 or fp16 weights",
-            id="fp8",
-        ),
-        pytest.param(
-            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(96, dtype=torch.float64)})),
-            "tensor model.norm.weight is F64; expected fp32, bf16 or fp16 weights",
-            id="float64",
+        *(
+            pytest.param(
+                put("model.norm.weight", torch.ones(96).to(dtype)),
+                f"tensor model.norm.weight is {code}; expected fp32, bf16 or fp16 weights: save the model in one of",
+                id=code,
+            )
+            for dtype, code in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64"))
         ),
         pytest.param(
             change_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
@@ -237,12 +241,12 @@ def index(**changes: str | int) -> Callable[[Path], None]:
             id="tensor missing",
         ),
         pytest.param(
-            change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(95)})),
+            put("model.norm.weight", torch.ones(95)),
             "tensor model.norm.weight has shape (95,), config.json calls for (96,)",
             id="wrong shape",
         ),
         pytest.param(
-            change_tensors(lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(96)})),
+            put("model.layers.2.input_layernorm.weight", torch.ones(96)),
             "holds the tensor model.layers.2.input_layernorm.weight, which config.json does not call for",
             id="layer beyond the configured ones",
         ),
@@ -269,7 +273,7 @@ def test_single_file_beside_a_left_over_index_is_what_transformers_loads(folder:
 
 def test_rotary_buffer_of_old_files_is_no_surplus(folder: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_tensors(lambda t: t.update({name: torch.ones(6)}))(folder)
+    put(name, torch.ones(6))(folder)
     open_weights(folder)
 
 

@@ -87,9 +87,22 @@ def test_bytes_of_a_parameter_in_both_stages(
     (share,) = shares(tree, 2)  # the second replica holds the same
     gate = 8 * (64 + 2)
     weight = {"fp32": 4, "bf16": 2}[dtype]
-    assert share.stage1_bytes == share.parameters * weight + gate * (stage2_plain(dtype) - weight)
-    assert share.stage2_bytes == share.parameters * stage2
+    assert share.stage_bytes == {
+        1: share.parameters * weight + gate * (stage2_plain(dtype) - weight),
+        2: share.parameters * stage2,
+    }
 
 
 def stage2_plain(dtype: str) -> int:
     return {"fp32": 16, "bf16": 18}[dtype]
+
+
+@pytest.mark.parametrize(("left_out", "kept"), [(["stage1"], [2]), (["stage2"], [1]), (["stage1", "stage2"], [])])
+def test_a_stage_without_steps_takes_no_memory_and_asks_for_no_batch(
+    trio: Path, tmp_path: Path, left_out: list[str], kept: list[int]
+) -> None:
+    tree = config_tree(trio, tmp_path, ONE)
+    for name in left_out:
+        tree[name] |= {"steps": 0, "samples_per_class": 5, "min_lr": 1.0}  # 15 samples do not split, nor does 1.0 fall
+    (share,) = shares(tree | {"micro_batch_size": 2}, 1)
+    assert list(share.stage_bytes) == kept

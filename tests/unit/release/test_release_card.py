@@ -62,6 +62,15 @@ def test_the_tables_are_those_of_the_finished_run(run_dir: Any, specialists: Any
     assert cells(card, "w_code") == ["0.20", "**0.80**"]
 
 
+def test_a_summary_of_the_first_version_is_read_as_well(run_dir: Path, specialists: Any, tmp_path: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for part in (summary, summary["after_stage1"]):
+        part["gate"] = part.pop("gate_per_token")
+    write_summary(run_dir, summary)
+    card = card_of(CardFacts.from_run(run_dir, "my-fused"), specialists["llamas"], tmp_path / "out")
+    assert cells(card, "w_code") == ["0.20", "**0.80**"]
+
+
 def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
     assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5"]
@@ -69,6 +78,14 @@ def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir: Any, sp
     assert "sequences of at most 2048 tokens, loss per token" in card
     data = card[card.index("Data, one class") : card.index("Two stages")]
     assert cells(data, "text") == ["text.train.jsonl", "text.heldout.jsonl"]
+
+
+@pytest.mark.parametrize(("left_out", "kept"), [("stage1", "2: everything"), ("stage2", "1: gate only")])
+def test_a_stage_without_steps_is_not_on_the_card(specialists: Any, tmp_path: Path, left_out: str, kept: str) -> None:
+    config = load_config(None, [f"{left_out}.steps=0"])
+    card = card_of(CardFacts("x", config, None), specialists["llamas"], tmp_path / "out")
+    training = card[card.index("One stage, every global batch") : card.index("AdamW")]
+    assert [line.split(" | ")[0] for line in training.splitlines() if "|" in line][2:] == [f"| {kept}"]
 
 
 def test_no_path_of_the_machine_it_was_made_on_reaches_the_card(run_dir: Any, specialists: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ def column(table: Table, header: str) -> list[str]:
     return [str(cell) for cell in found.cells]
 
 
-def share(vocabulary_rows: range | None, stage1_bytes: float = 0, stage2_bytes: float = 0) -> RankShare:
+def share(vocabulary_rows: range | None, **stage_bytes: float) -> RankShare:
     return RankShare(
         rank=3,
         specialists=("text", "code"),
@@ -21,8 +21,7 @@ def share(vocabulary_rows: range | None, stage1_bytes: float = 0, stage2_bytes: 
         stage=(0, 4),
         vocabulary_rows=vocabulary_rows,
         parameters=1234567,
-        stage1_bytes=stage1_bytes,
-        stage2_bytes=stage2_bytes,
+        stage_bytes={int(name[-1]): count for name, count in stage_bytes.items()},
     )
 
 
@@ -42,5 +41,13 @@ def test_vocabulary_rows_are_a_span_padding_or_none() -> None:
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 * 2**20, "3 MiB"), (2.5 * 2**30, "2.5 GiB")]
 )
 def test_sizes_are_in_the_largest_unit_that_they_fill(count: float, text: str) -> None:
-    table = plan_table("", [share(None, stage1_bytes=count, stage2_bytes=count)])
+    table = plan_table("", [share(None, stage1=count, stage2=count)])
     assert column(table, "stage 1") == column(table, "stage 2") == [text]
+
+
+@pytest.mark.parametrize("stages", [["stage2"], ["stage1"], []])
+def test_only_stages_that_have_steps_have_a_column(stages: list[str]) -> None:
+    table = plan_table("", [share(None, **dict.fromkeys(stages, 1))])
+    headers = [str(column.header) for column in table.columns]
+    assert headers[headers.index("parameters") + 1 :] == [name.replace("stage", "stage ") for name in stages]
+    assert bool(table.caption) == bool(stages)

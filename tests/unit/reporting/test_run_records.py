@@ -158,7 +158,7 @@ def test_summary_is_nested_as_documented(tmp_path: Path, final: Any, after_stage
     assert path.name == "summary.json"
     assert data["eval"]["text"] == {"fused": 2.74, "text": 2.90, "code": 5.20, "math": 6.60}
     assert data["eval"]["mean"]["fused"] == pytest.approx((2.74 + 2.24 + 2.79) / 3)
-    assert data["gate"]["code"]["code"] == 0.59
+    assert data["gate_per_token"]["code"]["code"] == 0.59
     assert data["train"] == {"tokens_per_s": 900.0}
     assert (data["steps"], data["layout"], data["device"], data["wall_s"]) == (12, "disjoint", "cpu", 60.5)
     assert data["after_stage1"]["eval"]["mean"]["fused"] == pytest.approx((2.80 + 2.20 + 2.85) / 3)

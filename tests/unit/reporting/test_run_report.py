@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def result() -> EvaluationResult:
     return EvaluationResult(loss=loss, gate={"law": {"jurist": 0.8, "general": 0.2}}, samples=samples)
 
 
-def finish(run_dir: Path) -> None:
+def report_of(run_dir: Path, stage_steps: tuple[int, int]) -> RunReport:
     facts = RunFacts(
         name="r",
         run_dir=run_dir,
@@ -30,9 +31,13 @@ def finish(run_dir: Path) -> None:
         layout="one",
         device="cpu",
         specialists=["jurist", "general"],
-        stage_steps=(0, 0),
+        stage_steps=stage_steps,
     )
-    with RunReport(facts, enabled=True, done_steps=0) as report:
+    return RunReport(facts, enabled=True, done_steps=0)
+
+
+def finish(run_dir: Path) -> None:
+    with report_of(run_dir, (0, 0)) as report:
         report.finish(result(), [])
 
 
@@ -56,5 +61,40 @@ def test_per_token_long_responses_weigh_more_and_per_sample_they_do_not() -> Non
 
 def test_both_averages_are_in_the_summary_and_the_table_under_their_names(tmp_path: Path) -> None:
     finish(tmp_path)
-    assert '"gate_per_sample"' in (tmp_path / "summary.json").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["gate_per_token"] == {"law": {"jurist": 0.8, "general": 0.2}}
+    assert summary["gate_per_sample"]["law"]["jurist"] == pytest.approx(0.65)
     assert "**Average gate weight per token**" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage_steps", "evaluations", "said"),
+    [
+        (
+            (2, 3),
+            [(1, 0), (1, 2), (2, 4)],
+            ["before training", "after stage 1 step 2 of 2", "after stage 2 step 2 of 3"],
+        ),
+        ((0, 3), [(1, 0), (2, 1)], ["before training", "after stage 2 step 1 of 3"]),
+        ((2, 0), [(1, 0), (1, 2)], ["before training", "after stage 1 step 2 of 2"]),
+    ],
+)
+def test_steps_are_said_by_stage_and_a_stage_without_any_is_left_out(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage_steps: tuple[int, int],
+    evaluations: list[tuple[int, int]],
+    said: list[str],
+) -> None:
+    with report_of(tmp_path, stage_steps) as report:
+        for stage, step in evaluations:
+            report.evaluated(result(), stage, step)
+        report.finish(result(), [])
+    last = ["after stage 2 step 3 of 3"] if stage_steps[1] else []
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("held-out loss")]
+    assert lines == [f"held-out loss of the fused model {when}: law 1.0000  mean 1.0000" for when in [*said, *last]]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["stage"], record["step"]) for record in records] == [*evaluations, (2, sum(stage_steps))]
+    both = all(stage_steps)
+    assert ("after stage 1" in (tmp_path / "results.md").read_text()) == both
+    assert ("after_stage1" in json.loads((tmp_path / "summary.json").read_text())) == both

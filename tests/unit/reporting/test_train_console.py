@@ -56,7 +56,7 @@ def test_a_log_gets_first_step_last_step_and_one_line_per_interval(step_of: Any)
             console.step(step_of(step))
     lines = output.getvalue().splitlines()
     assert lines[0] == "stage 1: gate only, 30 steps"
-    assert re.findall(r"step (\d+)/30", output.getvalue()) == ["1", "11", "21", "30"]
+    assert re.findall(r"stage 1 step (\d+) of 30", output.getvalue()) == ["1", "11", "21", "30"]
     assert len(lines) == 5
 
 
@@ -67,7 +67,7 @@ def test_a_log_line_is_one_line_of_plain_ascii_with_every_number(step_of: Any) -
         console.step(step_of(401, stage=2))
     line = output.getvalue().splitlines()[1]
     assert line == (
-        "stage 2  step 1/100  loss -1.0100  lr 2.00e-03  grad norm 0.5  response tokens/s 12.3k  eta 0:00:25  "
+        "stage 2 step 1 of 100  loss -1.0100  lr 2.00e-03  grad norm 0.5  response tokens/s 12.3k  eta 0:00:25  "
         "gate text[*text 0.45 code 0.29 math 0.26]  code[text 0.23 *code 0.59 math 0.18]  "
         "math[text 0.18 code 0.39 *math 0.43]"
     )
@@ -81,7 +81,7 @@ def test_the_last_step_is_shown_even_when_a_run_is_cut_off(step_of: Any) -> None
             clock.now += 1.0
             console.step(step_of(step))
         raise KeyboardInterrupt
-    assert "step 3/400" in output.getvalue().splitlines()[-1]
+    assert "stage 1 step 3 of 400" in output.getvalue().splitlines()[-1]
 
 
 def test_force_color_does_not_turn_a_log_file_into_a_live_display(step_of: Any) -> None:
