@@ -272,7 +272,9 @@ def _text(holder: dict[str, Any], key: str, *, at: str = "", may_be_empty: bool 
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise MalformedRowError(f"{name} holds half of a surrogate pair at character {error.start}") from None
+            raise MalformedRowError(
+                f"{name} is no Unicode text at character {error.start}: half of a surrogate pair, or no UTF-8"
+            ) from None
     return text
 
 

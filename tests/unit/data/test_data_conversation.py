@@ -71,7 +71,10 @@ def _chat(*roles: str) -> dict[str, Any]:
         ({"question": "a", "answer": 42}, '"answer" must be text, found a number'),
         ({"prompt": "a", "completion": None}, '"completion" must be text, found null'),
         ({"prompt": "a", "completion": "b", "system": 1}, '"system" must be text, found a number'),
-        ({"prompt": "a", "completion": "\ud83d"}, '"completion" holds half of a surrogate pair at character 0'),
+        (
+            {"prompt": "a", "completion": "\ud83d"},
+            '"completion" is no Unicode text at character 0: half of a surrogate pair, or no UTF-8',
+        ),
         ({"messages": "a"}, '"messages" must be a list, found text'),
         ({"messages": []}, '"messages" holds no assistant message'),
         ({"messages": ["a"]}, "messages\\[0\\] must be an object, found text"),
