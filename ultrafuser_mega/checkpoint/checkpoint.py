@@ -144,9 +144,18 @@ def save_checkpoint(
     write_checkpoint(final, progress, model, trainable, groups, identity, sources)
     if groups.rank == 0:
         for _, old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove_checkpoint(old)
     dist.barrier()
     return final
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the folder ``path`` if there is one; what is left of it when that is interrupted has no final name."""
+    if path.exists():
+        leaving = path.with_name(f".{path.name}.old.partial")  # which the next save clears away
+        shutil.rmtree(leaving, ignore_errors=True)
+        path.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def write_checkpoint(
@@ -189,7 +198,7 @@ def write_checkpoint(
     if groups.rank == 0:
         record = {"progress": asdict(progress), "identity": identity, "files": files}
         (partial / PROGRESS).write_text(json.dumps(record, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
+        remove_checkpoint(final)
         partial.rename(final)
     dist.barrier()
 
