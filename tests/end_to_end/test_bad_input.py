@@ -228,6 +228,33 @@ def test_malformed_row(case: Case, refused: Callable[..., str], command: str) ->
     assert "title" in message
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"), [("file/store", "File exists"), ("n" * 300, "File name too long"), ("gone", "Not a directory")]
+)
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_store_in_an_impossible_place(
+    case: Case, refused: Callable[..., str], command: str, place: str, reason: str
+) -> None:
+    (case.folder / "file").write_text("")
+    (case.folder / "gone").symlink_to(case.folder / "nowhere")
+    message = refused(command, f"data.store={case.folder / place}")
+    assert message.startswith(f"data.store: {case.folder / place}: cannot be written (") and reason in message
+
+
+@pytest.mark.parametrize("command", ["plan --config NAME", "verify NAME", "export NAME out", "generate NAME hello"])
+def test_a_name_that_no_file_can_have_is_one_line(
+    command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in the place of a folder, say."""
+    name = "x" * 300
+    monkeypatch.setattr(sys, "argv", ["ultrafuser", *command.replace("NAME", name).split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    message = only_error(capfd.readouterr().err)
+    assert message.startswith(name) and message.endswith(": File name too long")
+
+
 def test_checkpoint_of_another_model(case: Case, refused: Callable[..., str]) -> None:
     case.tree["stage1"] |= {"steps": 1}
     case.tree["stage2"] |= {"steps": 0}

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ultrafuser_mega.checkpoint.integrity import record_files, verify_files
 from ultrafuser_mega.checkpoint.sources import SourceFiles
@@ -177,30 +179,48 @@ def write_checkpoint(
         groups: this rank's process groups.
         identity: description of the model, checked on reading.
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
+
+    Raises:
+        InputError: it cannot be written; no checkpoint has the name then, and an earlier one of this name stays.
     """
     partial = final.with_name(f".{final.name}.partial")
-    if groups.rank == 0:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with megatron_scope(next(model.parameters()).device):
-        state = _model_state(model, groups)
-        if trainable is not None:
-            state |= _optimizer_state(trainable, state)
-        use_plain_results_queue()
-        dist_checkpointing.save(state, str(partial))
-    if groups.rank == 0:
-        assert sources is not None
-        sources.write(partial)
-    dist.barrier()
-    files = record_files(partial)
-    if groups.rank == 0:
-        record = {"progress": asdict(progress), "identity": identity, "files": files}
-        (partial / PROGRESS).write_text(json.dumps(record, indent=1))
-        remove_checkpoint(final)
-        partial.rename(final)
-    dist.barrier()
+    with _writing(final):
+        if groups.rank == 0:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        with megatron_scope(next(model.parameters()).device):
+            state = _model_state(model, groups)
+            if trainable is not None:
+                state |= _optimizer_state(trainable, state)
+            use_plain_results_queue()
+            dist_checkpointing.save(state, str(partial))
+        if groups.rank == 0:
+            assert sources is not None
+            sources.write(partial)
+        dist.barrier()
+        files = record_files(partial)
+        if groups.rank == 0:
+            record = {"progress": asdict(progress), "identity": identity, "files": files}
+            (partial / PROGRESS).write_text(json.dumps(record, indent=1))
+            remove_checkpoint(final)
+            partial.rename(final)
+        dist.barrier()
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """What the system has against it (a full disk, no permission), which a library below may wrap, as an InputError."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        place = final.parent
+        while not place.exists():
+            place = place.parent
+        reason = str(error).strip().splitlines()[-1]
+        free = shutil.disk_usage(place).free / 1e9
+        raise InputError(f"{final}: cannot be written ({reason}; {free:.2g} GB are free there); make room") from None
 
 
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:

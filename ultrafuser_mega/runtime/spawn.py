@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 
@@ -36,7 +37,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     the first call makes all calls faster.
 
     Raises:
-        RankFailure: a rank raised, died or did not return within ``timeout_s`` seconds. All ranks
+        InputError: a rank's own, whose message says it all.
+        RankFailure: a rank raised something else, died or did not return within ``timeout_s`` seconds. All ranks
             are ended before this is raised.
     """
     # Ranks fork from a server process that has imported what the caller preloads, and nothing else: no threads, no
@@ -79,6 +81,8 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
                 succeeded, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 raise RankFailure(f"rank {rank} died without a word (killed?)") from None
+            if isinstance(value, InputError):
+                raise value
             if not succeeded:
                 raise RankFailure(f"rank {rank} failed:\n{value}")
             results[rank] = value
@@ -103,6 +107,9 @@ def _rank_main(work: bytes, rank: int, world_size: int, meeting: str, timeout_s:
         # As bytes: tensors sent as objects would stay in shared memory that dies with this process.
         sender.send_bytes(pickle.dumps((True, value)))
         dist.destroy_process_group()
+    except InputError as error:
+        sender.send_bytes(pickle.dumps((False, error)))
+        raise SystemExit(1) from None
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
         raise SystemExit(1) from None
