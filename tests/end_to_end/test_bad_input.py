@@ -187,6 +187,14 @@ def test_weights_of_another_size_than_config_json_says(case: Case, refused: Call
     assert "tensor model.layers.0.mlp.gate_proj.weight has shape (192, 64), config.json calls for (128, 64)" in message
 
 
+def test_damaged_settings_of_generation_are_seen_before_training_and_not_by_the_export_after_it(
+    case: Case, refused: Callable[..., str]
+) -> None:
+    path = case.folder / "trio" / "math" / "generation_config.json"
+    path.write_text('{"eos_token_id": ["</s>"]}')
+    assert refused("plan") == f"{path}: eos_token_id = ['</s>']; expected a token or a list of tokens"
+
+
 def test_missing_data_file(case: Case, refused: Callable[..., str]) -> None:
     message = refused("plan", "--ranks", "1", "data.classes.math.heldout.0=gone.jsonl")
     assert message == f"data.classes.math.heldout: {case.folder / 'trio' / 'data' / 'gone.jsonl'}: no such file"
