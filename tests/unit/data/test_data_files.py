@@ -31,6 +31,17 @@ def test_an_entry_is_a_file_a_folder_of_data_files_or_a_glob_in_the_order_of_nam
     assert expand_files(shards / "[x].json") == [shards / "[x].json"], "a file of that very name comes first"
 
 
+def test_a_glob_may_start_in_a_folder_whose_name_looks_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data [v1]" / "b").mkdir(parents=True)
+    (tmp_path / "data [v1]" / "b" / "a.jsonl").write_text(LINES)
+    assert expand_files(tmp_path / "data [v1]" / "*" / "*.jsonl") == [tmp_path / "data [v1]" / "b" / "a.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    assert expand_files(Path("data [v1]/b/*.jsonl")) == [Path("data [v1]/b/a.jsonl")]
+    assert expand_files(Path("d*/b/a.jsonl")) == [Path("data [v1]/b/a.jsonl")]
+
+
 def test_an_entry_that_stands_for_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no data")
     for entry, reason in (("*.jsonl", "no file matches"), ("a.jsonl", "no such file"), (".", "a folder without data")):
