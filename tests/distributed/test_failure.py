@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -55,6 +56,18 @@ def test_bad_input_of_one_rank_is_one_line_without_a_traceback(tmp_path: Path, f
     assert codes[failing] == 2
     assert 0 not in codes
     assert errors.count("error: data.root: 'x' is not there\n") == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 1), (errno.EPIPE, 1), (errno.ENOTDIR, 2)], ids=["full", "pipe", "name"]
+)
+def test_what_the_system_has_against_a_place_is_one_line_without_a_traceback(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    codes, errors = launch(fail_while_others_wait, tmp_path, 2, OSError(number, os.strerror(number), "runs/a/plots"))
+    assert codes[2] == code
+    assert errors.count(f"error: runs/a/plots: {os.strerror(number)}\n") == 1
     assert "Traceback" not in errors
 
 

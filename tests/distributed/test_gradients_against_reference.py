@@ -34,9 +34,7 @@ EQUAL, DIFFERENT = (64, 64, 64), (64, 48, 96)
     ("layout", "ranks", "sequence_parallel", "hidden_sizes", "samples"),
     [
         pytest.param(ONE, 1, False, EQUAL, 4, id="one_rank"),
-        pytest.param(
-            COLOCATED_TP2_PP2, 4, True, DIFFERENT, 4, id="colocated_tp2_pp2_sequence_parallel_widths_differ"
-        ),
+        pytest.param(COLOCATED_TP2_PP2, 4, True, DIFFERENT, 4, id="colocated_tp2_pp2_sequence_parallel_widths_differ"),
         pytest.param(DISJOINT_8, 8, True, DIFFERENT, 4, id="disjoint_8_ranks_sequence_parallel_different_widths"),
         pytest.param({**DISJOINT_3, "dp": 2}, 6, False, EQUAL, 4, id="disjoint_dp2"),
         pytest.param({**ONE, "dp": 5}, 5, False, EQUAL, 1, id="more_replicas_than_samples"),

@@ -186,6 +186,14 @@ def test_weights_of_another_size_than_config_json_says(case: Case, refused: Call
     assert "tensor model.layers.0.mlp.gate_proj.weight has shape (192, 64), config.json calls for (128, 64)" in message
 
 
+def test_damaged_settings_of_generation_are_seen_before_training_and_not_by_the_export_after_it(
+    case: Case, refused: Callable[..., str]
+) -> None:
+    path = case.folder / "trio" / "math" / "generation_config.json"
+    path.write_text('{"eos_token_id": ["</s>"]}')
+    assert refused("plan") == f"{path}: eos_token_id = ['</s>']; expected a token or a list of tokens"
+
+
 def test_missing_data_file(case: Case, refused: Callable[..., str]) -> None:
     message = refused("plan", "--ranks", "1", "data.classes.math.heldout.0=gone.jsonl")
     assert message == f"data.classes.math.heldout: {case.folder / 'trio' / 'data' / 'gone.jsonl'}: no such file"
@@ -225,6 +233,33 @@ def test_malformed_row(case: Case, refused: Callable[..., str], command: str) ->
     message = refused(command, *(["--ranks", "1"] if command == "train" else []))
     assert message.startswith(f"{file}:2 (row 2): ")
     assert "title" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("file/store", "File exists"), ("n" * 300, "File name too long"), ("gone", "Not a directory")]
+)
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_store_in_an_impossible_place(
+    case: Case, refused: Callable[..., str], command: str, place: str, reason: str
+) -> None:
+    (case.folder / "file").write_text("")
+    (case.folder / "gone").symlink_to(case.folder / "nowhere")
+    message = refused(command, f"data.store={case.folder / place}")
+    assert message.startswith(f"data.store: {case.folder / place}: cannot be written (") and reason in message
+
+
+@pytest.mark.parametrize("command", ["plan --config NAME", "verify NAME", "export NAME out", "generate NAME hello"])
+def test_a_name_that_no_file_can_have_is_one_line(
+    command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in the place of a folder, say."""
+    name = "x" * 300
+    monkeypatch.setattr(sys, "argv", ["ultrafuser", *command.replace("NAME", name).split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    message = only_error(capfd.readouterr().err)
+    assert message.startswith(name) and message.endswith(": File name too long")
 
 
 def test_checkpoint_of_another_model(case: Case, refused: Callable[..., str]) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ultrafuser_mega.checkpoint.integrity import HaveRead, record_files, verify_files, verify_files_here
 from ultrafuser_mega.checkpoint.sources import SourceFiles
@@ -152,19 +154,29 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
     final, partial = folder / progress.folder, folder / f".{progress.folder}.partial"
-    if groups.rank == 0:
-        for unfinished in folder.glob(".*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    write_checkpoint(partial, progress, model, trainable, groups, identity, sources)
-    if groups.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for _, old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with _writing(final):
+        if groups.rank == 0:
+            for unfinished in folder.glob(".*.partial"):
+                shutil.rmtree(unfinished)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        write_checkpoint(partial, progress, model, trainable, groups, identity, sources)
+        if groups.rank == 0:
+            remove_checkpoint(final)
+            partial.rename(final)
+            for _, old in list_checkpoints(folder)[:-keep]:
+                remove_checkpoint(old)
+        dist.barrier()
     return final
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the folder ``path`` if there is one; what is left of it when that is interrupted has no final name."""
+    if path.exists():
+        leaving = path.with_name(f".{path.name}.old.partial")  # which the next save clears away
+        shutil.rmtree(leaving, ignore_errors=True)
+        path.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def write_checkpoint(
@@ -186,21 +198,39 @@ def write_checkpoint(
         groups: this rank's process groups.
         identity: description of the model, checked on reading.
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
+
+    Raises:
+        InputError: it cannot be written; no checkpoint has the name then, and an earlier one of this name stays.
     """
-    with megatron_scope(next(model.parameters()).device):
-        state = _model_state(model, groups)
-        if trainable is not None:
-            state |= _optimizer_state(trainable, state)
-        use_plain_results_queue()
-        dist_checkpointing.save(state, str(folder))
-    if groups.rank == 0:
-        assert sources is not None
-        sources.write(folder)
-    dist.barrier()
-    files = record_files(folder)
-    if groups.rank == 0:
-        record = {"progress": asdict(progress), "identity": identity, "files": files}
-        (folder / PROGRESS).write_text(json.dumps(record, indent=1))
+    with _writing(folder):
+        with megatron_scope(next(model.parameters()).device):
+            state = _model_state(model, groups)
+            if trainable is not None:
+                state |= _optimizer_state(trainable, state)
+            use_plain_results_queue()
+            dist_checkpointing.save(state, str(folder))
+        if groups.rank == 0:
+            assert sources is not None
+            sources.write(folder)
+        dist.barrier()
+        files = record_files(folder)
+        if groups.rank == 0:
+            record = {"progress": asdict(progress), "identity": identity, "files": files}
+            (folder / PROGRESS).write_text(json.dumps(record, indent=1))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the system has against it (a full disk, no permission), which a library below may wrap, as an InputError."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        place = path.parent
+        while not place.exists():
+            place = place.parent
+        reason = str(error).strip().splitlines()[-1]
+        free = shutil.disk_usage(place).free / 1e9
+        raise InputError(f"{path}: cannot be written ({reason}; {free:.2g} GB are free there); make room") from None
 
 
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:

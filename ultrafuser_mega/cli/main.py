@@ -5,7 +5,6 @@ Bad input ends every command with one line and exit code 2.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, train, verify
-from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
+from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError, system_refusal
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 _HELP = """Fuse specialised language models into one, token by token.
@@ -38,9 +37,6 @@ Every key of a configuration can be overridden behind the command, as in stage2.
 layouts.0.dp=2. Its layouts are alternatives: a job takes the first that uses exactly its ranks.
 Bad input ends a command with one line that begins "error:" and exit code 2.
 """
-
-# Not ours to mend, nor worth a traceback: full, read-only or forbidden places.
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE}
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=_HELP
@@ -83,7 +79,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        refusal = system_refusal(error)
+        if refusal is None:
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {refusal[0]}", file=sys.stderr)
+        sys.exit(refusal[1])

@@ -33,7 +33,7 @@ class Data(Section):
     root: Path = Field(Path(), description="relative files below are taken from here")
     classes: dict[str, DataClass] = Field(min_length=1)
     store: Path | None = Field(None, description="where the token store is; default: <run folder>/store")
-    max_length: PositiveInt = Field(2048, description="tokens of the longest specialist's sequence")
+    max_length: int = Field(2048, ge=2, description="tokens of the longest specialist's sequence")
     on_malformed: Literal["skip", "fail"] = Field(
         "fail", description="a row that is no conversation: fail ends the run, skip leaves it out and counts it"
     )

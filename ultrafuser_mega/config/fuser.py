@@ -68,9 +68,12 @@ class FuserConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> FuserConfig:
         for name in [*self.specialists, *self.data.classes]:
-            if not name.isidentifier() or name in ("fused", "mean", "shared"):
+            # Names serve as file names and as names of attributes.
+            plain = name.isidentifier() and name.isascii() and not name.startswith("_")
+            if not plain or name in ("fused", "mean", "shared"):
                 raise ValueError(
-                    f"{name!r} cannot name a specialist or class; use a plain word other than fused, mean, shared"
+                    f"{name!r} cannot name a specialist or class; use a plain word (letters from a to z, digits, _) "
+                    "other than fused, mean, shared"
                 )
         for index, layout in enumerate(self.layouts):
             if isinstance(layout, DisjointLayout) and set(layout.specialists) != set(self.specialists):

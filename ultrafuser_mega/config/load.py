@@ -21,6 +21,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):  # refused below
+                continue
             key = key_node.value
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)

@@ -39,6 +39,8 @@ def _suggestion(unknown: str) -> str:
     close = difflib.get_close_matches(last, {name for _, name in known}, n=1)
     meant = [place for place, name in known if name in close]
     here = ".".join([*section, *close])
+    if section and here == unknown:  # known, but of another kind of layout
+        return f"; {'.'.join(section)} is of a kind that has none"
     if any(_is_section(place, section) for place in meant):
         return f"; did you mean {here}?"
     elsewhere = dict.fromkeys(".".join([*place, *close]).removeprefix(".") for place in meant)

@@ -16,7 +16,6 @@ import psutil
 import torch
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, load_checkpoint, load_specialists
@@ -33,7 +32,7 @@ from ultrafuser_mega.convert.agreement import (
 )
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import check_hashes
-from ultrafuser_mega.convert.verify import Sequences
+from ultrafuser_mega.convert.verify import Sequences, load_folder
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.fused import build_fused_stage
@@ -238,17 +237,11 @@ def _compute(address: ModelAddress, batches: Sequence[Tensor], *, rounding: bool
             raise
         return Computed(*result)
     check_hashes(address.path)
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    with loading(address.path):
-        if address.kind == "folder":
-            HFWeights(address.path, read_architecture(address.path))
-            model: Any = AutoModelForCausalLM.from_pretrained(address.path, **options)
-        else:
-            check_release(address.path)
-            model = UltraFuserForCausalLM.from_pretrained(address.path, **options)
-            if address.part != FUSED:
-                model = model.specialists[address.part]
-    model.eval()
+    if address.kind == "folder":
+        HFWeights(address.path, read_architecture(address.path))
+        model = load_folder(address.path)
+    else:
+        model = _load_release(address)
 
     def run() -> list[Tensor]:
         with torch.no_grad():
@@ -256,6 +249,15 @@ def _compute(address: ModelAddress, batches: Sequence[Tensor], *, rounding: bool
 
     logits = run()
     return Computed(logits, rounding_cost(model, logits, run) if rounding else None)
+
+
+def _load_release(address: ModelAddress) -> Any:
+    check_release(address.path)
+    with loading(address.path):
+        model: Any = UltraFuserForCausalLM.from_pretrained(
+            address.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        ).eval()
+    return model if address.part == FUSED else model.specialists[address.part]
 
 
 def _parts(address: ModelAddress) -> list[RestoredSpecialist]:

@@ -215,6 +215,8 @@ def _card(model: TrainedModel, name: str) -> CardFacts:
     ends = [Progress(number, stage.steps) for number, stage in config.stages.items()]
     if ends[-1:] == [model.progress] and (run_dir / "config.yaml").is_file():
         summary = CardFacts.from_run(run_dir, name).summary
+        if summary and summary["steps"] != config.stage1.steps + config.stage2.steps:
+            summary = None  # of a run that went on from here
     origins = {specialist: source.origin for specialist, source in model.sources.items()}
     return CardFacts(name=name, config=config, summary=summary, origins=origins, rounded=rounded)
 

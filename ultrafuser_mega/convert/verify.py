@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultrafuser_mega.convert.agreement import (
     Agreement,
@@ -82,10 +83,7 @@ def verify_specialist(
     layout = plan_disjoint({_NAME: (tp, pp, None)}, dp=1)
     results = run_ranks(sharded_logits, tp * pp, {_NAME: folder}, layout, tokens, sequence_parallel, timeout_s=600.0)
     (ours,) = (result[_NAME] for result in results if result is not None)
-    with loading(folder):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        ).eval()
+    model = load_folder(folder)
 
     def run() -> list[Tensor]:
         with torch.no_grad():
@@ -96,6 +94,19 @@ def verify_specialist(
     if tolerance is None:
         tolerance = rounding_cost(model, theirs, run)
     return Comparison.of(f"{folder} at tp={tp} pp={pp}", "transformers", tolerance, found)
+
+
+def load_folder(folder: Path) -> Any:
+    """transformers' own model of a Hugging Face folder, in float32; raises InputError where it cannot be loaded.
+
+    The attention kernels that a config.json may ask for are no part of the model, and need not be installed here.
+    """
+    with loading(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config._attn_implementation = "sdpa"  # from_pretrained's own argument loses to some spellings in the file
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        ).eval()
 
 
 def verification_batches(folder: Path, text: str, multiple: int) -> dict[str, Tensor]:

@@ -63,9 +63,12 @@ def expand_files(entry: Path) -> list[Path]:
         if not files:
             raise InputError(f"{entry}: a folder without data files; expected some of {', '.join(_READ)}")
         return files
-    if glob.has_magic(str(entry)):
+    folder = next(parent for parent in entry.parents if parent.is_dir())  # which may have [brackets] in its name
+    pattern = str(entry.relative_to(folder))
+    if glob.has_magic(pattern):
         # pathlib's own glob wants a relative pattern and a folder to start from
-        files = sorted(file for file in map(Path, glob.glob(str(entry), recursive=True)) if file.is_file())  # noqa: PTH207
+        found = glob.glob(str(Path(glob.escape(str(folder))) / pattern), recursive=True)  # noqa: PTH207
+        files = sorted(file for file in map(Path, found) if file.is_file())
         if not files:
             raise InputError(f"{entry}: no file matches")
         return files

@@ -85,6 +85,7 @@ def prepare_store(
             for name, template in templates.items()
         },
         "responses": {
+            "of": next(iter(templates)),  # whose tokenizer and ending they have: the order of specialists matters
             "lead": aligner.format.lead,
             "ends": {
                 name: encoders[name].tokenizer.convert_ids_to_tokens(token)

@@ -79,10 +79,15 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for value in batch.to_pylist():
                     number += 1
                     # What JSON has no word for (dates, bytes) becomes text: a row is a JSON value everywhere.
-                    plain = json.loads(json.dumps(value, default=str))
+                    plain = json.loads(json.dumps(value, default=_as_text))
                     yield Row(number, number, size * number // total, plain)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: damaged Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _as_text(value: object) -> str:
+    """Columns that no writer marked as text hold bytes; where those are not UTF-8, reading them as text is refused."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _line_rows(path: Path, file: Bytes, position: Callable[[], int]) -> Iterator[Row]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ultrafuser_mega.data.store import DROPPED, SPLITS
@@ -28,7 +29,7 @@ class PrepareReport:
     def table(self) -> Table:
         """A rich table, one row per class and split."""
         title = f"{self.folder}" + (" (made before from the same inputs)" if self.reused else "")
-        table = Table(title=title)
+        table = Table(title=escape(title))  # a folder may have [brackets] in its name
         for heading in ("class", "split"):
             table.add_column(heading)
         for heading in ("rows", "kept", "cut at max_length", "response tokens"):

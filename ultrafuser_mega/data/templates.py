@@ -13,7 +13,7 @@ A template has a ``name`` as configured and the ``text`` that defines it (for ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,13 +96,29 @@ class ChatTemplate(JinjaTemplate):
         check_markers(history, roles, among=("assistant",))
         before, _, behind = history.partition(marker(1))
         lead = " " if before == first + " " else ""
-        try:
-            last = self.apply(tokenizer, messages[:4], for_generation=False).partition(marker(3))[2]
-        except PromptError:  # it wants a question at the end
-            last = ""
         opening = _added_tokens(tokenizer, first.partition(marker(0))[0])
-        behind_answer = _added_tokens(tokenizer, last) + _added_tokens(tokenizer, behind.partition(marker(2))[0])
-        return lead, next((token for token in behind_answer if token not in opening), None)
+        between = _added_tokens(tokenizer, behind.partition(marker(2))[0])
+        ending = [
+            *self._last_ending(tokenizer, messages[:4], opening),
+            *(token for token in between if token not in opening),  # an opening ends nothing
+        ]
+        return lead, next(iter(ending), None)
+
+    def _last_ending(
+        self, tokenizer: SequenceTokenizer, messages: Sequence[Mapping[str, str]], opening: Sequence[int]
+    ) -> list[int]:
+        """Control tokens behind an answer that nothing follows.
+
+        They may stand in ``opening``, what comes before a first question, as well: it holds the system text of a
+        template that brings one along, which ends like a turn.
+        """
+        try:
+            shown = self.apply(tokenizer, messages, for_generation=False)
+            asks_anyway = shown == self.apply(tokenizer, messages)
+        except PromptError:  # it wants a question at the end
+            return []
+        tokens = _added_tokens(tokenizer, shown.partition(marker(3))[2])
+        return [token for token in tokens if not (asks_anyway and token in opening)]
 
 
 def _added_tokens(tokenizer: SequenceTokenizer, text: str) -> list[int]:

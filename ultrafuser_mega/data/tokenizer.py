@@ -38,10 +38,17 @@ class TextEncoder(SequenceTokenizer):
         if not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder; expected one with tokenizer.json or tokenizer.model")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )  # unasked, every rank would wait for a person to answer
         except Exception as error:  # transformers raises many kinds here, some with pages of advice
             if not any((Path(folder) / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
                 raise InputError(f"{folder}: holds no tokenizer; add its tokenizer.json or tokenizer.model") from None
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"{folder}: its tokenizer is a program (auto_map in tokenizer_config.json), which is not run; "
+                    "if tokenizer.json says it all, remove auto_map and set tokenizer_class: PreTrainedTokenizerFast"
+                ) from None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"{folder}: no tokenizer can be loaded from here: {reason}") from None
         if not tokenizer.is_fast:

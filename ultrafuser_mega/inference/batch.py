@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ def answer_file(
                     done[event[0]] = event[1]
                     progress.advance(task)
             for row, answer in sorted(done.items()):
-                answers.write(_line(source.rows[row] | {ANSWER: answer.text, FINISH: answer.finish_reason}))
+                _append(answers, source.rows[row] | {ANSWER: answer.text, FINISH: answer.finish_reason})
                 traces.write(row, answer)
 
 
@@ -121,7 +122,7 @@ class TraceFile:
             "mean_weights": [round(weight, 6) for weight in answer.mean_weights()],
             "tokens": tokens,
         }
-        self._file.write(_line(record))
+        _append(self._file, record)
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -133,6 +134,13 @@ def _line(record: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
+def _append(file: IO[str], record: Mapping[str, Any]) -> None:
+    try:
+        file.write(_line(record))
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be written: {error.strerror}") from None
+
+
 def refuse_existing(path: Path) -> None:
     """InputError where there is something of this name."""
     if path.exists():
@@ -141,17 +149,30 @@ def refuse_existing(path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[str]]:
-    """Write to a hidden neighbour that gets the name ``path`` at a good end; never over a file that is there."""
+    """Write to a hidden neighbour that gets the name ``path`` at a good end; never over a file that is there.
+
+    Raises:
+        InputError: there is a file of this name, another process writes one, or it cannot be written.
+    """
     refuse_existing(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        file = partial.open("w", encoding="utf-8")
+        file = partial.open("a", encoding="utf-8")  # not emptied yet: it may be another's
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{path}: another process writes to this name; choose another one") from None
+            refuse_existing(path)  # the other may have been through in the meantime
+            file.truncate(0)
             yield file
+            file.flush()
+            partial.rename(path)
     except KeyboardInterrupt:
         print(f"interrupted; what was finished is in {partial}", file=sys.stderr)
         raise
-    partial.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}; what was finished is in {partial}") from None

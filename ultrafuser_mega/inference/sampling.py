@@ -97,7 +97,14 @@ class Chooser:
             logits: (b, V) float32.
             seen: (b, s) ids of prompt and answer so far.
             rows: the rows' numbers.
+
+        Raises:
+            InputError: a logit is not finite; nothing that is chosen then means anything.
         """
+        if not logits.isfinite().all():
+            raise InputError(
+                "the model's logits are not finite: its weights are damaged (ultrafuser verify), or overflow in --dtype"
+            )
         scores = self._processors(seen, logits)  # type: ignore[arg-type]
         if self._greedy:
             return scores.argmax(dim=-1).cpu()

@@ -98,5 +98,7 @@ class PackedAttention(nn.Module):
             return out.flatten(1)[:, None]
         grouped = k.shape[2] != q.shape[2]
         sequences = zip(*(x.permute(1, 2, 0, 3).split(info.lengths, dim=2) for x in (q, k, v)), strict=True)
-        attended = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in sequences]
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in sequences
+        ]
         return torch.cat(attended, dim=2).permute(2, 0, 1, 3).flatten(2)

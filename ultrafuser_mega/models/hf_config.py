@@ -42,6 +42,7 @@ _LOOKED_UP: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),
+    "return_dict": (True,),  # with false transformers' own causal models fail
 }
 # Older spellings that transformers resolves, and notes of the software that wrote the file.
 _OTHER_NAMES = frozenset({"rope_scaling", "rope_theta", "torch_dtype", "auto_map"})

@@ -26,6 +26,7 @@ __all__ = [
     "Architecture",
     "HFWeights",
     "TensorFolder",
+    "answer_ends",
     "check_parallel_sizes",
     "check_positions",
     "hf_shapes",
@@ -193,6 +194,20 @@ def hf_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     of_layer = {name: shape for rule in FAMILIES[a.family].rules for name, shape in rule.shapes(a).items()}
     layers = {f"model.layers.{i}.{name}": shape for i in range(a.layers) for name, shape in of_layer.items()}
     return {EMBEDDING: (a.vocab_rows, d), **layers, FINAL_NORM: (d,), HEAD: (a.vocab_rows, d)}
+
+
+def answer_ends(folder: Path) -> list[int]:
+    """The tokens that the folder's generation_config.json ends an answer with; none where it has no such file.
+
+    Raises:
+        InputError: the file is damaged, or one of them is no token.
+    """
+    path = folder / "generation_config.json"
+    given = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    tokens = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(token) is not int for token in tokens):
+        raise InputError(f"{path}: eos_token_id = {given!r}; expected a token or a list of tokens")
+    return [token for token in tokens if token >= 0]  # some write -1 for none
 
 
 def check_positions(field: str, length: int, name: str, arch: Architecture) -> None:

@@ -29,6 +29,7 @@ from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
     HFWeights,
+    answer_ends,
     check_parallel_sizes,
     check_positions,
     read_architecture,
@@ -115,6 +116,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         check_parallel_sizes(name, arch, placement.tp, placement.pp)
         if config.checkpoint.start is None:
             HFWeights(config.folders[name], arch)
+        answer_ends(config.folders[name])
         check_positions("data.max_length", config.data.max_length, name, arch)
     vocab_size = shared_vocabulary(config)
     encoders = check_tokenizers(config.folders, vocab_size)

@@ -25,7 +25,7 @@ from ultrafuser_mega.data import chat_format
 from ultrafuser_mega.data.templates import PaperTemplate, ResponseFormat, Template, load_template, response_format
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import read_json_object
+from ultrafuser_mega.models.hf_folder import answer_ends, read_json_object
 from ultrafuser_mega.release.card import CardFacts, SpecialistFacts, licence_files, write_card
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
 
@@ -209,11 +209,7 @@ def _write_generation_config(
     their sampling settings."""
     ends = list(dict.fromkeys(token for token in stops if token < config.vocab_size))
     for folder in folders.values():
-        path = folder / "generation_config.json"
-        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        for token in found if isinstance(found, list) else [found]:
-            if isinstance(token, int) and token < config.vocab_size and token not in ends:
-                ends.append(token)
+        ends += [token for token in answer_ends(folder) if token < config.vocab_size and token not in ends]
     generation = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ultrafuser_mega.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, DivergedError, InputError
+from ultrafuser_mega.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, DivergedError, InputError, system_refusal
 from ultrafuser_mega.runtime.device import launched_rank, launched_ranks
 
 _FAILED, _SPOKEN, _LEAVING = "failure/ranks", "failure/spoken", "failure/leaving"
@@ -36,8 +36,9 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken p
 def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
     """Wrap everything a rank does; on an exception this does not return.
 
-    The first failing rank prints its error, an InputError or DivergedError as one line and anything else with its
-    traceback, and exits; the launcher then ends the others. Exit codes: 2 for bad input, 3 for divergence, 1 otherwise.
+    The first failing rank prints its error and exits; the launcher then ends the others. An InputError, a DivergedError
+    and what the system has against a place are one line, anything else comes with its traceback. Exit codes: 2 for bad
+    input, 3 for divergence, 1 otherwise.
 
     Args:
         store: what the ranks of the job share, from :func:`ultrafuser_mega.runtime.device.launcher_store`.
@@ -61,13 +62,22 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
                 time.sleep(_LAUNCHER_S)
         sys.stdout.flush()
         # No orderly shutdown: collectives that peers still wait in would never end.
-        codes = {InputError: EXIT_BAD_INPUT, DivergedError: EXIT_DIVERGED}
-        os._exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
+        os._exit(_exit_code(error))
 
 
 def lost_peer(error: BaseException) -> bool:
     """Whether ``error`` says that another rank is gone, rather than why."""
+    if isinstance(error, BrokenPipeError):  # its own: nobody reads what it prints
+        return False
     return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST_PEER)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, OSError):
+        _, code = system_refusal(error) or ("", 1)
+        return code
+    codes = {InputError: EXIT_BAD_INPUT, DivergedError: EXIT_DIVERGED}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
 
 def _claims_to_be_first(error: BaseException, store: dist.Store) -> bool:
@@ -90,6 +100,8 @@ def _message(error: BaseException) -> str:
     where = f" (rank {launched_rank()} of {ranks})" if ranks > 1 else ""
     if isinstance(error, InputError | DivergedError):
         return f"error: {error}"
+    if isinstance(error, OSError) and (refusal := system_refusal(error)):
+        return f"error: {refusal[0]}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; --resume goes on from the newest checkpoint, if there is one"
     message = f"failed{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"

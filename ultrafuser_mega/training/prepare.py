@@ -13,12 +13,27 @@ from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.sampler import passes
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
 
 
 def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) -> PrepareReport:
-    """Tokenise the configured data into ``config.store_dir``, or find that this was done."""
+    """Tokenise the configured data into ``config.store_dir``, or find that this was done.
+
+    Raises:
+        InputError: as ``prepare_store``, and for what the system has against the store's place.
+    """
+    try:
+        return _prepare(config, vocab_size, overwrite)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        raise InputError(
+            f"data.store: {config.store_dir}: cannot be written ({reason}); choose another place"
+        ) from None
+
+
+def _prepare(config: FuserConfig, vocab_size: int, overwrite: bool) -> PrepareReport:
     root = config.data.root
     classes = config.data.classes.values()
     holdout: dict[str | Path, int] = {

@@ -51,6 +51,7 @@ def set_aside(run_dir: Path) -> Path | None:
     left = [path for path in run_dir.iterdir() if path.name not in ("store", _LOCK)] if run_dir.is_dir() else []
     if not left:
         return None
+    run_dir = run_dir.resolve()  # a link leads to another disk, on which what is moved must stay
     number = 1
     while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1

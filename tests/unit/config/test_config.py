@@ -111,6 +111,7 @@ def test_later_override_wins() -> None:
         ("layouts.0.specialists.text.ttp=2", "unknown key layouts.0.specialists.text.ttp; did you mean layouts.0."),
         ("lr=1e-3", "unknown key lr; did you mean stage1.lr or stage2.lr?"),
         ("nothing_like_it=1", "unknown key nothing_like_it"),
+        ("layouts.5.specialists={}", "unknown key layouts.5.specialists; layouts.5 is of a kind that has none"),
     ],
 )
 def test_unknown_key_is_named_with_the_nearest_known_one(override: str, message: str) -> None:
@@ -141,6 +142,7 @@ def test_misspelt_required_key_is_reported_as_misspelt_rather_than_missing(tmp_p
         ("stage2={steps: 5}", ("stage2.samples_per_class is missing",)),
         ("name=a/b", ("name", "'a/b'")),
         ("data.classes.text.train=[]", ("data.classes.text.train", "at least 1")),
+        ("data.max_length=1", ("data.max_length", "greater than or equal to 2", "found 1")),
     ],
 )
 def test_wrong_value_is_named_with_its_key(override: str, named: tuple[str, ...]) -> None:
@@ -170,7 +172,7 @@ def test_disjoint_layout_must_place_exactly_the_specialists() -> None:
     assert message == "layouts.1.specialists places text, law; it must place exactly text, code, math"
 
 
-@pytest.mark.parametrize("name", ["fused", "mean", "shared", "two words", "a.b"])
+@pytest.mark.parametrize("name", ["fused", "mean", "shared", "two words", "a.b", "_a", "texte_é"])
 @pytest.mark.parametrize("section", ["specialists", "data.classes"])
 def test_names_that_reports_and_files_use_themselves_are_refused(section: str, name: str) -> None:
     entry = "{path: x}" if section == "specialists" else "{train: [x.jsonl]}"
@@ -181,6 +183,8 @@ def test_names_that_reports_and_files_use_themselves_are_refused(section: str, n
     ("content", "message"),
     [
         ("a: [1,", "not valid YAML"),
+        ("name: {{ name }}", "not valid YAML: .*unhashable key"),  # somebody's template, not filled in
+        ("? [a]\n: 1\n", "not valid YAML: .*unhashable key"),
         ("- 1\n- 2\n", "expected keys and values at the top level"),
         ("", "expected keys and values at the top level"),
     ],

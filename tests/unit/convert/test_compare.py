@@ -106,3 +106,13 @@ def test_exported_folder_with_a_flipped_byte_is_refused(models: Path, tmp_path: 
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"model\.safetensors: tensor lm_head\.weight is not the one"):
         compare(str(flipped), str(models / "wide"), TEXT)
+
+
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+def test_attention_kernels_that_a_folder_asks_for_need_not_be_installed(
+    models: Path, tmp_path: Path, field: str
+) -> None:
+    folder = Path(shutil.copytree(models / "wide", tmp_path / "wide"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: "flash_attention_2"}))
+    assert compare(str(folder), str(models / "wide"), TEXT, 0.0).equal

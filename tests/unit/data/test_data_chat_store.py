@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.errors import InputError
 
 SYSTEM_LAST = (
     "{% for m in messages %}{% if m.role == 'user' %}[Q]{% if loop.last and messages[0].role == 'system' %}"
@@ -67,3 +69,15 @@ def test_the_report_says_how_responses_end_and_whose_template_ends_turns_otherwi
         "the templates of others end one otherwise: plain with <|im_end|>"
     )
     assert TokenStore.open(report.folder).eos_id == 0
+
+
+def test_another_first_specialist_makes_another_store_since_its_ending_is_trained(
+    report: PrepareReport, bytelevel: Path, tmp_path: Path
+) -> None:
+    specialists = {"plain": (bytelevel, "ultralm"), "chat": (tmp_path / "mistral", "hf")}
+    arguments: dict[str, Any] = {"vocab_size": 474, "max_length": 200}
+    sources = {"all": [tmp_path / "rows.jsonl"]}
+    with pytest.raises(InputError, match=r"holds a store made from other inputs \(responses\)"):
+        prepare_store(report.folder, sources, specialists, **arguments)
+    prepare_store(report.folder, sources, specialists, **arguments, overwrite=True)
+    assert TokenStore.open(report.folder).eos_id == 2, "<|im_end|>"

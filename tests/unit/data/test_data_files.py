@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ultrafuser_mega.data.conversation import MalformedRowError, to_conversation
 from ultrafuser_mega.data.files import expand_files
 from ultrafuser_mega.data.readers import read_rows
 from ultrafuser_mega.errors import InputError
@@ -28,6 +29,17 @@ def test_an_entry_is_a_file_a_folder_of_data_files_or_a_glob_in_the_order_of_nam
     assert [file.name for file in expand_files(shards / "*.jsonl*")] == ["a.jsonl.gz", "b.jsonl"]
     assert [file.name for file in expand_files(shards / "**" / "*.json")] == ["[x].json", "d.json"]
     assert expand_files(shards / "[x].json") == [shards / "[x].json"], "a file of that very name comes first"
+
+
+def test_a_glob_may_start_in_a_folder_whose_name_looks_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data [v1]" / "b").mkdir(parents=True)
+    (tmp_path / "data [v1]" / "b" / "a.jsonl").write_text(LINES)
+    assert expand_files(tmp_path / "data [v1]" / "*" / "*.jsonl") == [tmp_path / "data [v1]" / "b" / "a.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    assert expand_files(Path("data [v1]/b/*.jsonl")) == [Path("data [v1]/b/a.jsonl")]
+    assert expand_files(Path("d*/b/a.jsonl")) == [Path("data [v1]/b/a.jsonl")]
 
 
 def test_an_entry_that_stands_for_no_file_is_named(tmp_path: Path) -> None:
@@ -120,13 +132,25 @@ def test_parquet_gives_plain_json_values(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "part-0", row_group_size=1)
     read = list(read_rows(tmp_path / "part-0"))
     assert [row.value["messages"] for row in read] == [row["messages"] for row in rows]
-    assert [row.value["raw"] for row in read] == ["b'\\xff'", None]
+    assert [row.value["raw"] for row in read] == ["\udcff", None]
     assert [(row.number, row.line) for row in read] == [(1, 1), (2, 2)]
     content = (tmp_path / "part-0").read_bytes()
     (tmp_path / "part-1").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="part-1: damaged Parquet: ") as raised:
         list(read_rows(tmp_path / "part-1"))
     assert "\n" not in str(raised.value)
+
+
+def test_bytes_of_parquet_are_text_where_they_are_utf8_and_refused_where_not(tmp_path: Path) -> None:
+    """Some writers mark no column as text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"prompt": [b"caf\xc3\xa9?", b"caf\xe9?"], "completion": [b"Yes.", b"No."]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    one, two = read_rows(tmp_path / "rows.parquet")
+    assert to_conversation(one.value).turns == (("café?", "Yes."),)
+    with pytest.raises(MalformedRowError, match='"prompt" is no Unicode text at character 3'):
+        to_conversation(two.value)
 
 
 def test_parquet_without_its_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from rich.console import Console
 
 from ultrafuser_mega.data import build
 from ultrafuser_mega.data.prepare import prepare_store
@@ -133,6 +136,15 @@ def test_malformed_rows_of_an_array_are_named_by_row_and_line(prepare: Any, sour
     write_rows(sources["text"][0], [{"instruction": "a", "output": "b"}, {"instruction": "a"}], as_array=True)
     report = prepare()
     assert report.problems()[0].startswith(f"malformed: {sources['text'][0]}:6 (row 2): missing field")
+
+
+@pytest.mark.parametrize("name", ["[a]", "[/b]", "[bold]"])
+def test_the_title_of_the_table_is_the_folder_whatever_its_name(prepare: Any, tmp_path: Path, name: str) -> None:
+    """rich reads [a] as a style, and ends in an error where one is closed that was not opened."""
+    report = replace(prepare(), folder=Path(name) / "] [" / "store")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    assert str(report.folder) in console.export_text()
 
 
 def test_only_some_dropped_rows_are_shown_and_the_rest_counted(prepare: Any, sources: Any) -> None:

@@ -103,6 +103,7 @@ def test_the_space_that_a_template_writes_before_answers_that_are_history_leads_
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}ENDING{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OWN_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|endoftext|>\n{% endif %}"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,9 @@ ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (TURNS.replace("ENDING", "<|im_end|>") + "<|im_start|>assistant\n", "<|im_end|>"),
         ("{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + TURNS + ASK, None),
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", None),
+        # Bringing a system text along, as Qwen2.5, SmolLM2 and Llama 3.1 do, whose turn ends as an answer does.
+        (OWN_SYSTEM + TURNS.replace("ENDING", "<|endoftext|>\n") + ASK, "<|endoftext|>"),
+        (OWN_SYSTEM + TURNS.replace("ENDING", "\n") + ASK, None),
     ],
 )
 def test_what_ends_a_turn_is_what_the_template_writes_behind_an_answer(bytelevel: Any, template: Any, end: Any) -> None:

@@ -176,3 +176,16 @@ def test_the_shared_vocabulary_is_the_smallest_of_the_models(tmp_path: Path) -> 
     (tmp_path / "math" / "config.json").write_text('{"vocab_size": "many"}')
     with pytest.raises(InputError, match="vocab_size is 'many'; expected a positive whole number"):
         shared_vocab_size(folders)
+
+
+def test_a_tokenizer_that_is_a_program_is_refused_without_asking_and_without_running_it(
+    first: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(first, tmp_path / "folder"))
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(InputError, match=r"folder: its tokenizer is a program \(auto_map in tokenizer_config\.json\)"):
+        TextEncoder(folder)
+    assert not (tmp_path / "run").exists()
+    assert "[y/N]" not in "".join(capfd.readouterr())

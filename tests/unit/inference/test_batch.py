@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answerer, Limits
-from ultrafuser_mega.inference.batch import PromptFile, answer_file
+from ultrafuser_mega.inference.batch import PromptFile, answer_file, new_file
 from ultrafuser_mega.inference.model import OpenedModel
 from ultrafuser_mega.inference.sampling import Sampling
 
@@ -145,3 +147,30 @@ def test_an_interrupted_file_does_not_get_its_name(
         run(answerer, source, tmp_path / "out.jsonl", trace=tmp_path / "trace.jsonl")
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "trace.jsonl").exists()
     assert len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) == 2
+
+
+def test_a_file_that_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with new_file(path) as first:
+        first.write("1\n")
+        with pytest.raises(InputError, match=r"out\.jsonl: another process writes to this name"), new_file(path):
+            pass
+        first.write("2\n")
+    assert path.read_text() == "1\n2\n"
+    with pytest.raises(InputError, match=r"out\.jsonl: exists already"), new_file(path):
+        pass
+
+
+def test_what_a_killed_process_left_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / ".out.jsonl.partial").write_text("half a li")
+    with new_file(tmp_path / "out.jsonl") as file:
+        file.write("1\n")
+    assert (tmp_path / "out.jsonl").read_text() == "1\n"
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_line_and_no_file(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    words = r"out\.jsonl: cannot be written: No space left"
+    with pytest.raises(InputError, match=words), new_file(tmp_path / "out.jsonl"):
+        raise full
+    assert not (tmp_path / "out.jsonl").exists()

@@ -103,6 +103,7 @@ def test_rotary_settings_that_another_spelling_overrides_are_said(tmp_path: Path
     ("field", "value"),
     [
         ("is_causal", False),
+        ("return_dict", False),
         ("transformers_weights", "other.safetensors"),
         ("per_layer_config", {"0": {"intermediate_size": 40}}),
         ("partial_rotary_factor", 0.5),

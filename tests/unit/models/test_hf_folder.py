@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.families import LinearScaling
-from ultrafuser_mega.models.hf_folder import HFWeights, check_parallel_sizes, read_architecture
+from ultrafuser_mega.models.hf_folder import HFWeights, answer_ends, check_parallel_sizes, read_architecture
 from ultrafuser_mega.toy import tiny_llama
 
 # config.json as transformers 4 wrote it for CodeLlama (rope_theta on top, no head_dim).
@@ -350,3 +350,28 @@ def test_shards_of_a_layer_make_up_the_whole(llama: Path, tp: int) -> None:
 )
 def test_parallel_sizes_that_do_not_divide_say_which_would(llama: Path, tp: int, pp: int, message: str) -> None:
     assert message in refusal(check_parallel_sizes, "code", read_architecture(llama), tp, pp)
+
+
+@pytest.mark.parametrize(
+    ("content", "ends"),
+    [
+        ('{"eos_token_id": 2}', [2]),
+        ('{"eos_token_id": [2, 7, -1]}', [2, 7]),
+        ('{"eos_token_id": null}', []),
+        ("{}", []),
+        (None, []),
+    ],
+)
+def test_what_ends_answers_is_a_token_several_or_none(tmp_path: Path, content: str | None, ends: list[int]) -> None:
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(content)
+    assert answer_ends(tmp_path) == ends
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"eos_token_id": [2, true]}', '{"eos_token_id": "</s>"}'])
+def test_damaged_settings_of_generation_are_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        answer_ends(tmp_path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)

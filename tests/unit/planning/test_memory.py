@@ -98,11 +98,11 @@ def stage2_plain(dtype: str) -> int:
 
 
 @pytest.mark.parametrize(("left_out", "kept"), [(["stage1"], [2]), (["stage2"], [1]), (["stage1", "stage2"], [])])
-def test_a_stage_without_steps_takes_no_memory_and_asks_for_no_batch(
+def test_a_stage_without_steps_takes_no_memory_and_asks_for_no_schedule(
     trio: Path, tmp_path: Path, left_out: list[str], kept: list[int]
 ) -> None:
     tree = config_tree(trio, tmp_path, ONE)
     for name in left_out:
-        tree[name] |= {"steps": 0, "samples_per_class": 5, "min_lr": 1.0}  # 15 samples do not split, nor does 1.0 fall
-    (share,) = shares(tree | {"micro_batch_size": 2}, 1)
+        tree[name] |= {"steps": 0, "min_lr": 1.0}  # no rate falls to 1.0
+    (share,) = shares(tree, 1)
     assert list(share.stage_bytes) == kept
