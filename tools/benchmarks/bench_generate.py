@@ -67,6 +67,25 @@ def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, 
     new, length = arguments.new_tokens, arguments.prompt_tokens
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=generator)
+    seconds = timed(variants(model, ids, new), arguments.rounds)
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    return {
+        "batch": batch,
+        "prompt_tokens": length,
+        "new_tokens": new,
+        "variants": {
+            name: {
+                "seconds": medians[name],
+                "tokens_per_s": batch * new / medians[name],
+                "ratio": statistics.median(a / b for a, b in zip(s, seconds[FLOOR], strict=True)),
+            }
+            for name, s in seconds.items()
+        },
+    }
+
+
+def variants(model: Any, ids: torch.Tensor, new: int) -> dict[str, Callable[[], None]]:
+    """What decodes ``new`` tokens behind the prompts ``ids`` (batch, length), each in its way."""
     prompts: list[Prompt] = [dict.fromkeys(model.names, row) for row in ids.tolist()]
     options = {"max_new_tokens": new, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
 
@@ -79,53 +98,37 @@ def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, 
                 logits = own[name](tokens[name], past_key_values=caches[name], logits_to_keep=1).logits
                 tokens[name] = logits[:, -1:].argmax(dim=-1)
 
+    def generate(generating: Any) -> None:
+        tokens = ids.to(generating.device)
+        sequences = generating.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        assert sequences.shape[1] == ids.shape[1] + new
+
     def answers_in_turn() -> None:
         for name in model.names:
-            own = model.specialists[name]
-            tokens = ids.to(own.device)
-            assert own.generate(tokens, attention_mask=torch.ones_like(tokens), **options).shape[1] == length + new
-
-    def release() -> None:
-        tokens = ids.to(model.device)
-        assert model.generate(tokens, attention_mask=torch.ones_like(tokens), **options).shape[1] == length + new
+            generate(model.specialists[name])
 
     def ours() -> None:
         decoding = Decoder(model).decode(prompts, max_new_tokens=new, sampling=Sampling(), eos=())
         assert sum(1 for _ in decoding) == new
 
-    variants: dict[str, Callable[[], None]] = {
-        FLOOR: models_in_turn,
-        "answers in turn": answers_in_turn,
-        "ultrafuser generate": ours,
-    }
+    found = {FLOOR: models_in_turn, "answers in turn": answers_in_turn, "ultrafuser generate": ours}
     if len({next(model.specialists[name].parameters()).device for name in model.names}) == 1:
-        variants["release generate()"] = release
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(arguments.rounds + 1):  # the first warms up
-        for name, variant in variants.items():
+        found["release generate()"] = lambda: generate(model)
+    return found
+
+
+def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in each of so many rounds, which take turns; a round before them warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
             began = time.perf_counter()
-            variant()
+            run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_:
                 seconds[name].append(time.perf_counter() - began)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(s, seconds[FLOOR], strict=True)) for name, s in seconds.items()
-    }
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    return {
-        "batch": batch,
-        "prompt_tokens": length,
-        "new_tokens": new,
-        "variants": {
-            name: {
-                "seconds": medians[name],
-                "tokens_per_s": batch * new / medians[name],
-                "ratio": ratios[name],
-            }
-            for name in variants
-        },
-    }
+    return seconds
 
 
 def show(runs: list[dict[str, Any]]) -> None:

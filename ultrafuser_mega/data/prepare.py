@@ -70,40 +70,7 @@ def prepare_store(
         for name, (_, template) in specialists.items()
     }
     aligner = Aligner(encoders, templates, vocab_size, max_length)
-    inputs = {
-        "vocab_size": vocab_size,
-        "max_length": max_length,
-        "on_malformed": on_malformed,
-        "classes": list(sources),
-        "specialists": {
-            name: {
-                "template": template.name,
-                "template_text": template.text,
-                "template_hash": digest(template.text),
-                "tokenizer": encoders[name].fingerprint(),
-            }
-            for name, template in templates.items()
-        },
-        "responses": {
-            "of": next(iter(templates)),  # whose tokenizer and ending they have: the order of specialists matters
-            "lead": aligner.format.lead,
-            "ends": {
-                name: encoders[name].tokenizer.convert_ids_to_tokens(token)
-                for name, token in aligner.format.ends.items()
-            },
-        },
-        "sources": [
-            {
-                "class": source.class_name,
-                "file": source.path.name,
-                "holdout": source.holdout,
-                "columns": dict(source.columns),
-                "bytes": source.path.stat().st_size,
-                "blake2b": hash_file(source.path),
-            }
-            for source in planned
-        ],
-    }
+    inputs = _inputs(planned, aligner, on_malformed)
     if _finished_before(out, inputs, overwrite):
         return PrepareReport(out, read_manifest(out), reused=True)
 
@@ -113,21 +80,7 @@ def prepare_store(
         work.chmod(0o755)  # mkdtemp is for private files; a store is for a team
         splits = write_splits(work, planned, aligner, on_malformed, progress)
         _refuse_empty(splits, planned)
-        encoder = next(iter(encoders.values()))
-        manifest = {
-            "format": FORMAT_VERSION,
-            "fingerprint": _fingerprint(inputs),
-            "inputs": inputs,
-            "classes": list(sources),
-            "specialists": inputs["specialists"],
-            "vocab_size": vocab_size,
-            "max_length": max_length,
-            "bos_id": encoder.bos_id,
-            "eos_id": aligner.format.end_id,
-            "token_dtype": token_dtype(vocab_size).str,
-            "response_lead": aligner.format.lead,
-            "splits": splits,
-        }
+        manifest = _manifest(inputs, aligner, splits)
         write_manifest(work, manifest)
         _move_into_place(work, out)
     finally:
@@ -173,6 +126,65 @@ def _plan(
             planned.append(Source(class_name, path, count, names))
     _check_holdout_rows(held.values(), holdout_rows)
     return planned
+
+
+def _inputs(planned: Sequence[Source], aligner: Aligner, on_malformed: str) -> dict[str, Any]:
+    """All that decides what a store holds; another with the same is the same."""
+    encoders = aligner.encoders
+    return {
+        "vocab_size": aligner.vocab_size,
+        "max_length": aligner.max_length,
+        "on_malformed": on_malformed,
+        "classes": list(dict.fromkeys(source.class_name for source in planned)),
+        "specialists": {
+            name: {
+                "template": template.name,
+                "template_text": template.text,
+                "template_hash": digest(template.text),
+                "tokenizer": encoders[name].fingerprint(),
+            }
+            for name, template in aligner.templates.items()
+        },
+        "responses": {
+            "of": next(
+                iter(aligner.templates)
+            ),  # whose tokenizer and ending they have: the order of specialists matters
+            "lead": aligner.format.lead,
+            "ends": {
+                name: encoders[name].tokenizer.convert_ids_to_tokens(token)
+                for name, token in aligner.format.ends.items()
+            },
+        },
+        "sources": [
+            {
+                "class": source.class_name,
+                "file": source.path.name,
+                "holdout": source.holdout,
+                "columns": dict(source.columns),
+                "bytes": source.path.stat().st_size,
+                "blake2b": hash_file(source.path),
+            }
+            for source in planned
+        ],
+    }
+
+
+def _manifest(inputs: dict[str, Any], aligner: Aligner, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the store says of itself (store_writer.py), all but the checksum."""
+    return {
+        "format": FORMAT_VERSION,
+        "fingerprint": _fingerprint(inputs),
+        "inputs": inputs,
+        "classes": inputs["classes"],
+        "specialists": inputs["specialists"],
+        "vocab_size": aligner.vocab_size,
+        "max_length": aligner.max_length,
+        "bos_id": next(iter(aligner.encoders.values())).bos_id,
+        "eos_id": aligner.format.end_id,
+        "token_dtype": token_dtype(aligner.vocab_size).str,
+        "response_lead": aligner.format.lead,
+        "splits": splits,
+    }
 
 
 def _check_holdout_rows(unknown: Iterable[tuple[str | Path, int]], holdout_rows: Mapping[str | Path, int]) -> None:

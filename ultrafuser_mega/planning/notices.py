@@ -1,4 +1,4 @@
-"""What a run does with its specialists' folders that its user may not expect, in a line each."""
+"""What a run does with its specialists' folders and its ranks that its user may not expect, in a line each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.templates import load_template, other_than_own
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.hf_folder import Architecture, unread_fields
+
+
+def idle_replicas(config: FuserConfig, dp: int) -> tuple[str, ...]:
+    """Lines for people: stages with fewer samples in a step than there are replicas."""
+    classes = len(config.data.classes)
+    return tuple(
+        f"stage {number}: {dp} replicas for {classes} x {stage.samples_per_class} samples a step: "
+        f"{dp - classes * stage.samples_per_class} of them have nothing to do"
+        for number, stage in config.stages.items()
+        if classes * stage.samples_per_class < dp
+    )
 
 
 def folder_notices(

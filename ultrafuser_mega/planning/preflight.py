@@ -34,7 +34,7 @@ from ultrafuser_mega.models.hf_folder import (
     check_positions,
     read_architecture,
 )
-from ultrafuser_mega.planning.notices import folder_notices
+from ultrafuser_mega.planning.notices import folder_notices, idle_replicas
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 
 
@@ -132,9 +132,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         resume=None,
     )
     start = _start(config, plan.identity)
-    plan = replace(
-        plan, start=start, notices=folder_notices(config, architectures, encoders, DTYPES[config.dtype], start)
-    )
+    notices = folder_notices(config, architectures, encoders, DTYPES[config.dtype], start)
+    plan = replace(plan, start=start, notices=(*idle_replicas(config, layout.dp), *notices))
     if not resume:
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")

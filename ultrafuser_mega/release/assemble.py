@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,37 +73,14 @@ def assemble_release(
         InputError: a specialist's folder, template or family cannot be released, or the specialists do not fit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    folders = {name: folder for name, (folder, _) in specialists.items()}
-    raw = {name: read_json_object(folder / "config.json") for name, folder in folders.items()}
-    encoders = check_tokenizers(folders, vocab_size)
-    templates = {
-        name: load_template(template, encoders[name].tokenizer, str(folders[name]))
-        for name, (_, template) in specialists.items()
-    }
-    responses = response_format(encoders, templates, vocab_size)
-    first, *others = specialists
-    own_tokenizer = {name for name in others if encoders[name].fingerprint() != encoders[first].fingerprint()}
-    entries: list[dict[str, Any]] = []
-    for name in specialists:
-        fields = raw[name] | {"tie_word_embeddings": False} if raw[name].get("tie_word_embeddings") else raw[name]
-        entries.append({"name": name, "config": fields, "template": _template_fields(templates[name])})
-        if name in own_tokenizer:
-            entries[-1]["tokenizer"] = f"tokenizers/{name}"
-    config = _make_config(entries, vocab_size, gate_units, gate_shared, dtype, responses, encoders[first])
-
+    parts = _Parts.load(specialists, vocab_size)
+    config = _make_config(parts, gate_units, gate_shared, dtype)
     config.to_json_file(out_dir / "config.json")
     for file, source in CODE.items():
         shutil.copyfile(source, out_dir / file)
-    jinja = {name: _as_jinja(template, encoders[name], responses) for name, template in templates.items()}
-    _write_tokenizer(out_dir, encoders[first], jinja[first], vocab_size)
-    (out_dir / "chat_templates").mkdir(exist_ok=True)
-    for name, template in jinja.items():
-        (out_dir / "chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
-        _copy_into(out_dir / "chat_templates" / name, sorted((folders[name] / ADDITIONAL).glob("*.jinja")))
-        if name in own_tokenizer:
-            _write_tokenizer(out_dir / "tokenizers" / name, encoders[name], template, vocab_size)
-    _write_generation_config(out_dir, folders, config, [*responses.ends.values(), encoders[first].eos_id])
-    for name, folder in folders.items():
+    _write_tokenizers_and_templates(out_dir, parts)
+    _write_generation_config(out_dir, parts, config)
+    for name, folder in parts.folders.items():
         card_of = [path] if (path := folder / "README.md").is_file() else []  # where most say what their licence is
         _copy_into(out_dir / "licenses" / name, [*licence_files(folder), *card_of])
     facts = [
@@ -112,25 +91,62 @@ def assemble_release(
     return config
 
 
-def _make_config(
-    entries: list[dict[str, Any]],
-    vocab_size: int,
-    gate_units: int,
-    gate_shared: bool,
-    dtype: torch.dtype,
-    responses: ResponseFormat,
-    first: TextEncoder,
-) -> UltraFuserConfig:
+@dataclass(frozen=True)
+class _Parts:
+    """What goes into a release beside weights: of every specialist, by name in the order of the gate weights."""
+
+    folders: dict[str, Path]
+    fields: dict[str, dict[str, Any]]  # of its config.json
+    encoders: dict[str, TextEncoder]
+    templates: dict[str, Template]
+    responses: ResponseFormat
+    vocab_size: int
+
+    @classmethod
+    def load(cls, specialists: Mapping[str, tuple[Path, str]], vocab_size: int) -> _Parts:
+        """Raises InputError where a folder or a template is unusable, or the tokenizers disagree."""
+        folders = {name: folder for name, (folder, _) in specialists.items()}
+        fields = {name: read_json_object(folder / "config.json") for name, folder in folders.items()}
+        encoders = check_tokenizers(folders, vocab_size)
+        templates = {
+            name: load_template(template, encoders[name].tokenizer, str(folders[name]))
+            for name, (_, template) in specialists.items()
+        }
+        return cls(folders, fields, encoders, templates, response_format(encoders, templates, vocab_size), vocab_size)
+
+    @property
+    def first(self) -> TextEncoder:
+        """The tokenizer of the release as a whole: the first specialist's."""
+        return next(iter(self.encoders.values()))
+
+    @cached_property  # a fingerprint is taken of the whole tokenizer
+    def own_tokenizers(self) -> dict[str, str]:
+        """Specialists with another tokenizer than the first -> its place in the release."""
+        whole = self.first.fingerprint()
+        return {name: f"tokenizers/{name}" for name, own in self.encoders.items() if own.fingerprint() != whole}
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Of the field ``specialists`` in the release's config.json."""
+        entries = []
+        for name, fields in self.fields.items():
+            untied = fields | {"tie_word_embeddings": False} if fields.get("tie_word_embeddings") else fields
+            entry = {"name": name, "config": untied, "template": _template_fields(self.templates[name])}
+            own = self.own_tokenizers.get(name)
+            entries.append(entry if own is None else entry | {"tokenizer": own})
+        return entries
+
+
+def _make_config(parts: _Parts, gate_units: int, gate_shared: bool, dtype: torch.dtype) -> UltraFuserConfig:
     try:
         config = UltraFuserConfig(
-            specialists=entries,
-            vocab_size=vocab_size,
+            specialists=parts.entries(),
+            vocab_size=parts.vocab_size,
             gate_units=gate_units,
             gate_shared=gate_shared,
-            response_lead=responses.lead,
-            bos_token_id=first.bos_id,
-            eos_token_id=responses.end_id,
-            pad_token_id=_pad_id(first, vocab_size),
+            response_lead=parts.responses.lead,
+            bos_token_id=parts.first.bos_id,
+            eos_token_id=parts.responses.end_id,
+            pad_token_id=_pad_id(parts.first, parts.vocab_size),
             dtype=dtype,
             architectures=["UltraFuserForCausalLM"],
         )
@@ -178,6 +194,19 @@ def _as_jinja(template: Template, encoder: TextEncoder, responses: ResponseForma
     )
 
 
+def _write_tokenizers_and_templates(out_dir: Path, parts: _Parts) -> None:
+    jinja = {
+        name: _as_jinja(template, parts.encoders[name], parts.responses) for name, template in parts.templates.items()
+    }
+    _write_tokenizer(out_dir, parts.first, next(iter(jinja.values())), parts.vocab_size)
+    (out_dir / "chat_templates").mkdir(exist_ok=True)
+    for name, template in jinja.items():
+        (out_dir / "chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
+        _copy_into(out_dir / "chat_templates" / name, sorted((parts.folders[name] / ADDITIONAL).glob("*.jinja")))
+    for name, place in parts.own_tokenizers.items():
+        _write_tokenizer(out_dir / place, parts.encoders[name], jinja[name], parts.vocab_size)
+
+
 def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, vocab_size: int) -> None:
     """The tokenizer exactly as training loaded it, with a padding token that the model has a row for.
 
@@ -202,13 +231,12 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, voc
         raise InputError(f"{encoder.folder}: its tokenizer does not survive being saved; save it as tokenizer.json")
 
 
-def _write_generation_config(
-    out_dir: Path, folders: Mapping[str, Path], config: UltraFuserConfig, stops: Sequence[int]
-) -> None:
-    """``stops`` (the ending of training is the first), then whatever else ends a specialist's answers; nothing of
-    their sampling settings."""
+def _write_generation_config(out_dir: Path, parts: _Parts, config: UltraFuserConfig) -> None:
+    """The endings of training (that of the first template is the first), EOS, then whatever else ends a specialist's
+    answers; nothing of their sampling settings."""
+    stops = [*parts.responses.ends.values(), parts.first.eos_id]
     ends = list(dict.fromkeys(token for token in stops if token < config.vocab_size))
-    for folder in folders.values():
+    for folder in parts.folders.values():
         ends += [token for token in answer_ends(folder) if token < config.vocab_size and token not in ends]
     generation = GenerationConfig(
         bos_token_id=config.bos_token_id,

@@ -168,15 +168,7 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         """
         if unknown := [name for name, value in kwargs.items() if value is not None and value is not False]:
             raise ValueError(f"{', '.join(unknown)}: not supported by a fused model")
-        if specialist_input_ids is None:
-            if input_ids is None:
-                raise ValueError("input_ids: missing; give them or specialist_input_ids")
-            ids = dict.fromkeys(self.names, input_ids)
-            masks = dict.fromkeys(self.names, attention_mask)
-        else:
-            if input_ids is not None or attention_mask is not None:
-                raise ValueError("input_ids, attention_mask: give them or specialist_input_ids and _mask, not both")
-            ids, masks = self._per_specialist(specialist_input_ids, specialist_attention_mask)
+        ids, masks = self._read(input_ids, attention_mask, specialist_input_ids, specialist_attention_mask)
         if past_key_values is not None and not isinstance(past_key_values, FusedCache):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values: a fused model needs the cache that it returned itself, found {kind}")
@@ -196,12 +188,7 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         weights = self.gate_weights(hidden)
         logits = self.mixture((self.own_logits(name, hidden[name]) for name in self.names), weights)
 
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                shapes = f"{tuple(labels.shape)}, logits have {tuple(logits.shape[:2])}"
-                raise ValueError(f"labels: shape is {shapes}; give one label per position with logits")
-            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         output = UltraFuserOutput(
             loss=loss,
             logits=logits,
@@ -260,6 +247,28 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
                 mixed = mixed.addcmul_(own.to(weight.device), weight)
         assert mixed is not None
         return mixed
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        own_ids: Mapping[str, Tensor] | None,
+        own_masks: Mapping[str, Tensor | None] | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """What each specialist reads, of the two ways to say it."""
+        if own_ids is None:
+            if input_ids is None:
+                raise ValueError("input_ids: missing; give them or specialist_input_ids")
+            return dict.fromkeys(self.names, input_ids), dict.fromkeys(self.names, attention_mask)
+        if input_ids is not None or attention_mask is not None:
+            raise ValueError("input_ids, attention_mask: give them or specialist_input_ids and _mask, not both")
+        return self._per_specialist(own_ids, own_masks)
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        if labels.shape != logits.shape[:2]:
+            shapes = f"{tuple(labels.shape)}, logits have {tuple(logits.shape[:2])}"
+            raise ValueError(f"labels: shape is {shapes}; give one label per position with logits")
+        return self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
 
     def _per_specialist(
         self, ids: Mapping[str, Tensor], masks: Mapping[str, Tensor | None] | None

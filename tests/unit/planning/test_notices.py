@@ -46,3 +46,12 @@ def test_a_folder_without_a_tokenizer_is_told_what_to_add(copy: Path, tmp_path: 
         path.unlink()
     with pytest.raises(InputError, match=r"code: holds no tokenizer; add its tokenizer\.json or tokenizer\.model$"):
         notices(copy, tmp_path, "codellama")
+
+
+def test_replicas_that_no_sample_is_left_for_are_told(trio: Path, tmp_path: Path) -> None:
+    tree = config_tree(trio, tmp_path / "runs", {**ONE, "dp": 14})
+    tree["stage1"]["samples_per_class"] = 5
+    found = preflight(FuserConfig.model_validate(tree), 14, resume=False).notices
+    assert [line for line in found if "replicas" in line] == [
+        "stage 2: 14 replicas for 3 x 4 samples a step: 2 of them have nothing to do"
+    ]
