@@ -28,16 +28,26 @@ TOLERANCE = 2e-4
 
 
 EQUAL, DIFFERENT = (64, 64, 64), (64, 48, 96)
+SP = {"sequence_parallel": True}
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks", "sequence_parallel", "hidden_sizes", "samples"),
+    ("layout", "ranks", "parallel", "hidden_sizes", "samples"),
     [
-        pytest.param(ONE, 1, False, EQUAL, 4, id="one_rank"),
-        pytest.param(COLOCATED_TP2_PP2, 4, True, DIFFERENT, 4, id="colocated_tp2_pp2_sequence_parallel_widths_differ"),
-        pytest.param(DISJOINT_8, 8, True, DIFFERENT, 4, id="disjoint_8_ranks_sequence_parallel_different_widths"),
-        pytest.param({**DISJOINT_3, "dp": 2}, 6, False, EQUAL, 4, id="disjoint_dp2"),
-        pytest.param({**ONE, "dp": 5}, 5, False, EQUAL, 1, id="more_replicas_than_samples"),
+        pytest.param(ONE, 1, {}, EQUAL, 4, id="one_rank"),
+        pytest.param(
+            COLOCATED_TP2_PP2,
+            4,
+            SP | {"recompute_layers": 1},
+            DIFFERENT,
+            4,
+            id="colocated_tp2_pp2_sequence_parallel_one_layer_recomputed",
+        ),
+        pytest.param(DISJOINT_8, 8, SP, DIFFERENT, 4, id="disjoint_8_ranks_sequence_parallel_different_widths"),
+        pytest.param(
+            {**DISJOINT_3, "dp": 2}, 6, {"recompute_layers": "all"}, EQUAL, 4, id="disjoint_dp2_all_layers_recomputed"
+        ),
+        pytest.param({**ONE, "dp": 5}, 5, {}, EQUAL, 1, id="more_replicas_than_samples"),
     ],
 )
 def test_gradient_of_every_parameter(
@@ -45,13 +55,13 @@ def test_gradient_of_every_parameter(
     tmp_path_factory: pytest.TempPathFactory,
     layout: dict[str, Any],
     ranks: int,
-    sequence_parallel: bool,
+    parallel: dict[str, Any],
     hidden_sizes: tuple[int, int, int],
     samples: int,
 ) -> None:
     trio = write_trio(tmp_path_factory.mktemp("trio"), hidden_sizes)
     tree = config_tree(trio, tmp_path / "runs", layout)
-    tree["parallel"] = {"sequence_parallel": sequence_parallel}
+    tree["parallel"] = parallel
     tree["stage2"]["samples_per_class"] = samples
     plan = preflight(FuserConfig.model_validate(tree), ranks, resume=False)
     prepare(plan.config, plan.vocab_size)

@@ -42,3 +42,7 @@ class Parallel(Section):
 
     sequence_parallel: bool = Field(False, description="shard activations between tensor-parallel regions by sequence")
     distributed_optimizer: bool = Field(False, description="shard stage 2's optimizer state over the dp replicas")
+    recompute_layers: NonNegativeInt | Literal["all"] = Field(
+        0,
+        description="layers of a pipeline stage that the backward computes anew: less memory, up to a third slower",
+    )

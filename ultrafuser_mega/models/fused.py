@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from megatron.core.transformer.enums import ModelType
@@ -100,6 +100,7 @@ def build_fused_stage(
     sequence_parallel: bool,
     loss: LossOptions,
     seed: int,
+    recompute_layers: int | Literal["all"] = 0,
 ) -> FusedStage:
     """This rank's share of the fused model, on ``device``; its weights are not loaded yet."""
     stages = {}
@@ -111,6 +112,7 @@ def build_fused_stage(
             pp=placement.pp,
             dtype=dtype,
             sequence_parallel=sequence_parallel,
+            recompute_layers=recompute_layers,
             device=device,
         )
         stages[name] = SpecialistStage(architectures[name], config, groups.megatron)

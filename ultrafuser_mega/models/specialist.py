@@ -6,6 +6,8 @@ specialists. What leaves a last stage is the hidden state after the final norm.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -28,10 +30,19 @@ from ultrafuser_mega.models.layers import RMSNorm, layer_spec
 
 
 def transformer_config(
-    arch: Architecture, *, tp: int, pp: int, dtype: torch.dtype, sequence_parallel: bool, device: torch.device
+    arch: Architecture,
+    *,
+    tp: int,
+    pp: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute_layers: int | Literal["all"],
+    device: torch.device,
 ) -> TransformerConfig:
     """Megatron's configuration of a specialist."""
     family = FAMILIES[arch.family]
+    layers_here = arch.layers // pp
+    recomputed = layers_here if recompute_layers == "all" else min(recompute_layers, layers_here)
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -52,6 +63,9 @@ def transformer_config(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         sequence_parallel=sequence_parallel and tp > 1,
+        recompute_granularity="full" if recomputed else None,
+        recompute_method="block" if recomputed else None,
+        recompute_num_layers=recomputed or None,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,

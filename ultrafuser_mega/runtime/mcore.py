@@ -30,7 +30,12 @@ def megatron_scope(device: torch.device) -> Iterator[None]:
         torch.cuda.synchronize,
         megatron_random._CUDA_RNG_STATE_TRACKER,
         megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
+        megatron_random._get_all_rng_states,
+        megatron_random._set_all_rng_states,
     )
+    # Recomputed layers draw nothing.
+    megatron_random._get_all_rng_states = lambda: ()
+    megatron_random._set_all_rng_states = lambda *states: None
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args: None
     megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngTracker()
@@ -46,6 +51,8 @@ def megatron_scope(device: torch.device) -> Iterator[None]:
             torch.cuda.synchronize,
             megatron_random._CUDA_RNG_STATE_TRACKER,
             megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
+            megatron_random._get_all_rng_states,
+            megatron_random._set_all_rng_states,
         ) = saved
 
 

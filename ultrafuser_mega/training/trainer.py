@@ -345,6 +345,7 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> Fuse
             sequence_parallel=config.parallel.sequence_parallel,
             loss=LossOptions(config.loss.backend, config.loss.label_smoothing, config.loss.z_loss),
             seed=config.seed,
+            recompute_layers=config.parallel.recompute_layers,
         )
 
 
