@@ -17,10 +17,11 @@ What else changes what a row means is honoured or refused:
     system, system_prompt         the system text, in every shape; refused beside another system text in the messages
     input                         follows the instruction on a line of its own, if it is not empty
     history                       [[instruction, response], ...]: earlier turns, which are trained as well
-    weight: 0, train: false       in an assistant's message: it is read as context and not trained
+    weight: 0, train: false, loss: false, trainable: false
+                                  in an assistant's message: it is read as context and not trained; in the row: refused
     content: [{type: text}, ...]  the texts one after the other; other parts are refused
     tools, tool_calls, images...  refused: no template here shows them
-    label: false, kto_tag: false  refused: an answer that should not be learnt (label: beside prompt, as TRL has it)
+    label: false, kto_tag: false  or 0, refused: an answer that should not be learnt (label: beside prompt, as in TRL)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PAIRS = (
     ("prompt", ("completion", "response")),
 )
 SYSTEM = ("system", "system_prompt")
-TRAINED = ("weight", "train")
+TRAINED = ("weight", "train", "loss", "trainable")
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -81,8 +82,10 @@ def to_conversation(row: Any) -> Conversation:
     system = _system(row)
     shape = find_shape(row)
     for name in _DISLIKED if shape == "prompt" else _DISLIKED[1:]:
-        if row.get(name) is False:
+        if row.get(name) in (False, "false", "False"):  # 0 is False
             raise MalformedRowError(f'"{name}" is false: an answer that should not be learnt')
+    if off := _switched_off(row):
+        raise MalformedRowError(f'"{off}" is {row[off]!r}: a row that should not be learnt')
     if shape is None:
         found = ", ".join(sorted(map(str, row))[:6]) or "none"
         raise MalformedRowError(
@@ -101,7 +104,7 @@ def to_prompt(row: Any) -> list[dict[str, str]]:
     """
     if isinstance(row, dict):
         shape = find_shape(row)
-        row = {name: value for name, value in row.items() if name not in _DISLIKED}
+        row = {name: value for name, value in row.items() if name not in (*_DISLIKED, *TRAINED)}
         if shape in MESSAGES:
             row[shape] = _with_stand_in(row[shape])
         elif shape is not None:
@@ -252,11 +255,18 @@ def _joined(parts: list[Any], at: str) -> str:
 def _is_trained(message: dict[str, Any], at: str) -> bool:
     for name in TRAINED:
         value = message.get(name)
-        if value not in (None, 0, 1):  # true and false are 1 and 0
+        if value not in (None, 0, 1) and name != "loss":  # true and false are 1 and 0; a loss may be a measured one
             raise MalformedRowError(f"{at}.{name} is {value!r}, expected 0 or 1")
-        if value is not None and not value:
-            return False
-    return True
+    return _switched_off(message) is None
+
+
+def _switched_off(holder: dict[str, Any]) -> str | None:
+    """The field that takes a message or a row out of training."""
+    return next((name for name in TRAINED if _is_off(name, holder.get(name))), None)
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is False or (name != "loss" and not isinstance(value, str) and value == 0)
 
 
 def _text(holder: dict[str, Any], key: str, *, at: str = "", may_be_empty: bool = False) -> str:

@@ -26,6 +26,7 @@ _SHORTEST_TEXT = 24  # characters; shorter ones are names, dates, sources
 _CONTENT = {
     *(name for ask, answers in PAIRS for name in (ask, *answers)),
     *(*MESSAGES, *SYSTEM, "input", "history", "context", "query", "name"),
+    *("chosen", "rejected", "reasoning", "reasoning_content", "thinking"),
 }
 
 

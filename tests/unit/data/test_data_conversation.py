@@ -143,6 +143,10 @@ def test_fields_that_change_what_a_row_means_are_honoured(row: Any, expected: An
             "history\\[0\\] must be a list of an instruction and a",
         ),
         ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "history\\[0\\].response is empty"),
+        ({"prompt": "a", "completion": "b", "label": 0}, '"label" is false: an answer that should not be learnt'),
+        ({"instruction": "a", "output": "b", "kto_tag": "false"}, '"kto_tag" is false: an answer'),
+        ({"instruction": "a", "output": "b", "weight": 0}, '"weight" is 0: a row that should not be learnt'),
+        ({"messages": _answered({"content": "a"})["messages"], "train": False}, '"train" is False: a row'),
         (_answered({"content": "a", "weight": 0.5}), "messages\\[1\\].weight is 0.5, expected 0 or 1"),
         (
             _answered({"content": "a", "weight": 0}),
@@ -183,3 +187,17 @@ def test_what_cannot_be_honoured_is_refused(row: Any, reason: Any) -> None:
 )
 def test_a_prompt_asks_for_the_answer_whatever_is_said_of_the_one_that_stands_there(row: Any) -> None:
     assert to_prompt(row) == [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize("switch", [{"loss": False}, {"trainable": False}, {"train": False}, {"weight": 0.0}])
+def test_an_answer_is_context_by_whichever_name_it_is_switched_off(switch: dict[str, Any]) -> None:
+    assert to_conversation(_answered({"content": "bad", **switch}, {"content": "good"})).untrained == {0}
+
+
+def test_a_measured_loss_and_the_label_of_a_class_switch_nothing_off() -> None:
+    assert to_conversation(_answered({"content": "a", "loss": 0}, {"content": "b", "loss": 1.37})).untrained == set()
+    assert to_conversation({"instruction": "a", "output": "b", "label": 0, "loss": 0.0, "weight": "0 kg"}).turns
+
+
+def test_a_row_that_is_not_to_be_learnt_may_still_be_asked() -> None:
+    assert to_prompt({"prompt": "a", "completion": "b", "label": 0, "weight": 0}) == [{"role": "user", "content": "a"}]
