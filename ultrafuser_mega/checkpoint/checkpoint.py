@@ -230,7 +230,7 @@ def _writing(path: Path) -> Iterator[None]:
             place = place.parent
         reason = str(error).strip().splitlines()[-1]
         free = shutil.disk_usage(place).free / 1e9
-        raise InputError(f"{path}: cannot be written ({reason}; {free:.2g} GB are free there); make room") from None
+        raise InputError(f"{path}: cannot be written ({reason}; {free:.2g} GB are free there)") from None
 
 
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:

@@ -44,17 +44,23 @@ class Sources:
         """Those of a run."""
         return cls(config.folders, {name: s.template for name, s in config.specialists.items()}, config)
 
-    def read(self) -> SourceFiles:
+    def read(self, went_on_from: Path | None = None) -> SourceFiles:
         """All of it but the weights, into memory.
 
+        Args:
+            went_on_from: checkpoint of a run that is resumed. The weights are its, so it says in which element types
+                they came; those in the folders may have become others since.
+
         Raises:
-            InputError: a folder's safetensors cannot be read.
+            InputError: a folder's safetensors cannot be read, or the checkpoint is damaged.
         """
+        kept = read_sources(went_on_from) if went_on_from and (went_on_from / RECORD).is_file() else {}
         files: dict[str, bytes] = {}
         sources: dict[str, Source] = {}
         for name, folder in self.folders.items():
             files |= {f"{SOURCES}/{name}/{place}": content for place, content in beside_weights(folder).items()}
-            sources[name] = Source(folder, str(folder), self.templates[name], element_types(folder))
+            types = kept[name].dtypes if name in kept else element_types(folder)
+            sources[name] = Source(folder, str(folder), self.templates[name], types)
         return SourceFiles(files | write_record(sources, self.config))
 
 

@@ -325,7 +325,7 @@ class Trainer:
 def run_sources(plan: RunPlan) -> SourceFiles:
     """What the run's checkpoints keep of its specialists: from where their weights come from."""
     if plan.start is None:
-        return Sources.of(plan.config).read()
+        return Sources.of(plan.config).read(plan.resume[1] if plan.resume else None)
     if plan.resume is not None:
         return SourceFiles.of_checkpoint(plan.resume[1], plan.config, trained=None)
     return SourceFiles.of_checkpoint(plan.start[1], plan.config, trained=plan.start[0].trained)

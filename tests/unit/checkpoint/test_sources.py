@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,18 @@ def test_a_tensor_claims_no_more_precision_than_it_has() -> None:
     assert held_type(BF16, FP32, trained=False) == BF16  # widened on loading: leaves as it came
     assert held_type(FP32, BF16, trained=False) == BF16  # rounded on loading: is not float32 any more
     assert held_type(BF16, FP32, trained=True) == FP32  # bf16 would forget small steps
+
+
+def test_a_resumed_run_keeps_the_element_types_that_its_weights_came_in(tmp_path: Path) -> None:
+    """Not those of a folder that was saved anew since: what the checkpoint holds would be rounded on the way out."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    sources = Sources({"a": tmp_path}, {"a": "hf"}, None)
+    checkpoint = tmp_path / "run" / "stage1-step0000001"
+    (checkpoint / "sources" / "a").mkdir(parents=True)
+    sources.read().write(checkpoint)
+    save_file({"w": torch.zeros(1, dtype=BF16)}, tmp_path / "model.safetensors")
+    types = {}
+    for name, went_on_from in (("resumed", checkpoint), ("new", None)):
+        record = json.loads(sources.read(went_on_from).files["sources.json"])
+        types[name] = record["a"]["dtypes"]["w"]
+    assert types == {"resumed": "float32", "new": "bfloat16"}

@@ -289,7 +289,7 @@ def test_only_the_trained_turns_of_a_row_are_responses(prepare: Any, sources: An
     assert "bad</s>" in decode(store, first, prompt) and decode(store, first, prompt).endswith("c\nAssistant:")
 
 
-@pytest.mark.parametrize("change", ["max_length", "content", "template"])
+@pytest.mark.parametrize("change", ["max_length", "content", "template", "holdout"])
 def test_a_store_of_other_inputs_is_refused_unless_overwritten(
     prepare: Any, sources: Any, specialists: Any, tmp_path: Path, change: str
 ) -> None:
@@ -297,12 +297,14 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(
     changes: dict[str, Any] = {}
     if change == "max_length":
         changes["max_length"] = 300
+    elif change == "holdout":
+        changes["holdout_rows"] = {sources["text"][0]: 3}
     elif change == "template":
         changes["specialists"] = {**specialists, "math": (specialists["math"][0], "ultralm")}
     else:
         with sources["text"][0].open("a") as file:
             file.write("\n")
-    word = {"max_length": "max_length", "template": "specialists", "content": "sources"}[change]
+    word = {"max_length": "max_length", "template": "specialists", "content": "sources", "holdout": "sources"}[change]
     with pytest.raises(InputError, match=rf"holds a store made from other inputs \({word}\)"):
         prepare(**changes)
     before = TokenStore.open(tmp_path / "store").fingerprint

@@ -73,6 +73,16 @@ def test_resume_drops_the_records_after_the_resumed_step(tmp_path: Path, step_of
     assert evals == []
 
 
+def test_resume_drops_the_evaluation_of_the_resumed_step_which_is_done_again(
+    tmp_path: Path, step_of: Any, after_stage1: Any
+) -> None:
+    _write(tmp_path, [step_of(step) for step in range(1, 9)], [after_stage1])
+    _write(tmp_path, [], [after_stage1], resume_step=after_stage1.step)
+    steps, evals = read_metrics(tmp_path)
+    assert [record.step for record in steps] == [*range(1, 9)]
+    assert evals == [after_stage1]
+
+
 def test_resume_drops_a_last_line_that_was_cut_off(tmp_path: Path, step_of: Any) -> None:
     _write(tmp_path, [step_of(1), step_of(2)])
     path = tmp_path / "metrics.jsonl"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatch
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ultrafuser_mega.config import Stage
-from ultrafuser_mega.training.optimizer import make_schedule
+from ultrafuser_mega.training.optimizer import NOT_DECAYED, make_schedule
 
 
 def rates(**stage: Any) -> list[float]:
@@ -54,3 +55,23 @@ def test_no_step_is_spent_on_a_rate_of_zero() -> None:
 
 def test_a_stage_of_no_steps_may_keep_its_warm_up() -> None:
     assert rates(steps=0, lr=1e-3, warmup_steps=5) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "decays"),
+    [
+        ("fusion.heads.text", True),
+        ("fusion.gate.w1.shared", True),
+        ("fusion.gate.w2", True),
+        ("fusion.gate.b1", False),
+        ("module.b1", False),  # in stage 1 the gate is all that is trained
+        ("specialists.text.embedding.word_embeddings.weight", True),
+        ("specialists.text.decoder.layers.0.mlp.linear_fc1.weight", True),
+        ("specialists.text.decoder.layers.0.self_attention.linear_qkv.bias", False),
+        ("specialists.text.decoder.layers.0.self_attention.q_layernorm.weight", False),
+        ("specialists.text.decoder.layers.0.input_layernorm.weight", False),
+        ("specialists.text.decoder.final_layernorm.weight", False),
+    ],
+)
+def test_matrices_decay_and_biases_and_norms_do_not(name: str, decays: bool) -> None:
+    assert any(fnmatch(name, pattern) for pattern in NOT_DECAYED) != decays
