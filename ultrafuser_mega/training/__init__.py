@@ -1,1 +1,1 @@
-"""TBD"""
+"""What happens between two checkpoints: the loop, its engine and optimizer, evaluation, and which weights are kept."""
