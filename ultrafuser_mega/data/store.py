@@ -26,7 +26,7 @@ import numpy as np
 
 from ultrafuser_mega.errors import InputError
 
-FORMAT_VERSION = 2  # also goes up when the same rows are read otherwise
+FORMAT_VERSION = 3  # also goes up when the same rows are read otherwise
 MANIFEST = "manifest.json"
 DROPPED = "dropped.jsonl"
 SPLITS = ("train", "heldout")
