@@ -253,7 +253,10 @@ def test_what_there_is_to_say_about_the_command_line_is_said_once(flag: str, cod
     assert (result.stdout + result.stderr).count("Usage: ") == 1
 
 
-def test_train_ended_by_a_signal_leaves_no_process_behind(tree: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_train_ended_by_a_signal_leaves_no_process_behind(
+    tree: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
     tree["stage1"] |= {"steps": 5000}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     program = "from ultrafuser_mega.cli import main; main()"
@@ -265,10 +268,10 @@ def test_train_ended_by_a_signal_leaves_no_process_behind(tree: dict[str, Any], 
         while not (metrics.is_file() and '"step"' in metrics.read_text()) and time.monotonic() < until:
             time.sleep(0.2)
         assert metrics.is_file()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.wait(timeout=60)
+    with FileLock(metrics.parent / ".lock", timeout=30 if number == signal.SIGKILL else 10):
+        pass
     size = metrics.stat().st_size
     time.sleep(2)
     assert metrics.stat().st_size == size
-    with FileLock(metrics.parent / ".lock", timeout=10):
-        pass

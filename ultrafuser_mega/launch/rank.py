@@ -10,6 +10,7 @@ from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.planning.preflight import plan_layouts, preflight
 from ultrafuser_mega.runtime.device import (
     choose_device,
+    end_with_launcher,
     joined_job,
     kind_of_device,
     launched_rank,
@@ -31,6 +32,7 @@ def rank_arguments(config_path: Path | None, overrides: Sequence[str], resume: b
 
 def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
     """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
+    end_with_launcher()
     store = launcher_store()
     with first_failure_ends_job(store):
         config = load_config(config_path, overrides)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
+
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def launched_ranks() -> int:
@@ -29,6 +33,16 @@ def launched_rank() -> int:
 def launched_here() -> int:
     """Ranks of this job on this machine according to its launcher, as far as it tells; 1 when started by hand."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+
+
+def end_with_launcher() -> None:
+    """Have the system end this rank when its launcher dies without ending it (kill -9, out of memory); Linux alone can.
+
+    Ranks that live on would hold GPUs, memory and the run's name, and nobody would see what becomes of them.
+    """
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # not by hand, whose shell may go
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def choose_device(wanted: str) -> torch.device:
