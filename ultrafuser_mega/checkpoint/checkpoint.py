@@ -321,7 +321,7 @@ def _create_moments(trainable: Trainable, steps: int) -> None:
     for parameter in _owned(trainable):
         main, state = _moments_of(trainable, parameter)
         if torch_counts:
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(float(steps), device=main.device)  # where the fused kernel counts
         state["exp_avg"] = torch.zeros_like(main.data)
         state["exp_avg_sq"] = torch.zeros_like(main.data)
 
