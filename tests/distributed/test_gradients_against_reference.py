@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.reference_fuser import ReferenceLlama, fused_loss, sequences_of
-from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, write_trio
+from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, DISJOINT_UNEVEN, ONE, config_tree, write_trio
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.batches import TrainingBatches
@@ -48,6 +48,7 @@ SP = {"sequence_parallel": True}
             {**DISJOINT_3, "dp": 2}, 6, {"recompute_layers": "all"}, EQUAL, 4, id="disjoint_dp2_all_layers_recomputed"
         ),
         pytest.param({**ONE, "dp": 5}, 5, {}, EQUAL, 1, id="more_replicas_than_samples"),
+        pytest.param(DISJOINT_UNEVEN, 5, {}, EQUAL, 4, id="uneven_stages"),
     ],
 )
 def test_gradient_of_every_parameter(

@@ -28,6 +28,7 @@ COLOCATED_TP2_PP2 = {"kind": "colocated", "tp": 2, "pp": 2}
 DISJOINT_3 = {"kind": "disjoint", "specialists": {"text": {}, "code": {}, "math": {}}}
 DISJOINT_6 = {"kind": "disjoint", "specialists": {"text": {"tp": 2}, "code": {"tp": 2}, "math": {"tp": 2}}}
 DISJOINT_8 = {"kind": "disjoint", "specialists": {"text": {"tp": 2}, "code": {"tp": 2}, "math": {"tp": 2, "pp": 2}}}
+DISJOINT_UNEVEN = {"kind": "disjoint", "specialists": {"text": {}, "code": {}, "math": {"pp": 3}}}  # 4 layers in 3
 
 
 def write_trio(root: Path, hidden_sizes: tuple[int, int, int] = (64, 64, 64)) -> Path:

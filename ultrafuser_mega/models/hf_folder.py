@@ -228,7 +228,7 @@ def check_positions(field: str, length: int, name: str, arch: Architecture) -> N
 
 
 def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int) -> None:
-    """Refuse tp and pp that do not divide the specialist's sizes.
+    """Refuse a tp that does not divide the specialist's sizes, and more pipeline stages than it has layers.
 
     Raises:
         InputError: names the specialist, the size and the values that would work.
@@ -245,8 +245,7 @@ def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int) -> Non
             raise InputError(
                 f"layout: tp = {tp} does not divide the {size} {what} of specialist {name}; tp of {works} would"
             )
-    if arch.layers % pp:
-        works = ", ".join(str(p) for p in range(1, arch.layers + 1) if arch.layers % p == 0)
+    if pp > arch.layers:
         raise InputError(
-            f"layout: pp = {pp} does not divide the {arch.layers} layers of specialist {name}; pp of {works} would"
+            f"layout: pp = {pp} is more than the {arch.layers} layers of specialist {name}; make it smaller"
         )

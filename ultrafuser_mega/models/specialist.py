@@ -27,6 +27,7 @@ from ultrafuser_mega.models.attention import SequenceInfo, rotary_frequencies
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.models.layers import RMSNorm, layer_spec
+from ultrafuser_mega.models.pipeline import stage_layers
 
 
 def transformer_config(
@@ -41,8 +42,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of a specialist."""
     family = FAMILIES[arch.family]
-    layers_here = arch.layers // pp
-    recomputed = layers_here if recompute_layers == "all" else min(recompute_layers, layers_here)
+    stages = stage_layers(arch.layers, pp)
+    recomputed = arch.layers if recompute_layers == "all" else min(recompute_layers, arch.layers)
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -62,6 +63,8 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        num_layers_in_first_pipeline_stage=stages[0] if len(set(stages)) > 1 else None,
+        num_layers_in_last_pipeline_stage=stages[-1] if len(set(stages)) > 1 else None,
         sequence_parallel=sequence_parallel and tp > 1,
         recompute_granularity="full" if recomputed else None,
         recompute_method="block" if recomputed else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.pipeline import stage_layers
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.reporting.plan_table import RankShare
 
@@ -53,7 +54,7 @@ def _stage_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
     attention = arch.hidden_size * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
     layer = (attention + 3 * arch.hidden_size * arch.ffn_size) // tp + 2 * arch.hidden_size
     embedding = -(-arch.vocab_rows // tp) * arch.hidden_size if stage == 0 else 0
-    return arch.layers // pp * layer + embedding + (arch.hidden_size if stage == pp - 1 else 0)
+    return stage_layers(arch.layers, pp)[stage] * layer + embedding + (arch.hidden_size if stage == pp - 1 else 0)
 
 
 def _gate_parameters(plan: RunPlan, ranks: int) -> int:

@@ -345,10 +345,10 @@ def test_shards_of_a_layer_make_up_the_whole(llama: Path, tp: int) -> None:
     [
         (3, 1, "tp = 3 does not divide the 8 attention heads of specialist code; tp of 1, 2, 4 would"),
         (8, 1, "tp = 8 does not divide the 4 key/value heads of specialist code; tp of 1, 2, 4 would"),
-        (1, 3, "pp = 3 does not divide the 2 layers of specialist code; pp of 1, 2 would"),
+        (1, 3, "pp = 3 is more than the 2 layers of specialist code; make it smaller"),
     ],
 )
-def test_parallel_sizes_that_do_not_divide_say_which_would(llama: Path, tp: int, pp: int, message: str) -> None:
+def test_parallel_sizes_that_do_not_fit_say_which_would(llama: Path, tp: int, pp: int, message: str) -> None:
     assert message in refusal(check_parallel_sizes, "code", read_architecture(llama), tp, pp)
 
 
