@@ -33,6 +33,19 @@ def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bo
     return tree
 
 
+@pytest.fixture(scope="module")
+def whole_8(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on 8 ranks; only read and copied."""
+    return train(_tree(trio, tmp_path_factory.mktemp("whole_8"), DISJOINT_8, {}, "fp32"), 8)
+
+
+@pytest.fixture(scope="module")
+def whole_1(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on one rank that writes a checkpoint every step and keeps two; only read."""
+    tree = _tree(trio, tmp_path_factory.mktemp("whole_1"), ONE, {}, "fp32")
+    return train(tree | {"checkpoint": {"every": 1, "keep": 2}}, 1)
+
+
 @pytest.mark.parametrize(
     ("layout", "ranks", "parallel", "dtype", "cuts"),
     [
@@ -44,6 +57,7 @@ def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bo
     ],
 )
 def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    request: pytest.FixtureRequest,
     trio: Path,
     tmp_path: Path,
     layout: dict[str, Any],
@@ -53,7 +67,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     cuts: list[tuple[int, int]],
 ) -> None:
     tree = _tree(trio, tmp_path / "whole", layout, parallel, dtype)
-    whole = train(tree, ranks)
+    whole = request.getfixturevalue("whole_8") if ranks == 8 else train(tree, ranks)
     for cut in (Progress(*cut) for cut in cuts):
         resumed_tree = tree | {"runs": str(tmp_path / cut.folder), "checkpoint": {"every": 0}}
         resumed = FuserConfig.model_validate(resumed_tree).run_dir
@@ -67,16 +81,15 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         assert _result(resumed) == _result(whole)
 
 
-def test_another_layout_and_optimizer_go_on_from_a_checkpoint(trio: Path, tmp_path: Path) -> None:
-    whole = train(_tree(trio, tmp_path / "whole", DISJOINT_8, {}, "fp32"), 8)
+def test_another_layout_and_optimizer_go_on_from_a_checkpoint(trio: Path, tmp_path: Path, whole_8: Path) -> None:
     tree = _tree(trio, tmp_path / "other", {**DISJOINT_3, "dp": 2}, {"distributed_optimizer": True}, "fp32")
     other = FuserConfig.model_validate(tree).run_dir
-    shutil.copytree(whole, other)
+    shutil.copytree(whole_8, other)
     for progress, path in list_checkpoints(other / "checkpoints"):
         if progress > Progress(2, 2):
             shutil.rmtree(path)
     train(tree, 6, resume=True)
-    for mine, theirs in zip(read_steps(other), read_steps(whole), strict=True):
+    for mine, theirs in zip(read_steps(other), read_steps(whole_8), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
@@ -98,16 +111,13 @@ def _tails_equal_their_source(rank: int, tree: dict[str, Any]) -> dict[str, bool
     return {name: torch.equal(tail, source.fusion.tails[name]) for name, tail in model.fusion.tails.items()}
 
 
-def test_only_the_newest_checkpoints_are_kept(trio: Path, tmp_path: Path) -> None:
-    tree = _tree(trio, tmp_path, ONE, {}, "fp32") | {"checkpoint": {"every": 1, "keep": 2}}
-    run = train(tree, 1)
-    assert [progress for progress, _ in list_checkpoints(run / "checkpoints")] == [Progress(2, 5), Progress(2, 6)]
-    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+def test_only_the_newest_checkpoints_are_kept(whole_1: Path) -> None:
+    assert [progress for progress, _ in list_checkpoints(whole_1 / "checkpoints")] == [Progress(2, 5), Progress(2, 6)]
+    assert [path.name for path in (whole_1 / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
-def test_checkpoint_of_another_model_is_refused_by_name(trio: Path, tmp_path: Path) -> None:
-    run = train(_tree(trio, tmp_path, ONE, {}, "fp32"), 1)
-    path = list_checkpoints(run / "checkpoints")[-1][1]
+def test_checkpoint_of_another_model_is_refused_by_name(whole_1: Path) -> None:
+    path = list_checkpoints(whole_1 / "checkpoints")[-1][1]
     identity = json.loads((path / "progress.json").read_text())["identity"]
     assert read_progress(path, identity) == Progress(2, 6)
     identity["specialists"]["math"]["layers"] = 8
