@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 8
+# Test files that run at once; those of tests/distributed start up to 8 processes each.
+WORKERS ?= 2
 # Keys of the configuration, as in: make demo ARGS="stage2.steps=300 name=longer"
 ARGS ?=
 
@@ -19,7 +21,7 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain_fuser.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
