@@ -152,9 +152,13 @@ def save_checkpoint(
     keep: int,
     sources: SourceFiles | None,
 ) -> Path:
-    """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed."""
+    """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed.
+
+    Raises:
+        InputError: it cannot be written; no checkpoint has the name then, and an earlier one of this name stays.
+    """
     final, partial = folder / progress.folder, folder / f".{progress.folder}.partial"
-    with _writing(final):
+    with writing_checkpoint(final):
         if groups.rank == 0:
             for unfinished in folder.glob(".*.partial"):
                 shutil.rmtree(unfinished)
@@ -198,30 +202,30 @@ def write_checkpoint(
         groups: this rank's process groups.
         identity: description of the model, checked on reading.
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
-
-    Raises:
-        InputError: it cannot be written; no checkpoint has the name then, and an earlier one of this name stays.
     """
-    with _writing(folder):
-        with megatron_scope(next(model.parameters()).device):
-            state = _model_state(model, groups)
-            if trainable is not None:
-                state |= _optimizer_state(trainable, state)
-            use_plain_results_queue()
-            dist_checkpointing.save(state, str(folder))
-        if groups.rank == 0:
-            assert sources is not None
-            sources.write(folder)
-        dist.barrier()
-        files = record_files(folder)
-        if groups.rank == 0:
-            record = {"progress": asdict(progress), "identity": identity, "files": files}
-            (folder / PROGRESS).write_text(json.dumps(record, indent=1))
+    with megatron_scope(next(model.parameters()).device):
+        state = _model_state(model, groups)
+        if trainable is not None:
+            state |= _optimizer_state(trainable, state)
+        use_plain_results_queue()
+        dist_checkpointing.save(state, str(folder))
+    if groups.rank == 0:
+        assert sources is not None
+        sources.write(folder)
+    dist.barrier()
+    files = record_files(folder)
+    if groups.rank == 0:
+        record = {"progress": asdict(progress), "identity": identity, "files": files}
+        (folder / PROGRESS).write_text(json.dumps(record, indent=1))
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What the system has against it (a full disk, no permission), which a library below may wrap, as an InputError."""
+def writing_checkpoint(path: Path) -> Iterator[None]:
+    """What the system has against it (a full disk, no permission), which a library below may wrap, as an InputError.
+
+    Args:
+        path: the name that the checkpoint gets when it is complete.
+    """
     try:
         yield
     except (OSError, CheckpointException) as error:
@@ -229,6 +233,8 @@ def _writing(path: Path) -> Iterator[None]:
         while not place.exists():
             place = place.parent
         reason = str(error).strip().splitlines()[-1]
+        if isinstance(error, CheckpointException) and not error.failures:  # the library has printed it, rank by rank
+            reason = "a rank could not write its part, as the lines above say"
         free = shutil.disk_usage(place).free / 1e9
         raise InputError(f"{path}: cannot be written ({reason}; {free:.2g} GB are free there)") from None
 

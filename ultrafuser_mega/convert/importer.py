@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint, writing_checkpoint
 from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.released import ReleasedModel
@@ -169,7 +169,7 @@ def import_specialists(
             if any(unfinished.iterdir()):
                 raise InputError(f"{unfinished}: left by an interrupted import or export; remove it")
         try:
-            run_ranks(_import_rank, layout.world_size, plan, unfinished, layout, timeout_s=timeout_s)
+            run_ranks(_import_rank, layout.world_size, plan, unfinished, out, layout, timeout_s=timeout_s)
             with writing(out):
                 finish(unfinished, out)
         except BaseException:
@@ -177,7 +177,7 @@ def import_specialists(
             raise
 
 
-def _import_rank(rank: int, plan: ImportPlan, folder: Path, layout: LayoutPlan) -> None:
+def _import_rank(rank: int, plan: ImportPlan, folder: Path, out: Path, layout: LayoutPlan) -> None:
     device = torch.device("cpu")
     groups = make_groups(layout)
     with megatron_scope(device):
@@ -202,4 +202,5 @@ def _import_rank(rank: int, plan: ImportPlan, folder: Path, layout: LayoutPlan) 
         "specialists": {name: asdict(arch) for name, arch in plan.architectures.items()},
     }
     sources = plan.sources.read() if rank == 0 else None
-    write_checkpoint(folder, Progress(1, 0), model, None, groups, identity, sources)
+    with writing_checkpoint(out):
+        write_checkpoint(folder, Progress(1, 0), model, None, groups, identity, sources)

@@ -137,7 +137,7 @@ def test_a_manifest_that_was_edited_cut_or_written_by_another_version_is_refused
     with pytest.raises(InputError, match=r"manifest.json: damaged: it is not valid JSON"):
         TokenStore.open(folder)
     path.write_text(json.dumps({**json.loads(whole), "format": 99}))
-    with pytest.raises(InputError, match=r"manifest.json: format 99, expected 2"):
+    with pytest.raises(InputError, match=rf"manifest.json: format 99, expected {FORMAT_VERSION}"):
         TokenStore.open(folder)
     path.unlink()
     with pytest.raises(InputError, match=r"manifest.json: cannot be read: .*is .*store a token store\?"):
