@@ -49,7 +49,7 @@ def whole_1(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("layout", "ranks", "parallel", "dtype", "cuts"),
     [
-        pytest.param(DISJOINT_8, 8, {}, "fp32", [(1, 4), (2, 2)], id="disjoint_8_fp32"),
+        pytest.param(DISJOINT_8, 8, {}, "fp32", [(1, 4)], id="disjoint_8_fp32"),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", [(1, 2)], id="colocated_4_bf16"),
         pytest.param(
             {**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", [(2, 2)], id="dp2_distributed"

@@ -17,7 +17,12 @@ def resources(capability: int, dtype: str, specialists: int) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "specialists", "tensor_core"),
-    [(80, "bf16", 3, "HMMA"), (90, "bf16", 3, "HGMMA"), (90, "fp16", 2, "HGMMA"), (100, "bf16", 3, "UTCHMMA")],
+    [
+        pytest.param(80, "bf16", 3, "HMMA", marks=pytest.mark.slow),
+        (90, "bf16", 3, "HGMMA"),
+        pytest.param(90, "fp16", 2, "HGMMA", marks=pytest.mark.slow),
+        pytest.param(100, "bf16", 3, "UTCHMMA", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(
     capability: Any, dtype: Any, specialists: Any, tensor_core: Any, compiling: Any
@@ -31,7 +36,7 @@ def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(
             assert (kernel.tma_loads > 0) == (capability >= 90), kernel
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_of_fp32_spill_nothing(capability: int, compiling: Any) -> None:
     for kernel in compiling(resources, capability, "fp32", 3):
         assert kernel.local_bytes == 0, kernel
