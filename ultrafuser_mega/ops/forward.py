@@ -34,19 +34,24 @@ def even_rows(rows: int, limit: int) -> int:
     return max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, rows))
 
 
-def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None) -> Tensor:
+def forward_statistics(
+    problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None, each: bool = False
+) -> Tensor:
     """Statistics over the whole vocabulary (statistics.py).
 
     Args:
         buffer_bytes: bound on the logits and scaled inputs of a chunk.
         apart: None to mix the specialists before the product. Or the gate weights (N, n), finite on ignored rows: keep
             n logit planes and return the specialists' statistics, too.
+        each: with ``apart``, return the statistics of every plane's own softmax instead: to the collective under a
+            group the n + 1 models are so many more rows.
 
     Returns:
-        (N, 4), or (N, 4 + 3 n) with the specialists' own.
+        (N, 4); (N, 4 + 3 n) with what the gate's gradient needs of the specialists; ((1 + n) N, 4) of each model, one
+        after the other.
     """
     n, real, kept = len(problem.hidden), problem.real_rows, problem.kept()
-    planes = 1 if apart is None else n
+    planes, models = 1 if apart is None else n, 1 + n if each else 1
     gate_logits = problem.gate_logits
     columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
     width = sum(states.shape[1] for states in problem.hidden) if apart is None else 0
@@ -55,7 +60,8 @@ def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, 
         buffer_bytes = min(buffer_bytes, HOST_BLOCK_BYTES)
     chunk_rows = even_rows(problem.rows, buffer_bytes // row_bytes)
     buffer = gate_logits.new_empty((planes, chunk_rows, columns))
-    statistics = gate_logits.new_empty((problem.rows, COLUMNS + (0 if apart is None else 3 * n)))
+    numbers = COLUMNS if apart is None or each else COLUMNS + 3 * n
+    statistics = gate_logits.new_empty((models, problem.rows, numbers))
     target = problem.local_target()
     for start in range(0, problem.rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, problem.rows))
@@ -75,9 +81,12 @@ def forward_statistics(problem: Problem, epilogue: Epilogue, buffer_bytes: int, 
                 block, _ = epilogue.statistics(logits[0], column, keep=False)
             else:
                 block = epilogue.mixture_statistics(logits, apart[rows], column)
+            if each:
+                alone = [epilogue.statistics(plane, column, keep=False)[0] for plane in logits]
+                block = torch.cat([block[:, :COLUMNS], *alone])  # ((1 + n) C, 4)
             blocks.append(block)
-        statistics[rows] = union(blocks, columns, real)
-    return PendingStatistics(statistics, real, problem.settings).wait()
+        statistics[:, rows] = union(blocks, columns, real).view(models, -1, numbers)
+    return PendingStatistics(statistics.flatten(0, 1), real, problem.settings).wait()
 
 
 def union(blocks: list[Tensor], columns: int, real: int) -> Tensor:

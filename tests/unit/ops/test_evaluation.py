@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from support.mixture_cases import Case, make_case
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import cross_entropy_of_each, evaluation
+from ultrafuser_mega.ops import cross_entropy_of_each, forward
 from ultrafuser_mega.runtime.spawn import run_ranks
 
 WIDTHS = (4, 6, 3)
@@ -31,9 +32,8 @@ def expected(case: Case) -> Tensor:  # (1 + n, N)
 
 
 def found(case: Case, **options: Any) -> Tensor:
-    return cross_entropy_of_each(
-        case.hidden, case.heads, case.gate_logits, case.target, vocab_size=VOCAB, **options
-    ).double()
+    shard = {"group": None, "vocab_start": 0, "vocab_size": VOCAB} | options
+    return cross_entropy_of_each(case.hidden, case.heads, case.gate_logits, case.target, **shard).double()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -46,8 +46,8 @@ def test_the_mixture_and_every_specialist_alone(dtype: torch.dtype, common_offse
 
 def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(6, rows=300, vocab=VOCAB, widths=WIDTHS, padding=8)
-    monkeypatch.setitem(evaluation.BLOCK_COLUMNS, "cpu", 16)
-    monkeypatch.setattr(evaluation, "HOST_BLOCK_BYTES", 128 * 3 * 16 * 4)
+    monkeypatch.setitem(forward.BLOCK_COLUMNS, "cpu", 16)
+    monkeypatch.setattr(forward, "HOST_BLOCK_BYTES", 128 * 3 * 16 * 4)
     torch.testing.assert_close(found(case), expected(case), rtol=0, atol=TOLERANCE[torch.float32])
 
 
@@ -59,7 +59,7 @@ def test_no_rows_give_no_losses() -> None:
 def test_wrong_input_is_refused_as_by_the_loss() -> None:
     case = make_case(8, rows=3, vocab=VOCAB, widths=WIDTHS)
     with pytest.raises(InputError, match=r"gate_logits: shape \(3, 2\), needed \(3, 3\)"):
-        cross_entropy_of_each(case.hidden, case.heads, case.gate_logits[:, :2], case.target)
+        found(replace(case, gate_logits=case.gate_logits[:, :2]))
 
 
 def test_a_vocabulary_in_shards_gives_the_same_on_every_rank() -> None:
