@@ -20,9 +20,8 @@ from rich.table import Table
 from scripting import Parser, positive, result_file, write_json
 
 from ultrafuser_mega.config import load_config
-from ultrafuser_mega.data.batches import Shard, packing_of
+from ultrafuser_mega.data.batches import Shard, TrainingBatches, packing_of
 from ultrafuser_mega.data.packing import spread
-from ultrafuser_mega.data.sampler import ClassBalanceSampler
 from ultrafuser_mega.data.store import TokenStore
 
 
@@ -44,20 +43,14 @@ def measure(
     store: TokenStore, samples_per_class: int, microbatch_tokens: int, dp: int, multiple: int, samples: int, steps: int
 ) -> Row:
     """Pack ``steps`` global batches over ``dp`` replicas; ``samples``: of a microbatch, the other way."""
-    splits = {name: store.split(name, "train") for name in store.class_names}
-    sampler = ClassBalanceSampler({name: len(split) for name, split in splits.items()}, samples_per_class, seed=0)
     shard = Shard(0, dp, microbatch_tokens, store.specialists, dict.fromkeys(store.specialists, multiple), pad_id=0)
+    batches = TrainingBatches(store, samples_per_class, seed=0, shard=shard)
     packed, by_samples, least, count = [], [], [], 0
     for step in range(steps):
-        picks = sampler.batch(step)
-        indexes = {name: [index for other, index in picks if other == name] for name in splits}
-        lengths = {
-            specialist: np.concatenate([splits[name].lengths(specialist, indexes[name]) for name in splits])
-            for specialist in store.specialists
-        }
+        lengths = batches.lengths(batches.sampler.batch(step))
         longest = np.maximum.reduce(list(lengths.values()))
         plan = spread(longest, dp, microbatch_tokens)
-        packed.append(packing_of(plan, lengths, longest, int(longest.argmin()), shard))
+        packed.append(packing_of(plan, lengths, shard))
         least.append(max(1.0, float(longest.max() * dp / longest.sum())))
         count += sum(map(len, plan))
         if len(longest) % (samples * dp) == 0:

@@ -14,7 +14,7 @@ import numpy as np
 from ultrafuser_mega.data.collate import MicroBatch, collate
 from ultrafuser_mega.data.packing import spread
 from ultrafuser_mega.data.sampler import ClassBalanceSampler, Pick
-from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.data.store import Split, TokenStore
 from ultrafuser_mega.errors import InputError
 
 
@@ -79,37 +79,46 @@ class TrainingBatches:
     def step(self, step: int) -> StepBatch:
         """The work of a step (from 0)."""
         picks = self.sampler.batch(step)
-        n = self.sampler.samples_per_class
-        indexes = {name: [index for _, index in picks[c * n : (c + 1) * n]] for c, name in enumerate(self.class_names)}
-        lengths = {
-            specialist: np.concatenate([self.splits[name].lengths(specialist, indexes[name]) for name in indexes])
-            for specialist in self.specialists
-        }
+        lengths = self.lengths(picks)
         longest = np.maximum.reduce(list(lengths.values()))
         plan = spread(longest, self.shard.dp_size, self.shard.microbatch_tokens)
-        mine = [self._collate([picks[place] for place in places]) for places in plan[self.shard.dp_rank]]
+        mine = [
+            _microbatch(self.splits, [picks[place] for place in places], self.shard)
+            for places in plan[self.shard.dp_rank]
+        ]
         # Every replica runs the step's collectives, also one that more replicas than samples leave without work.
-        shortest = int(longest.argmin())
+        filler = [picks[int(longest.argmin())]]
         return StepBatch(
-            mine or [self._collate([picks[shortest]], filler=True)],
-            sum(int(self.splits[name].response_tokens(indexes[name]).sum()) for name in self.class_names),
+            mine or [_microbatch(self.splits, filler, self.shard, filler_class=len(self.class_names))],
+            sum(int(self.splits[name].response_tokens(rows).sum()) for name, rows in self._rows(picks).items()),
             len(picks),
             sum(int(of_all.sum()) for of_all in lengths.values()),
-            packing_of(plan, lengths, longest, shortest, self.shard),
+            packing_of(plan, lengths, self.shard),
         )
 
-    def _collate(self, picks: Sequence[Pick], filler: bool = False) -> MicroBatch:
-        samples = [self.splits[name][index] for name, index in picks]
-        class_ids = [self.class_names.index(name) for name, _ in picks]
-        beyond = len(self.class_names) if filler else None
-        return collate(samples, class_ids, self.shard.own_multiples, self.shard.pad_id, beyond)
+    def lengths(self, picks: Sequence[Pick]) -> dict[str, np.ndarray]:
+        """Specialist -> (k,) int64: tokens of the sequences of ``picks``, which stand class by class."""
+        rows = self._rows(picks)
+        return {
+            specialist: np.concatenate([self.splits[name].lengths(specialist, rows[name]) for name in rows])
+            for specialist in self.specialists
+        }
+
+    def _rows(self, picks: Sequence[Pick]) -> dict[str, list[int]]:
+        return {name: [index for other, index in picks if other == name] for name in self.class_names}
 
 
-def packing_of(
-    plan: list[list[list[int]]], lengths: Mapping[str, np.ndarray], longest: np.ndarray, filler: int, shard: Shard
-) -> Packing:
-    """How well ``plan`` packs samples of these ``lengths``; replicas without any take a copy of ``filler``."""
-    microbatches = [places for replica in plan for places in replica or [[filler]]]
+def _microbatch(
+    splits: Mapping[str, Split], picks: Sequence[Pick], shard: Shard, filler_class: int | None = None
+) -> MicroBatch:
+    samples, names = [splits[name][index] for name, index in picks], list(splits)
+    return collate(samples, [names.index(name) for name, _ in picks], shard.own_multiples, shard.pad_id, filler_class)
+
+
+def packing_of(plan: list[list[list[int]]], lengths: Mapping[str, np.ndarray], shard: Shard) -> Packing:
+    """How well ``plan`` packs samples of these ``lengths``; replicas without any take a copy of the shortest."""
+    longest = np.maximum.reduce(list(lengths.values()))
+    microbatches = [places for replica in plan for places in replica or [[int(longest.argmin())]]]
     processed = sum(
         -(-int(lengths[name][places].sum()) // multiple) * multiple
         for name, multiple in shard.multiples.items()
@@ -131,19 +140,17 @@ class EvaluationBatches:
     """
 
     def __init__(self, store: TokenStore, shard: Shard, limit: int | None = None) -> None:
-        self.class_names = store.class_names
-        self.splits = {name: store.split(name, "heldout") for name in self.class_names}
+        self.splits = {name: store.split(name, "heldout") for name in store.class_names}
         self.shard = shard
         picks: list[Pick] = []
+        longest: list[np.ndarray] = []
         for name, split in self.splits.items():
-            samples = len(split) if limit is None else min(limit, len(split))
-            if samples == 0:
+            samples = range(len(split) if limit is None else min(limit, len(split)))
+            if not samples:
                 raise InputError(f'{store.folder}: class "{name}" has no held-out samples to evaluate on')
-            picks += [(name, index) for index in range(samples)]
-        longest = np.concatenate(
-            [split.max_lengths([i for other, i in picks if other == name]) for name, split in self.splits.items()]
-        )
-        plan = spread(longest, shard.dp_size, shard.microbatch_tokens)[shard.dp_rank]
+            picks += [(name, index) for index in samples]
+            longest.append(split.max_lengths(samples))
+        plan = spread(np.concatenate(longest), shard.dp_size, shard.microbatch_tokens)[shard.dp_rank]
         self.places = [[picks[position] for position in positions] for positions in plan]
 
     def __len__(self) -> int:
@@ -153,6 +160,4 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[MicroBatch]:
         """This replica's microbatches."""
         for places in self.places:
-            samples = [self.splits[name][index] for name, index in places]
-            class_ids = [self.class_names.index(name) for name, _ in places]
-            yield collate(samples, class_ids, self.shard.own_multiples, self.shard.pad_id)
+            yield _microbatch(self.splits, places, self.shard)

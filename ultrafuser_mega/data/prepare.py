@@ -146,9 +146,7 @@ def _inputs(planned: Sequence[Source], aligner: Aligner, on_malformed: str) -> d
             for name, template in aligner.templates.items()
         },
         "responses": {
-            "of": next(
-                iter(aligner.templates)
-            ),  # whose tokenizer and ending they have: the order of specialists matters
+            "of": next(iter(aligner.templates)),  # they have its tokenizer and ending: the first one's
             "lead": aligner.format.lead,
             "ends": {
                 name: encoders[name].tokenizer.convert_ids_to_tokens(token)

@@ -62,7 +62,7 @@ def test_every_target_stands_one_position_after_its_row_in_every_specialists_tok
         assert packed.starts.tolist() == [0, *np.cumsum(packed.lengths)]
         assert packed.positions.tolist() == [place for length in packed.lengths for place in range(length)]
         assert torch.equal(packed.ids[0, rows + 1], batch.targets)
-        sample_of = torch.tensor(packed.lengths).repeat_interleave(torch.tensor(packed.lengths))  # any mark of its own
+        sample_of = torch.arange(len(packed.lengths)).repeat_interleave(torch.tensor(packed.lengths))
         assert torch.equal(sample_of[rows], sample_of[rows + 1]), "no target stands in the next sample"
         assert torch.equal(filler.rows[name], rows) and torch.equal(filler.tokens[name].ids, packed.ids)
 
