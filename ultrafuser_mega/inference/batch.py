@@ -13,6 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ultrafuser_mega.convert.unfinished import refuse_existing, unfinished_of
 from ultrafuser_mega.data.conversation import MalformedRowError, to_prompt
 from ultrafuser_mega.data.readers import read_rows
 from ultrafuser_mega.errors import InputError
@@ -141,12 +142,6 @@ def _append(file: IO[str], record: Mapping[str, Any]) -> None:
         raise InputError(f"{file.name}: cannot be written: {error.strerror}") from None
 
 
-def refuse_existing(path: Path) -> None:
-    """InputError where there is something of this name."""
-    if path.exists():
-        raise InputError(f"{path}: exists already; nothing is overwritten, choose another name or remove it")
-
-
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[str]]:
     """Write to a hidden neighbour that gets the name ``path`` at a good end; never over a file that is there.
@@ -155,7 +150,7 @@ def new_file(path: Path) -> Iterator[IO[str]]:
         InputError: there is a file of this name, another process writes one, or it cannot be written.
     """
     refuse_existing(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = unfinished_of(path)
     try:
         file = partial.open("a", encoding="utf-8")  # not emptied yet: it may be another's
     except OSError as error:
