@@ -1,8 +1,8 @@
 """The memory-bound operations of a decoder layer, each one autograd node that keeps its input and little else.
 
-Written as torch's single operations, each is a dozen launches forward and backward and as many temporaries: more of the
-host's time than a short microbatch has, and more memory than the products' inputs. Every backward here is the formula
-beside it. Numbers are rounded as in transformers: statistics in float32, results in the hidden states' type.
+Written as torch's single operations, each would be a chain of nodes with a saved temporary behind every one: host time
+and memory. Every backward here is the formula beside it. Numbers are rounded as in transformers: statistics in float32,
+results in the hidden states' type.
 """
 
 from __future__ import annotations
