@@ -23,6 +23,7 @@ from ultrafuser_mega.config import load_config
 from ultrafuser_mega.data.batches import Shard, TrainingBatches, packing_of
 from ultrafuser_mega.data.packing import spread
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,11 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=60, help="global batches to pack (default: %(default)s)")
     parser.add_argument("--out", type=result_file, help="also write the rows there, as JSON")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.overrides)
-    store = TokenStore.open(config.store_dir, verify=False)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        store = TokenStore.open(config.store_dir, verify=False)
+    except InputError as error:
+        parser.error(str(error))
     per_class, tokens = config.stage2.samples_per_class, config.microbatch_tokens
     rows = [
         measure(store, per_class, tokens, dp, arguments.multiple, arguments.samples, arguments.steps)
