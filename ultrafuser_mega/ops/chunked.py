@@ -47,7 +47,7 @@ from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
 from ultrafuser_mega.ops.forward import buffer_budget, even_rows, forward_statistics
 from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
-from ultrafuser_mega.ops.problem import Problem
+from ultrafuser_mega.ops.problem import Problem, readable
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
 
 PITCH_MULTIPLE = 64  # columns: every row of the buffer starts on a cache line, also when it holds 16-bit numbers
@@ -336,7 +336,7 @@ def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None]
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
     """gradient (rows, columns) times factor, () or (rows,), in ``dtype``; within its own memory where it may be."""
-    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
+    if factor.dim() == 0 and readable(factor) and factor.item() == 1.0:
         return gradient.to(dtype, copy=not reuse)
     # two dimensions keep the factor in fp32: PyTorch would round a 0-dimensional one to the gradient's 16 bits
     out = gradient if reuse and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)

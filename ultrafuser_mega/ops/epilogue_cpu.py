@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ultrafuser_mega.ops.operators import launch_operator
+
 try:
     from ultrafuser_mega.ops import _cpu_epilogue
 except ImportError as error:
@@ -22,6 +24,60 @@ MIXTURE = {torch.float32: _cpu_epilogue.mixture_statistics_f32, torch.float64: _
 DLOGITS = {torch.float32: _cpu_epilogue.dlogits_f32, torch.float64: _cpu_epilogue.dlogits_f64}
 
 
+@launch_operator("cpu_row_statistics(Tensor logits, Tensor target, Tensor(a!) statistics, Tensor(b!)? block_max)")
+def _row_statistics(logits: Tensor, target: Tensor, statistics: Tensor, block_max: Tensor | None) -> None:
+    rows, columns = logits.shape
+    STATISTICS[logits.dtype](
+        logits.data_ptr(),
+        target.data_ptr(),
+        rows,
+        columns,
+        logits.stride(0),
+        statistics.data_ptr(),
+        0 if block_max is None else block_max.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+@launch_operator(
+    "cpu_dlogits(Tensor(a!) logits, Tensor target, Tensor block_max, Tensor row_max, Tensor a, Tensor b, Tensor c)"
+)
+def _dlogits(
+    logits: Tensor, target: Tensor, block_max: Tensor, row_max: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> None:
+    rows, columns = logits.shape
+    DLOGITS[logits.dtype](
+        logits.data_ptr(),
+        target.data_ptr(),
+        rows,
+        columns,
+        logits.stride(0),
+        block_max.data_ptr(),
+        row_max.data_ptr(),
+        a.data_ptr(),
+        b.data_ptr(),
+        c.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+@launch_operator("cpu_mixture_statistics(Tensor logits, Tensor gate_weights, Tensor target, Tensor(a!) statistics)")
+def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, statistics: Tensor) -> None:
+    specialists, rows, columns = logits.shape
+    MIXTURE[logits.dtype](
+        logits.data_ptr(),
+        target.data_ptr(),
+        rows,
+        columns,
+        logits.stride(1),
+        logits.stride(0),
+        specialists,
+        gate_weights.data_ptr(),
+        statistics.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 class CpuEpilogue:
     """fp32 or fp64 logits; their gradient has the same type."""
 
@@ -33,17 +89,7 @@ class CpuEpilogue:
         out = logits.new_empty((rows, 4))
         blocks = -(-columns // _cpu_epilogue.BLOCK_COLUMNS)
         block_max = logits.new_empty((rows, max(1, blocks))) if keep else None
-        target = target.contiguous()
-        STATISTICS[logits.dtype](
-            logits.data_ptr(),
-            target.data_ptr(),
-            rows,
-            columns,
-            logits.stride(0),
-            out.data_ptr(),
-            0 if block_max is None else block_max.data_ptr(),
-            torch.get_num_threads(),
-        )
+        _row_statistics(logits, target.contiguous(), out, block_max)
         return out, block_max
 
     def dlogits(
@@ -54,38 +100,12 @@ class CpuEpilogue:
         row_max: Tensor,
         coefficients: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        rows, columns = logits.shape
-        # names keep the contiguous copies alive until the kernel has read them
         target, row_max, a, b, c = (tensor.contiguous() for tensor in (target, row_max, *coefficients))
-        DLOGITS[logits.dtype](
-            logits.data_ptr(),
-            target.data_ptr(),
-            rows,
-            columns,
-            logits.stride(0),
-            scratch.data_ptr(),
-            row_max.data_ptr(),
-            a.data_ptr(),
-            b.data_ptr(),
-            c.data_ptr(),
-            torch.get_num_threads(),
-        )
+        _dlogits(logits, target, scratch, row_max, a, b, c)
         return logits
 
     def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor:
-        specialists, rows, columns = logits.shape
+        specialists, rows, _ = logits.shape
         out = logits.new_empty((rows, 4 + 3 * specialists))
-        gate_weights, target = gate_weights.contiguous(), target.contiguous()
-        MIXTURE[logits.dtype](
-            logits.data_ptr(),
-            target.data_ptr(),
-            rows,
-            columns,
-            logits.stride(1),
-            logits.stride(0),
-            specialists,
-            gate_weights.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        _mixture_statistics(logits, gate_weights.contiguous(), target.contiguous(), out)
         return out

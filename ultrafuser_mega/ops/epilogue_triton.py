@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
+from ultrafuser_mega.ops.operators import launch_operator
 
 # (BLOCK, warps) by kernel: columns that a program looks at in one step; tools/benchmarks/tune_kernels.py times others
 STEPS = {
@@ -146,6 +147,63 @@ def mixture_statistics_kernel(
     tl.store(out + 4 + 2 * specialists + j, deviation_sum, mask=real)
 
 
+@launch_operator("triton_row_statistics(Tensor logits, Tensor target, Tensor(a!) statistics)")
+def _row_statistics(logits: Tensor, target: Tensor, statistics: Tensor) -> None:
+    rows, columns = logits.shape
+    block, warps = STEPS["row statistics"]
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        row_statistics_kernel[(rows,)](
+            logits, target, statistics, columns, logits.stride(0), BLOCK=block, num_warps=warps
+        )
+
+
+@launch_operator(
+    "triton_dlogits(Tensor(a!) logits, Tensor(b!) gradient, Tensor target, Tensor row_max, Tensor a, Tensor b, Tensor c)"
+)
+def _dlogits(
+    logits: Tensor, gradient: Tensor, target: Tensor, row_max: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> None:
+    rows, columns = logits.shape
+    block, warps = STEPS["dlogits"]
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        dlogits_kernel[(rows,)](
+            logits,
+            gradient,
+            target,
+            row_max,
+            a,
+            b,
+            c,
+            columns,
+            logits.stride(0),
+            gradient.stride(0),
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+@launch_operator(
+    "triton_mixture_statistics(Tensor logits, Tensor gate_weights, Tensor target, Tensor(a!) statistics)"
+)
+def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, statistics: Tensor) -> None:
+    specialists, rows, columns = logits.shape
+    block, warps = STEPS["mixture statistics"]
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        mixture_statistics_kernel[(rows,)](
+            logits,
+            gate_weights,
+            target,
+            statistics,
+            columns,
+            logits.stride(1),
+            logits.stride(0),
+            specialists=specialists,
+            PADDED=triton.next_power_of_2(specialists),
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
 class TritonEpilogue:
     """fp32 logits in; gradients in ``operand_dtype`` (bf16, fp16 or fp32)."""
 
@@ -153,13 +211,8 @@ class TritonEpilogue:
         self.operand_dtype = operand_dtype
 
     def statistics(self, logits: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, None]:
-        rows, columns = logits.shape
-        out = logits.new_empty((rows, 4))
-        block, warps = STEPS["row statistics"]
-        with torch.cuda.device_of(logits):  # Triton launches on the current device
-            row_statistics_kernel[(rows,)](
-                logits, target.contiguous(), out, columns, logits.stride(0), BLOCK=block, num_warps=warps
-            )
+        out = logits.new_empty((logits.shape[0], 4))
+        _row_statistics(logits, target.contiguous(), out)
         return out, None
 
     def dlogits(
@@ -170,25 +223,8 @@ class TritonEpilogue:
         row_max: Tensor,
         coefficients: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        rows, columns = logits.shape
         gradient = in_place_view(logits, self.operand_dtype)
-        a, b, c = (coefficient.contiguous() for coefficient in coefficients)
-        block, warps = STEPS["dlogits"]
-        with torch.cuda.device_of(logits):  # Triton launches on the current device
-            dlogits_kernel[(rows,)](
-                logits,
-                gradient,
-                target.contiguous(),
-                row_max.contiguous(),
-                a,
-                b,
-                c,
-                columns,
-                logits.stride(0),
-                gradient.stride(0),
-                BLOCK=block,
-                num_warps=warps,
-            )
+        _dlogits(logits, gradient, *(t.contiguous() for t in (target, row_max, *coefficients)))
         return gradient
 
     def mixture_statistics(self, logits: Tensor, gate_weights: Tensor, target: Tensor) -> Tensor:
@@ -196,34 +232,10 @@ class TritonEpilogue:
         if columns == 0:  # a shard without real rows
             return TorchEpilogue(torch.float32).mixture_statistics(logits, gate_weights, target)
         out = logits.new_empty((rows, 4 + 3 * specialists))
-        block, warps = STEPS["mixture statistics"]
-        with torch.cuda.device_of(logits):  # Triton launches on the current device
-            mixture_statistics_kernel[(rows,)](
-                logits,
-                gate_weights.contiguous(),
-                target.contiguous(),
-                out,
-                columns,
-                logits.stride(1),
-                logits.stride(0),
-                specialists=specialists,
-                PADDED=triton.next_power_of_2(specialists),
-                BLOCK=block,
-                num_warps=warps,
-            )
+        _mixture_statistics(logits, gate_weights.contiguous(), target.contiguous(), out)
         return out
 
 
 def in_place_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """(C, R) of ``dtype`` whose row i starts at the same address as row i of the fp32 ``logits``."""
-    if dtype == logits.dtype:
-        return logits
-    narrower = logits.element_size() // dtype.itemsize
-    rows, columns = logits.shape
-    flat = torch.empty(0, dtype=dtype, device=logits.device)
-    return flat.set_(
-        logits.untyped_storage(),
-        logits.storage_offset() * narrower,
-        (rows, columns),
-        (logits.stride(0) * narrower, 1),
-    )
+    return logits.view(dtype)[:, : logits.shape[1]]

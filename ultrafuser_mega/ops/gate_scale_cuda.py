@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultrafuser_mega.ops.operators import launch_operator
+
 MODULE = "ultrafuser_mega.ops._cuda_gate"
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -53,23 +55,10 @@ def scale_inputs(
     hidden: Sequence[Tensor],  # n x (C, d_j)
     dtype: torch.dtype,  # that of hidden
 ) -> tuple[Tensor, list[Tensor]]:
-    kernels = _kernels(gate_logits.device.index)
-    # names keep the copies that strided inputs need alive until the launch
-    gate_logits, kept = gate_logits.contiguous(), kept.contiguous()
-    hidden = [_with_whole_rows(states) for states in hidden]
-    gate_weights = torch.empty_like(gate_logits)
+    gate_weights = torch.empty_like(gate_logits, memory_format=torch.contiguous_format)
     inputs = [torch.empty(states.shape, dtype=dtype, device=states.device) for states in hidden]
-    with torch.cuda.device(gate_logits.device):
-        kernels.scale_inputs(
-            getattr(kernels.Type, TYPES[dtype]),
-            gate_logits.data_ptr(),
-            kept.data_ptr(),
-            gate_weights.data_ptr(),
-            gate_logits.shape[0],
-            [(*_rows_of(h), *_rows_of(x), h.shape[1]) for h, x in zip(hidden, inputs, strict=True)],
-            gate_logits.device.index,
-            torch.cuda.current_stream().cuda_stream,
-        )
+    rows = [_with_whole_rows(states) for states in hidden]
+    _scale_inputs(gate_logits.contiguous(), kept.contiguous(), rows, gate_weights, inputs)
     return gate_weights, inputs
 
 
@@ -81,17 +70,59 @@ def unscale_gradients(
     d_hidden: Sequence[Tensor | None],  # n x (C, d_j) out, columns contiguous
     d_gate: Tensor | None,  # (C, n) out, contiguous
 ) -> None:
+    rows = [_with_whole_rows(states) for states in hidden]
+    nothing = gate_weights.new_empty((0, 0))  # schemas know no list of tensors some of which are None and written to
+    _unscale_gradients(
+        gate_weights.contiguous(),
+        kept.contiguous(),
+        rows,
+        [nothing if dx is None else dx for dx in d_inputs],
+        [nothing if dh is None else dh for dh in d_hidden],
+        nothing if d_gate is None else d_gate,
+    )
+
+
+@launch_operator(
+    "gate_scale_inputs(Tensor gate_logits, Tensor kept, Tensor[] hidden, Tensor(a!) gate_weights, Tensor(b!)[] inputs)"
+)
+def _scale_inputs(
+    gate_logits: Tensor, kept: Tensor, hidden: Sequence[Tensor], gate_weights: Tensor, inputs: Sequence[Tensor]
+) -> None:
+    kernels = _kernels(gate_logits.device.index)
+    with torch.cuda.device(gate_logits.device):
+        kernels.scale_inputs(
+            getattr(kernels.Type, TYPES[inputs[0].dtype]),
+            gate_logits.data_ptr(),
+            kept.data_ptr(),
+            gate_weights.data_ptr(),
+            gate_logits.shape[0],
+            [(*_rows_of(h), *_rows_of(x), h.shape[1]) for h, x in zip(hidden, inputs, strict=True)],
+            gate_logits.device.index,
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+@launch_operator(
+    "gate_unscale_gradients(Tensor gate_weights, Tensor kept, Tensor[] hidden, Tensor[] d_inputs,"
+    " Tensor(a!)[] d_hidden, Tensor(b!) d_gate)"
+)
+def _unscale_gradients(
+    gate_weights: Tensor,
+    kept: Tensor,
+    hidden: Sequence[Tensor],
+    d_inputs: Sequence[Tensor],
+    d_hidden: Sequence[Tensor],
+    d_gate: Tensor,
+) -> None:
     kernels = _kernels(gate_weights.device.index)
-    gate_weights, kept = gate_weights.contiguous(), kept.contiguous()
-    hidden = [_with_whole_rows(states) for states in hidden]
-    written = next((out.dtype for out in d_hidden if out is not None), hidden[0].dtype)
+    written = next((out.dtype for out in d_hidden if out.numel()), hidden[0].dtype)
     with torch.cuda.device(gate_weights.device):
         kernels.unscale_gradients(
             getattr(kernels.Type, TYPES[hidden[0].dtype]),
             getattr(kernels.Type, TYPES[written]),
             gate_weights.data_ptr(),
             kept.data_ptr(),
-            0 if d_gate is None else d_gate.data_ptr(),
+            d_gate.data_ptr() if d_gate.numel() else 0,
             gate_weights.shape[0],
             [
                 (*_rows_of(h), *_rows_of(dx), *_rows_of(dh), h.shape[1])
@@ -106,6 +137,6 @@ def _with_whole_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _rows_of(matrix: Tensor | None) -> tuple[int, int]:
-    """Address and row stride; (0, 0) for none."""
-    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+def _rows_of(matrix: Tensor) -> tuple[int, int]:
+    """Address and row stride; (0, 0) for nothing."""
+    return (matrix.data_ptr(), matrix.stride(0)) if matrix.numel() else (0, 0)

@@ -17,6 +17,7 @@ from numbers import Integral, Real
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ultrafuser_mega.errors import InputError
 
@@ -119,7 +120,7 @@ def checked_problem(
         raise InputError(f"vocab_start: {vocab_start} must be {'0 without a group' if shards == 1 else '>= 0'}")
     if shards == 1 and vocab_size > held:
         raise InputError(f"vocab_size: {vocab_size} exceeds the {held} head rows given, and there is no group")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():  # a graph cannot branch on values
+    if readable(target):
         _check_target_range(target, vocab_size, ignore_index)
     settings = Settings(
         group=group if shards > 1 else None,
@@ -189,6 +190,11 @@ def check_main_grad(head_main_grad: Sequence[Tensor | None], problem: Problem) -
             raise InputError(f"head_main_grad[{j}]: requires a gradient, needed a plain buffer that is added to")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at for nothing: not on a GPU, not in a graph that is compiled, not of a fake."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
 def check_shards(columns: int, vocab_size: int) -> None:
     """InputError unless the shards' real rows, ``columns`` in all, can be the vocabulary, each row of it once."""
     if columns != vocab_size:
@@ -235,7 +241,7 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.dev
 
 
 def _check_target_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """On the CPU only: on a GPU reading the answer would stall the stream, and such a row's loss is inf instead."""
+    """Only where targets are readable; on a GPU such a row's loss is inf instead."""
     wrong = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultrafuser_mega.ops.problem import Problem, check_shards
+from ultrafuser_mega.ops.problem import Problem, check_shards, readable
 
 
 def row_losses(problem: Problem) -> Tensor:
     """(N,) loss of every row, 0 where it is ignored; differentiable in hidden, heads and gate logits."""
     settings, dtype = problem.settings, problem.accumulate_dtype
-    if settings.group is not None and problem.target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if settings.group is not None and readable(problem.target):
         columns = torch.tensor(problem.real_rows)
         dist.all_reduce(columns, group=settings.group)
         check_shards(int(columns), settings.vocab_size)

@@ -15,7 +15,7 @@ every reduction is served alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.ops import gate_only, gate_scale, gemm
 from ultrafuser_mega.ops.chunked import FP16_SCALE, Needs
+from ultrafuser_mega.ops.operators import launch_operator
 from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import (
     COLUMNS,
@@ -37,7 +38,7 @@ from ultrafuser_mega.ops.statistics import (
     row_loss,
 )
 from ultrafuser_mega.ops.streaming_kernels import dlogits_kernel, gate_statistics_kernel, statistics_kernel
-from ultrafuser_mega.ops.streaming_tiles import launch
+from ultrafuser_mega.ops.streaming_tiles import Tile, launch
 
 SPLIT_COLUMNS = 4096  # of the vocabulary, walked by one program at most
 SPLITS = 8  # at least, so that a small vocabulary fills a GPU, too
@@ -73,26 +74,47 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     parts[:, :, MAX] = float("-inf")
     parts[:, :, 2] = float("-inf")
     if rows and real:
-        name, kernel = "statistics", statistics_kernel
-        if per_specialist:
-            name, kernel = "gate statistics", gate_statistics_kernel
-        launch(
-            name,
-            kernel,
-            lambda tile: triton.cdiv(rows, tile.block_m) * splits,
-            problem.hidden,
-            problem.heads,
-            gate_weights,
-            problem.local_target(),
-            parts,
-            rows,
-            real,
-            split,
-        )
+        fill = _fill_gate_statistics if per_specialist else _fill_statistics
+        fill(problem.hidden, problem.heads, gate_weights, problem.local_target(), parts, real, split)
     columns = parts.new_full((splits, 1), split)
     columns[-1] = real - (splits - 1) * split
     local = parts[0] if splits == 1 else combine(parts, columns)
     return PendingStatistics(local, real, problem.settings).wait()
+
+
+@launch_operator(
+    "streaming_statistics(Tensor[] hidden, Tensor[] heads, Tensor gate_weights, Tensor target, Tensor(a!) parts,"
+    " int columns, int split)"
+)
+def _fill_statistics(hidden: Sequence[Tensor], heads: Sequence[Tensor], *rest: Any) -> None:
+    _walk("statistics", statistics_kernel, hidden, heads, *rest)
+
+
+@launch_operator(
+    "streaming_gate_statistics(Tensor[] hidden, Tensor[] heads, Tensor gate_weights, Tensor target, Tensor(a!) parts,"
+    " int columns, int split)"
+)
+def _fill_gate_statistics(hidden: Sequence[Tensor], heads: Sequence[Tensor], *rest: Any) -> None:
+    _walk("gate statistics", gate_statistics_kernel, hidden, heads, *rest)
+
+
+def _walk(
+    name: str,
+    kernel: Any,
+    hidden: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    gate_weights: Tensor,
+    target: Tensor,
+    parts: Tensor,  # (splits, N, width) out
+    columns: int,
+    split: int,
+) -> None:
+    splits, rows, _ = parts.shape
+
+    def programs(tile: Tile) -> int:
+        return int(triton.cdiv(rows, tile.block_m)) * splits
+
+    launch(name, kernel, programs, hidden, heads, gate_weights, target, parts, rows, columns, split)
 
 
 def split_columns(columns: int) -> int:
@@ -147,11 +169,7 @@ class Dlogits:
             gate_logits=problem.gate_logits[rows],
             target=problem.target[rows],
         )
-        columns = block.stop - block.start
-        launch(
-            "dlogits",
-            dlogits_kernel,
-            lambda tile: triton.cdiv(part.rows, tile.block_m) * triton.cdiv(columns, tile.block_n),
+        _fill_dlogits(
             part.hidden,
             part.heads,
             self.gate_weights[rows],
@@ -159,11 +177,35 @@ class Dlogits:
             self.row_max[rows],
             *(coefficient[rows] for coefficient in self.coefficients),
             out,
-            part.rows,
             block.start,
             block.stop,
-            out.stride(0),
         )
+
+
+@launch_operator(
+    "streaming_dlogits(Tensor[] hidden, Tensor[] heads, Tensor gate_weights, Tensor target, Tensor row_max,"
+    " Tensor a, Tensor b, Tensor c, Tensor(a!) out, int start, int stop)"
+)
+def _fill_dlogits(
+    hidden: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    gate_weights: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    out: Tensor,
+    start: int,
+    stop: int,
+) -> None:
+    rows, columns = out.shape
+
+    def programs(tile: Tile) -> int:
+        return int(triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n))
+
+    per_row = (gate_weights, target, row_max, a, b, c)
+    launch("dlogits", dlogits_kernel, programs, hidden, heads, *per_row, out, rows, start, stop, out.stride(0))
 
 
 class _StreamingLoss(torch.autograd.Function):
