@@ -22,7 +22,7 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, run_facts
+from ultrafuser_mega.training.trainer import Trainer, make_shard, run_facts
 
 OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
 STEP_IS_TEXT = '{"identity": {}, "progress": {"stage": 2, "step": "2"}}'
@@ -194,7 +194,8 @@ def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Pa
     plan = preflight(FuserConfig.model_validate(tree), 1, resume=False)
     groups = make_groups(plan.layout)
     store = open_store(plan, groups)
-    trainer = Trainer(plan, groups, store, CPU)
+    trainer = Trainer(plan, groups, store, CPU, make_shard(plan, groups))
+    trainer.load()
     with RunReport(run_facts(plan, CPU), enabled=True, done_steps=0) as report:
         shutil.rmtree(folder)
         trainer.train_stage(1, 0, report)

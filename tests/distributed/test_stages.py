@@ -17,7 +17,7 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, run_facts
+from ultrafuser_mega.training.trainer import Trainer, make_shard, run_facts
 
 
 def test_stage_one_trains_the_gate_and_nothing_else(trio: Path, tmp_path: Path) -> None:
@@ -38,7 +38,8 @@ def test_stage_one_trains_the_gate_and_nothing_else(trio: Path, tmp_path: Path) 
 def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str], int, int]:
     plan = preflight(FuserConfig.model_validate(tree), 8, resume=False)
     groups = make_groups(plan.layout)
-    trainer = Trainer(plan, groups, open_store(plan, groups), CPU)
+    trainer = Trainer(plan, groups, open_store(plan, groups), CPU, make_shard(plan, groups))
+    trainer.load()
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainables = []
     make = trainer._make_trainable

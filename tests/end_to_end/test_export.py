@@ -24,7 +24,7 @@ from ultrafuser_mega.reporting.records import EvaluationResult
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer
+from ultrafuser_mega.training.trainer import Trainer, make_shard
 
 LAST = Progress(2, 3)
 HELDOUT = 3  # samples of each class
@@ -103,7 +103,8 @@ def evaluate_again(rank: int, run_dir: Path) -> EvaluationResult:
     plan = preflight(load_config(run_dir / "config.yaml"), torch.distributed.get_world_size(), resume=True)
     assert plan.resume is not None
     groups = make_groups(plan.layout)
-    trainer = Trainer(plan, groups, open_store(plan, groups), CPU)
+    trainer = Trainer(plan, groups, open_store(plan, groups), CPU, make_shard(plan, groups))
+    trainer.load()
     load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
     return trainer.evaluate()
 

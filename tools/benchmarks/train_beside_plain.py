@@ -268,13 +268,14 @@ def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) 
     from ultrafuser_mega.runtime.device import joined_job, launcher_store
     from ultrafuser_mega.runtime.groups import make_groups
     from ultrafuser_mega.training.prepare import open_store
-    from ultrafuser_mega.training.trainer import Trainer
+    from ultrafuser_mega.training.trainer import Trainer, make_shard
 
     plan = preflight(load_config(root / "run.yaml"), 1, resume=False)
     plan.config.run_dir.mkdir(parents=True, exist_ok=True)
     with joined_job(device, launcher_store()):
         groups = make_groups(plan.layout)
-        trainer = Trainer(plan, groups, open_store(plan, groups), device)
+        trainer = Trainer(plan, groups, open_store(plan, groups), device, make_shard(plan, groups))
+        trainer.load()
         for stage in (1, 2):
             watch = watched(stage)
             with contextlib.suppress(EnoughError):

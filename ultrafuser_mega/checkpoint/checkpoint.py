@@ -204,9 +204,7 @@ def write_checkpoint(
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
     """
     with megatron_scope(next(model.parameters()).device):
-        state = _model_state(model, groups)
-        if trainable is not None:
-            state |= _optimizer_state(trainable, state)
+        state = rank_state(model, trainable, groups)
         use_plain_results_queue()
         dist_checkpointing.save(state, str(folder))
     if groups.rank == 0:
@@ -276,6 +274,12 @@ def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
         loaded = dist_checkpointing.load(state, str(path))
         for key, parameter in parameters.items():
             parameter.copy_(loaded[key])
+
+
+def rank_state(model: FusedStage, trainable: Trainable | None, groups: RankGroups) -> dict[str, Any]:
+    """Flat name -> ShardedTensor of all that this rank writes into a checkpoint; collective over the replicas."""
+    state = _model_state(model, groups)
+    return state if trainable is None else state | _optimizer_state(trainable, state)
 
 
 def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def build_fused_stage(
         owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
         widths = {name: arch.hidden_size for name, arch in architectures.items()}
         exchange = HiddenExchange(groups.fusion, groups.megatron.tp, owners, widths)
-    return FusedStage(stages, fusion, exchange).to(device)
+    return FusedStage(stages, fusion, exchange)
 
 
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path]) -> None:

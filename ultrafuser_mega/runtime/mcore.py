@@ -2,7 +2,7 @@
 
 Megatron-core 0.16 names CUDA unconditionally in its schedules, optimizers, gradient buffers and p2p code.
 On a machine whose device is the CPU, :func:`megatron_scope` makes those names mean the CPU for as long as
-it is open: same classes, same schedules, same collectives. On CUDA it does nothing.
+it is open: same classes, same schedules, same collectives.
 """
 
 from __future__ import annotations
@@ -21,49 +21,20 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def megatron_scope(device: torch.device) -> Iterator[None]:
-    """Run Megatron-core code on ``device``; wrap model building, schedules and optimizer steps in it."""
-    if device.type == "cuda":
-        yield
-        return
-    saved = (
-        torch.cuda.current_device,
-        torch.cuda.synchronize,
-        megatron_random._CUDA_RNG_STATE_TRACKER,
-        megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
-        megatron_random._get_all_rng_states,
-        megatron_random._set_all_rng_states,
-    )
-    # Recomputed layers draw nothing.
-    megatron_random._get_all_rng_states = lambda: ()
-    megatron_random._set_all_rng_states = lambda *states: None
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args: None
-    megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngTracker()
-    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch space of the tensor-parallel layers
-        parallel_state._set_global_memory_buffer()
-    try:
-        with _CudaNamesMeanCpu():
-            yield
-    finally:
-        (
-            torch.cuda.current_device,
-            torch.cuda.synchronize,
-            megatron_random._CUDA_RNG_STATE_TRACKER,
-            megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
-            megatron_random._get_all_rng_states,
-            megatron_random._set_all_rng_states,
-        ) = saved
+    """Run Megatron-core code on ``device``; wrap model building, schedules and optimizer steps in it.
 
-
-def prepare_cuda(seed: int) -> None:
-    """Once per process on CUDA: what ``megatron_scope`` does on the CPU for every scope.
-
-    The specialists have no dropout, so one seed serves every rank; weights come from files.
+    Nothing in it draws random numbers: the specialists have no dropout, and their weights come from files. So Megatron
+    keeps no states of generators here, on no device.
     """
-    megatron_random.model_parallel_cuda_manual_seed(seed, tp_rank=0, ep_rank=0, etp_rank=0)
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (*_NO_RANDOM_STATES, *(() if device.type == "cuda" else _CUDA_IS_THE_CPU)):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch space of the tensor-parallel layers
+            parallel_state._set_global_memory_buffer()
+        if device.type != "cuda":
+            stack.enter_context(_CudaNamesMeanCpu())
+        yield
 
 
 def use_plain_results_queue() -> None:
@@ -105,3 +76,15 @@ class _NoRngTracker:
         return {}
 
     def set_states(self, states: dict[str, torch.Tensor]) -> None: ...
+
+
+_NO_RANDOM_STATES = (
+    (megatron_random, "_CUDA_RNG_STATE_TRACKER", _NoRngTracker()),
+    (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
+    (megatron_random, "_get_all_rng_states", lambda: ()),
+    (megatron_random, "_set_all_rng_states", lambda *states: None),
+)
+_CUDA_IS_THE_CPU = (
+    (torch.cuda, "current_device", lambda: torch.device("cpu")),
+    (torch.cuda, "synchronize", lambda *args: None),
+)

@@ -31,7 +31,7 @@ from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.device import peak_memory, to_device
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
-from ultrafuser_mega.runtime.mcore import megatron_scope, prepare_cuda
+from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
@@ -54,7 +54,9 @@ def run(plan: RunPlan, device: torch.device) -> None:
             verify_checkpoint(weights[1])
         store = open_store(plan, groups)
         plan = compared_with_data(plan, store)
-        _run(plan, groups, Trainer(plan, groups, store, device, begun))
+        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun)
+        trainer.load()
+        _run(plan, groups, trainer)
 
 
 def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
@@ -102,7 +104,14 @@ def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
 class Trainer:
     """One rank's model and data, and the steps that train it.
 
+    Building one reads no file: the weights come by :meth:`load`.
+
     Args:
+        plan: of the run.
+        groups: this rank's process groups.
+        store: the run's token store.
+        device: where this rank computes.
+        shard: this rank's part of the data-parallel work.
         begun: when the run began, by ``time.monotonic``; None: now.
     """
 
@@ -112,21 +121,24 @@ class Trainer:
         groups: RankGroups,
         store: TokenStore,
         device: torch.device,
+        shard: Shard,
         begun: float | None = None,
     ) -> None:
-        config = plan.config
         self._begun = time.monotonic() if begun is None else begun
-        self.plan, self.groups, self.store, self.device = plan, groups, store, device
-        if device.type == "cuda":
-            prepare_cuda(config.seed)
-        self.sources = run_sources(plan).with_data(data_record(store)) if groups.rank == 0 else None
+        self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
+        self.sources: SourceFiles | None = None  # what checkpoints keep of the specialists; rank 0's
         self.model = build_model(plan, groups, device)
+        self.engine = Engine(self.model, groups, device)
+
+    def load(self) -> None:
+        """Read the weights that the run begins with; those of the checkpoint that it resumes from, its stage reads."""
+        plan, groups = self.plan, self.groups
+        if groups.rank == 0:
+            self.sources = run_sources(plan).with_data(data_record(self.store))
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0)
         elif plan.resume is None:
-            load_hf_weights(self.model, config.folders)
-        self.engine = Engine(self.model, groups, device)
-        self.shard = make_shard(plan, groups)
+            load_hf_weights(self.model, plan.config.folders)
 
     def stage(self, number: int) -> Stage:
         """Configuration of stage 1 or 2."""
@@ -349,8 +361,8 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> Fuse
         )
 
 
-def make_shard(plan: RunPlan, groups: RankGroups) -> Shard:
-    """This rank's part of the data-parallel work."""
+def make_shard(plan: RunPlan, groups: RankGroups, pad_id: int | None = None) -> Shard:
+    """This rank's part of the data-parallel work; ``pad_id`` None: the first specialist's EOS, from its tokenizer."""
     config, placements = plan.config, plan.layout.placements
     sequence_parallel = config.parallel.sequence_parallel
     return Shard(
@@ -359,7 +371,7 @@ def make_shard(plan: RunPlan, groups: RankGroups) -> Shard:
         microbatch_tokens=config.microbatch_tokens,
         specialists=tuple(groups.local_specialists),
         multiples={name: placement.tp if sequence_parallel else 1 for name, placement in placements.items()},
-        pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id,
+        pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id if pad_id is None else pad_id,
     )
 
 

@@ -1,0 +1,216 @@
+"""What one rank of a planned job would do and hold: the program itself, run on fake tensors.
+
+The model, Megatron's schedules, the exchange, the loss, the optimizer and evaluation are those of a real run, stage
+after stage; weights are not read, nothing is written, and the other ranks do not exist. Of every stage two steps run
+and the second is reported, since the first makes the optimizer's moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from ultrafuser_mega.checkpoint.checkpoint import rank_state
+from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.dry_run.fake_job import fake_tensors, joined_fake_job
+from ultrafuser_mega.dry_run.meter import Meter
+from ultrafuser_mega.dry_run.samples import UniformStore
+from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.runtime.groups import RankGroups, make_groups
+from ultrafuser_mega.runtime.layout import LayoutPlan
+from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.training.evaluation import evaluate
+from ultrafuser_mega.training.trainer import Trainer, make_shard
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one collective in one group, and the bytes of each call's largest tensor added up."""
+
+    group: str
+    name: str
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the run on one rank.
+
+    name         "stage 1", "stage 2", "evaluation", "checkpoint"
+    microbatches how many of them ran
+    peak         kind of what was allocated -> bytes, when most was; kinds: weights, gradients, optimizer, activations,
+                 update (temporaries of the optimizer's step), checkpoint
+    flops        "products", "attention" -> FLOPs
+    operations   operation -> how often it was dispatched
+    waits        where the host waited for the device, and why -> how often
+    """
+
+    name: str
+    microbatches: int
+    tokens: int
+    response_tokens: int
+    peak: dict[str, int]
+    flops: dict[str, int]
+    operations: dict[str, int]
+    collectives: list[Collective]
+    waits: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """All kinds together."""
+        return sum(self.peak.values())
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rank did."""
+
+    rank: int
+    parts: list[Part]
+
+
+def rank_classes(layout: LayoutPlan) -> list[int]:
+    """One rank of every class: of each specialist's (or, colocated, the specialists') each pipeline stage."""
+    found = {}
+    for rank in range(layout.replica_size):
+        names = layout.specialists_on(rank)
+        placement = layout.placements[names[0]]
+        found.setdefault((tuple(names), (rank - placement.first_rank) // placement.tp), rank)
+    return list(found.values())
+
+
+def rehearse(plan: RunPlan, rank: int, device: torch.device, store: TokenStore | None = None) -> Rehearsal:
+    """Be one rank of ``plan`` on fake tensors of ``device``.
+
+    Args:
+        plan: of the run.
+        rank: whom to play.
+        device: "cpu", or "cuda" with :func:`~ultrafuser_mega.dry_run.fake_cuda.load_fake_cuda` before.
+        store: the run's data; None: samples of data.max_length, all of whose tokens but the first are responses.
+    """
+    with joined_fake_job(plan.layout.world_size, rank):
+        groups = make_groups(plan.layout)
+        meter = Meter(device.type, _group_names(groups))
+        shard = make_shard(plan, groups, pad_id=0)
+        with fake_tensors(meter, device):
+            trainer = Trainer(plan, groups, store or _uniform_store(plan), device, shard)
+            parts = [_evaluation(trainer, meter)]
+            for number in plan.config.stages:
+                parts += _stage(trainer, meter, number)
+            return Rehearsal(rank, parts)
+
+
+def _uniform_store(plan: RunPlan) -> TokenStore:
+    config = plan.config
+    store = UniformStore(
+        list(config.data.classes),
+        list(config.specialists),
+        samples=max(config.stage1.samples_per_class, config.stage2.samples_per_class, plan.layout.dp),
+        length=config.data.max_length,
+        response=config.data.max_length - 1,
+    )
+    return cast(TokenStore, store)
+
+
+class _FirstMicrobatches:
+    """A step's batch cut to its first microbatches: the others would only do the same again."""
+
+    def __init__(self, batches: TrainingBatches, limit: int) -> None:
+        self.batches, self.limit = batches, limit
+
+    def step(self, step: int) -> StepBatch:
+        batch = self.batches.step(step)
+        return replace(batch, microbatches=batch.microbatches[: self.limit])
+
+
+@dataclass(frozen=True)
+class _WatchedTrainable(Trainable):
+    """A trainable whose update's temporaries are told apart from activations."""
+
+    meter: Meter
+
+    def step(self) -> tuple[torch.Tensor, float]:
+        with self.meter.making("update"):
+            return super().step()
+
+
+def _stage(trainer: Trainer, meter: Meter, number: int) -> Iterator[Part]:
+    plan = trainer.plan
+    placement = plan.layout.placements[trainer.groups.local_specialists[0]]
+    samples = trainer.stage(number).samples_per_class
+    batches = _FirstMicrobatches(
+        TrainingBatches(trainer.store, samples, plan.config.seed + number, trainer.shard), placement.pp + 1
+    )
+    with meter.making("gradients"):
+        made = trainer._make_trainable(number)
+        trainable = _WatchedTrainable(**vars(made), meter=meter)
+    for step in range(2):
+        with _measured(meter):
+            trainer._step(number, trainable, cast(TrainingBatches, batches), step, 0.0)
+        if step == 0:
+            meter.rename("update", "optimizer")
+            meter.rename("activations", "optimizer")
+    first = batches.step(1).microbatches
+    yield _part(f"stage {number}", meter, len(first), trainer, first)
+    if number == list(plan.config.stages)[-1]:
+        with _measured(meter), meter.making("checkpoint"):
+            rank_state(trainer.model, trainable, trainer.groups)
+        yield _part("checkpoint", meter, 0, trainer, [])
+
+
+def _evaluation(trainer: Trainer, meter: Meter) -> Part:
+    options = trainer.plan.config.evaluation.model_copy(update={"samples_per_class": trainer.plan.layout.dp})
+    with _measured(meter):
+        evaluate(trainer.engine, trainer.store, trainer.shard, options)
+    return _part("evaluation", meter, 1, trainer, [])
+
+
+@contextmanager
+def _measured(meter: Meter) -> Iterator[None]:
+    meter.clear()
+    with meter.making("activations"):
+        yield
+
+
+def _part(name: str, meter: Meter, count: int, trainer: Trainer, microbatches: list[Any]) -> Part:
+    names = trainer.groups.local_specialists
+    return Part(
+        name=name,
+        microbatches=count,
+        tokens=sum(sum(batch.tokens[name].lengths) for batch in microbatches for name in names),
+        response_tokens=sum(len(batch.targets) for batch in microbatches),
+        peak={kind: size for kind, size in meter.memory.at_peak.items() if size},
+        flops=dict(meter.flops),
+        operations=dict(meter.operations),
+        collectives=[
+            Collective(group, collective, calls.calls, calls.bytes)
+            for (group, collective), calls in meter.collectives.items()
+        ],
+        waits=dict(meter.waits),
+    )
+
+
+def _group_names(groups: RankGroups) -> dict[str, str]:
+    megatron = groups.megatron
+    named = {"tp": megatron.tp, "pp": megatron.pp, "dp": groups.data, "fusion": groups.fusion}
+    named |= {"replica": groups.replica, "world": groups.world}
+    return {group.group_name: name for name, group in reversed(named.items()) if group is not None}
+
+
+def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
+    """For one process to hand to another."""
+    return asdict(rehearsal)
+
+
+def from_json(value: dict[str, Any]) -> Rehearsal:
+    """What :func:`as_json` made."""
+    parts = [
+        Part(**{**part, "collectives": [Collective(**each) for each in part["collectives"]]}) for part in value["parts"]
+    ]
+    return Rehearsal(value["rank"], parts)
