@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ultrafuser_mega.cli.options import Config, Overrides, Ranks, wide_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ultrafuser_mega.planning.preflight import RunPlan
 
 _LONG = 10**10  # bytes: more take a while to read, which is then said
 
@@ -20,6 +25,9 @@ def plan(
     resume: Annotated[
         bool, typer.Option("--resume", help="also check the run's newest checkpoint; what would be other than before")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="also run the training step itself on tensors that hold nothing")
+    ] = False,
 ) -> None:
     """Check everything without training, show what ranks hold.
 
@@ -29,6 +37,11 @@ def plan(
 
     A checkpoint that the job would begin with (--resume, or checkpoint.start) is read whole, to compare its files with
     the sizes and checksums that were noted when it was written, as the job does: that takes as long as reading it.
+
+    --dry-run runs evaluation, a step of each stage and what a checkpoint gathers, on one rank of each kind, with real code
+    and tensors that hold nothing: no GPU and no memory needed. It shows what ranks hold at their largest, the work of a
+    microbatch and what travels. With device=cuda it takes the way of a GPU (a C++ compiler is needed) and names every
+    place where the host waits for the device; else the CPU's.
 
     A configuration's layouts are alternatives: a job takes the first that uses exactly its ranks.
     """
@@ -57,6 +70,29 @@ def plan(
     lines += [*resolved.notices, *compared]
     lines.append("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
     for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        _dry_run(resolved, config, overrides or [], console)
+
+
+def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str], console: Console) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ultrafuser_mega.dry_run.processes import rehearse_ranks
+    from ultrafuser_mega.dry_run.rehearse import rank_classes
+    from ultrafuser_mega.reporting.rehearsal import rehearsal_table, waits_of
+
+    classes = rank_classes(plan.layout)
+    device = "cuda" if plan.config.device == "cuda" else "cpu"
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"dry run of {len(classes)} kind(s) of ranks", total=len(classes))
+        found = rehearse_ranks(
+            list(classes), plan.layout.world_size, device, config, overrides, lambda: bar.advance(task)
+        )
+    title = f"dry run on fake {device} tensors, one rank of each kind"
+    console.print(rehearsal_table(title, list(zip(classes.values(), found, strict=True))))
+    for line in waits_of(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

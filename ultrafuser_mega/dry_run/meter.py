@@ -8,12 +8,14 @@ buffers is not seen.
 
 from __future__ import annotations
 
+import sys
 import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 _GRANULE = 512  # bytes that PyTorch's CUDA allocator rounds up to
@@ -63,6 +65,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.device, self.groups = device, groups
         self.kind = "weights"
+        self._reading: FrameType | None = None
         self._alive: dict[int, tuple[int, str]] = {}
         self.memory = Memory()
         self.clear()
@@ -96,6 +99,10 @@ class Meter(TorchDispatchMode):
 
     def waited(self, why: str) -> None:
         """Note that the host waits for the device, by the line that makes it."""
+        if (reading := _tolist()) is not None:  # a fake tensor reads number by number, a real one all at once
+            if reading is self._reading:
+                return
+            self._reading = reading
         self.waits[f"{why} at {_where()}"] += 1
 
     def __torch_dispatch__(
@@ -194,8 +201,22 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs of a product or an attention; 0 of anything else."""
     if packet in (aten.addmm, aten.addmm_):  # torch's formula does not know out= and out_dtype=
         return 2 * int(args[1].shape[0]) * int(args[1].shape[1]) * int(args[2].shape[1])
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
     formula: Callable[..., int] | None = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _tolist() -> FrameType | None:
+    """The outermost tolist() of a fake tensor that is running."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is FakeTensor.tolist.__code__:
+            found = frame
+        frame = frame.f_back
+    return found
 
 
 def _where() -> str:

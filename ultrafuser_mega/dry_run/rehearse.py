@@ -7,20 +7,22 @@ and the second is reported, since the first makes the optimizer's moments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from ultrafuser_mega.checkpoint.checkpoint import rank_state
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
+from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.dry_run.fake_job import fake_tensors, joined_fake_job
 from ultrafuser_mega.dry_run.meter import Meter
 from ultrafuser_mega.dry_run.samples import UniformStore
 from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.reporting.rehearsal import Collective, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.layout import LayoutPlan
 from ultrafuser_mega.runtime.trainable import Trainable
@@ -28,61 +30,15 @@ from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.trainer import Trainer, make_shard
 
 
-@dataclass(frozen=True)
-class Collective:
-    """Calls of one collective in one group, and the bytes of each call's largest tensor added up."""
-
-    group: str
-    name: str
-    calls: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the run on one rank.
-
-    name         "stage 1", "stage 2", "evaluation", "checkpoint"
-    microbatches how many of them ran
-    peak         kind of what was allocated -> bytes, when most was; kinds: weights, gradients, optimizer, activations,
-                 update (temporaries of the optimizer's step), checkpoint
-    flops        "products", "attention" -> FLOPs
-    operations   operation -> how often it was dispatched
-    waits        where the host waited for the device, and why -> how often
-    """
-
-    name: str
-    microbatches: int
-    tokens: int
-    response_tokens: int
-    peak: dict[str, int]
-    flops: dict[str, int]
-    operations: dict[str, int]
-    collectives: list[Collective]
-    waits: dict[str, int]
-
-    @property
-    def peak_bytes(self) -> int:
-        """All kinds together."""
-        return sum(self.peak.values())
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a rank did."""
-
-    rank: int
-    parts: list[Part]
-
-
-def rank_classes(layout: LayoutPlan) -> list[int]:
-    """One rank of every class: of each specialist's (or, colocated, the specialists') each pipeline stage."""
-    found = {}
+def rank_classes(layout: LayoutPlan) -> dict[int, str]:
+    """One rank of every kind, and what it is: of each specialist's (or, colocated, the specialists') each stage."""
+    found: dict[str, int] = {}
     for rank in range(layout.replica_size):
         names = layout.specialists_on(rank)
         placement = layout.placements[names[0]]
-        found.setdefault((tuple(names), (rank - placement.first_rank) // placement.tp), rank)
-    return list(found.values())
+        stage = (rank - placement.first_rank) // placement.tp + 1
+        found.setdefault(", ".join(names) + (f" {stage}/{placement.pp}" if placement.pp > 1 else ""), rank)
+    return {rank: role for role, rank in found.items()}
 
 
 def rehearse(plan: RunPlan, rank: int, device: torch.device, store: TokenStore | None = None) -> Rehearsal:
@@ -156,19 +112,18 @@ def _stage(trainer: Trainer, meter: Meter, number: int) -> Iterator[Part]:
         if step == 0:
             meter.rename("update", "optimizer")
             meter.rename("activations", "optimizer")
-    first = batches.step(1).microbatches
-    yield _part(f"stage {number}", meter, len(first), trainer, first)
+    yield _part(f"stage {number}", meter, trainer, batches.step(1).microbatches)
     if number == list(plan.config.stages)[-1]:
         with _measured(meter), meter.making("checkpoint"):
             rank_state(trainer.model, trainable, trainer.groups)
-        yield _part("checkpoint", meter, 0, trainer, [])
+        yield _part("checkpoint", meter, trainer)
 
 
 def _evaluation(trainer: Trainer, meter: Meter) -> Part:
     options = trainer.plan.config.evaluation.model_copy(update={"samples_per_class": trainer.plan.layout.dp})
     with _measured(meter):
         evaluate(trainer.engine, trainer.store, trainer.shard, options)
-    return _part("evaluation", meter, 1, trainer, [])
+    return _part("evaluation", meter, trainer)
 
 
 @contextmanager
@@ -178,11 +133,11 @@ def _measured(meter: Meter) -> Iterator[None]:
         yield
 
 
-def _part(name: str, meter: Meter, count: int, trainer: Trainer, microbatches: list[Any]) -> Part:
+def _part(name: str, meter: Meter, trainer: Trainer, microbatches: Sequence[MicroBatch] = ()) -> Part:
     names = trainer.groups.local_specialists
     return Part(
         name=name,
-        microbatches=count,
+        microbatches=len(microbatches),
         tokens=sum(sum(batch.tokens[name].lengths) for batch in microbatches for name in names),
         response_tokens=sum(len(batch.targets) for batch in microbatches),
         peak={kind: size for kind, size in meter.memory.at_peak.items() if size},
@@ -201,16 +156,3 @@ def _group_names(groups: RankGroups) -> dict[str, str]:
     named = {"tp": megatron.tp, "pp": megatron.pp, "dp": groups.data, "fusion": groups.fusion}
     named |= {"replica": groups.replica, "world": groups.world}
     return {group.group_name: name for name, group in reversed(named.items()) if group is not None}
-
-
-def as_json(rehearsal: Rehearsal) -> dict[str, Any]:
-    """For one process to hand to another."""
-    return asdict(rehearsal)
-
-
-def from_json(value: dict[str, Any]) -> Rehearsal:
-    """What :func:`as_json` made."""
-    parts = [
-        Part(**{**part, "collectives": [Collective(**each) for each in part["collectives"]]}) for part in value["parts"]
-    ]
-    return Rehearsal(value["rank"], parts)

@@ -115,10 +115,12 @@ def build_fused_stage(
             recompute_layers=recompute_layers,
             device=device,
         )
-        stages[name] = SpecialistStage(architectures[name], config, groups.megatron)
+        with device:
+            stages[name] = SpecialistStage(architectures[name], config, groups.megatron)
     fusion = exchange = None
     if groups.fusion is not None:
-        fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, seed, loss)
+        with device:
+            fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, seed, loss)
         start = groups.replica_index * groups.plan.replica_size
         owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
         widths = {name: arch.hidden_size for name, arch in architectures.items()}

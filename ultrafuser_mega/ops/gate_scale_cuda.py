@@ -40,6 +40,8 @@ def _kernels(device_index: int) -> Any:
         reason = str(error).splitlines()[0]
         warnings.warn(f"the gate's CUDA kernels cannot be loaded: {reason}; PyTorch's take over", stacklevel=2)
         return None
+    if not torch.cuda.is_available():  # tensors on a GPU and no GPU: fake ones
+        return None
     with torch.cuda.device(device_index):  # the kernels set the device; PyTorch's own guard sets it back
         reason = extension.why_unusable(device_index)
     if reason:

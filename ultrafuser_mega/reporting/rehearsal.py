@@ -1,0 +1,123 @@
+"""What a dry run saw of a job's ranks: records, and a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one collective in one group, and the bytes of each call's largest tensor added up."""
+
+    group: str
+    name: str
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the run on one rank.
+
+    name             "evaluation", "stage 1", "stage 2", "checkpoint"
+    microbatches     how many of them ran, of the stages; tokens: of this rank's specialists in them, padding included;
+                     response_tokens: rows of the loss in them
+    peak             kind -> bytes, when most was allocated: weights, gradients, optimizer, activations (of forward and
+                     backward), update (temporaries of the optimizer's step), checkpoint (what is gathered for it)
+    flops            "products", "attention" -> FLOPs
+    operations       operation -> how often it was dispatched
+    waits            where the host waited for the device, and why -> how often
+    """
+
+    name: str
+    microbatches: int
+    tokens: int
+    response_tokens: int
+    peak: dict[str, int]
+    flops: dict[str, int]
+    operations: dict[str, int]
+    collectives: list[Collective]
+    waits: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """All kinds together."""
+        return sum(self.peak.values())
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank did, part by part."""
+
+    rank: int
+    parts: list[Part]
+
+    def as_json(self) -> dict[str, Any]:
+        """For one process to hand to another."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Rehearsal:
+        """What :meth:`as_json` made."""
+        parts = [
+            Part(**{**part, "collectives": [Collective(**each) for each in part["collectives"]]})
+            for part in value["parts"]
+        ]
+        return cls(value["rank"], parts)
+
+
+def rehearsal_table(title: str, roles: Sequence[tuple[str, Rehearsal]]) -> Table:
+    """One row for each part of each rank: memory by kind when most was held, FLOPs and traffic per microbatch."""
+    kinds = [
+        kind
+        for kind in ("weights", "gradients", "optimizer", "activations", "update", "checkpoint")
+        if any(kind in part.peak for _, rehearsal in roles for part in rehearsal.parts)
+    ]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("rank", "part"):
+        table.add_column(column, no_wrap=True)
+    for column in (*kinds, "peak", "TFLOP", "traffic", "operations", "waits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for role, rehearsal in roles:
+        for index, part in enumerate(rehearsal.parts):
+            share = max(part.microbatches, 1)
+            table.add_row(
+                f"{rehearsal.rank} {role}" if index == 0 else "",
+                part.name,
+                *(_gib(part.peak.get(kind, 0)) for kind in kinds),
+                f"[bold]{_gib(part.peak_bytes)}[/]",
+                f"{sum(part.flops.values()) / share / 1e12:.3g}" if part.flops else "",
+                f"{sum(c.bytes for c in part.collectives) / share / 1e9:.3g} GB" if part.collectives else "",
+                f"{sum(part.operations.values()) // share:,}",
+                f"{sum(part.waits.values())}" if part.waits else "",
+                end_section=index == len(rehearsal.parts) - 1,
+            )
+    table.caption = (
+        "memory in GiB at its largest; FLOPs, bytes of collectives and dispatched operations per microbatch of a stage;"
+        " what the allocator, CUDA and NCCL take for themselves (3 to 5 GiB on a GPU) comes on top"
+    )
+    return table
+
+
+def waits_of(rehearsals: Sequence[Rehearsal]) -> list[str]:
+    """Every place where a step's host waits for the device, one line each."""
+    found: dict[str, int] = {}
+    for rehearsal in rehearsals:
+        for part in rehearsal.parts:
+            if part.microbatches:
+                for where, count in part.waits.items():
+                    found[where] = max(found.get(where, 0), count)
+    return [f"the host waits {count} time(s) a step: {where}" for where, count in found.items()]
+
+
+def _gib(size: int) -> str:
+    if size == 0:
+        return ""
+    return f"{size / _GIB:.2f}" if size >= _GIB / 20 else f"{size / _GIB:.2g}"
