@@ -28,10 +28,17 @@ def joined_fake_job(ranks: int, rank: int) -> Iterator[None]:
     """Be rank ``rank`` of a job of ``ranks``, the others of which do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        with patch.multiple(dist, all_gather_object=_all_alike, gather_object=_gathered_alike):
+        with objects_are_alike():
             yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def objects_are_alike() -> Iterator[None]:
+    """Collectives of Python objects give every rank's as this rank's, and move nothing."""
+    with patch.multiple(dist, all_gather_object=_all_alike, gather_object=_gathered_alike):
+        yield
 
 
 @contextmanager

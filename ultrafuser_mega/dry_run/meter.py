@@ -168,6 +168,8 @@ class Meter(TorchDispatchMode):
                 elif source.numel() > 1 or not non_blocking:
                     if not (non_blocking and getattr(source, "_pinned", False)):
                         self.waited("a tensor is copied to the device and not pinned and non-blocking")
+        elif func is aten.index_put_.default and args[2].numel() == 1 and args[2].device.type == "cpu":
+            pass  # of a mask and a number PyTorch makes a masked_fill
         elif func in _DATA_DEPENDENT and any(
             self._on_device(leaf) and leaf.dtype in (torch.bool, torch.uint8)
             for leaf in tree_leaves(args if func is aten.nonzero.default else args[1:])

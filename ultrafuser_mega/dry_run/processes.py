@@ -1,4 +1,4 @@
-"""Ranks of a fake job side by side: a process each, since a process can be one rank of one job."""
+"""Ranks of a fake job in processes of their own: those for CUDA load a library before torch, and several run at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,36 +29,56 @@ def rehearse_ranks(
     """What each of ``ranks`` would do in a job of ``world_size``.
 
     Args:
-        device: "cpu" or "cuda"; both need no GPU.
+        device: "cpu" or "cuda"; neither needs a GPU.
         config, overrides: of the run, as on the command line.
         done: called when a rank is through.
 
     Raises:
         InputError: with what the first rank that failed said last.
     """
+    processes = min(len(ranks), os.cpu_count() or 1)
+    shares = [ranks[first::processes] for first in range(processes)]
 
-    def one(rank: int) -> Rehearsal:
+    def share(some: Sequence[int]) -> list[Rehearsal]:
         command = [sys.executable, "-m", "ultrafuser_mega.dry_run.processes"]
         command += [] if config is None else ["--config", str(config)]
-        command += ["--ranks", str(world_size), "--rank", str(rank), "--device", device, "--", *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_S)
-        if ended.returncode:
-            said = ended.stderr.strip().splitlines() or [f"ended with {ended.returncode}"]
-            raise InputError(f"--dry-run: rank {rank}: {said[-1].removeprefix('error: ')}")
-        done()
-        return Rehearsal.from_json(json.loads(ended.stdout.splitlines()[-1]))
+        command += ["--ranks", str(world_size), "--device", device]
+        command += [part for rank in some for part in ("--rank", str(rank))]
+        found = []
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                [*command, "--", *overrides],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    found.append(Rehearsal.from_json(json.loads(line)))
+                    done()
+            process.wait()
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+        if process.returncode:
+            last = said[-1] if said else f"ended with {process.returncode}"
+            raise InputError(f"--dry-run: rank {some[len(found)]}: {last.removeprefix('error: ')}")
+        return found
 
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(one, ranks))
+    with ThreadPoolExecutor(processes) as pool:
+        found = [rehearsal for part in pool.map(share, shares) for rehearsal in part]
+    return sorted(found, key=lambda rehearsal: ranks.index(rehearsal.rank))
 
 
 def main() -> int:
-    """Be one rank; the last line on standard output is its rehearsal."""
+    """Be some ranks, one after the other; each rehearsal is a line on standard output."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--rank", type=int, action="append", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
@@ -79,7 +100,8 @@ def main() -> int:
         if (config.store_dir / MANIFEST).is_file():
             store = TokenStore.open(config.store_dir, verify=False)
         device = torch.device("cuda", 0) if asked.device == "cuda" else torch.device("cpu")
-        print(json.dumps(rehearse(plan, asked.rank, device, store).as_json()), flush=True)
+        for rank in asked.rank:
+            print(json.dumps(rehearse(plan, rank, device, store).as_json()), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -52,14 +52,23 @@ def rehearse(plan: RunPlan, rank: int, device: torch.device, store: TokenStore |
     """
     with joined_fake_job(plan.layout.world_size, rank):
         groups = make_groups(plan.layout)
-        meter = Meter(device.type, _group_names(groups))
+        meter = Meter(device.type, group_names(groups))
         shard = make_shard(plan, groups, pad_id=0)
         with fake_tensors(meter, device):
             trainer = Trainer(plan, groups, store or _uniform_store(plan), device, shard)
-            parts = [_evaluation(trainer, meter)]
-            for number in plan.config.stages:
-                parts += _stage(trainer, meter, number)
-            return Rehearsal(rank, parts)
+            return Rehearsal(rank, list(run_parts(trainer, meter)))
+
+
+def run_parts(trainer: Trainer, meter: Meter) -> Iterator[Part]:
+    """Evaluation, two steps of every stage, and what a checkpoint gathers, measured; on real tensors as on fake ones.
+
+    Args:
+        trainer: built under ``meter``.
+        meter: open.
+    """
+    yield _evaluation(trainer, meter)
+    for number in trainer.plan.config.stages:
+        yield from _stage(trainer, meter, number)
 
 
 def _uniform_store(plan: RunPlan) -> TokenStore:
@@ -151,7 +160,8 @@ def _part(name: str, meter: Meter, trainer: Trainer, microbatches: Sequence[Micr
     )
 
 
-def _group_names(groups: RankGroups) -> dict[str, str]:
+def group_names(groups: RankGroups) -> dict[str, str]:
+    """Name of each of a rank's process groups, as PyTorch knows it -> what it is called here."""
     megatron = groups.megatron
     named = {"tp": megatron.tp, "pp": megatron.pp, "dp": groups.data, "fusion": groups.fusion}
     named |= {"replica": groups.replica, "world": groups.world}

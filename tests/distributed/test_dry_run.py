@@ -1,0 +1,66 @@
+"""The dry run against the run: one rank on fake tensors must see what the same rank does and holds in a real job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from support.trio import COLOCATED_TP2, COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.dry_run.fake_job import objects_are_alike
+from ultrafuser_mega.dry_run.meter import Meter
+from ultrafuser_mega.dry_run.rehearse import group_names, rank_classes, rehearse, run_parts
+from ultrafuser_mega.planning.preflight import plan_layouts, preflight
+from ultrafuser_mega.reporting.rehearsal import Rehearsal
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.prepare import open_store
+from ultrafuser_mega.training.trainer import Trainer, make_shard
+
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one rank": (ONE, {}),
+    "tp 2, sequence parallel": (COLOCATED_TP2, {"parallel": {"sequence_parallel": True}}),
+    "tp 2, pp 2": (COLOCATED_TP2_PP2, {"parallel": {"recompute_layers": 1}}),
+    "disjoint": (DISJOINT_3, {}),
+    "disjoint, unequal": (DISJOINT_8, {"dtype": "bf16"}),
+    "dp 2, sharded optimizer": (ONE | {"dp": 2}, {"parallel": {"distributed_optimizer": True}, "dtype": "bf16"}),
+}
+
+
+@pytest.mark.parametrize(("layout", "more"), LAYOUTS.values(), ids=LAYOUTS)
+def test_fake_rank_holds_and_does_what_the_real_one_does(
+    trio: Path, tmp_path: Path, layout: dict[str, Any], more: dict[str, Any]
+) -> None:
+    tree = config_tree(trio, tmp_path, layout) | more
+    config = FuserConfig.model_validate(tree)
+    plan = plan_layouts(config)[0]
+    real = run_ranks(_rehearse_for_real, plan.world_size, tree)  # also prepares the data, which the dry run reads
+    resolved = preflight(config, plan.world_size, resume=False)
+    for rank in rank_classes(plan):
+        fake = rehearse(resolved, rank, CPU, TokenStore.open(config.store_dir))
+        seen = Rehearsal.from_json(real[rank])
+        assert [part.name for part in fake.parts] == ["evaluation", "stage 1", "stage 2", "checkpoint"]
+        for ours, theirs in zip(fake.parts, seen.parts, strict=True):
+            where = f"rank {rank}, {ours.name}"
+            assert ours.peak_bytes == pytest.approx(theirs.peak_bytes, rel=0.02), where
+            assert ours.flops == theirs.flops, where
+            assert ours.collectives == theirs.collectives, where
+            assert (ours.tokens, ours.response_tokens) == (theirs.tokens, theirs.response_tokens), where
+            for kind in ("weights", "gradients", "optimizer"):
+                assert ours.peak.get(kind, 0) == pytest.approx(theirs.peak.get(kind, 0), rel=0.02, abs=4096), where
+
+
+def _rehearse_for_real(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
+    plan = preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False)
+    groups = make_groups(plan.layout)
+    store = open_store(plan, groups)
+    meter = Meter("cpu", group_names(groups))
+    with meter:
+        trainer = Trainer(plan, groups, store, CPU, make_shard(plan, groups))
+    trainer.load()
+    with meter, objects_are_alike():  # their messages are no tensors of the program
+        return Rehearsal(rank, list(run_parts(trainer, meter))).as_json()
