@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 from support.reference_fuser import ReferenceLlama, fused_loss, sequences_of
-from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, DISJOINT_UNEVEN, ONE, config_tree, write_trio
+from support.trio import (
+    COLOCATED_TP2_PP2,
+    COLOCATED_TP4,
+    CPU,
+    DISJOINT_3,
+    DISJOINT_8,
+    DISJOINT_CODE_TP4,
+    DISJOINT_UNEVEN,
+    ONE,
+    config_tree,
+    write_trio,
+)
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.batches import TrainingBatches
@@ -49,6 +60,15 @@ SP = {"sequence_parallel": True}
         ),
         pytest.param({**ONE, "dp": 5}, 5, {}, EQUAL, 1, id="more_replicas_than_samples"),
         pytest.param(DISJOINT_UNEVEN, 5, {}, EQUAL, 4, id="uneven_stages"),
+        pytest.param(
+            {**COLOCATED_TP4, "pp": 2},
+            8,
+            SP | {"recompute_layers": 1},
+            DIFFERENT,
+            4,
+            id="colocated_shared_key_value_heads_pp2_sequence_parallel_one_layer_recomputed",
+        ),
+        pytest.param(DISJOINT_CODE_TP4, 6, SP, EQUAL, 4, id="disjoint_shared_key_value_heads_sequence_parallel"),
     ],
 )
 def test_gradient_of_every_parameter(

@@ -10,10 +10,12 @@ import torch
 from support.trio import (
     COLOCATED_TP2,
     COLOCATED_TP2_PP2,
+    COLOCATED_TP4,
     CPU,
     DISJOINT_3,
     DISJOINT_6,
     DISJOINT_8,
+    DISJOINT_CODE_TP4,
     ONE,
     config_tree,
     read_steps,
@@ -57,6 +59,13 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(DISJOINT_8, 8, {}, id="the_default_8_ranks"),
         pytest.param(DISJOINT_8, 8, {"sequence_parallel": True}, id="the_default_8_ranks_sequence_parallel"),
         pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, id="dp2_distributed_optimizer"),
+        pytest.param(DISJOINT_CODE_TP4, 6, {"sequence_parallel": True}, id="disjoint_shared_key_value_heads"),
+        pytest.param(
+            {**COLOCATED_TP4, "dp": 2},
+            8,
+            {"sequence_parallel": True, "distributed_optimizer": True},
+            id="colocated_shared_key_value_heads_dp2_distributed_optimizer",
+        ),
     ],
 )
 def test_training_does_not_depend_on_the_layout(

@@ -24,10 +24,12 @@ CPU = torch.device("cpu")
 
 ONE = {"kind": "colocated"}
 COLOCATED_TP2 = {"kind": "colocated", "tp": 2}
+COLOCATED_TP4 = {"kind": "colocated", "tp": 4}  # two ranks to each of code's key/value heads
 COLOCATED_TP2_PP2 = {"kind": "colocated", "tp": 2, "pp": 2}
 DISJOINT_3 = {"kind": "disjoint", "specialists": {"text": {}, "code": {}, "math": {}}}
 DISJOINT_6 = {"kind": "disjoint", "specialists": {"text": {"tp": 2}, "code": {"tp": 2}, "math": {"tp": 2}}}
 DISJOINT_8 = {"kind": "disjoint", "specialists": {"text": {"tp": 2}, "code": {"tp": 2}, "math": {"tp": 2, "pp": 2}}}
+DISJOINT_CODE_TP4 = {"kind": "disjoint", "specialists": {"text": {}, "code": {"tp": 4}, "math": {}}}
 DISJOINT_UNEVEN = {"kind": "disjoint", "specialists": {"text": {}, "code": {}, "math": {"pp": 3}}}  # 4 layers in 3
 
 

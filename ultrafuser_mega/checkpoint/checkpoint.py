@@ -298,10 +298,6 @@ def _inner(trainable: Trainable) -> Any:
     return trainable.optimizer.chained_optimizers[0]
 
 
-def _model_parameters(trainable: Trainable) -> list[nn.Parameter]:
-    return [p for p in trainable.wrapped.module.parameters() if p.requires_grad]
-
-
 def _moments_of(trainable: Trainable, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
     """The tensor that the optimizer updates for a model parameter (itself, its fp32 copy, or a shard) and its state."""
     inner = _inner(trainable)
@@ -316,10 +312,7 @@ def _moments_of(trainable: Trainable, parameter: nn.Parameter) -> tuple[Tensor, 
 
 def _owned(trainable: Trainable) -> list[nn.Parameter]:
     """Parameters whose optimizer state, or a part of it, lives on this rank."""
-    inner = _inner(trainable)
-    if isinstance(inner, DistributedOptimizer):
-        return list(inner.model_param_group_index_map)
-    return _model_parameters(trainable)
+    return [parameter for parameter in trainable.parameters if trainable.owned(parameter) != slice(0)]
 
 
 def _create_moments(trainable: Trainable, steps: int) -> None:
@@ -342,7 +335,7 @@ def _optimizer_state(trainable: Trainable, model_state: Mapping[str, Any]) -> di
     inner = _inner(trainable)
     result = {}
     whole = _gathered_state(inner) if isinstance(inner, DistributedOptimizer) else None
-    for parameter in _model_parameters(trainable):
+    for parameter in trainable.parameters:
         key = names[id(parameter)]
         if whole is not None:
             tensors = whole[parameter]
@@ -372,14 +365,10 @@ def _gathered_state(inner: DistributedOptimizer) -> dict[nn.Parameter, dict[str,
 
 def _restore_moments(trainable: Trainable, loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     names = {id(parameter): key for key, parameter in parameters.items()}
-    inner = _inner(trainable)
     for parameter in _owned(trainable):
         key = names[id(parameter)]
         main, state = _moments_of(trainable, parameter)
-        part = slice(None)
-        if isinstance(inner, DistributedOptimizer):
-            local = inner._get_model_param_range_map(parameter)["param"]
-            part = slice(local.start, local.end)
+        part = trainable.owned(parameter)
         for kind, target in (("param", main.data), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
             if (source := loaded.get(f"optimizer.{kind}.{key}")) is not None:
                 target.copy_(source.reshape(-1)[part].view_as(target))

@@ -228,24 +228,26 @@ def check_positions(field: str, length: int, name: str, arch: Architecture) -> N
 
 
 def check_parallel_sizes(name: str, arch: Architecture, tp: int, pp: int) -> None:
-    """Refuse a tp that does not divide the specialist's sizes, and more pipeline stages than it has layers.
+    """Refuse a tp that the specialist's sizes cannot be sharded by, and more pipeline stages than it has layers.
+
+    Key/value heads are shared out among the ranks, or the ranks among them: one number must divide the other.
 
     Raises:
         InputError: names the specialist, the size and the values that would work.
     """
-    for what, size in (
-        ("attention heads", arch.heads),
-        ("key/value heads", arch.kv_heads),
-        ("MLP width", arch.ffn_size),
-    ):
-        if size % tp:
-            works = ", ".join(
-                str(t) for t in range(1, arch.kv_heads + 1) if arch.kv_heads % t == 0 and arch.ffn_size % t == 0
-            )
-            raise InputError(
-                f"layout: tp = {tp} does not divide the {size} {what} of specialist {name}; tp of {works} would"
-            )
+    if problem := _unsharded(arch, tp):
+        works = ", ".join(str(t) for t in range(1, arch.heads + 1) if not _unsharded(arch, t))
+        raise InputError(f"layout: tp = {tp} {problem} of specialist {name}; tp of {works} would")
     if pp > arch.layers:
         raise InputError(
             f"layout: pp = {pp} is more than the {arch.layers} layers of specialist {name}; make it smaller"
         )
+
+
+def _unsharded(arch: Architecture, tp: int) -> str:
+    """What of the specialist ``tp`` ranks cannot share, in words; empty where there is nothing."""
+    if arch.heads % tp:
+        return f"does not divide the {arch.heads} attention heads"
+    if arch.kv_heads % tp and tp % arch.kv_heads:
+        return f"neither divides nor is a multiple of the {arch.kv_heads} key/value heads"
+    return f"does not divide the {arch.ffn_size} MLP width" if arch.ffn_size % tp else ""

@@ -6,10 +6,11 @@ specialists. What leaves a last stage is the hidden state after the final norm.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -28,6 +29,8 @@ from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.models.layers import RMSNorm, layer_spec
 from ultrafuser_mega.models.pipeline import stage_layers
+from ultrafuser_mega.models.shared_heads import head_by_head
+from ultrafuser_mega.runtime.shared_rows import SharedRows, mark_shared, shared_rows
 
 
 def transformer_config(
@@ -49,7 +52,7 @@ def transformer_config(
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_size,
         num_attention_heads=arch.heads,
-        num_query_groups=arch.kv_heads,
+        num_query_groups=max(arch.kv_heads, tp),  # every rank has a group, if need be of a shared key/value head
         kv_channels=arch.head_dim,
         layernorm_epsilon=arch.norm_eps,
         normalization="RMSNorm",
@@ -124,6 +127,10 @@ class SpecialistStage(GPTModel):
             if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
                 dim = 1 if isinstance(module, RowParallelLinear) else 0
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        if (copies := arch.kv_copies(tp)) > 1:
+            for layer in self.decoder.layers:
+                for parameter in layer.self_attention.linear_qkv.parameters():
+                    mark_shared(parameter, SharedRows(arch.heads // tp * arch.head_dim, copies))
 
     def forward(self, tokens: PackedTokens) -> Tensor:
         """What leaves this stage: (T, 1, d), or (T / tp, 1, d) under sequence parallelism between stages.
@@ -142,6 +149,14 @@ class SpecialistStage(GPTModel):
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
         return hidden
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's, with every head in its place of the whole and shared ones once, whatever tp is."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        for key, shard in state.items():
+            if isinstance(shard, ShardedTensor) and shared_rows(shard.data) is not None:
+                state[key] = head_by_head(shard, self.arch, self.pg_collection.tp)
+        return state
 
     @torch.no_grad()
     def load_hf(self, weights: HFWeights) -> None:

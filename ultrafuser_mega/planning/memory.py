@@ -51,8 +51,8 @@ def _rank_share(plan: RunPlan, rank: int) -> RankShare:
 
 
 def _stage_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
-    attention = arch.hidden_size * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
-    layer = (attention + 3 * arch.hidden_size * arch.ffn_size) // tp + 2 * arch.hidden_size
+    heads = 2 * arch.heads // tp + 2 * arch.kv_heads_of_rank(tp)
+    layer = arch.hidden_size * (heads * arch.head_dim + 3 * arch.ffn_size // tp + 2)
     embedding = -(-arch.vocab_rows // tp) * arch.hidden_size if stage == 0 else 0
     return stage_layers(arch.layers, pp)[stage] * layer + embedding + (arch.hidden_size if stage == pp - 1 else 0)
 

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.shared_rows import counted_again
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,21 @@ class Trainable:
     schedule: OptimizerParamScheduler
     clip_grad: float
     device: torch.device
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's parameters that are being trained."""
+        return [p for p in self.wrapped.module.parameters() if p.requires_grad]
+
+    def owned(self, parameter: nn.Parameter) -> slice:
+        """Which elements of a flattened parameter this rank updates: with the distributed optimizer a part, or none."""
+        inner = self.optimizer.chained_optimizers[0]
+        if not isinstance(inner, DistributedOptimizer):
+            return slice(None)
+        if parameter not in inner.model_param_group_index_map:
+            return slice(0)
+        part = inner._get_model_param_range_map(parameter)["param"]
+        return slice(part.start, part.end)
 
     def zero_grad(self) -> None:
         """Clear gradients before a step."""
@@ -62,5 +79,6 @@ class Trainable:
         for part in self.optimizer.chained_optimizers:
             if gradients := part.get_main_grads_for_grad_norm():
                 squared += torch.stack(torch._foreach_norm(gradients)).square().sum()
+        squared -= counted_again(self.parameters, self.owned)
         dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared.sqrt()

@@ -33,6 +33,7 @@ from torch import nn
 from ultrafuser_mega.config import Optimizer as OptimizerOptions
 from ultrafuser_mega.config import Stage
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.shared_rows import sum_shared_gradients
 from ultrafuser_mega.runtime.trainable import Trainable
 
 #: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
@@ -95,9 +96,13 @@ def make_trainable(
     return Trainable(wrapped, optimizer, schedule, options.clip_grad, device)
 
 
-def _finalize_gradients(model: list[nn.Module], num_tokens: object = None, **options: Any) -> None:
-    """Megatron's sums over replicas and ranks, without its division by a number of tokens."""
-    finalize_model_grads(model, None, **options)
+def _finalize_gradients(
+    model: list[nn.Module], num_tokens: object = None, *, pg_collection: ProcessGroupCollection, **options: Any
+) -> None:
+    """Megatron's sums over replicas and ranks, without its division by a number of tokens, and those of shared rows."""
+    finalize_model_grads(model, None, pg_collection=pg_collection, **options)
+    for chunk in model:
+        sum_shared_gradients((p for p in chunk.parameters() if p.requires_grad), pg_collection.tp)
 
 
 def make_schedule(optimizer: MegatronOptimizer, stage: Stage, weight_decay: float) -> OptimizerParamScheduler:

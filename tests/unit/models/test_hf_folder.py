@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.families import LinearScaling
+from ultrafuser_mega.models.families.rules import FusedQKV
 from ultrafuser_mega.models.hf_folder import HFWeights, answer_ends, check_parallel_sizes, read_architecture
 from ultrafuser_mega.toy import tiny_llama
 
@@ -340,16 +341,44 @@ def test_shards_of_a_layer_make_up_the_whole(llama: Path, tp: int) -> None:
         assert torch.equal(shard["pre_mlp_layernorm.weight"], hf["post_attention_layernorm.weight"])
 
 
+def test_more_ranks_than_groups_share_out_query_heads_and_copy_their_key_and_value_head(llama: Path) -> None:
+    tensors, weights = load_file(llama / "model.safetensors"), open_weights(llama)
+    q, k, v = (tensors[f"model.layers.0.self_attn.{which}_proj.weight"].view(-1, 12, 96) for which in "qkv")
+    for rank in range(8):
+        shard = weights.layer(0, rank, 8)["self_attention.linear_qkv.weight"]
+        assert torch.equal(shard, torch.cat([q[rank], k[rank // 2], v[rank // 2]]))
+
+
+@pytest.mark.parametrize("tp", [4, 8])
+def test_places_of_a_shards_heads_are_theirs_in_the_whole(llama: Path, tp: int) -> None:
+    arch, weights, rule = read_architecture(llama), open_weights(llama), FusedQKV("weight")
+    whole = weights.layer(0, 0, 1)[rule.parameter].view(-1, arch.head_dim, arch.hidden_size)
+    for rank in range(tp):
+        shard = weights.layer(0, rank, tp)[rule.parameter]
+        assert torch.equal(whole[rule.places(arch, rank, tp)].flatten(0, 1), shard)
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "message"),
     [
-        (3, 1, "tp = 3 does not divide the 8 attention heads of specialist code; tp of 1, 2, 4 would"),
-        (8, 1, "tp = 8 does not divide the 4 key/value heads of specialist code; tp of 1, 2, 4 would"),
+        (3, 1, "tp = 3 does not divide the 8 attention heads of specialist code; tp of 1, 2, 4, 8 would"),
+        (16, 1, "tp = 16 does not divide the 8 attention heads of specialist code; tp of 1, 2, 4, 8 would"),
         (1, 3, "pp = 3 is more than the 2 layers of specialist code; make it smaller"),
     ],
 )
 def test_parallel_sizes_that_do_not_fit_say_which_would(llama: Path, tp: int, pp: int, message: str) -> None:
     assert message in refusal(check_parallel_sizes, "code", read_architecture(llama), tp, pp)
+
+
+def test_tp_that_fits_the_heads_but_not_their_groups_says_which_would(tmp_path: Path) -> None:
+    """12 heads in 4 groups: six ranks would have a part of one group and a part of the next."""
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 240}
+    arch = read_architecture(write_config(tmp_path, **sizes))
+    assert refusal(check_parallel_sizes, "code", arch, 6, 1) == (
+        "layout: tp = 6 neither divides nor is a multiple of the 4 key/value heads of specialist code; "
+        "tp of 1, 2, 4, 12 would"
+    )
+    check_parallel_sizes("code", arch, 12, 1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_8, DISJOINT_UNEVEN, ONE, config_tree, write_trio
+from support.trio import (
+    COLOCATED_TP2_PP2,
+    COLOCATED_TP4,
+    CPU,
+    DISJOINT_8,
+    DISJOINT_UNEVEN,
+    ONE,
+    config_tree,
+    write_trio,
+)
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.planning.memory import rank_shares
@@ -41,6 +50,7 @@ def held_parameters(rank: int, tree: dict[str, Any]) -> int:
         pytest.param(COLOCATED_TP2_PP2, 4, id="colocated_tp2_pp2"),
         pytest.param(DISJOINT_8, 8, id="disjoint_8_ranks"),
         pytest.param(DISJOINT_UNEVEN, 5, id="uneven_stages"),
+        pytest.param(COLOCATED_TP4, 4, id="shared_key_value_heads"),
     ],
 )
 @pytest.mark.parametrize("folder", ["trio", "widths_differ"])

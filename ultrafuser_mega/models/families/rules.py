@@ -30,6 +30,14 @@ class LayerSizes:
     kv_heads: int
     head_dim: int
 
+    def kv_heads_of_rank(self, tp: int) -> int:
+        """Key/value heads on each tensor-parallel rank: one at least."""
+        return max(self.kv_heads // tp, 1)
+
+    def kv_copies(self, tp: int) -> int:
+        """Consecutive tensor-parallel ranks that hold a copy of the same key/value head."""
+        return max(tp // self.kv_heads, 1)
+
 
 class Rule(Protocol):
     """One parameter of the layer.
@@ -84,7 +92,8 @@ class Norm:
 class FusedQKV:
     """Query, key and value projections, fused per group: [its query heads, its key head, its value head].
 
-    Sharded by groups. ``suffix`` is "weight", with rows of ``hidden_size``, or "bias".
+    Sharded by groups. With more ranks than groups the ranks of a group share out its query heads, and each of them has
+    its key and its value head. ``suffix`` is "weight", with rows of ``hidden_size``, or "bias".
     """
 
     suffix: str
@@ -105,13 +114,22 @@ class FusedQKV:
         return ((a.heads + 2 * a.kv_heads) * a.head_dim, *self._columns(a))
 
     def shard(self, a: LayerSizes, read: ReadHF, rank: int, tp: int) -> Tensor:
-        groups, per_group = share(a.kv_heads, rank, tp), a.heads // a.kv_heads
+        groups = a.kv_heads_of_rank(tp)
+        pair = slice(rank * a.kv_heads // tp, rank * a.kv_heads // tp + groups)  # of key and value heads
         parts = []
-        for which, heads in (("q", per_group), ("k", 1), ("v", 1)):
-            unit = heads * a.head_dim
-            rows = read(self._hf(which), rows=slice(groups.start * unit, groups.stop * unit))
-            parts.append(rows.view(groups.stop - groups.start, unit, *self._columns(a)))
+        for which, heads in (("q", share(a.heads, rank, tp)), ("k", pair), ("v", pair)):
+            rows = read(self._hf(which), rows=slice(heads.start * a.head_dim, heads.stop * a.head_dim))
+            parts.append(rows.view(groups, -1, *self._columns(a)))
         return torch.cat(parts, dim=1).flatten(0, 1)
+
+    @staticmethod
+    def places(a: LayerSizes, rank: int, tp: int) -> list[int]:
+        """Which of the whole parameter's heads are those of a shard with one group, in its order, which ascends."""
+        queries, in_group = a.heads // tp, a.heads // a.kv_heads
+        group, part = divmod(rank, a.kv_copies(tp))
+        start = group * (in_group + 2)
+        first = start + part * queries
+        return [*range(first, first + queries), start + in_group, start + in_group + 1]
 
     def restore(self, a: LayerSizes, name: str, whole: ReadWhole) -> Tensor:
         queries = a.heads // a.kv_heads * a.head_dim
