@@ -20,6 +20,7 @@ from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.models.specialist import SpecialistStage, transformer_config
+from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients
 from ultrafuser_mega.runtime.exchange import HiddenExchange
 from ultrafuser_mega.runtime.groups import RankGroups
 
@@ -115,7 +116,7 @@ def build_fused_stage(
             recompute_layers=recompute_layers,
             device=device,
         )
-        with device:
+        with device, accumulated_weight_gradients(device):
             stages[name] = SpecialistStage(architectures[name], config, groups.megatron)
     fusion = exchange = None
     if groups.fusion is not None:

@@ -84,7 +84,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=True,  # see weight_gradients.py
         apply_rope_fusion=False,
     )
 

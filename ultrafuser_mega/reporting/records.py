@@ -53,7 +53,7 @@ class StepRecord:
     seconds: float  # wall time of the whole step: data to update, and the logging of the step before
     # nan in what earlier versions wrote:
     processed_tokens: float = math.nan  # prompts and responses of the global batch, for every specialist, no padding
-    data_seconds: float = math.nan  # of ``seconds``, to make the microbatches; the slowest rank's
+    data_seconds: float = math.nan  # of ``seconds``, spent waiting for the microbatches; the slowest rank's
     peak_memory_bytes: float = math.nan  # at most so far, allocated by CUDA or resident on the CPU; of the largest rank
     padding: float = math.nan  # share of all processed positions that are padding
     imbalance: float = math.nan  # tokens of the busiest replica, in parts of the mean

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.fused import FusedStage
+from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 
@@ -150,7 +151,7 @@ class Engine:
             # Megatron would count tokens (the number between) to divide the gradients in the end.
             return output, lambda hidden: (loss(hidden, batch), uncounted, {})
 
-        with megatron_scope(self.device):
+        with megatron_scope(self.device), accumulated_weight_gradients(self.device):
             self._schedule(
                 forward_step_func=forward_step,
                 data_iterator=feed,

@@ -20,6 +20,7 @@ from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.report import PrepareReport
+from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError
@@ -188,25 +189,28 @@ class Trainer:
             return True
         judge, overdue = Judge(self._measured_loss(batches)), False
         begun = time.perf_counter()
-        for step in range(done, stage.steps):
-            record = self._step(number, trainable, batches, step, begun)
-            begun = time.perf_counter()  # what follows belongs to the next step, but for checkpoints and evaluations
-            report.step(record)
-            progress, time_is_up = Progress(number, step + 1), self._time_is_up()
-            is_last = time_is_up or step + 1 == stage.steps
-            if is_last or overdue or _due(step + 1, config.checkpoint.every):
-                problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
-                if problem and is_last:
-                    raise DivergedError(f"{problem}; {remedy(self.checkpoints)}")
-                if problem and not overdue:
-                    report.note(f"{problem}; no checkpoint until that has passed")
-                overdue = problem is not None
-                begun = time.perf_counter()
-            if time_is_up:
-                return False
-            if self._evaluation_due(number, step + 1):
-                report.evaluated(self.evaluate(), number, first + step + 1)
-                begun = time.perf_counter()
+        with StepsAhead(batches, done, stage.steps, self.device) as ahead:
+            for step in range(done, stage.steps):
+                record = self._step(number, trainable, ahead, step, begun)
+                begun = (
+                    time.perf_counter()
+                )  # what follows belongs to the next step, but for checkpoints and evaluations
+                report.step(record)
+                progress, time_is_up = Progress(number, step + 1), self._time_is_up()
+                is_last = time_is_up or step + 1 == stage.steps
+                if is_last or overdue or _due(step + 1, config.checkpoint.every):
+                    problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
+                    if problem and is_last:
+                        raise DivergedError(f"{problem}; {remedy(self.checkpoints)}")
+                    if problem and not overdue:
+                        report.note(f"{problem}; no checkpoint until that has passed")
+                    overdue = problem is not None
+                    begun = time.perf_counter()
+                if time_is_up:
+                    return False
+                if self._evaluation_due(number, step + 1):
+                    report.evaluated(self.evaluate(), number, first + step + 1)
+                    begun = time.perf_counter()
         return True
 
     def _measured_loss(self, batches: TrainingBatches) -> float:
@@ -245,7 +249,7 @@ class Trainer:
             device=self.device,
         )
 
-    def _step(self, number: int, trainable: Trainable, batches: TrainingBatches, step: int, begun: float) -> StepRecord:
+    def _step(self, number: int, trainable: Trainable, batches: StepsAhead, step: int, begun: float) -> StepRecord:
         """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
         asked = time.perf_counter()
         batch = batches.step(step)

@@ -1,0 +1,95 @@
+"""A linear layer's weight gradient is added to its float32 buffer by one product, unrounded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, layers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients
+from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.spawn import run_ranks
+
+CPU = torch.device("cpu")
+TOKENS, WIDTH, OUT, MICROBATCHES = 40, 32, 24, 8
+NAMES = ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda")
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def accumulated(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Counter[str]]:
+    """(buffer after some microbatches, the same in float64, .grad, operations of the last backward)."""
+    generator = torch.Generator().manual_seed(1)
+    config = ModelParallelConfig(
+        gradient_accumulation_fusion=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+    )
+    with megatron_scope(CPU), accumulated_weight_gradients(CPU):
+        layer = ColumnParallelLinear(
+            WIDTH, OUT, config=config, init_method=lambda weight: None, bias=False, tp_group=dist.group.WORLD
+        )
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(OUT, WIDTH, generator=generator))
+        layer.weight.main_grad = torch.ones(OUT, WIDTH)
+        expected = torch.ones(OUT, WIDTH, dtype=torch.float64)
+        for _ in range(MICROBATCHES):
+            x = torch.randn(TOKENS, 1, WIDTH, generator=generator).to(dtype).requires_grad_()
+            upstream = torch.randn(TOKENS, 1, OUT, generator=generator).to(dtype)
+            output, _ = layer(x)
+            with Dispatched() as dispatched:
+                output.backward(upstream)
+            expected += upstream.squeeze(1).double().t() @ x.detach().squeeze(1).double()
+    return layer.weight.main_grad, expected, layer.weight.grad, dispatched.counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_microbatches_add_up_in_float32_without_a_rounding_in_between(dtype: torch.dtype) -> None:
+    buffer, expected, grad, _ = run_ranks(accumulated, 1, dtype)[0]
+    # Sums of 320 products of about one in float32; one rounding to bfloat16 alone would be off by 2^-9.
+    torch.testing.assert_close(buffer.double(), expected, rtol=0, atol=320 * 2.0**-24 * expected.abs().max().item())
+    assert grad is None
+
+
+def test_the_product_itself_adds() -> None:
+    *_, counts = run_ranks(accumulated, 1, torch.float32)[0]
+    assert counts["addmm_"] == 1 and counts["mm"] == 1, "one product for the weight, one for the input"
+    assert counts["add_"] == counts["add"] == 0
+
+
+def test_megatrons_names_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, NAMES[0], False)
+    monkeypatch.setattr(layers, NAMES[1], None, raising=False)
+    with pytest.raises(ZeroDivisionError), accumulated_weight_gradients(CPU):
+        assert layers._grad_accum_fusion_available
+        raise ZeroDivisionError
+    assert [getattr(layers, name) for name in NAMES] == [False, None]
+
+
+@pytest.mark.parametrize(("device", "apex_answers"), [("cuda", True), ("cpu", False)])
+def test_apex_answers_on_cuda_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, device: str, apex_answers: bool
+) -> None:
+    apex = SimpleNamespace()
+    monkeypatch.setattr(layers, NAMES[0], True)
+    monkeypatch.setattr(layers, NAMES[1], apex, raising=False)
+    with accumulated_weight_gradients(torch.device(device)):
+        assert (layers.fused_weight_gradient_mlp_cuda is apex) == apex_answers
+    assert layers.fused_weight_gradient_mlp_cuda is apex
