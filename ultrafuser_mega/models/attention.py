@@ -80,24 +80,15 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """q (T, 1, heads, e), k and v (T, 1, groups, e) -> (T, 1, heads * e)."""
         info = packed_seq_params
-        q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
+        q, k = rotate(q, k, info.cos, info.sin)
+        v = v.squeeze(1)
+        grouped = q.shape[1] != k.shape[1]
         if q.is_cuda and q.dtype in _FLASH_DTYPES:
-            longest = max(info.lengths)
-            out = varlen_attn(
-                q.squeeze(1),
-                k.squeeze(1),
-                v.squeeze(1),
-                info.starts,
-                info.starts,
-                longest,
-                longest,
-                window_size=(-1, 0),  # causal
-                enable_gqa=q.shape[2] != k.shape[2],
-            )
+            starts, longest, causal = info.starts, max(info.lengths), (-1, 0)
+            out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=causal, enable_gqa=grouped)
             assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
-            return out.flatten(1)[:, None]
-        grouped = k.shape[2] != q.shape[2]
-        sequences = zip(*(x.permute(1, 2, 0, 3).split(info.lengths, dim=2) for x in (q, k, v)), strict=True)
+            return out.view(len(out), 1, -1)
+        sequences = zip(*(x.transpose(0, 1)[None].split(info.lengths, dim=2) for x in (q, k, v)), strict=True)
         attended = [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in sequences
         ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ultrafuser_mega.models import elementwise
 from ultrafuser_mega.models.elementwise import rms_norm, rotate, swiglu
 
 EPS = 1e-5
@@ -38,9 +42,10 @@ def test_swiglu_is_silu_of_one_half_times_the_other() -> None:
 
 
 def test_rotation_is_multiplication_by_a_complex_number() -> None:
-    x, (cos, sin) = normal(6, 1, 3, 8), angles(6, 4)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], dim=-1))
+    q, k, (cos, sin) = normal(6, 1, 3, 8), normal(6, 1, 2, 8, seed=1), angles(6, 4)
+    for x, turned in zip((q, k), rotate(q, k, cos, sin), strict=True):
+        expected = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
+        torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1)[:, 0])
 
 
 def test_gradients_are_those_of_small_differences() -> None:
@@ -48,12 +53,56 @@ def test_gradients_are_those_of_small_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS), (x, weight))
     assert torch.autograd.gradcheck(swiglu, (normal(4, 1, 6).requires_grad_(),))
     cos, sin = angles(4, 3)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (normal(4, 1, 2, 6).requires_grad_(),))
+    q, k = normal(4, 1, 2, 6).requires_grad_(), normal(4, 1, 1, 6, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), (q, k))
 
 
-@pytest.mark.parametrize("needed", ["x", "weight"])
-def test_only_the_gradients_that_are_needed_are_computed(needed: str) -> None:
-    x, weight = normal(4, 6), normal(6)
-    (x if needed == "x" else weight).requires_grad_()
-    rms_norm(x, weight, EPS).sum().backward()
-    assert (x.grad is not None) == (needed == "x") and (weight.grad is not None) == (needed == "weight")
+class Operators(TorchDispatchMode):
+    """What PyTorch dispatches, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(operator._schema.name)
+        return operator(*args, **(kwargs or {}))
+
+
+def calls() -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
+    cos, sin = angles(4, 3)
+    return {
+        "rms_norm": (lambda x, weight: rms_norm(x, weight, EPS), (normal(4, 1, 6), normal(6))),
+        "swiglu": (swiglu, (normal(4, 1, 6),)),
+        "rotate": (lambda q, k: rotate(q, k, cos, sin), (normal(4, 1, 2, 6), normal(4, 1, 1, 6))),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_forward_and_backward_are_one_operator_each(name: str) -> None:
+    function, inputs = calls()[name]
+    for x in inputs:
+        x.requires_grad_()
+    with Operators() as forward:
+        out = function(*inputs)
+    upstream = [torch.ones_like(y) for y in out] if isinstance(out, tuple) else torch.ones_like(out)
+    with Operators() as backward:
+        torch.autograd.grad(out, inputs, upstream)
+    names = {"rotate": ("rotate_both", "rotate_both")}.get(name, (f"{name}_forward", f"{name}_backward"))
+    assert (forward.seen, backward.seen) == tuple([f"ultrafuser::{one}"] for one in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_tensors_have_the_shapes_and_types_of_real_ones(dtype: torch.dtype) -> None:
+    x, weight, rstd = normal(4, 1, 6, dtype=dtype), normal(6, dtype=dtype), torch.ones(4, 1, 1)
+    q, k = normal(4, 1, 2, 6, dtype=dtype), normal(4, 1, 1, 6, dtype=dtype)
+    cos, sin = (x.to(dtype) for x in angles(4, 3))
+    for operator, arguments in (
+        (elementwise.rms_norm_forward, (x, weight, EPS)),
+        (elementwise.rms_norm_backward, (x, x, weight, rstd)),
+        (elementwise.swiglu_forward, (x,)),
+        (elementwise.swiglu_backward, (x[..., :3], x)),
+        (elementwise.rotate_both, (q, k, cos, sin, False)),
+        (elementwise.rotate_both, (q[:, 0], k[:, 0], cos, sin, True)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,1 @@
+from support.triton_workers import *  # noqa: F403  fixtures

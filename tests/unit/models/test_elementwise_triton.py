@@ -1,0 +1,152 @@
+"""The Triton kernels of a decoder layer without a GPU: interpreted, against float64 and beside the formulas; and as far
+as the driver.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.layer_operations import Case, differing, norm_cases, rotation_cases, swiglu_cases, violations
+from torch import Tensor
+
+from ultrafuser_mega.models import elementwise
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=draw, dtype=torch.float64) * scale).to(dtype)
+
+
+def answers(cases: list[Case], programs: int) -> list[Any]:
+    """Of the kernels, which share rows out to so many programs."""
+    from ultrafuser_mega.models import elementwise_triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elementwise_triton, "PROGRAMS", programs)
+        return [getattr(elementwise_triton, case.operator)(*case.arguments) for case in cases]
+
+
+def check(cases: list[Case], interpreted: Any, programs: int = 2) -> None:
+    found = interpreted(answers, cases, programs)
+    for case, answer in zip(cases, found, strict=True):
+        assert violations(case, answer) == []
+        formula = getattr(elementwise, case.operator)(*case.arguments)
+        assert violations(case, formula) == []
+        # Float32 numbers that differ in their last bits are rounded alike, but for one in thousands. Were there a
+        # rounding more or less, it would be every second.
+        assert differing(answer, formula) <= 0.01, case.operator
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(37, 7), (37, 80), (5, 576), (3, 5120), pytest.param(5, 13824, marks=pytest.mark.slow)],
+)
+def test_norm_is_right_in_any_width_and_number_of_rows(rows: int, width: int, dtype: Any, interpreted: Any) -> None:
+    x, dy = (normal(rows, 1, width, seed=seed, dtype=dtype) for seed in (0, 1))
+    x[0] *= 1e-3  # where eps counts
+    check(norm_cases(x, normal(width, seed=2, dtype=dtype), dy), interpreted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(7, 1), (5, 576), (3, 5120), (2, 13824)])
+def test_swiglu_is_right_in_any_width(rows: int, width: int, dtype: Any, interpreted: Any) -> None:
+    x = normal(rows, 1, 2 * width, seed=0, dtype=dtype, scale=3.0)
+    x[0, 0, 0] = -200.0  # whose exponential is infinite
+    check(swiglu_cases(x, normal(rows, 1, width, seed=1, dtype=dtype)), interpreted)
+
+
+def rotated(q: Tensor, k: Tensor) -> list[Case]:
+    tokens, dtype, half = q.shape[0], q.dtype, q.shape[-1] // 2
+    angle = torch.arange(tokens, dtype=torch.float64)[:, None] / 100.0 ** (torch.arange(half) / half)
+    cos, sin = (part.to(dtype)[:, None, None] for part in (angle.cos(), angle.sin()))
+    dq, dk = (normal(tokens, *x.shape[2:], seed=5, dtype=dtype) for x in (q, k))
+    return rotation_cases(q, k, dq, dk, cos, sin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(40, 40, 128), (8, 2, 64), (3, 1, 80), (17, 5, 2)])
+def test_rotation_is_right_in_any_number_of_heads(
+    heads: int, groups: int, width: int, dtype: Any, interpreted: Any
+) -> None:
+    q, k = (normal(5, 1, n, width, seed=n, dtype=dtype) for n in (heads, groups))
+    check(rotated(q, k), interpreted)
+
+
+@pytest.mark.parametrize("per_group", [1, 3])
+def test_rows_may_lie_in_the_fused_projection(per_group: int, interpreted: Any) -> None:
+    """As Megatron cuts queries and keys out of it, head by head or group by group."""
+    groups, width, dtype = 3, 80, torch.bfloat16
+    mixed = normal(5, 1, groups, (per_group + 2) * width, seed=0, dtype=dtype)
+    q, k, _ = mixed.split([per_group * width, width, width], dim=3)
+    q = q.reshape(5, 1, -1, width)
+    assert not k.is_contiguous() and (per_group > 1 or not q.is_contiguous())
+    check(rotated(q, k), interpreted)
+    for x in (q, k):
+        check(norm_cases(x, normal(width, seed=1, dtype=dtype), normal(*x.shape, seed=2, dtype=dtype)), interpreted)
+
+
+def test_rows_may_lie_anywhere(interpreted: Any) -> None:
+    dtype = torch.float32
+    x = normal(6, 2, 50, seed=0, dtype=dtype)
+    one = torch.ones((), dtype=dtype)
+    for strided in (x[:, :, 3:47], x[::2], x.transpose(0, 1), x.transpose(0, 2)[:44]):
+        width = strided.shape[-1]
+        for dy in (one.expand(strided.shape), normal(*strided.shape, seed=1, dtype=dtype).flip(-1)):
+            check(norm_cases(strided, normal(width, seed=2, dtype=dtype), dy), interpreted)
+            check(swiglu_cases(strided, dy[..., : width // 2]), interpreted)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 264])
+def test_norms_weight_gradient_does_not_depend_on_who_sums_which_rows(programs: int, interpreted: Any) -> None:
+    x, dy = (normal(101, 1, 130, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    check(norm_cases(x, normal(130, seed=2, dtype=torch.bfloat16), dy), interpreted, programs)
+
+
+@cache
+def gpu_of_this_process() -> Any:
+    """One: compiled kernels keep the launcher they came with."""
+    from absent_gpu import AbsentGpu
+
+    return AbsentGpu(90)
+
+
+def launches(tokens: int, width: int, dtype: torch.dtype) -> tuple[list[Any], int]:
+    """Of all operators, called with tensors in the CPU's memory; and how many kernels were compiled so far."""
+    from ultrafuser_mega.models import elementwise_triton
+
+    gpu = gpu_of_this_process()
+    gpu.launches.clear()
+    gpu.stand_in()
+    x, half = torch.zeros(tokens, 1, width, dtype=dtype), torch.zeros(tokens, 1, width // 2, dtype=dtype)
+    q, cos = torch.zeros(tokens, 1, 4, 16, dtype=dtype), torch.zeros(tokens, 1, 1, 8, dtype=dtype)
+    elementwise_triton.rms_norm_forward(x, x[0, 0].clone(), 1e-5)
+    elementwise_triton.rms_norm_backward(x, x, x[0, 0].clone(), x[..., :1].float())
+    elementwise_triton.swiglu_forward(x)
+    elementwise_triton.swiglu_backward(half, x)
+    elementwise_triton.rotate_both(q, q, cos, cos, False)
+    elementwise_triton.rotate_both(q[:, 0], q[:, 0], cos, cos, True)
+    kernels = [kernel for name, kernel in vars(elementwise_triton).items() if name.endswith("_kernel")]
+    return gpu.launches, sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+def test_every_operator_is_one_launch(compiling: Any) -> None:
+    found, _ = compiling(launches, 300, 192, torch.bfloat16)
+    assert [launch.kernel for launch in found] == [
+        "rms_norm_forward_kernel",
+        "rms_norm_backward_kernel",
+        "swiglu_forward_kernel",
+        "swiglu_backward_kernel",
+        "rotate_kernel",
+        "rotate_kernel",
+    ]
+
+
+def test_another_number_of_tokens_compiles_nothing(compiling: Any) -> None:
+    counts = {tokens: compiling(launches, tokens, 320, torch.bfloat16)[1] for tokens in (300, 304, 1, 4097)}
+    assert len(set(counts.values())) == 1, counts

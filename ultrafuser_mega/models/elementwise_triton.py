@@ -1,0 +1,253 @@
+"""The operators of elementwise.py on a GPU: one Triton kernel each, which reads and writes every number once.
+
+They are as fast as memory is, so blocks are chosen for it. A row, or what a program takes of it, lies in the registers
+of as many warps as give every thread 8 or 16 neighbouring numbers, which for 16-bit types are whole vectors of 16
+bytes. Rows may lie anywhere as long as the numbers within one are neighbours. There are no atomics: the same inputs
+give the same bits.
+"""
+
+# What a kernel takes is typed by Triton's compiler.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs that share the rows of a norm's backward, two for each of an H100's 132 multiprocessors, so that one computes
+# while the other waits for memory. Each leaves one row of sums: of 8192 rows 3 % more to write and read.
+PROGRAMS = 264
+NORM_THREAD = 16  # numbers of a row per thread in the norm's kernels
+NORM_BLOCK = 2048  # numbers per program, in several rows where a row has fewer
+NORM_WARPS = 16  # at most; rows of more than 8192 have more than NORM_THREAD numbers per thread
+SWIGLU_BLOCK = 1024  # columns per program; 8 per thread
+ROTATE_PAIRS = 1024  # per program; 8 per thread
+
+
+@triton.jit
+def wide(x):
+    """In the type that is computed in."""
+    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])  # token counts change with every batch
+def rms_norm_forward_kernel(
+    x,  # (rows, width)
+    weight,  # (width,)
+    y,  # (rows, width) out
+    rstd,  # (rows,) out, fp32
+    rows,
+    width,
+    x_stride,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    value = wide(tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0))
+    r = tl.rsqrt(tl.sum(value * value, 1) / width + eps)
+    tl.store(rstd + row, r, mask=row < rows)
+    w = wide(tl.load(weight + column, mask=column < width, other=0.0))
+    normed = wide((value * r[:, None]).to(y.dtype.element_ty))
+    tl.store(y + row[:, None] * width + column[None, :], (normed * w[None, :]).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_backward_kernel(
+    dy,  # (rows, width)
+    x,  # (rows, width)
+    weight,  # (width,)
+    rstd,  # (rows,) fp32
+    dx,  # (rows, width) out
+    partial_dw,  # (programs, width) fp32 out
+    rows,
+    width,
+    dy_stride,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx, and of every program's rows the sum of dy n."""
+    column = tl.arange(0, BLOCK)
+    w = wide(tl.load(weight + column, mask=column < width, other=0.0))
+    dw = tl.zeros((ROWS, BLOCK), rstd.dtype.element_ty)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+        g = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        normed = wide(value) * r[:, None]
+        dw += wide(g) * normed
+        g = wide(g) * w[None, :]
+        along = tl.sum(g * normed, 1) / width
+        result = (g - normed * along[:, None]) * r[:, None]
+        tl.store(dx + row[:, None] * width + column[None, :], result.to(dx.dtype.element_ty), mask=inside)
+    place = partial_dw + tl.program_id(0).to(tl.int64) * width
+    tl.store(place + column, tl.sum(dw, 0), mask=column < width)
+
+
+@triton.jit
+def swiglu_forward_kernel(x, y, width, x_stride, BLOCK: tl.constexpr):
+    """x (rows, 2 width), y (rows, width) out."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    a = wide(tl.load(x + row * x_stride + column, mask=inside, other=0.0))
+    b = wide(tl.load(x + row * x_stride + width + column, mask=inside, other=0.0))
+    silu = wide((a / (1.0 + tl.exp(-a))).to(y.dtype.element_ty))
+    tl.store(y + row * width + column, (silu * b).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(dy, x, dx, width, dy_stride, x_stride, BLOCK: tl.constexpr):
+    """dy (rows, width), x and dx (rows, 2 width), dx out."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    a = wide(tl.load(x + row * x_stride + column, mask=inside, other=0.0))
+    b = wide(tl.load(x + row * x_stride + width + column, mask=inside, other=0.0))
+    g = wide(tl.load(dy + row * dy_stride + column, mask=inside, other=0.0))
+    narrow = dx.dtype.element_ty
+    sigmoid = 1.0 / (1.0 + tl.exp(-a))
+    silu = wide((a / (1.0 + tl.exp(-a))).to(narrow))
+    da = wide((g * b).to(narrow)) * sigmoid * (1.0 + a * (1.0 - sigmoid))
+    out = dx + row * 2 * width + column
+    tl.store(out, da.to(narrow), mask=inside)
+    tl.store(out + width, (g * silu).to(narrow), mask=inside)
+
+
+@triton.jit
+def turn(
+    x, y, cos, sin, token, block, heads, half, token_stride, head_stride,
+    BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of one token."""
+    pair = tl.arange(0, HALF)
+    c = wide(tl.load(cos + token * half + pair, mask=pair < half, other=0.0))[None, :]
+    s = wide(tl.load(sin + token * half + pair, mask=pair < half, other=0.0))[None, :]
+    if BACK:
+        s = -s
+    head = block * HEADS + tl.arange(0, HEADS)
+    inside = (head < heads)[:, None] & (pair < half)[None, :]
+    at = x + token * token_stride + head[:, None] * head_stride + pair[None, :]
+    first = wide(tl.load(at, mask=inside, other=0.0))
+    second = wide(tl.load(at + half, mask=inside, other=0.0))
+    narrow = y.dtype.element_ty
+    out = y + (token * heads + head)[:, None] * (2 * half) + pair[None, :]
+    tl.store(out, (wide((first * c).to(narrow)) - second * s).to(narrow), mask=inside)
+    tl.store(out + half, (wide((second * c).to(narrow)) + first * s).to(narrow), mask=inside)
+
+
+@triton.jit
+def rotate_kernel(
+    q,  # (T, heads, 2 half)
+    k,  # (T, groups, 2 half)
+    cos,  # (T, half)
+    sin,  # (T, half)
+    to_q,  # out
+    to_k,  # out
+    heads,
+    groups,
+    half,
+    q_token_stride,
+    q_head_stride,
+    k_token_stride,
+    k_head_stride,
+    BACK: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    blocks = tl.cdiv(heads, HEADS)
+    if block < blocks:
+        turn(q, to_q, cos, sin, token, block, heads, half, q_token_stride, q_head_stride, BACK, HEADS, HALF)
+    else:
+        turn(k, to_k, cos, sin, token, block - blocks, groups, half, k_token_stride, k_head_stride, BACK, HEADS, HALF)
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    matrix = _matrix(x)
+    rows, width = matrix.shape
+    y = x.new_empty(x.shape)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=_statistics_dtype(x))
+    block, block_rows, warps = norm_tile(width)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        rms_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
+            matrix, weight, y, rstd, rows, width, matrix.stride(0), eps,
+            ROWS=block_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return y, rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    upstream, matrix = _matrix(dy), _matrix(x)
+    rows, width = matrix.shape
+    dx = x.new_empty(x.shape)
+    block, block_rows, warps = norm_tile(width)
+    programs = min(PROGRAMS, triton.cdiv(rows, block_rows))
+    partial_dw = rstd.new_empty((programs, width))
+    with torch.cuda.device_of(x):
+        rms_norm_backward_kernel[(programs,)](
+            upstream, matrix, weight, rstd, dx, partial_dw, rows, width, upstream.stride(0), matrix.stride(0),
+            ROWS=block_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return dx, partial_dw.sum(0).to(weight.dtype)
+
+
+def norm_tile(width: int) -> tuple[int, int, int]:
+    """(columns, rows, warps) of a program for rows of ``width``."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, NORM_BLOCK // block)
+    return block, rows, min(NORM_WARPS, rows * block // (32 * NORM_THREAD))
+
+
+def swiglu_forward(x: Tensor) -> Tensor:
+    matrix = _matrix(x)
+    rows, width = matrix.shape[0], matrix.shape[1] // 2
+    y = x.new_empty((*x.shape[:-1], width))
+    block = min(SWIGLU_BLOCK, triton.next_power_of_2(width))
+    with torch.cuda.device_of(x):
+        swiglu_forward_kernel[(rows, triton.cdiv(width, block))](matrix, y, width, matrix.stride(0), BLOCK=block)
+    return y
+
+
+def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    upstream, matrix = _matrix(dy), _matrix(x)
+    rows, width = upstream.shape
+    dx = x.new_empty(x.shape)
+    block = min(SWIGLU_BLOCK, triton.next_power_of_2(width))
+    with torch.cuda.device_of(x):
+        swiglu_backward_kernel[(rows, triton.cdiv(width, block))](
+            upstream, matrix, dx, width, upstream.stride(0), matrix.stride(0), BLOCK=block
+        )
+    return dx
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    tokens, heads, groups, half = q.shape[0], q.shape[-2], k.shape[-2], q.shape[-1] // 2
+    batch = (1,) if back else ()
+    to_q, to_k = (x.new_empty((tokens, *batch, *x.shape[-2:])) for x in (q, k))
+    padded = triton.next_power_of_2(half)
+    block = min(triton.next_power_of_2(heads), max(1, ROTATE_PAIRS // padded))
+    with torch.cuda.device_of(q):
+        rotate_kernel[(tokens, triton.cdiv(heads, block) + triton.cdiv(groups, block))](
+            q, k, cos.contiguous(), sin.contiguous(), to_q, to_k, heads, groups, half,
+            q.stride(0), q.stride(-2), k.stride(0), k.stride(-2), BACK=back, HEADS=block, HALF=padded,
+        )  # fmt: skip
+    return to_q, to_k
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(rows, width) of x (..., width), in place where its rows are equally far apart."""
+    matrix = x.flatten(0, -2)
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
