@@ -1,8 +1,8 @@
 """A job of any size in one process: collectives that return at once, tensors that hold nothing, a GPU that is not there.
 
-    fake collectives  PyTorch's FakeProcessGroup; objects are taken to be alike on all ranks
-    fake tensors      PyTorch's FakeTensorMode: shapes, types and devices
-    fake GPU          only where the device is CUDA: see fake_cuda.py
+fake collectives  PyTorch's FakeProcessGroup; objects are taken to be alike on all ranks
+fake tensors      PyTorch's FakeTensorMode: shapes, types and devices
+fake GPU          only where the device is CUDA: see fake_cuda.py
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -27,10 +28,12 @@ from ultrafuser_mega.dry_run.meter import Meter
 def joined_fake_job(ranks: int, rank: int) -> Iterator[None]:
     """Be rank ``rank`` of a job of ``ranks``, the others of which do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    before, parallel_state._GLOBAL_MEMORY_BUFFER = parallel_state._GLOBAL_MEMORY_BUFFER, None  # scratch space of layers
     try:
         with objects_are_alike():
             yield
     finally:
+        parallel_state._GLOBAL_MEMORY_BUFFER = before
         dist.destroy_process_group()
 
 

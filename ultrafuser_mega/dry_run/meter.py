@@ -97,6 +97,12 @@ class Meter(TorchDispatchMode):
         self._alive = {key: (size, to if of == kind else of) for key, (size, of) in self._alive.items()}
         self.memory.now[to] += self.memory.now.pop(kind, 0)
 
+    def shift(self, kind: str, to: str, size: int) -> None:
+        """So many bytes of what is alive of one kind are of another in truth."""
+        size = min(size, self.memory.now[kind])
+        self.memory.now[kind] -= size
+        self.memory.now[to] += size
+
     def waited(self, why: str) -> None:
         """Note that the host waits for the device, by the line that makes it."""
         if (reading := _tolist()) is not None:  # a fake tensor reads number by number, a real one all at once
@@ -118,7 +124,8 @@ class Meter(TorchDispatchMode):
             if packet.__name__ in _COALESCED and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args)):
                 return _FAKE_WORK().boxed()
         out = func(*args, **kwargs)
-        self.operations[str(packet)] += 1
+        if func.namespace != "prim":  # a fake tensor asked for its device
+            self.operations[str(packet)] += 1
         if flops := _flops(packet, args, kwargs, out):
             self.flops["attention" if "attention" in str(packet) or "attn" in str(packet) else "products"] += flops
         for leaf in tree_leaves(out):

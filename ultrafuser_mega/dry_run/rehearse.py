@@ -84,14 +84,14 @@ def _uniform_store(plan: RunPlan) -> TokenStore:
 
 
 class _FirstMicrobatches:
-    """A step's batch cut to its first microbatches: the others would only do the same again."""
+    """Batches cut to one microbatch in the first step and to ``limit`` later: more would only do the same again."""
 
     def __init__(self, batches: TrainingBatches, limit: int) -> None:
         self.batches, self.limit = batches, limit
 
     def step(self, step: int) -> StepBatch:
         batch = self.batches.step(step)
-        return replace(batch, microbatches=batch.microbatches[: self.limit])
+        return replace(batch, microbatches=batch.microbatches[: self.limit if step else 1])
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,13 @@ def _stage(trainer: Trainer, meter: Meter, number: int) -> Iterator[Part]:
     with meter.making("gradients"):
         made = trainer._make_trainable(number)
         trainable = _WatchedTrainable(**vars(made), meter=meter)
+    _tell_apart(meter, trainer, trainable)
     for step in range(2):
         with _measured(meter):
             trainer._step(number, trainable, cast(TrainingBatches, batches), step, 0.0)
         if step == 0:
             meter.rename("update", "optimizer")
-            meter.rename("activations", "optimizer")
+            meter.rename("activations", "buffers")
     yield _part(f"stage {number}", meter, trainer, batches.step(1).microbatches)
     if number == list(plan.config.stages)[-1]:
         with _measured(meter), meter.making("checkpoint"):
@@ -128,11 +129,29 @@ def _stage(trainer: Trainer, meter: Meter, number: int) -> Iterator[Part]:
         yield _part("checkpoint", meter, trainer)
 
 
+def _tell_apart(meter: Meter, trainer: Trainer, trainable: Trainable) -> None:
+    """Making a trainable, Megatron moves weights into a buffer and copies them in float32: neither is a gradient."""
+    parameters = list(trainer.model.parameters())
+    weights = sum(parameter.untyped_storage().nbytes() for parameter in _distinct(parameters))
+    meter.shift("gradients", "weights", weights - meter.memory.now["weights"])
+    updated = [parameter for group in trainable.optimizer.param_groups for parameter in group["params"]]
+    own = {parameter.untyped_storage()._cdata for parameter in parameters}
+    copies = [parameter for parameter in updated if parameter.untyped_storage()._cdata not in own]
+    meter.shift("gradients", "optimizer", sum(copy.untyped_storage().nbytes() for copy in _distinct(copies)))
+
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each storage."""
+    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())
+
+
 def _evaluation(trainer: Trainer, meter: Meter) -> Part:
     options = trainer.plan.config.evaluation.model_copy(update={"samples_per_class": trainer.plan.layout.dp})
     with _measured(meter):
         evaluate(trainer.engine, trainer.store, trainer.shard, options)
-    return _part("evaluation", meter, trainer)
+    part = _part("evaluation", meter, trainer)
+    meter.rename("activations", "buffers")
+    return part
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Gate(nn.Module):
         self.local_units = -(-units // group.size())
         self.shared = len(set(widths.values())) == 1
         rows = slice(group.rank() * self.local_units, (group.rank() + 1) * self.local_units)
-        generator = torch.Generator('cpu').manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         columns = {"shared": next(iter(widths.values()))} if self.shared else dict(widths)
         self.w1 = nn.ParameterDict(
             {name: self._shard(_uniform((units, d), d, generator), rows, dtype) for name, d in columns.items()}
@@ -78,7 +78,7 @@ class Gate(nn.Module):
 
 def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
     bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear's default
-    return torch.empty(shape, device='cpu').uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def mark_sharded(parameter: nn.Parameter) -> nn.Parameter:

@@ -158,7 +158,8 @@ def _row_statistics(logits: Tensor, target: Tensor, statistics: Tensor) -> None:
 
 
 @launch_operator(
-    "triton_dlogits(Tensor(a!) logits, Tensor(b!) gradient, Tensor target, Tensor row_max, Tensor a, Tensor b, Tensor c)"
+    "triton_dlogits(Tensor(a!) logits, Tensor(b!) gradient, Tensor target, Tensor row_max,"
+    " Tensor a, Tensor b, Tensor c)"
 )
 def _dlogits(
     logits: Tensor, gradient: Tensor, target: Tensor, row_max: Tensor, a: Tensor, b: Tensor, c: Tensor
@@ -182,9 +183,7 @@ def _dlogits(
         )
 
 
-@launch_operator(
-    "triton_mixture_statistics(Tensor logits, Tensor gate_weights, Tensor target, Tensor(a!) statistics)"
-)
+@launch_operator("triton_mixture_statistics(Tensor logits, Tensor gate_weights, Tensor target, Tensor(a!) statistics)")
 def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, statistics: Tensor) -> None:
     specialists, rows, columns = logits.shape
     block, warps = STEPS["mixture statistics"]

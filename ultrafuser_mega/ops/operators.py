@@ -1,4 +1,4 @@
-"""Launches of kernels as operators of PyTorch: what looks at operators (fake tensors, profilers, dispatch modes) sees them.
+"""Launches of kernels as operators of PyTorch: fake tensors, profilers and dispatch modes see them.
 
 A launch writes into tensors that its caller made, so on fake tensors there is nothing for it to do. Autograd does not
 see them either: they run inside the backends' own nodes.

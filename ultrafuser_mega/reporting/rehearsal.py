@@ -29,8 +29,9 @@ class Part:
     name             "evaluation", "stage 1", "stage 2", "checkpoint"
     microbatches     how many of them ran, of the stages; tokens: of this rank's specialists in them, padding included;
                      response_tokens: rows of the loss in them
-    peak             kind -> bytes, when most was allocated: weights, gradients, optimizer, activations (of forward and
-                     backward), update (temporaries of the optimizer's step), checkpoint (what is gathered for it)
+    peak             kind -> bytes, when most was allocated: weights, gradients, optimizer (moments, float32 weights),
+                     buffers (scratch space that layers keep), activations (of forward and backward), update
+                     (temporaries of the optimizer's step), checkpoint (what is gathered for it)
     flops            "products", "attention" -> FLOPs
     operations       operation -> how often it was dispatched
     waits            where the host waited for the device, and why -> how often
@@ -77,8 +78,8 @@ def rehearsal_table(title: str, roles: Sequence[tuple[str, Rehearsal]]) -> Table
     """One row for each part of each rank: memory by kind when most was held, FLOPs and traffic per microbatch."""
     kinds = [
         kind
-        for kind in ("weights", "gradients", "optimizer", "activations", "update", "checkpoint")
-        if any(kind in part.peak for _, rehearsal in roles for part in rehearsal.parts)
+        for kind in ("weights", "gradients", "optimizer", "buffers", "activations", "update", "checkpoint")
+        if any(part.peak.get(kind) for _, rehearsal in roles for part in rehearsal.parts)
     ]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "part"):
