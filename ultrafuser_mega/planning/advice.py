@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.hardware import GIB, Cluster
 from ultrafuser_mega.planning.layouts import Candidate, fewer_gpus, layout_entry, ranked, worthwhile
 from ultrafuser_mega.planning.microbatch import Workload, workload_of
@@ -31,20 +30,18 @@ def advise(plan: RunPlan, cluster: Cluster, gpus: int) -> Advice:
     """Rank the layouts of ``gpus`` GPUs for the run's last stage.
 
     Raises:
-        InputError: no layout takes exactly so many.
+        InputError: there is a token store that cannot be read.
     """
     stage = max(plan.config.stages, default=2)
     options = plan.config.stages.get(stage, plan.config.stage2)
     work = workload_of(plan.config, options.samples_per_class)
     found = ranked(plan, work, cluster, gpus, stage=stage)
-    if not found:
-        raise InputError(
-            f"--gpus {gpus}: no layout takes exactly so many: tp must divide every specialist's sizes and stay within "
-            f"a node of {cluster.gpus_per_node}, and a pipeline has no more stages than a specialist has layers"
-        )
     fitting = [one for one in found if one.fits]
     shown = [*fitting[: _SHOWN - _MISSED], *[one for one in found if not one.fits][:_MISSED]]
     shown += fitting[_SHOWN - _MISSED :][: _SHOWN - len(shown)]
+    best_colocated = next((one for one in found if one.plan.layout.kind == "colocated"), None)
+    if best_colocated is not None and best_colocated not in shown:  # the plainest to run
+        shown[-1] = best_colocated
     shown.sort(key=found.index)
     lines = [*_batch_lines(work, stage), *_verdict(plan, found[0], work, cluster, gpus, stage)]
     lines.append(

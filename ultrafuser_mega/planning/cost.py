@@ -95,7 +95,7 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Program:
-    """Which of its possible savings the program has; ``TODAY`` has the defaults. The others serve to say what they would bring.
+    """Which of its possible savings the program has: by default those of today; others to say what they would bring.
 
     Attributes:
         fused_nodes: one kernel for each of the elementwise nodes' directions.

@@ -33,21 +33,19 @@ class LayoutRow:
 def layout_table(title: str, rows: Sequence[LayoutRow], more: int) -> Table:
     """Two lines a layout, a third where it does not fit; ``more``: layouts that are not shown."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layout, what takes longest", min_width=30)
-    for column in ("s/step", "MFU", "idle"):
+    table.add_column("layout, what takes longest", min_width=31)
+    for column in ("s/step, MFU", "idle", "peak GiB"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("peak GiB", justify="right", no_wrap=True)
     table.add_column("GiB of that rank", no_wrap=True)
-    table.add_column("a rank's step", no_wrap=True)
+    table.add_column("TFLOP, GB of a rank's step", no_wrap=True)
     for row in rows:
         table.add_row(
             Text(f"{row.layout}\n{longest(row.parts)}" + (f"\n{row.note}" if row.note else "")),
-            f"{row.seconds:.2f}",
-            f"{row.mfu:.1%}",
+            f"{row.seconds:.2f}\n{row.mfu:.1%}",
             f"{row.idle:.0%}",
             f"{row.peak / _GIB:.1f}\n{row.phase}",
             _kinds(row.kinds),
-            f"{row.flops / _TERA:,.0f} TFLOP\n{_groups(row.nbytes)}",
+            f"{row.flops / _TERA:,.0f}\n{_groups(row.nbytes)}",
             style="" if row.note is None else "dim",
         )
     if more:
@@ -55,7 +53,7 @@ def layout_table(title: str, rows: Sequence[LayoutRow], more: int) -> Table:
     return table
 
 
-def longest(parts: Mapping[str, float], count: int = 3) -> str:
+def longest(parts: Mapping[str, float], count: int = 2) -> str:
     """What takes longest, in words: ``products 48%, tp traffic 22%``."""
     total = sum(parts.values())
     first = sorted(parts.items(), key=lambda part: -part[1])[:count]
@@ -68,7 +66,7 @@ def _kinds(kinds: Mapping[str, float]) -> str:
 
 
 def _groups(nbytes: Mapping[str, float]) -> str:
-    return "GB " + " ".join(f"{group} {_number(count / _GB)}" for group, count in nbytes.items() if count >= 0.05 * _GB)
+    return " ".join(f"{group} {_number(count / _GB)}" for group, count in nbytes.items() if count >= 0.05 * _GB)
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,25 @@ from support.trio import ONE, config_tree
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.planning.preflight import plan_layouts
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 400,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+
 
 @pytest.fixture
-def config(trio: Path, tmp_path: Path) -> Path:
-    """Of a run whose folders are stripped to their config.json; no data file is there."""
+def config(tmp_path: Path) -> Path:
+    """Of a run whose folders hold their config.json alone; no data file is there."""
     for name in ("text", "code", "math"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_bytes((trio / name / "config.json").read_bytes())
-    tree: dict[str, Any] = config_tree(trio, tmp_path / "runs", ONE) | {"models": str(tmp_path)}
-    tree["data"]["root"] = str(tmp_path / "nowhere")
+        (tmp_path / name / "config.json").write_text(json.dumps(LLAMA))
+    tree: dict[str, Any] = config_tree(tmp_path, tmp_path / "runs", ONE)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path

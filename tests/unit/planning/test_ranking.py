@@ -44,7 +44,8 @@ def test_equal_specialists_are_not_permuted() -> None:
 
 
 def test_tp_stays_within_smaller_nodes() -> None:
-    assert not [name for name in names(16, per_node=4) if "8" in name.split(" dp ")[0].split(" pp ")[0]]
+    found = layouts_for(plan_13b(ANY), 16, Cluster(GPUS["h100-80g"], 4))
+    assert max(placement.tp for layout in found for placement in layout.placements.values()) == 4
 
 
 def test_groups_that_would_cross_a_node_are_left_out() -> None:
@@ -53,7 +54,10 @@ def test_groups_that_would_cross_a_node_are_left_out() -> None:
 
 
 def test_layouts_that_leave_most_ranks_idle_are_not_considered() -> None:
-    assert not [name for name in names(16) if name.startswith("disjoint 1 + 1")]
+    """A third of the work on less than a sixth of the ranks would take more than twice as long as it could."""
+    for layout in layouts_for(plan_13b(ANY), 16, H100):
+        if layout.kind == "disjoint":
+            assert all(len(placement.ranks) * 6 >= layout.replica_size for placement in layout.placements.values())
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 24, 64])
@@ -118,7 +122,7 @@ def test_entries_are_what_the_configuration_reads(gpus: int) -> None:
 def test_advice_says_where_token_counts_are_from_and_what_was_not_checked() -> None:
     advice = advise(plan_13b(ANY), H100, 64)
     text = "\n".join(advice.lines)
-    assert "assumed, no data prepared: all have data.max_length = 2048 tokens" in text
+    assert "assumed, no data prepared: every sample has data.max_length = 2048 tokens" in text
     assert "not checked: weights, tokenizers, data" in text
     assert "layouts:\n  - {kind: " in text
     assert len(advice.rows) <= 8
@@ -127,11 +131,6 @@ def test_advice_says_where_token_counts_are_from_and_what_was_not_checked() -> N
 def test_a_small_batch_says_how_many_gpus_it_feeds() -> None:
     plan = plan_13b(ANY, data={"max_length": 128, "classes": {name: {"train": ["a.jsonl"]} for name in ROWS}})
     assert any("GPUs are too many for this batch" in line for line in advise(plan, H100, 128).lines)
-
-
-def test_a_count_that_no_layout_takes_is_refused() -> None:
-    with pytest.raises(InputError, match="--gpus 41: no layout takes exactly so many"):
-        advise(plan_13b(ANY), H100, 41)
 
 
 def test_unknown_gpus_are_refused_with_those_known() -> None:

@@ -79,7 +79,7 @@ def test_specialists_on_unequal_ranks_leave_half_of_the_ranks_idle_for_half_of_t
 
 
 def test_a_specialist_with_longer_prompts_is_waited_for() -> None:
-    layout = {"kind": "disjoint", "specialists": dict.fromkeys(ROWS, {"tp": 8})}
+    layout = {"kind": "disjoint", "specialists": {key: {"tp": 8} for key in ROWS}}
     assert predicted(layout, work(length=1800)).idle == pytest.approx(0, abs=1e-3)
     longer = predicted(layout, work(length=1800, longer=1.08)).idle
     assert longer == pytest.approx(2 / 3 * (1 - 1 / 1.08), abs=0.02)

@@ -21,7 +21,7 @@ def row(layout: str, note: str | None = None) -> LayoutRow:
         parts={"products": 5.0, "tp traffic": 3.0, "elementwise": 1.0, "host": 0.1},
         peak=81.9 * GIB,
         phase="backward",
-        kinds={kind: 27.3 * GIB for kind in kinds},
+        kinds=dict.fromkeys(kinds, 27.3 * GIB),
         flops=3.5e15,
         nbytes={"tp": 1.5e12, "pp": 0.0, "dp": 29.3e9, "fusion": 1.25e9},
         note=note,
@@ -40,12 +40,21 @@ def test_a_layout_takes_two_lines_of_120_columns() -> None:
     assert "…" not in text
     assert max(map(len, lines)) <= 120
     assert len([line for line in lines if line.strip()]) == 3 + 2 * 2  # title, header, rule
-    for part in ("10.25", "30.1%", "7%", "81.9", "backward", "act 27.3 loss 27.3", "3,500 TFLOP", "dp 29 fusion 1.2"):
+    for part in (
+        "10.25",
+        "30.1%",
+        "7%",
+        "81.9",
+        "backward",
+        "act 27.3 loss 27.3",
+        "3,500",
+        "tp 1,500 dp 29 fusion 1.2",
+    ):
         assert part in text, part
 
 
 def test_what_takes_longest_comes_first_and_what_is_little_not_at_all() -> None:
-    assert longest(row("").parts) == "products 55%, tp traffic 33%, elementwise 11%"
+    assert longest(row("").parts) == "products 55%, tp traffic 33%"
 
 
 def test_a_layout_that_does_not_fit_says_why_and_how_many_are_not_shown() -> None:
