@@ -23,9 +23,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's new
 Requeue = Annotated[bool, typer.Option("--requeue", help="--resume if the run has a checkpoint, else start afresh")]
 
 
-def wide_console() -> Console:
-    """Standard output; where it is no terminal, wide enough for every table."""
+def wide_console(columns: int = 160) -> Console:
+    """Standard output; where it is no terminal, ``columns`` wide: enough for every table."""
     console = Console()
     if not console.is_terminal:
-        console.width = 160
+        console.width = columns
     return console

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ultrafuser_mega.cli.options import Config, Overrides, Ranks, wide_console
+from ultrafuser_mega.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ultrafuser_mega.config import FuserConfig
     from ultrafuser_mega.planning.preflight import RunPlan
 
 _LONG = 10**10  # bytes: more take a while to read, which is then said
@@ -28,26 +30,41 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="also run the training step itself on tensors that hold nothing")
     ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(help="rank the layouts of so many GPUs instead", min=1, show_default=False)
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="which, with --gpus: a100-40g, a100-80g, h100-80g, h200-141g, b200-180g")] = (
+        "h100-80g"
+    ),
+    gpus_per_node: Annotated[int, typer.Option(help="with --gpus: tp stays within a node", min=1)] = 8,
 ) -> None:
     """Check everything without training, show what ranks hold.
 
     Folders, tensors, tokenizers, sizes, batches and data files are checked as a training job checks them. The table
-    gives every rank's specialist and pipeline stage, its rows of the vocabulary, and the memory that weights,
-    gradients and optimizer take in either stage.
+    gives every rank's specialist and pipeline stage, its rows of the vocabulary, and its memory by kind.
+
+    With --gpus it ranks every sensible layout of so many GPUs by the step time that it predicts, says which fit and
+    what would make others, and prints the entry for layouts. That takes the specialists' config.json alone: no
+    weights, no data.
 
     A checkpoint that the job would begin with (--resume, or checkpoint.start) is read whole, to compare its files with
     the sizes and checksums that were noted when it was written, as the job does: that takes as long as reading it.
 
-    --dry-run runs evaluation, a step of each stage and what a checkpoint gathers, on one rank of each kind, with real code
-    and tensors that hold nothing: no GPU and no memory needed. It shows what ranks hold at their largest, the work of a
-    microbatch and what travels. With device=cuda it takes the way of a GPU (a C++ compiler is needed) and names every
-    place where the host waits for the device; else the CPU's.
+    --dry-run runs evaluation, a step of each stage and what a checkpoint gathers, on one rank of each kind, with real
+    code and tensors that hold nothing: no GPU and no memory needed. It shows what ranks hold at their largest, the work
+    of a microbatch and what travels. With device=cuda it takes the way of a GPU (a C++ compiler is needed) and names
+    every place where the host waits for the device; else the CPU's.
 
     A configuration's layouts are alternatives: a job takes the first that uses exactly its ranks.
     """
     from ultrafuser_mega.config import load_config
 
     loaded = load_config(config, overrides or [])
+    if gpus is not None:
+        if ranks is not None or resume:
+            raise InputError("--gpus: tries layouts of its own; leave --ranks and --resume out")
+        _rank_layouts(loaded, gpus, gpu, gpus_per_node)
+        return
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import MANIFEST, TokenStore
     from ultrafuser_mega.launch.rank import ensure_toy
@@ -93,6 +110,19 @@ def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str], console: 
     title = f"dry run on fake {device} tensors, one rank of each kind"
     console.print(rehearsal_table(title, list(zip(classes.values(), found, strict=True))))
     for line in waits_of(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rank_layouts(config: FuserConfig, gpus: int, gpu: str, gpus_per_node: int) -> None:
+    from ultrafuser_mega.planning.advice import advise
+    from ultrafuser_mega.planning.hardware import Cluster, named_gpu
+    from ultrafuser_mega.planning.preflight import outline
+    from ultrafuser_mega.reporting.layout_table import layout_table
+
+    advice = advise(outline(config), Cluster(named_gpu(gpu), gpus_per_node), gpus)
+    console = wide_console(120)
+    console.print(layout_table(f"{gpus} x {gpu}, {gpus_per_node} to a node", advice.rows, advice.more))
+    for line in advice.lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""A job of any size in one process: collectives that return at once, tensors that hold nothing, a GPU that is not there.
+"""A job of any size in one process: collectives that return at once, tensors that hold nothing, no GPU.
 
 fake collectives  PyTorch's FakeProcessGroup; objects are taken to be alike on all ranks
 fake tensors      PyTorch's FakeTensorMode: shapes, types and devices

@@ -172,9 +172,8 @@ class Meter(TorchDispatchMode):
             if self.device == "cuda" and {source.device.type, to.type} == {"cpu", "cuda"}:
                 if to.type == "cpu":
                     self.waited("a tensor is copied to the host")
-                elif source.numel() > 1 or not non_blocking:
-                    if not (non_blocking and getattr(source, "_pinned", False)):
-                        self.waited("a tensor is copied to the device and not pinned and non-blocking")
+                elif not (non_blocking and getattr(source, "_pinned", False)):
+                    self.waited("a tensor that is not pinned, or may block, is copied to the device")
         elif func is aten.index_put_.default and args[2].numel() == 1 and args[2].device.type == "cpu":
             pass  # of a mask and a number PyTorch makes a masked_fill
         elif func in _DATA_DEPENDENT and any(

@@ -1,4 +1,4 @@
-"""Ranks of a fake job in processes of their own: those for CUDA load a library before torch, and several run at once."""
+"""Ranks of a fake job in processes of their own: CUDA's load a library before torch, and several run at once."""
 
 from __future__ import annotations
 

@@ -1,63 +1,330 @@
-"""What every rank of a planned run will hold: parameters, and the bytes of weights, gradients and optimizer state."""
+"""What a rank's memory holds, by kind, and when it holds most: arithmetic from the plan alone.
+
+Symbols, for one specialist on one rank: T tokens of the microbatch, d hidden size, f MLP width, h query and g key/value
+heads of e numbers each, t tensor-parallel ranks, s = t under sequence parallelism, else 1; b bytes of a number; N
+response tokens, D = sum of all specialists' d, V vocabulary rows of the rank.
+
+Per parameter: its weight (b) and, where it trains, a float32 gradient, two float32 AdamW moments and under bf16 a
+float32 weight, the last three sharded over replicas by the distributed optimizer. AdamW's update needs nothing besides.
+
+Per token of a layer autograd keeps, by the operation that needs it:
+
+    b d / s               the input of the first norm, which is the layer's; + 4 / s: its reciprocal root mean square
+    b d / s               the norm's output, the query, key and value projection's input
+    b (h + 2 g) e / t     what that projects to: the values are a view of it (with query and key norms both are needed)
+    b (h + g) e / t       rotated queries and keys
+    b h e / t             what attention gives, the output projection's input; + 4 h / t: log-sum-exp of every score row
+    b h e / t             the same once more where attention runs sequence by sequence (CPU, float32)
+    2 b d / s + 4 / s     as above, of the MLP's norm
+    3 b f / t             both halves of the activation's input, and its output
+
+A recomputed layer keeps b d / s, its input. Where every layer is, the one in work holds all of the above for itself.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
+from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture
 from ultrafuser_mega.models.pipeline import stage_layers
+from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, even_rows
+from ultrafuser_mega.planning.microbatch import Microbatch, workload_of
 from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.planning.roles import Role, role_of
 from ultrafuser_mega.reporting.plan_table import RankShare
 
-# Bytes per parameter. Trained: its weight and a float32 gradient, then two float32 AdamW moments and under bf16 a
-# float32 weight, which the distributed optimizer shards over the replicas.
-_WEIGHT = {"fp32": 4, "bf16": 2}
-_GRADIENT = 4
+Device = Literal["cpu", "cuda"]
+
+NUMBER = {"fp32": 4, "bf16": 2}  # bytes of a weight and of a hidden state's number
+_WIDE = 4  # of float32
 _OPTIMIZER = {"fp32": 8, "bf16": 12}
+_INDEX = 8  # of int64
 
 
-def rank_shares(plan: RunPlan) -> list[RankShare]:
-    """Each rank of the first replica; the other replicas hold the same."""
-    return [_rank_share(plan, rank) for rank in range(plan.layout.replica_size)]
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of a rank.
+
+    Attributes:
+        weights: of all that it holds, embeddings and heads among them.
+        gradients: the float32 buffer.
+        optimizer: moments, and float32 weights under bf16.
+        activations: what autograd keeps of all microbatches in flight, at its fullest.
+        loss: rows of hidden states, gate, logits, and the gradients of heads and rows while they are on their way.
+        workspace: gradients and temporaries of one layer's backward, which comes when the loss is through.
+        save: what writing a checkpoint takes beside weights, gradients and optimizer.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float = 0.0
+    loss: float = 0.0
+    workspace: float = 0.0
+    save: float = 0.0
+
+    @property
+    def static(self) -> float:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """By kind, as people read it."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "loss": self.loss,
+        }
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """The most that each phase of a step holds."""
+        passes = self.static + self.activations + max(self.loss, self.workspace)
+        return {"backward": passes, "update": self.static, "save": self.static + self.save}
+
+    @property
+    def peak(self) -> float:
+        """The most that is held at any time."""
+        return max(self.phases.values())
+
+    @property
+    def phase(self) -> str:
+        """When that is."""
+        return max(self.phases, key=self.phases.__getitem__)
 
 
-def _rank_share(plan: RunPlan, rank: int) -> RankShare:
-    layout, config = plan.layout, plan.config
-    names = layout.specialists_on(rank)
-    placement = layout.placements[names[0]]
-    stage, tensor_rank = divmod(rank - placement.first_rank, placement.tp)
-    held = sum(_stage_parameters(plan.architectures[name], placement.tp, placement.pp, stage) for name in names)
-    fusion, gate, rows = layout.fusion_groups()[0], 0, None
-    if rank in fusion:
-        padded = -(-plan.vocab_size // (8 * len(fusion))) * 8
-        place = fusion.index(rank)
-        rows = range(min(place * padded, plan.vocab_size), min((place + 1) * padded, plan.vocab_size))
-        held += padded * sum(arch.hidden_size for arch in plan.architectures.values())
-        gate = _gate_parameters(plan, len(fusion))
-    everything = held + gate
-    weight, optimizer = _WEIGHT[config.dtype], _OPTIMIZER[config.dtype]
-    shards = layout.dp if config.parallel.distributed_optimizer else 1
-    bytes_of = {
-        1: everything * weight + gate * (_GRADIENT + optimizer),
-        2: everything * (weight + _GRADIENT + optimizer / shards),
+def rank_shares(plan: RunPlan, device: Device = "cuda") -> list[RankShare]:
+    """Each rank of the first replica, with the fullest microbatch of the run's data; the others hold the same."""
+    fullest = {
+        number: workload_of(plan.config, stage.samples_per_class).fullest(plan.layout.dp)
+        for number, stage in plan.config.stages.items()
     }
-    return RankShare(
-        rank=rank,
-        specialists=tuple(names),
-        tensor=(tensor_rank, placement.tp),
-        stage=(stage, placement.pp),
-        vocabulary_rows=rows,
-        parameters=everything,
-        stage_bytes={number: bytes_of[number] for number in config.stages},
+    shares = []
+    for rank in range(plan.layout.replica_size):
+        role = role_of(plan, rank)
+        held = {
+            number: rank_memory(plan, rank, batch, stage=number, device=device) for number, batch in fullest.items()
+        }
+        share = RankShare(
+            rank=rank,
+            specialists=role.names,
+            tensor=(role.tensor_rank, role.tp),
+            stage=(role.stage, role.pp),
+            vocabulary_rows=role.vocabulary,
+            parameters=role.parameters,
+            kinds={number: memory.kinds for number, memory in held.items()},
+            peaks={number: (memory.phase, memory.peak) for number, memory in held.items()},
+        )
+        shares.append(share)
+    return shares
+
+
+def rank_memory(
+    plan: RunPlan,
+    rank: int,
+    microbatch: Microbatch,
+    *,
+    stage: int = 2,
+    microbatches: int | None = None,
+    device: Device = "cuda",
+) -> RankMemory:
+    """Memory of ``rank`` in training stage 1 or 2.
+
+    Args:
+        plan: resolved; only its configuration, architectures and layout count.
+        rank: of the first replica; all replicas hold the same.
+        microbatch: the largest of a step.
+        stage: of training.
+        microbatches: of a step, where they may be fewer than a pipeline holds in flight.
+        device: whose kernels run.
+    """
+    role = role_of(plan, rank)
+    config, width = plan.config, NUMBER[plan.config.dtype]
+    trained = role.parameters if stage == 2 else role.gate
+    sharded = config.parallel.distributed_optimizer and stage == 2
+    shards = plan.layout.dp if sharded else 1
+    held = {
+        "weights": float(role.parameters * width),
+        "gradients": float(trained * _WIDE),
+        "optimizer": trained * _OPTIMIZER[config.dtype] / shards,
+    }
+    if stage == 1:
+        workspace = max(_forward_workspace(plan, role, name, microbatch) for name in role.names)
+        loss = _gate_loss(plan, role, microbatch, device)
+        return RankMemory(**held, activations=_batch(plan, role, microbatch), loss=loss, workspace=workspace)
+    in_flight = min(role.pp - role.stage, microbatches or role.pp)
+    return RankMemory(
+        **held,
+        activations=in_flight * (kept_activations(plan, role, microbatch, device) + _batch(plan, role, microbatch))
+        + _scratch(plan, role, microbatch),
+        loss=_loss(plan, role, microbatch, device),
+        workspace=_backward_workspace(plan, role, microbatch, device),
+        save=(plan.layout.dp + 1) * trained * _WIDE / shards if sharded else 0.0,  # a shard sent, all received
     )
 
 
-def _stage_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
-    heads = 2 * arch.heads // tp + 2 * arch.kv_heads_of_rank(tp)
-    layer = arch.hidden_size * (heads * arch.head_dim + 3 * arch.ffn_size // tp + 2)
-    embedding = -(-arch.vocab_rows // tp) * arch.hidden_size if stage == 0 else 0
-    return stage_layers(arch.layers, pp)[stage] * layer + embedding + (arch.hidden_size if stage == pp - 1 else 0)
+def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+    """Bytes that the layers' backward needs of the forward of one microbatch, and of what stages hand each other."""
+    width, total = NUMBER[plan.config.dtype], 0.0
+    for name in role.names:
+        arch, tokens = plan.architectures[name], microbatch.tokens[name]
+        part = width * arch.hidden_size / _sequence_parts(plan, role)  # of a hidden state per token
+        recomputed = recomputed_layers(plan, role.layers[name])
+        total += tokens * (role.layers[name] - recomputed) * layer_bytes(plan, role, arch, device)
+        total += tokens * recomputed * part
+        if role.is_last:
+            total += tokens * (part + _WIDE / _sequence_parts(plan, role))  # the final norm
+        else:
+            total += tokens * part  # what the next stage was sent
+        if role.is_first and role.tp > 1:
+            total += tokens * (_INDEX + 1)  # ids within the rank's rows of the embedding, and which are not
+    return total
 
 
-def _gate_parameters(plan: RunPlan, ranks: int) -> int:
-    widths = [arch.hidden_size for arch in plan.architectures.values()]
-    inputs = widths[0] if len(set(widths)) == 1 else sum(widths)
-    return -(-plan.gate_units // ranks) * (inputs + 2)
+def layer_bytes(plan: RunPlan, role: Role, arch: Architecture, device: Device) -> float:
+    """Bytes per token that autograd keeps of a layer that is not recomputed: the table at the head of this file."""
+    width, parts, tp = NUMBER[plan.config.dtype], _sequence_parts(plan, role), role.tp
+    queries, groups = arch.heads // tp, arch.kv_heads_of_rank(tp)
+    numbers = 4 * arch.hidden_size / parts + 3 * arch.ffn_size / tp
+    attended = 2 if device == "cpu" or plan.config.dtype == "fp32" else 1
+    numbers += (queries + 2 * groups + queries + groups + attended * queries) * arch.head_dim
+    statistics = 2 / parts + queries
+    if FAMILIES[arch.family].qk_norm:
+        statistics += queries + groups
+        if groups > 1 and queries > groups:  # the queries of several groups do not lie together
+            numbers += queries * arch.head_dim
+    return width * numbers + _WIDE * statistics
+
+
+def recomputed_layers(plan: RunPlan, layers: int) -> int:
+    """Of a stage's ``layers`` those that the backward computes anew."""
+    wanted = plan.config.parallel.recompute_layers
+    return layers if wanted == "all" else min(wanted, layers)
+
+
+def most_layers(plan: RunPlan) -> int:
+    """Layers of the longest pipeline stage of any specialist."""
+    return max(
+        max(stage_layers(arch.layers, plan.layout.placements[name].pp)) for name, arch in plan.architectures.items()
+    )
+
+
+def _sequence_parts(plan: RunPlan, role: Role) -> int:
+    return role.tp if plan.config.parallel.sequence_parallel else 1
+
+
+def _batch(plan: RunPlan, role: Role, microbatch: Microbatch) -> float:
+    """Ids, positions and their cosines and sines, and rows, of the rank's specialists; targets and classes."""
+    total = microbatch.rows * _INDEX * (len(role.names) + 2)
+    for name in role.names:
+        total += microbatch.tokens[name] * (2 * _INDEX + NUMBER[plan.config.dtype] * plan.architectures[name].head_dim)
+    return total
+
+
+def _scratch(plan: RunPlan, role: Role, microbatch: Microbatch) -> float:
+    """Megatron's one buffer for gathered inputs of linear maps under sequence parallelism."""
+    if _sequence_parts(plan, role) == 1:
+        return 0.0
+    sizes = [microbatch.tokens[name] * plan.architectures[name].hidden_size for name in role.names]
+    return NUMBER[plan.config.dtype] * max(sizes)
+
+
+def _backward_workspace(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+    """The largest that lies beside kept activations while one layer goes backward.
+
+    Of its steps: the second linear map of the MLP, the activation, the first linear map, a norm. A weight's gradient in
+    the weight's type lives until it is added to the buffer. Other specialists' gradients wait.
+    """
+    width, largest, waiting = NUMBER[plan.config.dtype], 0.0, 0.0
+    for name in role.names:
+        arch, tokens = plan.architectures[name], microbatch.tokens[name]
+        hidden, mlp = arch.hidden_size, arch.ffn_size / role.tp
+        part = hidden / _sequence_parts(plan, role)
+        steps = (
+            tokens * (hidden + mlp) + hidden * mlp,
+            5 * tokens * mlp,
+            tokens * (2 * mlp + hidden + part) + 2 * hidden * mlp,
+            tokens * part * (2 + 4 * _WIDE / width),
+        )
+        own = width * (max(steps) + tokens * part)
+        if recomputed_layers(plan, role.layers[name]) == role.layers[name]:
+            own += tokens * layer_bytes(plan, role, arch, device)
+        largest = max(largest, own)
+        waiting += width * (microbatch.rows * hidden if role.is_last else tokens * part)
+    return largest + waiting
+
+
+def _forward_workspace(plan: RunPlan, role: Role, name: str, microbatch: Microbatch) -> float:
+    """The most that one layer takes where nothing is kept: around the MLP's activation."""
+    arch, width = plan.architectures[name], NUMBER[plan.config.dtype]
+    hidden = arch.hidden_size * (1 + 2 / _sequence_parts(plan, role))
+    return width * microbatch.tokens[name] * (hidden + 4 * arch.ffn_size / role.tp)
+
+
+def _widths(plan: RunPlan) -> int:
+    return sum(arch.hidden_size for arch in plan.architectures.values())
+
+
+def _own_widths(plan: RunPlan, role: Role) -> int:
+    return sum(plan.architectures[name].hidden_size for name in role.names)
+
+
+def exchange_numbers(plan: RunPlan, role: Role, rows: float) -> float:
+    """Numbers of the exchange's buffer: every rank of the fusion group has a slot as large as the largest share."""
+    slots: dict[int, float] = {}
+    for name, placement in plan.layout.placements.items():
+        for rank in placement.last_stage:
+            share = -(-rows // placement.tp) * plan.architectures[name].hidden_size
+            slots[rank] = slots.get(rank, 0.0) + share
+    return role.fusion * max(slots.values())
+
+
+def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+    """The chunked loss with gate and exchange, at its fullest.
+
+    Forward: hidden rows (b N D; disjoint also the rank's own before the exchange), the gate's activations (b + 4 per
+    row, specialist and unit), a chunk's logits, inputs and their gradients (``ops.chunked``), and the gradients that
+    form there: b N D of rows, b V D of heads. Backward: rows, gate, the rows' gradients, and the exchange's float32
+    buffer; or the heads' gradients on their way to the buffer.
+    """
+    if not role.is_last:
+        return 0.0
+    width, rows, total = NUMBER[plan.config.dtype], microbatch.rows, _widths(plan)
+    states = width * rows * total
+    own = width * rows * _own_widths(plan, role) if plan.layout.kind == "disjoint" and role.fusion > 1 else 0.0
+    gate = _gate_bytes(plan, role, rows)
+    operand = _WIDE if device == "cpu" else width
+    buffers = 1 if role.fusion == 1 else 2
+    row_bytes = buffers * (-(-plan.vocab_size // role.fusion) * _WIDE + total * operand) + total * _WIDE
+    chunk = even_rows(int(rows), BUFFER_BYTES[device] // row_bytes)
+    single_product = chunk >= rows or rows <= total
+    head = role.vocab_rows * total * (operand if single_product else _WIDE)
+    forward = own + states + gate + chunk * row_bytes + states + head
+    heads = states + gate + states + head + (role.vocab_rows * total * width if head and not single_product else 0)
+    exchange = 0.0
+    if role.fusion > 1:
+        numbers = exchange_numbers(plan, role, rows)
+        exchange = numbers * _WIDE * (1 + 1 / role.fusion) + width * rows * _own_widths(plan, role)
+    return max(forward, heads, states + gate + states + exchange)
+
+
+def _gate_loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+    """Stage 1's loss: rows, gate, and a chunk of every specialist's own logits."""
+    if not role.is_last:
+        return 0.0
+    width, rows, count = NUMBER[plan.config.dtype], microbatch.rows, len(plan.architectures)
+    columns = min(-(-plan.vocab_size // role.fusion), BLOCK_COLUMNS[device])
+    chunk = even_rows(int(rows), BUFFER_BYTES[device] // (count * columns * _WIDE))
+    states = width * rows * (_widths(plan) + (_own_widths(plan, role) if plan.layout.kind == "disjoint" else 0))
+    return states + _gate_bytes(plan, role, rows) + count * chunk * columns * _WIDE
+
+
+def _gate_bytes(plan: RunPlan, role: Role, rows: float) -> float:
+    """Active units, in the weights' type and in float32."""
+    width = NUMBER[plan.config.dtype]
+    return rows * len(plan.architectures) * role.gate_units * (width + (_WIDE if width != _WIDE else 0))

@@ -7,7 +7,7 @@ and in one line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,7 +128,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         architectures=architectures,
         layout=layout,
         vocab_size=vocab_size,
-        gate_units=config.gate.hidden_size or max(arch.hidden_size for arch in architectures.values()),
+        gate_units=gate_units(config, architectures),
         resume=None,
     )
     start = _start(config, plan.identity)
@@ -144,6 +144,33 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     path = checkpoints[-1][1]
     progress = read_progress(path, plan.identity)
     return replace(plan, resume=(progress, path), changes=changed_settings(path, progress, config))
+
+
+def outline(config: FuserConfig) -> RunPlan:
+    """What can be planned before anything but the specialists' config.json is there: on one rank, to be laid out.
+
+    Weights, tokenizers and data are not looked at.
+
+    Raises:
+        InputError: a config.json cannot be read or computed, or sizes of the configuration do not fit it.
+    """
+    architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
+    for name, arch in architectures.items():
+        check_positions("data.max_length", config.data.max_length, name, arch)
+    _check_microbatches(config)
+    return RunPlan(
+        config=config,
+        architectures=architectures,
+        layout=plan_colocated(list(architectures), 1, 1, 1),
+        vocab_size=shared_vocabulary(config),
+        gate_units=gate_units(config, architectures),
+        resume=None,
+    )
+
+
+def gate_units(config: FuserConfig, architectures: Mapping[str, Architecture]) -> int:
+    """Hidden units of the gate: as configured, or as wide as the widest specialist."""
+    return config.gate.hidden_size or max(arch.hidden_size for arch in architectures.values())
 
 
 def compared_with_data(plan: RunPlan, store: TokenStore) -> RunPlan:

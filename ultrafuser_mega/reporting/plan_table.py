@@ -19,16 +19,18 @@ class RankShare:
     stage: tuple[int, int]
     vocabulary_rows: range | None  # of every head; empty where all are padding, None outside of the fusion group
     parameters: int
-    stage_bytes: Mapping[int, float]  # stage that has steps -> weights, gradients and optimizer state
+    kinds: Mapping[int, Mapping[str, float]]  # stage that has steps -> kind of memory -> bytes
+    peaks: Mapping[int, tuple[str, float]]  # the same -> when most is held, and how much
 
 
 def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
-    """One row per rank: role, vocabulary rows, parameters and bytes of weights and optimizer."""
+    """One row per rank: role, vocabulary rows, parameters, memory by kind in the last stage, every stage's peak."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "specialist", "tp", "stage", "vocabulary rows"):
         table.add_column(column, no_wrap=True)
-    stages = [f"stage {number}" for number in shares[0].stage_bytes]
-    for column in ("parameters", *stages):
+    stages = list(shares[0].kinds)
+    kinds = list(shares[0].kinds[stages[-1]]) if stages else []
+    for column in ("parameters", *kinds, *(f"stage {number}" for number in stages)):
         table.add_column(column, justify="right", no_wrap=True)
     for share in shares:
         table.add_row(
@@ -38,10 +40,12 @@ def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
             _place(*share.stage),
             _rows(share.vocabulary_rows),
             f"{share.parameters:,}",
-            *map(_size, share.stage_bytes.values()),
+            *(size(share.kinds[stages[-1]][kind]) for kind in kinds),
+            *(f"{size(held)} ({phase})" for phase, held in share.peaks.values()),
         )
     if stages:
-        table.caption = f"{', '.join(stages)}: weights, gradients and optimizer state; activations come on top"
+        names = ", ".join(f"stage {number}" for number in stages)
+        table.caption = f"{names}: the most that is held, and when; {kinds[0]} to {kinds[-1]}: of stage {stages[-1]}"
     return table
 
 
@@ -55,7 +59,8 @@ def _rows(rows: range | None) -> str:
     return f"{rows.start}-{rows.stop - 1}" if rows else "padding"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes in the largest unit that they fill."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

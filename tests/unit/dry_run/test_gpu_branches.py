@@ -1,4 +1,4 @@
-"""The program's GPU branches, run on fake CUDA tensors: no device is mixed with another, and the host hardly ever waits.
+"""The program's GPU branches, run on fake CUDA tensors: no device is mixed with another, the host hardly ever waits.
 
 A tensor left on the CPU ends a rehearsal with an error that names the operation and its line; a new .item(), a blocking
 copy or a boolean index shows here by file and line.
@@ -17,7 +17,6 @@ from support.trio import COLOCATED_TP2, COLOCATED_TP2_PP2, DISJOINT_8, ONE, conf
 
 from ultrafuser_mega.reporting.rehearsal import Part, Rehearsal
 
-PP4 = {"kind": "colocated", "pp": 2, "tp": 1}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one rank": (ONE, {"loss": {"backend": "streaming"}}),
     "tp 2, sequence parallel": (COLOCATED_TP2, {"parallel": {"sequence_parallel": True}}),

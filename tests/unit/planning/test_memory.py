@@ -98,7 +98,8 @@ def test_bytes_of_a_parameter_in_both_stages(
     (share,) = shares(tree, 2)  # the second replica holds the same
     gate = 8 * (64 + 2)
     weight = {"fp32": 4, "bf16": 2}[dtype]
-    assert share.stage_bytes == {
+    kinds = ("weights", "gradients", "optimizer")
+    assert {number: sum(held[kind] for kind in kinds) for number, held in share.kinds.items()} == {
         1: share.parameters * weight + gate * (stage2_plain(dtype) - weight),
         2: share.parameters * stage2,
     }
@@ -116,4 +117,4 @@ def test_a_stage_without_steps_takes_no_memory_and_asks_for_no_schedule(
     for name in left_out:
         tree[name] |= {"steps": 0, "min_lr": 1.0}  # no rate falls to 1.0
     (share,) = shares(tree, 1)
-    assert list(share.stage_bytes) == kept
+    assert list(share.kinds) == list(share.peaks) == kept

@@ -13,7 +13,8 @@ def column(table: Table, header: str) -> list[str]:
     return [str(cell) for cell in found.cells]
 
 
-def share(vocabulary_rows: range | None, **stage_bytes: float) -> RankShare:
+def share(vocabulary_rows: range | None, **peaks: float) -> RankShare:
+    stages = {int(name[-1]): count for name, count in peaks.items()}
     return RankShare(
         rank=3,
         specialists=("text", "code"),
@@ -21,7 +22,8 @@ def share(vocabulary_rows: range | None, **stage_bytes: float) -> RankShare:
         stage=(0, 4),
         vocabulary_rows=vocabulary_rows,
         parameters=1234567,
-        stage_bytes={int(name[-1]): count for name, count in stage_bytes.items()},
+        kinds={number: {"weights": count, "loss": count / 2} for number, count in stages.items()},
+        peaks={number: ("save", count) for number, count in stages.items()},
     )
 
 
@@ -42,12 +44,20 @@ def test_vocabulary_rows_are_a_span_padding_or_none() -> None:
 )
 def test_sizes_are_in_the_largest_unit_that_they_fill(count: float, text: str) -> None:
     table = plan_table("", [share(None, stage1=count, stage2=count)])
-    assert column(table, "stage 1") == column(table, "stage 2") == [text]
+    assert column(table, "weights") == [text]
+    assert column(table, "stage 1") == column(table, "stage 2") == [f"{text} (save)"]
 
 
-@pytest.mark.parametrize("stages", [["stage2"], ["stage1"], []])
+def test_kinds_are_those_of_the_last_stage_and_peaks_of_all() -> None:
+    table = plan_table("", [share(None, stage1=1.0, stage2=8.0)])
+    assert (column(table, "weights"), column(table, "loss")) == (["8 B"], ["4 B"])
+    assert (column(table, "stage 1"), column(table, "stage 2")) == (["1 B (save)"], ["8 B (save)"])
+
+
+@pytest.mark.parametrize("stages", [["stage1", "stage2"], ["stage2"], ["stage1"], []])
 def test_only_stages_that_have_steps_have_a_column(stages: list[str]) -> None:
     table = plan_table("", [share(None, **dict.fromkeys(stages, 1))])
     headers = [str(column.header) for column in table.columns]
-    assert headers[headers.index("parameters") + 1 :] == [name.replace("stage", "stage ") for name in stages]
+    kinds = ["weights", "loss"] if stages else []
+    assert headers[headers.index("parameters") + 1 :] == kinds + [name.replace("stage", "stage ") for name in stages]
     assert bool(table.caption) == bool(stages)

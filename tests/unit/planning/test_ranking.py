@@ -1,0 +1,146 @@
+"""Layouts for a number of GPUs: which are tried, which fit, and what is said of the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.trio_13b import ROWS, plan_13b
+
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.planning.advice import advise, short
+from ultrafuser_mega.planning.hardware import GPUS, Cluster, named_gpu
+from ultrafuser_mega.planning.layouts import layout_entry, layouts_for, ranked, worthwhile
+from ultrafuser_mega.planning.microbatch import GlobalBatch, Workload
+from ultrafuser_mega.planning.preflight import plan_layouts
+
+H100 = Cluster(GPUS["h100-80g"])
+ANY = {"kind": "colocated"}
+
+
+def work(microbatch_tokens: int = 8192) -> Workload:
+    lengths = dict.fromkeys(ROWS, np.full(96, 2048))
+    return Workload((GlobalBatch(lengths, np.full(96, 1536)),), microbatch_tokens, "")
+
+
+def names(gpus: int, per_node: int = 8) -> list[str]:
+    return [short(layout) for layout in layouts_for(plan_13b(ANY), gpus, Cluster(GPUS["h100-80g"], per_node))]
+
+
+def test_every_layout_takes_all_gpus_keeps_tp_in_a_node_and_divides_the_heads() -> None:
+    found = layouts_for(plan_13b(ANY), 16, H100)
+    assert found
+    for layout in found:
+        assert layout.world_size == 16
+        assert {placement.tp for placement in layout.placements.values()} <= {1, 2, 4, 8}
+    assert {"colocated tp 8 dp 2", "colocated tp 8 pp 2", "disjoint 4 + 4 + 8"} <= set(names(16))
+
+
+def test_equal_specialists_are_not_permuted() -> None:
+    assert "disjoint 8 + 4 + 4" not in names(16)
+
+
+def test_tp_stays_within_smaller_nodes() -> None:
+    found = layouts_for(plan_13b(ANY), 16, Cluster(GPUS["h100-80g"], 4))
+    assert max(placement.tp for layout in found for placement in layout.placements.values()) == 4
+
+
+def test_groups_that_would_cross_a_node_are_left_out() -> None:
+    """Of 12 ranks a third specialist on ranks 4-11 would lie in two nodes."""
+    assert not [name for name in names(12) if name.startswith("disjoint 2 + 2 + 8")]
+
+
+def test_layouts_that_leave_most_ranks_idle_are_not_considered() -> None:
+    """A third of the work on less than a sixth of the ranks would take more than twice as long as it could."""
+    for layout in layouts_for(plan_13b(ANY), 16, H100):
+        if layout.kind == "disjoint":
+            assert all(len(placement.ranks) * 6 >= layout.replica_size for placement in layout.placements.values())
+
+
+@pytest.mark.parametrize("gpus", [8, 16, 24, 64])
+def test_fitting_layouts_come_first_and_the_fastest_of_them_first(gpus: int) -> None:
+    found = ranked(plan_13b(ANY), work(), H100, gpus)
+    kinds = [(not one.fits, not one.usable, one.step.seconds) for one in found]
+    assert kinds == sorted(kinds)
+    for one in found:
+        assert one.fits == (one.needed <= H100.room)
+        assert (one.short_of is None) == one.fits
+        if one.usable:
+            assert one.step.memory.peak <= H100.room
+
+
+def test_three_13b_models_do_not_fit_eight_gpus() -> None:
+    found = ranked(plan_13b(ANY), work(), H100, 8)
+    assert not any(one.usable for one in found)
+    assert all("more tp, pp or dp" in str(one.short_of) for one in found)
+
+
+def test_remedy_recomputes_no_more_layers_than_it_takes() -> None:
+    """Pipelines of two stages on 16 GPUs keep two microbatches of 16384 tokens: more than fits."""
+    (found,) = (one for one in ranked(plan_13b(ANY), work(16384), H100, 16) if short(one.plan.layout).endswith("pp 2"))
+    assert not found.fits
+    assert found.remedy is not None
+    key, count = found.remedy.split("=")
+    assert key == "parallel.recompute_layers"
+    assert found.plan.config.parallel.recompute_layers == int(count) < 20
+
+
+def test_saving_that_does_not_fit_is_named() -> None:
+    (found,) = (
+        one for one in ranked(plan_13b(ANY), work(2048), H100, 16) if short(one.plan.layout) == "colocated tp 8 dp 2"
+    )
+    assert str(found.short_of).startswith("save needs 81.9 of 74.1 GiB")
+    assert found.remedy is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fewer", "count"),
+    [
+        (1.0, [(32, 2.0), (16, 4.0)], 64),
+        (1.0, [(32, 1.2), (16, 2.4)], 32),
+        (1.0, [(32, 1.1), (16, 1.2)], 16),
+        (1.0, [], 64),
+    ],
+)
+def test_gpus_that_gain_less_than_a_quarter_are_too_many(
+    seconds: float, fewer: list[tuple[int, float]], count: int
+) -> None:
+    assert worthwhile(64, seconds, fewer) == count
+
+
+@pytest.mark.parametrize("gpus", [16, 48])
+def test_entries_are_what_the_configuration_reads(gpus: int) -> None:
+    plan = plan_13b(ANY)
+    for layout in layouts_for(plan, gpus, H100):
+        tree = plan.config.model_dump(mode="json") | {"layouts": [layout_entry(layout)]}
+        assert plan_layouts(FuserConfig.model_validate(tree)) == [layout]
+
+
+def test_advice_says_where_token_counts_are_from_and_what_was_not_checked() -> None:
+    advice = advise(plan_13b(ANY), H100, 64)
+    text = "\n".join(advice.lines)
+    assert "assumed, no data prepared: every sample has data.max_length = 2048 tokens" in text
+    assert "not checked: weights, tokenizers, data" in text
+    assert "layouts:\n  - {kind: " in text
+    assert len(advice.rows) <= 8
+
+
+def test_a_small_batch_says_how_many_gpus_it_feeds() -> None:
+    plan = plan_13b(ANY, data={"max_length": 128, "classes": {name: {"train": ["a.jsonl"]} for name in ROWS}})
+    assert any("GPUs are too many for this batch" in line for line in advise(plan, H100, 128).lines)
+
+
+def test_unknown_gpus_are_refused_with_those_known() -> None:
+    with pytest.raises(InputError, match="--gpu h100: not known; one of a100-40g, a100-80g, h100-80g"):
+        named_gpu("h100")
+
+
+def test_shared_key_value_heads_follow_the_program() -> None:
+    """Whatever tp the program accepts is tried."""
+    plan = plan_13b(ANY)
+    archs: dict[str, Any] = {name: replace(arch, kv_heads=8) for name, arch in plan.architectures.items()}
+    found = layouts_for(replace(plan, architectures=archs), 16, H100)
+    assert {placement.tp for layout in found for placement in layout.placements.values()} >= {1, 2, 4, 8}

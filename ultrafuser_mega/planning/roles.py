@@ -1,0 +1,136 @@
+"""What each rank of a planned run is, and the parameters that it holds for that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ultrafuser_mega.models.families import FAMILIES
+from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.pipeline import stage_layers
+from ultrafuser_mega.planning.preflight import RunPlan
+
+_ROW_MULTIPLE = 8  # vocabulary rows of a rank, as the fusion head pads them
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a rank is in its replica; stages and tensor ranks count from 0.
+
+    Attributes:
+        names: specialists that have a stage on the rank.
+        layers: specialist -> decoder layers of this stage.
+        fusion: ranks of the fusion group, 0 on a rank outside of it.
+        vocab_rows: rows of every head that the rank holds, padding among them.
+        vocabulary: those that are real; None outside of the fusion group.
+        gate_units: hidden units of the gate that the rank holds, padding among them.
+        matrices: parameters of the layers' linear maps, per specialist.
+        parameters: all that the rank holds.
+        tensors: tensors that they are in.
+        gate: parameters of the gate among them, the only ones that stage 1 trains.
+        norms: parameters whose gradients tensor-parallel ranks sum under sequence parallelism.
+    """
+
+    names: tuple[str, ...]
+    tp: int
+    pp: int
+    tensor_rank: int
+    stage: int
+    layers: dict[str, int]
+    fusion: int
+    vocab_rows: int
+    vocabulary: range | None
+    gate_units: int
+    matrices: dict[str, int]
+    parameters: int
+    tensors: int
+    gate: int
+    norms: int
+
+    @property
+    def is_first(self) -> bool:
+        """Of the pipeline, and so holder of embeddings."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Of the pipeline, and so of the fusion group."""
+        return self.stage == self.pp - 1
+
+
+def role_of(plan: RunPlan, rank: int) -> Role:
+    """The role of ``rank``, which every replica repeats."""
+    layout, archs = plan.layout, plan.architectures
+    local = rank % layout.replica_size
+    names = tuple(layout.specialists_on(local))
+    placement = layout.placements[names[0]]
+    tp, pp = placement.tp, placement.pp
+    stage, tensor_rank = divmod(local - placement.first_rank, tp)
+    layers = {name: stage_layers(archs[name].layers, pp)[stage] for name in names}
+    matrices = {name: layers[name] * layer_matrices(archs[name], tp) for name in names}
+    norms = sum(layers[name] * _layer_norms(archs[name]) for name in names)
+    norms += sum(archs[name].hidden_size for name in names if stage == pp - 1)
+    held = norms + sum(matrices.values()) + sum(layers[name] * _layer_biases(archs[name], tp) for name in names)
+    tensors = sum(layers[name] * _layer_tensors(archs[name]) + (stage == 0) + (stage == pp - 1) for name in names)
+    if stage == 0:
+        held += sum(-(-archs[name].vocab_rows // tp) * archs[name].hidden_size for name in names)
+    fusion, gate, rows, real, units = 0, 0, 0, None, 0
+    if stage == pp - 1:
+        members = layout.fusion_groups()[0]
+        fusion, place = len(members), members.index(local)
+        rows = -(-plan.vocab_size // (_ROW_MULTIPLE * fusion)) * _ROW_MULTIPLE
+        real = range(min(place * rows, plan.vocab_size), min((place + 1) * rows, plan.vocab_size))
+        units = -(-plan.gate_units // fusion)
+        gate = units * (gate_width(archs) + 2)
+        held += rows * sum(arch.hidden_size for arch in archs.values()) + gate
+        tensors += len(archs) + 3
+    return Role(
+        names=names,
+        tp=tp,
+        pp=pp,
+        tensor_rank=tensor_rank,
+        stage=stage,
+        layers=layers,
+        fusion=fusion,
+        vocab_rows=rows,
+        vocabulary=real,
+        gate_units=units,
+        matrices=matrices,
+        parameters=held,
+        tensors=tensors,
+        gate=gate,
+        norms=norms,
+    )
+
+
+def distinct_ranks(plan: RunPlan) -> list[int]:
+    """One rank of each specialist (disjoint) and stage, in order: all others do what one of these does.
+
+    Of a stage the first tensor-parallel rank, which holds real vocabulary rows wherever one of its stage does.
+    """
+    placements = dict.fromkeys(plan.layout.placements.values())
+    return [rank for placement in placements for rank in placement.ranks[:: placement.tp]]
+
+
+def layer_matrices(arch: Architecture, tp: int) -> int:
+    """Parameters of a rank's share of a layer's four linear maps: query, key and value, output, and the MLP's two."""
+    heads = 2 * arch.heads // tp + 2 * arch.kv_heads_of_rank(tp)
+    return arch.hidden_size * (heads * arch.head_dim + 3 * arch.ffn_size // tp)
+
+
+def gate_width(archs: dict[str, Architecture]) -> int:
+    """Inputs of a hidden unit of the gate: one row for all specialists of one width, else one for each."""
+    widths = [arch.hidden_size for arch in archs.values()]
+    return widths[0] if len(set(widths)) == 1 else sum(widths)
+
+
+def _layer_norms(arch: Architecture) -> int:
+    return 2 * arch.hidden_size + (2 * arch.head_dim if FAMILIES[arch.family].qk_norm else 0)
+
+
+def _layer_biases(arch: Architecture, tp: int) -> int:
+    return (arch.heads // tp + 2 * arch.kv_heads_of_rank(tp)) * arch.head_dim if FAMILIES[arch.family].qkv_bias else 0
+
+
+def _layer_tensors(arch: Architecture) -> int:
+    family = FAMILIES[arch.family]
+    return 6 + family.qkv_bias + 2 * family.qk_norm
