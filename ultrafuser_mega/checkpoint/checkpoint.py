@@ -203,8 +203,8 @@ def write_checkpoint(
         identity: description of the model, checked on reading.
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
     """
+    state = rank_state(model, trainable, groups)
     with megatron_scope(next(model.parameters()).device):
-        state = rank_state(model, trainable, groups)
         use_plain_results_queue()
         dist_checkpointing.save(state, str(folder))
     if groups.rank == 0:
@@ -278,8 +278,9 @@ def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
 
 def rank_state(model: FusedStage, trainable: Trainable | None, groups: RankGroups) -> dict[str, Any]:
     """Flat name -> ShardedTensor of all that this rank writes into a checkpoint; collective over the replicas."""
-    state = _model_state(model, groups)
-    return state if trainable is None else state | _optimizer_state(trainable, state)
+    with megatron_scope(next(model.parameters()).device):
+        state = _model_state(model, groups)
+        return state if trainable is None else state | _optimizer_state(trainable, state)
 
 
 def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:
