@@ -125,7 +125,7 @@ class Trainer:
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0)
         elif plan.resume is None:
-            load_hf_weights(self.model, config.folders)
+            load_hf_weights(self.model, config.folders, groups)
         self.engine = Engine(self.model, groups, device)
         self.shard = make_shard(plan, groups)
 
