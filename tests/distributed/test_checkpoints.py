@@ -105,7 +105,7 @@ def _tails_equal_their_source(rank: int, tree: dict[str, Any]) -> dict[str, bool
     plan = preflight(FuserConfig.model_validate({**tree, "layouts": [ONE]}), 1, resume=False)
     groups = make_groups(plan.layout)
     model, source = build_model(plan, groups, CPU), build_model(plan, groups, CPU)
-    load_hf_weights(source, plan.config.folders)
+    load_hf_weights(source, plan.config.folders, groups)
     load_checkpoint(list_checkpoints(plan.config.run_dir / "checkpoints")[-1][1], model, groups, None, 0)
     assert source.fusion is not None and model.fusion is not None
     return {name: torch.equal(tail, source.fusion.tails[name]) for name, tail in model.fusion.tails.items()}

@@ -155,8 +155,8 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     plan = preflight(FuserConfig.model_validate(tree), torch.distributed.get_world_size(), resume=False)
     groups = make_groups(plan.layout)
     model, expected = build_model(plan, groups, CPU), build_model(plan, groups, CPU)
-    load_hf_weights(model, plan.config.folders)
-    load_hf_weights(expected, {name: folder / name for name in plan.architectures})
+    load_hf_weights(model, plan.config.folders, groups)
+    load_hf_weights(expected, {name: folder / name for name in plan.architectures}, groups)
     if expected.fusion is not None:
         _load_gate(expected, torch.load(folder / "gate.pt"))
     trainable = make_trainable(

@@ -240,6 +240,8 @@ def writing_checkpoint(path: Path) -> Iterator[None]:
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
+    The first replica reads the model, and the others receive it.
+
     Args:
         path: a checkpoint folder.
         model: filled in place.
@@ -251,13 +253,15 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
     with megatron_scope(device), torch.no_grad():
         state = _model_state(model, groups)
         parameters = {key: shard.data for key, shard in state.items()}
-        moments = trainable is not None and steps > 0
+        moments, optimizer = trainable is not None and steps > 0, dict[str, Any]()
         if trainable is not None and moments:
             _create_moments(trainable, steps)
-            state |= _optimizer_state(trainable, state)
-        loaded = dist_checkpointing.load(state, str(path))
-        for key, parameter in parameters.items():
-            parameter.copy_(loaded[key])
+            optimizer = _optimizer_state(trainable, state)
+        loaded = dist_checkpointing.load((state if groups.reads else {}) | optimizer, str(path))
+        if groups.reads:
+            for key, parameter in parameters.items():
+                parameter.copy_(loaded[key])
+        groups.receive(parameters.values())
         if trainable is not None:
             if not any(key.startswith("optimizer.param.") for key in loaded):
                 trainable.optimizer.reload_model_params()  # the model's own weights are the master weights

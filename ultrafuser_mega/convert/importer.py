@@ -195,7 +195,7 @@ def _import_rank(rank: int, plan: ImportPlan, folder: Path, out: Path, layout: L
     if isinstance(plan.sources, ReleasedModel):
         plan.sources.load(model)
     else:
-        load_hf_weights(model, plan.sources.folders)
+        load_hf_weights(model, plan.sources.folders, groups)
     identity: dict[str, Any] = {
         "vocab_size": plan.vocab_size,
         "gate_units": plan.gate_units,

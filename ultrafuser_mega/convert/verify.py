@@ -150,7 +150,7 @@ def sharded_logits(
             loss=LossOptions(),
             seed=0,
         ).eval()
-    load_hf_weights(model, folders)
+    load_hf_weights(model, folders, groups)
     collected: dict[str, list[Tensor]] = {name: [] for name in folders}
 
     def keep_logits(hidden: dict[str, Tensor], batch: Sequences) -> Tensor:

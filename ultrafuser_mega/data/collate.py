@@ -48,13 +48,11 @@ class MicroBatch:
         """The same on ``device``, in one copy; the host does not wait for a GPU to have it."""
         if device.type == "cpu":
             return self
-        flat = self.ready_for(device)._flat.to(device, non_blocking=True)
-        return MicroBatch(flat, self._lengths, self.row_counts)
+        flat = self._flat.pin_memory() if device.type == "cuda" else self._flat  # if it is not yet
+        return MicroBatch(flat.to(device, non_blocking=True), self._lengths, self.row_counts)
 
-    def ready_for(self, device: torch.device) -> MicroBatch:
-        """The same on the host, where its copy to ``device`` begins at once: for CUDA in pinned memory."""
-        if device.type != "cuda" or self._flat.is_pinned():
-            return self
+    def pinned(self) -> MicroBatch:
+        """The same in pinned memory, from which a GPU copies by itself."""
         return MicroBatch(self._flat.pin_memory(), self._lengths, self.row_counts)
 
 

@@ -43,4 +43,6 @@ class StepsAhead:
 
     def _make(self, step: int) -> StepBatch:
         batch = self._batches.step(step)
-        return replace(batch, microbatches=[microbatch.ready_for(self._device) for microbatch in batch.microbatches])
+        if self._device.type != "cuda":
+            return batch
+        return replace(batch, microbatches=[microbatch.pinned() for microbatch in batch.microbatches])

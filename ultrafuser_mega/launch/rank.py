@@ -16,6 +16,7 @@ from ultrafuser_mega.runtime.device import (
     launched_rank,
     launched_ranks,
     launcher_store,
+    start_kernels_in_order,
 )
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 from ultrafuser_mega.runtime.layout import choose_plan
@@ -33,6 +34,7 @@ def rank_arguments(config_path: Path | None, overrides: Sequence[str], resume: b
 def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
     """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
     end_with_launcher()
+    start_kernels_in_order()
     store = launcher_store()
     with first_failure_ends_job(store):
         config = load_config(config_path, overrides)

@@ -116,12 +116,11 @@ def build_fused_stage(
             recompute_layers=recompute_layers,
             device=device,
         )
-        with device, accumulated_weight_gradients(device):
+        with torch.device(device), accumulated_weight_gradients(device):
             stages[name] = SpecialistStage(architectures[name], config, groups.megatron)
     fusion = exchange = None
     if groups.fusion is not None:
-        with device:
-            fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, seed, loss)
+        fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, device, seed, loss)
         start = groups.replica_index * groups.plan.replica_size
         owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
         widths = {name: arch.hidden_size for name, arch in architectures.items()}
@@ -129,17 +128,28 @@ def build_fused_stage(
     return FusedStage(stages, fusion, exchange)
 
 
-def load_hf_weights(model: FusedStage, folders: Mapping[str, Path]) -> None:
+def load_hf_weights(model: FusedStage, folders: Mapping[str, Path], groups: RankGroups) -> None:
     """Fill this rank's share from the specialists' Hugging Face folders, in the model's element type.
 
+    The first replica reads; the others receive from the rank at their place there. Collective over the job.
+
     Raises:
-        InputError: a folder cannot be read, or holds a value that is beyond the element type.
+        InputError: a folder cannot be read, or holds a value that is beyond the element type; on ranks that read.
     """
-    archs = {name: stage.arch for name, stage in model.stages.items()}
-    if model.fusion is not None:
-        archs |= model.fusion.architectures
-    dtype = model.config.params_dtype
-    load_weights(model, {name: HFWeights(folders[name], arch, dtype) for name, arch in archs.items()})
+    fusion, dtype, weights = model.fusion, model.config.params_dtype, {}
+    if groups.reads:
+        archs = {name: stage.arch for name, stage in model.stages.items()}
+        archs |= fusion.architectures if fusion is not None else {}
+        weights = {name: HFWeights(folders[name], arch, dtype) for name, arch in archs.items()}
+    # Specialist by specialist: who waits for the first replica does so in a collective, which has a time limit.
+    for name, stage in model.stages.items():
+        if groups.reads:
+            stage.load_hf(weights[name])
+        groups.receive(stage.parameters())
+    if fusion is not None:
+        if groups.reads:
+            fusion.load_hf(weights)
+        groups.receive([*fusion.heads.values(), *fusion.tails.values()])
 
 
 def load_weights(model: FusedStage, weights: Mapping[str, HFWeights]) -> None:

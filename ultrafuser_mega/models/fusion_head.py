@@ -42,6 +42,7 @@ class FusionHead(nn.Module):
         gate_units: hidden units of the gate.
         group: fusion group.
         dtype: parameter dtype.
+        device: of the parameters; ``tails``, which are only kept, stay on the host.
         seed: of the gate's initial weights.
         loss: options of the training loss.
     """
@@ -53,6 +54,7 @@ class FusionHead(nn.Module):
         gate_units: int,
         group: dist.ProcessGroup,
         dtype: torch.dtype,
+        device: torch.device,
         seed: int,
         loss: LossOptions,
     ) -> None:
@@ -66,9 +68,12 @@ class FusionHead(nn.Module):
         self.vocab_start = group.rank() * self.rows
         widths = {name: arch.hidden_size for name, arch in self.architectures.items()}
         self.heads = nn.ParameterDict(
-            {name: mark_sharded(nn.Parameter(torch.zeros(self.rows, d, dtype=dtype))) for name, d in widths.items()}
+            {
+                name: mark_sharded(nn.Parameter(torch.zeros(self.rows, d, dtype=dtype, device=device)))
+                for name, d in widths.items()
+            }
         )
-        self.gate = Gate(widths, gate_units, group, dtype, seed)
+        self.gate = Gate(widths, gate_units, group, dtype, device, seed)
         self.tails: dict[str, Tensor] = {
             name: torch.zeros(arch.vocab_rows - vocab_size, arch.hidden_size, dtype=dtype)
             for name, arch in self.architectures.items()

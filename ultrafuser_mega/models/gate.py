@@ -32,11 +32,18 @@ class Gate(nn.Module):
         units: hidden units m of the whole gate.
         group: fusion group the units are spread over.
         dtype: parameter dtype.
-        seed: of the initial weights, which do not depend on the number of ranks.
+        device: of the parameters.
+        seed: of the initial weights, which depend neither on the number of ranks nor on the device.
     """
 
     def __init__(
-        self, widths: Mapping[str, int], units: int, group: dist.ProcessGroup, dtype: torch.dtype, seed: int
+        self,
+        widths: Mapping[str, int],
+        units: int,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
     ) -> None:
         super().__init__()
         self.group = group
@@ -45,18 +52,18 @@ class Gate(nn.Module):
         self.local_units = -(-units // group.size())
         self.shared = len(set(widths.values())) == 1
         rows = slice(group.rank() * self.local_units, (group.rank() + 1) * self.local_units)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         columns = {"shared": next(iter(widths.values()))} if self.shared else dict(widths)
         self.w1 = nn.ParameterDict(
-            {name: self._shard(_uniform((units, d), d, generator), rows, dtype) for name, d in columns.items()}
+            {name: self._shard(_uniform((units, d), d, generator), rows, dtype, device) for name, d in columns.items()}
         )
-        self.b1 = self._shard(_uniform((units,), max(columns.values()), generator), rows, dtype)
-        self.w2 = self._shard(_uniform((units,), units, generator), rows, dtype)
+        self.b1 = self._shard(_uniform((units,), max(columns.values()), generator), rows, dtype, device)
+        self.w2 = self._shard(_uniform((units,), units, generator), rows, dtype, device)
 
-    def _shard(self, whole: Tensor, rows: slice, dtype: torch.dtype) -> nn.Parameter:
+    def _shard(self, whole: Tensor, rows: slice, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
         part = torch.zeros((self.local_units, *whole.shape[1:]), dtype=dtype)
         part[: whole[rows].shape[0]] = whole[rows]
-        return mark_sharded(nn.Parameter(part))
+        return mark_sharded(nn.Parameter(part.to(device)))
 
     def forward(self, hidden: Mapping[str, Tensor]) -> Tensor:
         """name -> (N, d_j) on every rank of the group; returns gate logits a (N, n), float32, equal on every rank."""
@@ -78,7 +85,7 @@ class Gate(nn.Module):
 
 def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
     bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear's default
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def mark_sharded(parameter: nn.Parameter) -> nn.Parameter:

@@ -114,8 +114,9 @@ class SpecialistStage(GPTModel):
             pg_collection=groups,
         )
         self.arch = arch
-        frequencies = rotary_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        with torch.device("cpu"):  # the same numbers on every device
+            frequencies = rotary_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
+        self.register_buffer("frequencies", frequencies.to(next(self.parameters()).device), persistent=False)
         self.is_last = groups.pp.rank() == groups.pp.size() - 1
         if self.is_last:
             # GPTModel ties the final norm to the output layer, which this model does not have.

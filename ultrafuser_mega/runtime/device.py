@@ -45,6 +45,14 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
+def start_kernels_in_order() -> None:
+    """Have a GPU start kernels in the order of their launch, unless the environment says otherwise; before CUDA starts.
+
+    So that Megatron's tensor-parallel collectives begin before the products that they are to run beside.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def choose_device(wanted: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` -> this rank's device.
 

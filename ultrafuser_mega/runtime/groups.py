@@ -6,10 +6,12 @@ group is collective over the world). Nothing in the package reads Megatron's glo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from ultrafuser_mega.runtime.layout import LayoutPlan
 
@@ -45,6 +47,17 @@ class RankGroups:
     def replica_index(self) -> int:
         """Index of this rank's data-parallel replica."""
         return self.plan.replica_of(self.rank)
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank is of the first replica, which alone reads weights (:meth:`receive`)."""
+        return self.replica_index == 0
+
+    def receive(self, tensors: Iterable[Tensor]) -> None:
+        """Make ``tensors`` those of this rank's place in the first replica; collective over ``data``."""
+        if self.data.size() > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), group=self.data, group_src=0)
 
     @property
     def is_last_stage(self) -> bool:

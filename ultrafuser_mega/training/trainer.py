@@ -139,7 +139,7 @@ class Trainer:
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0)
         elif plan.resume is None:
-            load_hf_weights(self.model, plan.config.folders)
+            load_hf_weights(self.model, plan.config.folders, groups)
 
     def stage(self, number: int) -> Stage:
         """Configuration of stage 1 or 2."""

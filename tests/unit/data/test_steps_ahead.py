@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ultrafuser_mega.data.batches import Packing, StepBatch
+from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 
 CPU = torch.device("cpu")
@@ -78,6 +80,23 @@ def test_an_error_shows_at_the_step_that_needs_the_batch() -> None:
         batches.wait_for([0, 1])
         with pytest.raises(ValueError, match="step 1 cannot be made"):
             ahead.step(1)
+
+
+def test_batches_for_a_gpu_are_pinned_in_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned_by: list[threading.Thread] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:  # of a machine with a GPU
+        pinned_by.append(threading.current_thread())
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    # Ids 2, positions 2, starts 2 and rows 1 of a specialist's one sequence of two tokens; a target and its class.
+    microbatch = MicroBatch(torch.arange(9), {"text": (2,)}, [1])
+    batches: Any = SimpleNamespace(step=lambda step: StepBatch([microbatch], 1, 1, 1, Packing(0.0, 1.0, 1.0)))
+    with StepsAhead(batches, 0, 1, torch.device("cuda")) as ahead:
+        (found,) = ahead.step(0).microbatches
+    assert torch.equal(found.targets, microbatch.targets) and found.tokens["text"].lengths == (2,)
+    assert len(pinned_by) == 1 and pinned_by[0] is not threading.main_thread()
 
 
 @pytest.mark.parametrize("end", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -30,7 +30,7 @@ def upstream(specialists: int) -> Tensor:
 
 def run_gate(rank: int, widths: dict[str, int]) -> dict[str, Any]:
     assert dist.group.WORLD is not None
-    gate = Gate(widths, UNITS, dist.group.WORLD, torch.float32, seed=1)
+    gate = Gate(widths, UNITS, dist.group.WORLD, torch.float32, torch.device("cpu"), seed=1)
     hidden = {name: h.requires_grad_() for name, h in states(widths).items()}
     logits = gate(hidden)
     (logits * upstream(len(widths))).sum().backward()
@@ -94,7 +94,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks() -> None:
 def train_gate(rank: int) -> list[tuple[str, Tensor, Tensor]]:
     """(name, before, after) of every parameter over five AdamW steps with weight decay."""
     assert dist.group.WORLD is not None
-    gate = Gate(EQUAL, UNITS, dist.group.WORLD, torch.float32, seed=1)
+    gate = Gate(EQUAL, UNITS, dist.group.WORLD, torch.float32, torch.device("cpu"), seed=1)
     before = {name: p.detach().clone() for name, p in gate.named_parameters()}
     optimizer = torch.optim.AdamW(gate.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(5):
