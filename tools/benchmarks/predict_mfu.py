@@ -55,7 +55,7 @@ class Case:
     bar: float | None
 
 
-#: 221 tokens, 150 of them response, are the means of the instruction data of docs/benchmarks/packing.json.
+#: 221 tokens, 150 of them response, are about the means of the instruction data that docs/performance.md packs.
 CASES = (
     Case("16 GPUs, 96 short samples", {"tp": 8, "dp": 2}, 96, 221, 150, 8192, 0.36),
     Case("16 GPUs, 96 samples of 2048", {"tp": 8, "dp": 2}, 96, 2048, 1536, 6144, 0.42),

@@ -69,6 +69,7 @@ def plan(
     from ultrafuser_mega.data.store import MANIFEST, TokenStore
     from ultrafuser_mega.launch.rank import ensure_toy
     from ultrafuser_mega.planning.memory import rank_shares
+    from ultrafuser_mega.planning.microbatch import workload_of
     from ultrafuser_mega.planning.preflight import chosen_layout, compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.reporting.plan_table import plan_table
 
@@ -80,8 +81,12 @@ def plan(
     weights = resolved.resume or resolved.start
     compared = _compare_files(weights[1]) if weights is not None else []
     console = wide_console()
-    console.print(plan_table(resolved.layout.describe(), rank_shares(resolved)))
+    shares = rank_shares(resolved, device="cpu" if loaded.device == "cpu" else "cuda")
+    console.print(plan_table(resolved.layout.describe(), shares))
     lines = [chosen_layout(resolved)]
+    if loaded.stages:
+        number, stage = max(loaded.stages.items())
+        lines.append(f"stage {number}: {workload_of(loaded, stage.samples_per_class).source}")
     if resolved.resume is not None:
         lines += [f"--resume: goes on from {resolved.resume[1]}", *(resolved.changes or ["as the run was before"])]
     lines += [*resolved.notices, *compared]

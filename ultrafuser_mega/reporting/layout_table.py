@@ -32,12 +32,12 @@ class LayoutRow:
 
 def layout_table(title: str, rows: Sequence[LayoutRow], more: int) -> Table:
     """Two lines a layout, a third where it does not fit; ``more``: layouts that are not shown."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layout, what takes longest", min_width=31)
     for column in ("s/step, MFU", "idle", "peak GiB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("GiB of that rank", no_wrap=True)
-    table.add_column("TFLOP, GB of a rank's step", no_wrap=True)
+    table.add_column("a rank's TFLOP, GB", no_wrap=True)
     for row in rows:
         table.add_row(
             Text(f"{row.layout}\n{longest(row.parts)}" + (f"\n{row.note}" if row.note else "")),
@@ -62,7 +62,7 @@ def longest(parts: Mapping[str, float], count: int = 2) -> str:
 
 def _kinds(kinds: Mapping[str, float]) -> str:
     words = [f"{_SHORT.get(kind, kind)} {count / _GIB:.1f}" for kind, count in kinds.items()]
-    return " ".join(words[:3]) + "\n" + " ".join(words[3:])
+    return " ".join(words[:2]) + "\n" + " ".join(words[2:])
 
 
 def _groups(nbytes: Mapping[str, float]) -> str:

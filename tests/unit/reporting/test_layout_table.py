@@ -46,7 +46,7 @@ def test_a_layout_takes_two_lines_of_120_columns() -> None:
         "7%",
         "81.9",
         "backward",
-        "act 27.3 loss 27.3",
+        "opt 27.3 act 27.3 loss 27.3",
         "3,500",
         "tp 1,500 dp 29 fusion 1.2",
     ):
