@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -101,19 +101,21 @@ def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str], console: 
     from rich.console import Console
     from rich.progress import Progress
 
+    from ultrafuser_mega.dry_run.formula import predictions
     from ultrafuser_mega.dry_run.processes import rehearse_ranks
     from ultrafuser_mega.dry_run.rehearse import rank_classes
     from ultrafuser_mega.reporting.rehearsal import rehearsal_table, waits_of
 
     classes = rank_classes(plan.layout)
-    device = "cuda" if plan.config.device == "cuda" else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if plan.config.device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"dry run of {len(classes)} kind(s) of ranks", total=len(classes))
         found = rehearse_ranks(
             list(classes), plan.layout.world_size, device, config, overrides, lambda: bar.advance(task)
         )
     title = f"dry run on fake {device} tensors, one rank of each kind"
-    console.print(rehearsal_table(title, list(zip(classes.values(), found, strict=True))))
+    predicted = {key: value for one in found for key, value in predictions(plan, one, device).items()}
+    console.print(rehearsal_table(title, list(zip(classes.values(), found, strict=True)), predicted))
     for line in waits_of(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

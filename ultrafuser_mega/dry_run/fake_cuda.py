@@ -57,5 +57,6 @@ def _build(library: Path, torch_folder: Path) -> None:
         built = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if built.returncode:
             lines = [line for line in built.stderr.splitlines() if "error" in line] or built.stderr.splitlines()
-            raise InputError(f"device=cuda: {compiler} cannot build the dry run's GPU: {lines[0] if lines else '?'}")
+            why = f": {lines[0].strip()}" if lines else ""
+            raise InputError(f"device=cuda: {compiler} cannot build the dry run's GPU{why}; set device=cpu")
         part.replace(library)  # others may be building the same

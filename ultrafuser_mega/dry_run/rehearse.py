@@ -22,7 +22,7 @@ from ultrafuser_mega.dry_run.fake_job import fake_tensors, joined_fake_job
 from ultrafuser_mega.dry_run.meter import Meter
 from ultrafuser_mega.dry_run.samples import UniformStore
 from ultrafuser_mega.planning.preflight import RunPlan
-from ultrafuser_mega.reporting.rehearsal import Collective, Part, Rehearsal
+from ultrafuser_mega.reporting.rehearsal import Collective, Microbatch, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.layout import LayoutPlan
 from ultrafuser_mega.runtime.trainable import Trainable
@@ -162,12 +162,12 @@ def _measured(meter: Meter) -> Iterator[None]:
 
 
 def _part(name: str, meter: Meter, trainer: Trainer, microbatches: Sequence[MicroBatch] = ()) -> Part:
-    names = trainer.groups.local_specialists
     return Part(
         name=name,
-        microbatches=len(microbatches),
-        tokens=sum(sum(batch.tokens[name].lengths) for batch in microbatches for name in names),
-        response_tokens=sum(len(batch.targets) for batch in microbatches),
+        microbatches=[
+            Microbatch({name: list(tokens.lengths) for name, tokens in batch.tokens.items()}, len(batch.targets))
+            for batch in microbatches
+        ],
         peak={kind: size for kind, size in meter.memory.at_peak.items() if size},
         flops=dict(meter.flops),
         operations=dict(meter.operations),

@@ -104,8 +104,8 @@ class Program:
         tensor_overlap: tensor-parallel collectives travel under products, to six tenths.
     """
 
-    fused_nodes: bool = False
-    fused_weight_gradients: bool = False
+    fused_nodes: bool = True
+    fused_weight_gradients: bool = True
     gradient_overlap: bool = False
     tensor_overlap: bool = False
 

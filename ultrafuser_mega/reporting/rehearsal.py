@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,12 +23,27 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Microbatch:
+    """Specialists of the rank -> lengths of the sequences that were packed; rows of the loss."""
+
+    lengths: dict[str, list[int]]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What arithmetic says of a part: bytes at the peak, and FLOPs of all that ran."""
+
+    peak: float
+    flops: float
+
+
+@dataclass(frozen=True)
 class Part:
     """One part of the run on one rank.
 
     name             "evaluation", "stage 1", "stage 2", "checkpoint"
-    microbatches     how many of them ran, of the stages; tokens: of this rank's specialists in them, padding included;
-                     response_tokens: rows of the loss in them
+    microbatches     of the stages, those that ran, one by one
     peak             kind -> bytes, when most was allocated: weights, gradients, optimizer (moments, float32 weights),
                      buffers (scratch space that layers keep), activations (of forward and backward), update
                      (temporaries of the optimizer's step), checkpoint (what is gathered for it)
@@ -38,9 +53,7 @@ class Part:
     """
 
     name: str
-    microbatches: int
-    tokens: int
-    response_tokens: int
+    microbatches: list[Microbatch]
     peak: dict[str, int]
     flops: dict[str, int]
     operations: dict[str, int]
@@ -68,14 +81,28 @@ class Rehearsal:
     def from_json(cls, value: dict[str, Any]) -> Rehearsal:
         """What :meth:`as_json` made."""
         parts = [
-            Part(**{**part, "collectives": [Collective(**each) for each in part["collectives"]]})
+            Part(
+                **{
+                    **part,
+                    "collectives": [Collective(**each) for each in part["collectives"]],
+                    "microbatches": [Microbatch(**each) for each in part["microbatches"]],
+                }
+            )
             for part in value["parts"]
         ]
         return cls(value["rank"], parts)
 
 
-def rehearsal_table(title: str, roles: Sequence[tuple[str, Rehearsal]]) -> Table:
-    """One row for each part of each rank: memory by kind when most was held, FLOPs and traffic per microbatch."""
+def rehearsal_table(
+    title: str, roles: Sequence[tuple[str, Rehearsal]], predicted: Mapping[tuple[int, str], Predicted]
+) -> Table:
+    """One row for each part of each rank: memory by kind when most was held, FLOPs and traffic per microbatch.
+
+    Args:
+        title: of the table.
+        roles: what each rank is, and what it did.
+        predicted: (rank, part) -> what the formula says, where it says something.
+    """
     kinds = [
         kind
         for kind in ("weights", "gradients", "optimizer", "buffers", "activations", "update", "checkpoint")
@@ -84,20 +111,23 @@ def rehearsal_table(title: str, roles: Sequence[tuple[str, Rehearsal]]) -> Table
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "part"):
         table.add_column(column, no_wrap=True)
-    for column in (*kinds, "peak", "TFLOP", "traffic", "operations", "waits"):
+    for column in (*kinds, "peak", "formula", "TFLOP", "formula", "traffic", "operations", "waits"):
         table.add_column(column, justify="right", no_wrap=True)
     for role, rehearsal in roles:
         for index, part in enumerate(rehearsal.parts):
-            share = max(part.microbatches, 1)
+            share = max(len(part.microbatches), 1)
+            formula = predicted.get((rehearsal.rank, part.name))
             table.add_row(
                 f"{rehearsal.rank} {role}" if index == 0 else "",
                 part.name,
                 *(_gib(part.peak.get(kind, 0)) for kind in kinds),
                 f"[bold]{_gib(part.peak_bytes)}[/]",
+                _gib(formula.peak) if formula else "",
                 f"{sum(part.flops.values()) / share / 1e12:.3g}" if part.flops else "",
+                f"{formula.flops / share / 1e12:.3g}" if formula and formula.flops else "",
                 f"{sum(c.bytes for c in part.collectives) / share / 1e9:.3g} GB" if part.collectives else "",
                 f"{sum(part.operations.values()) // share:,}",
-                f"{sum(part.waits.values())}" if part.waits else "",
+                f"{sum(part.waits.values())}" if part.waits and part.microbatches else "",
                 end_section=index == len(rehearsal.parts) - 1,
             )
     table.caption = (
@@ -118,7 +148,7 @@ def waits_of(rehearsals: Sequence[Rehearsal]) -> list[str]:
     return [f"the host waits {count} time(s) a step: {where}" for where, count in found.items()]
 
 
-def _gib(size: int) -> str:
+def _gib(size: float) -> str:
     if size == 0:
         return ""
     return f"{size / _GIB:.2f}" if size >= _GIB / 20 else f"{size / _GIB:.2g}"

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 from support.trio import COLOCATED_TP2, COLOCATED_TP2_PP2, DISJOINT_8, ONE, config_tree
 
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.dry_run.formula import predictions
+from ultrafuser_mega.planning.preflight import plan_layouts, preflight
 from ultrafuser_mega.reporting.rehearsal import Part, Rehearsal
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -67,3 +70,18 @@ def test_attention_is_flash_attention(rehearsals: dict[str, list[Rehearsal]], la
         attention = {name for name in part.operations if "attention" in name or "attn" in name}
         assert attention
         assert all("flash" in name or "varlen" in name for name in attention), attention
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_formula_says_what_is_held_and_done(rehearsals: dict[str, list[Rehearsal]], trio: Path, layout: str) -> None:
+    sizes, more = LAYOUTS[layout]
+    config = FuserConfig.model_validate(config_tree(trio, trio, sizes) | {"dtype": "bf16"} | more)
+    plan = preflight(config, plan_layouts(config)[0].world_size, resume=False)
+    for rehearsal in rehearsals[layout]:
+        predicted = predictions(plan, rehearsal, "cuda")
+        for part in rehearsal.parts:
+            if part.microbatches:
+                says = predicted[rehearsal.rank, part.name]
+                where = f"{part.name} of rank {rehearsal.rank}"
+                assert says.peak == pytest.approx(part.peak_bytes, rel=0.05), where
+                assert says.flops == pytest.approx(sum(part.flops.values()), rel=0.05), where
