@@ -180,9 +180,8 @@ class Trainer:
         with StepsAhead(batches, done, stage.steps, self.device) as ahead:
             for step in range(done, stage.steps):
                 record = self._step(number, trainable, ahead, step, begun)
-                begun = (
-                    time.perf_counter()
-                )  # what follows belongs to the next step, but for checkpoints and evaluations
+                # What follows belongs to the next step, but for checkpoints and evaluations.
+                begun = time.perf_counter()
                 report.step(record)
                 progress, time_is_up = Progress(number, step + 1), self._time_is_up()
                 is_last = time_is_up or step + 1 == stage.steps
