@@ -96,8 +96,8 @@ def test_families_learn_the_same_on_one_rank_and_on_two(
     for name, layout, ranks in (("one", ONE, 1), ("two", COLOCATED_TP2, 2)):
         tree = config_tree(trio, tmp_path / name, layout) | {"microbatch_tokens": 320}
         tree["stage1"] |= {"steps": 1}
-        tree["stage2"] |= {"steps": 3, "lr": 5e-3, "warmup_steps": 0}
-        tree["evaluation"] = {"samples_per_class": 2, "token_views": 0}
+        tree["stage2"] |= {"steps": 2, "lr": 5e-3, "warmup_steps": 0}
+        tree["evaluation"] = {"samples_per_class": 1, "token_views": 0}
         tree["parallel"] = {"sequence_parallel": sequence_parallel and ranks > 1}
         runs[name] = (train(tree, ranks), _final_weights(tree))
     (one, weights_one), (two, weights_two) = runs.values()

@@ -1,4 +1,4 @@
-"""The same 10 steps from the same weights and data give the same losses and weights in every layout."""
+"""The same 5 steps from the same weights and data give the same losses and weights in every layout."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ TOLERANCE = 1e-4  # of losses and gradient norms, relative; of weights, absolute
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool]) -> dict[str, Any]:
-    tree = config_tree(trio, runs, layout)
-    tree["stage1"] |= {"steps": 4}
-    tree["stage2"] |= {"steps": 6}
-    tree["parallel"] = parallel
+    tree = config_tree(trio, runs, layout) | {"parallel": parallel, "microbatch_tokens": 320}
+    tree["stage1"] |= {"steps": 2}
+    tree["stage2"] |= {"steps": 3}
     # Below eps AdamW's step is proportional to the gradient, above it is lr whatever the size. Some embeddings have
     # gradients of 1e-8 here, all of them rounding: with the usual eps they would move by lr in one layout's direction.
     tree["optimizer"] = {"eps": 1e-6}
@@ -42,9 +41,10 @@ def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bo
 
 
 @pytest.fixture(scope="module")
-def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run everything else is compared with."""
-    return train(_tree(trio, tmp_path_factory.mktemp("one"), ONE, {}), 1)
+def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Steps and last weights of the run that everything else is compared with."""
+    tree = _tree(trio, tmp_path_factory.mktemp("one"), ONE, {})
+    return read_steps(train(tree, 1)), _final_weights(tree)
 
 
 @pytest.mark.parametrize(
@@ -53,23 +53,26 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(COLOCATED_TP2, 2, {}, id="colocated_tp2"),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, id="colocated_tp2_pp2_sequence_parallel"),
         pytest.param({**ONE, "dp": 5}, 5, {}, id="replicas_that_do_not_divide_the_batch"),
-        pytest.param(DISJOINT_6, 6, {"sequence_parallel": True}, id="disjoint_2_2_2_sequence_parallel"),
+        pytest.param(
+            DISJOINT_6, 6, {"sequence_parallel": True}, id="disjoint_2_2_2_sequence_parallel", marks=pytest.mark.slow
+        ),
         pytest.param(DISJOINT_8, 8, {}, id="the_default_8_ranks"),
         pytest.param(DISJOINT_8, 8, {"sequence_parallel": True}, id="the_default_8_ranks_sequence_parallel"),
         pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, id="dp2_distributed_optimizer"),
     ],
 )
 def test_training_does_not_depend_on_the_layout(
-    trio: Path, one_rank: Path, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool]
+    trio: Path, one_rank: Any, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool]
 ) -> None:
+    """Of disjoint layouts under sequence parallelism the quick one is that of 8 ranks, which has two stages besides."""
     tree = _tree(trio, tmp_path, layout, parallel)
-    here, there = read_steps(train(tree, ranks)), read_steps(one_rank)
-    assert [step["step"] for step in here] == list(range(1, 11))
+    here, (there, reference) = read_steps(train(tree, ranks)), one_rank
+    assert [step["step"] for step in here] == list(range(1, 6))
     for mine, theirs in zip(here, there, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=TOLERANCE)
         assert mine["lr"] == theirs["lr"]
-    ours, reference = _final_weights(tree), _final_weights(_tree(trio, one_rank.parent, ONE, {}))
+    ours = _final_weights(tree)
     assert ours.keys() == reference.keys()
     differences = {name: (ours[name] - reference[name]).abs().max().item() for name in ours}
     assert {name: d for name, d in differences.items() if d > TOLERANCE} == {}

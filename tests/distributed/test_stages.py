@@ -68,22 +68,24 @@ def test_loss_per_sample_is_the_sum_over_its_tokens(
         tree = config_tree(trio, tmp_path / normalize, layout) | {
             "loss": {"normalize": normalize},
             "microbatch_tokens": 320,
+            "evaluation": {"samples_per_class": 1, "token_views": 0},
         }
         tree["stage1"] |= {"steps": 1}
         tree["stage2"] |= {"steps": 1}
         tree["optimizer"] = {"clip_grad": 0.0}
         first[normalize] = read_steps(train(tree, ranks))
     for token, sample in zip(first["token"], first["sample"], strict=True):
-        ratio = token["tokens"] / 12  # 3 classes of 4 samples
+        ratio = token["tokens"] / 6  # 3 classes of 2 samples
         assert sample["loss"] == pytest.approx(token["loss"] * ratio, rel=1e-6)
         assert sample["grad_norm"] == pytest.approx(token["grad_norm"] * ratio, rel=1e-4)
 
 
 def test_smoothing_and_z_loss_reach_the_training_loss(trio: Path, tmp_path: Path) -> None:
     losses = {}
-    for name, options in {"plain": {}, "smooth": {"label_smoothing": 0.1}, "z": {"z_loss": 0.01}}.items():
+    for name, options in {"plain": {}, "smooth": {"label_smoothing": 0.9}, "z": {"z_loss": 0.01}}.items():
         tree = config_tree(trio, tmp_path / name, ONE) | {"loss": options}
-        tree["stage1"] |= {"steps": 1}
+        tree["evaluation"] = {"samples_per_class": 1, "token_views": 0}
+        tree["stage1"] |= {"steps": 1, "samples_per_class": 4}
         tree["stage2"] |= {"steps": 0}
         losses[name] = read_steps(train(tree, 1))[0]["loss"]
     assert losses["z"] > losses["plain"] + 0.1

@@ -161,8 +161,8 @@ def _accepted(family: Family) -> dict[str, tuple[Any, ...]]:
 
 def _class_defaults(family: Family) -> dict[str, Any]:
     """Every field of transformers' configuration class of the family that not all models have -> its default."""
-    everything = CONFIG_MAPPING[family.model_type]().to_dict()
-    return {field: value for field, value in everything.items() if field not in PreTrainedConfig().to_dict()}
+    everything, shared = CONFIG_MAPPING[family.model_type]().to_dict(), PreTrainedConfig().to_dict()
+    return {field: value for field, value in everything.items() if field not in shared}
 
 
 def _refuse_unsupported(path: Path, config: Mapping[str, Any], family: Family) -> None:
