@@ -26,7 +26,7 @@ from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.trainer import Trainer
 
-LAST = Progress(2, 3)
+LAST = Progress(2, 2)
 HELDOUT = 3  # samples of each class
 GATE = TrainedModel.gate
 TOLERANCE = 1e-5  # of losses up to 10 and gate weights: two orders above what float32 resolves there, 2^-24 * 10
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5  # of losses up to 10 and gate weights: two orders above what f
 
 def short_run(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:
     tree = config_tree(trio, runs, layout) | {"microbatch_tokens": 400}
-    tree["stage1"] |= {"steps": 2}
+    tree["stage1"] |= {"steps": 1}
     tree["stage2"] |= {"steps": LAST.step}
     tree["evaluation"] = {"samples_per_class": HELDOUT, "token_views": 0}
     tree["data"] |= {"max_length": 400}  # cuts no response
@@ -99,8 +99,8 @@ def test_fused_release_equals_its_checkpoint(
 
 
 def evaluate_again(rank: int, run_dir: Path) -> EvaluationResult:
-    """The trainer's evaluation of the run's last checkpoint, token by token."""
-    plan = preflight(load_config(run_dir / "config.yaml"), torch.distributed.get_world_size(), resume=True)
+    """The trainer's evaluation of the run's last checkpoint on one rank, token by token."""
+    plan = preflight(load_config(run_dir / "config.yaml", ["layouts=[{kind: colocated}]"]), 1, resume=True)
     assert plan.resume is not None
     groups = make_groups(plan.layout)
     trainer = Trainer(plan, groups, open_store(plan, groups), CPU)
@@ -113,10 +113,10 @@ def test_release_has_the_losses_of_the_trainers_own_evaluation(
 ) -> None:
     """In a process without this package, from the text of the held-out rows on."""
     run_dir = checkpoint.parent.parent
-    ours, *_ = run_ranks(evaluate_again, 8, run_dir)
+    (ours,) = run_ranks(evaluate_again, 1, run_dir)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     printed = [record for record in records if record["kind"] == "eval"][-1]["loss"]
-    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release") == 0
+    assert ultrafuser(monkeypatch, "export", checkpoint, tmp_path / "release", "--no-verify") == 0
     rows = [
         (name, json.loads(line))
         for name in ("text", "code", "math")

@@ -17,7 +17,7 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from support.trio import CPU, ONE, config_tree
+from support.trio import CPU, ONE, config_tree, draw_nothing
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig, load_config
@@ -26,20 +26,37 @@ from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training.run_folder import locked_run
 from ultrafuser_mega.training.trainer import run
 
 PROJECT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
 
 
+def short_run(trio: Path, runs: Path) -> dict[str, Any]:
+    tree = config_tree(trio, runs, ONE)
+    tree["stage2"] |= {"steps": 2}
+    return tree
+
+
 @pytest.fixture
 def tree(trio: Path, tmp_path: Path) -> dict[str, Any]:
-    """A short run on one rank."""
-    tree = config_tree(trio, tmp_path / "runs", ONE)
-    tree["stage1"] |= {"steps": 2}
-    tree["stage2"] |= {"steps": 2}
-    tree["evaluation"] |= {"samples_per_class": 2, "token_views": 0, "every": 0}
-    return tree
+    """A run of two steps in each stage on one rank."""
+    return short_run(trio, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def finished(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder ``runs`` of such a run when it is over, evaluated after every step; read only."""
+    tree = short_run(trio, tmp_path_factory.mktemp("finished"))
+    return train(tree | {"evaluation": tree["evaluation"] | {"every": 1}}).parent
+
+
+@pytest.fixture
+def run_dir(finished: Path, tree: dict[str, Any]) -> Path:
+    """The folder of ``tree``'s run, made a copy of the finished one."""
+    tree["evaluation"] |= {"every": 1}
+    return Path(shutil.copytree(finished, tree["runs"])) / tree["name"]
 
 
 def train(tree: dict[str, Any], resume: bool = False) -> Path:
@@ -51,6 +68,7 @@ def train(tree: dict[str, Any], resume: bool = False) -> Path:
 
 
 def _train_rank(rank: int, tree: dict[str, Any], resume: bool) -> tuple[str | None, str]:
+    draw_nothing()
     try:
         run(preflight(FuserConfig.model_validate(tree), 1, resume), CPU)
     except (InputError, DivergedError) as error:
@@ -69,8 +87,8 @@ def test_a_name_is_a_plain_folder_name(name: str) -> None:
         load_config(None, [f"name={json.dumps(name)}"])
 
 
-def test_a_specialist_may_be_called_loss(trio: Path, tree: dict[str, Any]) -> None:
-    expected = records(train(tree), "step")
+def test_a_specialist_may_be_called_loss(run_dir: Path, tree: dict[str, Any]) -> None:
+    expected = records(run_dir, "step")
     tree["name"] = "renamed"
     tree["specialists"]["loss"] = tree["specialists"].pop("math")
     found = records(train(tree), "step")
@@ -78,10 +96,9 @@ def test_a_specialist_may_be_called_loss(trio: Path, tree: dict[str, Any]) -> No
     assert found[0]["gate"]["text"].keys() == {"text", "code", "loss"}
 
 
-def test_a_run_out_of_time_is_gone_on_with_as_if_it_had_not_stopped(tree: dict[str, Any]) -> None:
+def test_a_run_out_of_time_is_gone_on_with_as_if_it_had_not_stopped(finished: Path, tree: dict[str, Any]) -> None:
     tree["evaluation"] |= {"every": 1}
-    expected = train(tree)
-    tree |= {"name": "in_parts", "checkpoint": {"stop_after_minutes": 0}}  # a step more every time
+    tree["checkpoint"] = {"stop_after_minutes": 0}  # a step more every time
     run_dir = train(tree)
     for end in (Progress(1, 1), Progress(1, 2), Progress(2, 1), Progress(2, 2)):
         assert list_checkpoints(run_dir / "checkpoints")[-1][0] == end
@@ -89,7 +106,7 @@ def test_a_run_out_of_time_is_gone_on_with_as_if_it_had_not_stopped(tree: dict[s
         train(tree, resume=True)
     assert (run_dir / "summary.json").is_file()
     for kind in ("step", "eval"):
-        parts, whole = records(run_dir, kind), records(expected, kind)
+        parts, whole = records(run_dir, kind), records(finished / tree["name"], kind)
         assert [(r["step"], r["loss"]) for r in parts] == [(r["step"], r["loss"]) for r in whole]
 
 
@@ -151,8 +168,7 @@ def test_broken_weights_of_a_specialist_are_named_before_training(
         train(tree)
 
 
-def test_bad_input_leaves_the_earlier_run_where_it_is(tree: dict[str, Any]) -> None:
-    run_dir = train(tree)
+def test_bad_input_leaves_the_earlier_run_where_it_is(run_dir: Path, tree: dict[str, Any]) -> None:
     tree["data"] |= {"max_length": 150}
     with pytest.raises(InputError, match="made from other inputs"):
         train(tree)
@@ -165,12 +181,11 @@ def test_a_second_job_of_the_same_name_is_refused(tree: dict[str, Any]) -> None:
     run_dir.mkdir(parents=True)
     with FileLock(run_dir / ".lock"), pytest.raises(InputError, match="another job is training under this name"):
         train(tree)
-    train(tree)
+    with locked_run(run_dir, enabled=True):
+        pass
 
 
-def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(tree: dict[str, Any]) -> None:
-    tree["evaluation"] |= {"every": 1}
-    run_dir = train(tree)
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(run_dir: Path, tree: dict[str, Any]) -> None:
     whole = records(run_dir, "eval")
     (path,) = (path for progress, path in list_checkpoints(run_dir / "checkpoints") if progress.stage == 1)
     for other in (run_dir / "checkpoints").iterdir():  # as if killed behind the first stage's last checkpoint
@@ -199,15 +214,13 @@ def test_a_run_of_one_stage_reports_and_exports_that_one(tree: dict[str, Any], t
     train(tree, resume=True)
 
 
-def test_a_finished_run_resumed_is_as_it_was(tree: dict[str, Any]) -> None:
-    run_dir = train(tree)
+def test_a_finished_run_resumed_is_as_it_was(run_dir: Path, tree: dict[str, Any]) -> None:
     before = (run_dir / "metrics.jsonl").read_text()
     train(tree, resume=True)
     assert (run_dir / "metrics.jsonl").read_text() == before
 
 
-def test_lost_metrics_do_not_keep_a_run_from_its_end(tree: dict[str, Any]) -> None:
-    run_dir = train(tree)
+def test_lost_metrics_do_not_keep_a_run_from_its_end(run_dir: Path, tree: dict[str, Any]) -> None:
     (run_dir / "metrics.jsonl").unlink()
     tree["stage2"] |= {"steps": 3}
     train(tree, resume=True)
@@ -239,7 +252,7 @@ def test_a_key_that_stands_twice_is_refused(tree: dict[str, Any], tmp_path: Path
 
 @pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--bogus", 2)])
 def test_what_there_is_to_say_about_the_command_line_is_said_once(flag: str, code: int) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "examples/pretrain_fuser.py", flag]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "examples/pretrain_fuser.py", flag]
     result = subprocess.run(
         [sys.executable, *command],
         cwd=PROJECT,

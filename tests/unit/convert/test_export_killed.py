@@ -29,9 +29,9 @@ from ultrafuser_mega.convert import shards
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_config, plan_folders
 
-KILLS = 20
-CHOSEN = {"specialist:a": KILLS, "fused": 6}  # a fused model's cost a second each
+FEW, MANY = 6, 40  # kills: of a quick test, and of a slow one with more of the same
 PIECE = 4096
+KILLS = pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 OPERATIONS = {"open", "write", "sendfile", "fsync", "mkdir", "rename", "replace", "unlink"}
 
 
@@ -97,7 +97,8 @@ def export_up_to(connection: Connection, job: Path, out: Path, moment: int | Non
     connection.send(seen)
 
 
-def test_export_killed_at_chosen_moments_goes_on_to_identical_bytes(job: Path, tmp_path: Path) -> None:
+@KILLS
+def test_export_killed_at_chosen_moments_goes_on_to_identical_bytes(job: Path, tmp_path: Path, kills: int) -> None:
     (tmp_path / "whole").mkdir()
     child, connection = in_child(export_up_to, job, tmp_path / "whole" / "out", None)
     moments: list[str] = connection.recv()
@@ -105,7 +106,7 @@ def test_export_killed_at_chosen_moments_goes_on_to_identical_bytes(job: Path, t
     expected = bytes_of(job / "out")
     assert bytes_of(tmp_path / "whole" / "out") == expected
     named = max(i for i, moment in enumerate(moments) if moment == "before rename")
-    for moment in sorted({named, named + 1, *random.Random(0).sample(range(len(moments)), CHOSEN[job.name])}):
+    for moment in sorted({named, named + 1, *random.Random(0).sample(range(len(moments)), kills)}):
         out = tmp_path / str(moment) / "out"
         out.parent.mkdir()
         child, _ = in_child(export_up_to, job, out, moment)
@@ -134,11 +135,12 @@ def export_slowly(connection: Connection, job: Path, out: Path) -> None:
     write(job, out)
 
 
-def test_export_killed_again_and_again_ends_in_identical_bytes(job: Path, tmp_path: Path) -> None:
+@KILLS
+def test_export_killed_again_and_again_ends_in_identical_bytes(job: Path, tmp_path: Path, kills: int) -> None:
     """Each start goes on where the kill left off; whenever one is through, the next begins anew."""
     out, expected = tmp_path / "out", bytes_of(job / "out")
     delays = random.Random(1)
-    for _ in range(KILLS):
+    for _ in range(kills):
         child, connection = in_child(export_slowly, job, out)
         assert connection.recv() == "begins"
         time.sleep(delays.uniform(0.0, 0.2))
