@@ -21,7 +21,7 @@ from ultrafuser_mega.config.stages import Optimizer, Stage
 class FuserConfig(Section):
     """A whole run."""
 
-    name: str = Field("demo", pattern=r"^\w[\w.-]*$", max_length=100, coerce_numbers_to_str=True)
+    name: str = Field("demo", pattern=r"^\w[\w.-]*$", max_length=100)
     runs: Path = Field(Path("runs"), description="runs/<name> receives everything the run writes")
     seed: int = Field(1234, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"

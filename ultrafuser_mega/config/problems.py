@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -27,6 +28,8 @@ def first_problem(error: ValidationError) -> str:
         return f"{where}.kind is missing; use disjoint or colocated"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: expected keys and values (found {value!r})"
+    if kind in ("string_type", "path_type") and isinstance(value, int | float | datetime.date):
+        return f"{where}: YAML makes {value} of what stands there unquoted; put it in quotes: '\"...\"' in a command"
     message = problem["msg"].removeprefix("Value error, ")
     shown = f" (found {value!r})" if where and not isinstance(value, dict | list) else ""
     return f"{where}: {message}{shown}" if where else message

@@ -79,6 +79,7 @@ def value_at(config: FuserConfig, key: str) -> Any:
     ("override", "expected"),
     [
         ("name=other", "other"),
+        ("name='1.10'", "1.10"),
         ("stage1.steps=7", 7),
         ("stage1.lr=2e-3", 2e-3),  # a word to YAML 1.1, which wants 2.0e-3
         ("stage1.lr=1", 1.0),
@@ -141,6 +142,11 @@ def test_misspelt_required_key_is_reported_as_misspelt_rather_than_missing(tmp_p
         ("stage2=5", ("stage2", "expected keys and values", "found 5")),
         ("stage2={steps: 5}", ("stage2.samples_per_class is missing",)),
         ("name=a/b", ("name", "'a/b'")),
+        ("name=1.10", ("name: YAML makes 1.1 of", "quotes")),  # a run of another name
+        ("name=010", ("name: YAML makes 8 of", "quotes")),
+        ("name=2026-01-02", ("name: YAML makes 2026-01-02 of", "quotes")),
+        ("specialists.text.path=1.10", ("specialists.text.path: YAML makes 1.1 of", "quotes")),
+        ("data.classes.text.columns={a.json: {prompt: 1.10}}", ("columns.a.json.prompt: YAML makes 1.1 of", "quotes")),
         ("data.classes.text.train=[]", ("data.classes.text.train", "at least 1")),
         ("data.max_length=1", ("data.max_length", "greater than or equal to 2", "found 1")),
     ],
