@@ -24,6 +24,10 @@ from ultrafuser_mega.release import CardFacts, assemble_release
 from ultrafuser_mega.toy import tiny_tokenizer
 
 PIECES = 400
+# Of logits and gate weights, absolute. Logits are of order one, and come out of some 20 products of up to 96 terms that
+# float32 rounds by 2^-24 sqrt(96) = 6e-7 each: together 3e-6 in the root mean square, of which the largest of the 10^4
+# that a test looks at has four to five times as much. Twice that, for models that magnify what their first layers do.
+ROUNDING = 3e-5
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 4},

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ultrafuser_mega.checkpoint.integrity import HaveRead, record_files, verify_files, verify_files_here
 from ultrafuser_mega.checkpoint.sources import SourceFiles
-from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope, use_plain_results_queue
@@ -219,22 +219,19 @@ def write_checkpoint(
 
 @contextmanager
 def writing_checkpoint(path: Path) -> Iterator[None]:
-    """What the system has against it (a full disk, no permission), which a library below may wrap, as an InputError.
+    """What the system has against it, which the library below may wrap, as an InputError.
 
     Args:
         path: the name that the checkpoint gets when it is complete.
     """
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        place = path.parent
-        while not place.exists():
-            place = place.parent
-        reason = str(error).strip().splitlines()[-1]
-        if isinstance(error, CheckpointException) and not error.failures:  # the library has printed it, rank by rank
-            reason = "a rank could not write its part, as the lines above say"
-        free = shutil.disk_usage(place).free / 1e9
-        raise InputError(f"{path}: cannot be written ({reason}; {free:.2g} GB are free there)") from None
+    with writing(path, as_whole=True):
+        try:
+            yield
+        except CheckpointException as error:
+            reason = str(error).strip().splitlines()[-1]
+            if not error.failures:  # the library has printed it, rank by rank
+                reason = "a rank could not write its part, as the lines above say"
+            raise OSError(reason) from None
 
 
 def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:

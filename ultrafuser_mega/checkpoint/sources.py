@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"),
     *(".pkl", ".index.json"),
 )
+_LARGE = 100_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,21 @@ class Sources:
 
 def beside_weights(folder: Path) -> dict[str, bytes]:
     """Relative path -> content of every file of a model folder but its weights; hidden sub-folders (.git) are left."""
-    files: dict[str, bytes] = {}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in _beside_weights(folder)}
+
+
+def large_beside_weights(folder: Path) -> list[str]:
+    """Of these files those that are larger than any tokenizer is, with their size in words."""
+    sizes = {path: path.stat().st_size for path in _beside_weights(folder)}
+    return [f"{path} ({size / 1e9:.2g} GB)" for path, size in sizes.items() if size > _LARGE]
+
+
+def _beside_weights(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place) / name for name in sorted(names)):
             if path.is_file() and not path.name.endswith(_WEIGHTS):
-                files[path.relative_to(folder).as_posix()] = path.read_bytes()
-    return files
+                yield path
 
 
 def element_types(folder: Path) -> dict[str, torch.dtype]:

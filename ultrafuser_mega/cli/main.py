@@ -82,5 +82,5 @@ def main() -> None:
         refusal = system_refusal(error)
         if refusal is None:
             raise
-        print(f"error: {refusal[0]}", file=sys.stderr)
-        sys.exit(refusal[1])
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -1,6 +1,6 @@
 """The hidden folder beside its target in which a conversion is written: by one process, renamed when complete.
 
-Nothing that is there is ever overwritten; what the system has against a place becomes one line.
+Nothing that is there is ever overwritten.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.errors import InputError, writing
 
 
 def unfinished_of(out: Path) -> Path:
@@ -56,12 +56,3 @@ def finish(folder: Path, out: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system has against it (permissions, a full disk, a file in the way) as an InputError, by name."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename or path}: cannot be read or written ({error.strerror or error})") from None

@@ -7,10 +7,14 @@ from the same inputs is used again.
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,16 +79,12 @@ def prepare_store(
         return PrepareReport(out, read_manifest(out), reused=True)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        work.chmod(0o755)  # mkdtemp is for private files; a store is for a team
+    with _work_folder(out) as work:
         splits = write_splits(work, planned, aligner, on_malformed, progress)
         _refuse_empty(splits, planned)
         manifest = _manifest(inputs, aligner, splits)
         write_manifest(work, manifest)
         _move_into_place(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return PrepareReport(out, manifest, reused=False)
 
 
@@ -243,6 +243,37 @@ def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:
                     f'class "{class_name}" is left without {split} rows: {of_class[split]["rows"]} read, '
                     f"dropped: {dropped or 'none'}{f', as {examples[0]}' if examples else ''}"
                 )
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A new hidden folder beside ``out``, gone in the end; those that killed processes left are removed first.
+
+    Its process holds a lock on it, which ends with the process, however that ends.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        with suppress(OSError), _opened(left) as handle:  # another process is at it, or it is someone else's
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if any(left.iterdir()):  # an empty one may be about to be locked
+                shutil.rmtree(left)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        with _opened(work) as handle:
+            with suppress(OSError):  # network folders that lock no folders: nobody removes anything there
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            work.chmod(0o755)  # mkdtemp is for private files; a store is for a team
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _move_into_place(work: Path, out: Path) -> None:

@@ -103,6 +103,12 @@ def check_tokenizers(folders: Mapping[str, str | Path], vocab_size: int) -> dict
             f"tokenizers of {first_name} ({first.describe()}) and {name} ({other.describe()}) disagree: "
             f"{what} is {here} for {first_name} and {there} for {name}"
         )
+        if end is None and what == "the EOS id" and _first_other_piece(first, other, vocab_size) is None:
+            piece = first.tokenizer.eos_token
+            raise InputError(
+                f"{disagreement}; their pieces are the same: set eos_token to {piece!r} in "
+                f"{other.folder}/tokenizer_config.json, as {first_name} has it, or the other way round"
+            )
         if end is None:
             raise InputError(f"{disagreement}; fusing needs specialists of one tokenizer family")
         ends.append((end, disagreement))

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress
-from ultrafuser_mega.checkpoint.sources import element_types, held_types, read_sources, rounding
+from ultrafuser_mega.checkpoint.sources import (
+    element_types,
+    held_types,
+    large_beside_weights,
+    read_sources,
+    rounding,
+)
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.templates import load_template, other_than_own
 from ultrafuser_mega.data.tokenizer import TextEncoder
@@ -33,7 +39,8 @@ def folder_notices(
     dtype: torch.dtype,
     start: tuple[Progress, Path] | None,
 ) -> tuple[str, ...]:
-    """Lines for people: what is rounded to ``dtype`` on loading, which heads training unties, which fields say nothing.
+    """Lines for people: what is rounded to ``dtype`` on loading, which heads training unties, which large files
+    checkpoints keep, which fields say nothing.
 
     Raises:
         InputError: the weights, in the specialists' folders or in the checkpoint ``start``, cannot be read.
@@ -50,6 +57,11 @@ def folder_notices(
             lines.append(
                 f"specialists.{name}: its folder ties the output head to the embedding; stage 2 trains them apart, "
                 "so its export holds both (tie_word_embeddings: false)"
+            )
+        for file in large_beside_weights(kept[name].folder if start else config.folders[name]):
+            lines.append(
+                f"specialists.{name}: every checkpoint and export keeps {file}, which has no name that weights have; "
+                "move it elsewhere if the model does not need it"
             )
     for name, folder in config.folders.items():
         encoder, chosen = encoders[name], config.specialists[name].template

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 
 from ultrafuser_mega.reporting.console import TrainConsole
-from ultrafuser_mega.reporting.plots import plot_gate_heatmap, plot_gate_over_steps, plot_losses
 from ultrafuser_mega.reporting.records import (
     EvalRecord,
     EvaluationResult,
@@ -148,6 +147,9 @@ class RunReport:
     def _draw(
         self, steps: list[StepRecord], evals: list[EvalRecord], final: EvaluationResult, views: Sequence[TokenSample]
     ) -> None:
+        # Here: matplotlib takes a second to import, and of a job's ranks one draws, in the end.
+        from ultrafuser_mega.reporting.plots import plot_gate_heatmap, plot_gate_over_steps, plot_losses
+
         plots = self.run_dir / "plots"
         plots.mkdir(exist_ok=True)
         specialists = list(self.facts.specialists)

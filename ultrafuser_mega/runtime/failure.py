@@ -38,7 +38,7 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
 
     The first failing rank prints its error and exits; the launcher then ends the others. An InputError, a DivergedError
     and what the system has against a place are one line, anything else comes with its traceback. Exit codes: 2 for bad
-    input, 3 for divergence, 1 otherwise.
+    input and such a place, 3 for divergence, 1 otherwise.
 
     Args:
         store: what the ranks of the job share, from :func:`ultrafuser_mega.runtime.device.launcher_store`.
@@ -74,8 +74,7 @@ def lost_peer(error: BaseException) -> bool:
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, OSError):
-        _, code = system_refusal(error) or ("", 1)
-        return code
+        return EXIT_BAD_INPUT if system_refusal(error) else 1
     codes = {InputError: EXIT_BAD_INPUT, DivergedError: EXIT_DIVERGED}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
@@ -101,7 +100,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, InputError | DivergedError):
         return f"error: {error}"
     if isinstance(error, OSError) and (refusal := system_refusal(error)):
-        return f"error: {refusal[0]}"
+        return f"error: {refusal}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; --resume goes on from the newest checkpoint, if there is one"
     message = f"failed{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"

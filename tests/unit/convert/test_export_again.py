@@ -93,7 +93,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> No
     with monkeypatch.context() as patch:
         patch.setattr("ultrafuser_mega.release.assemble.write_card", full)
         message = refusal(call)
-    assert message.endswith(".out.partial: cannot be read or written (No space left on device)")
+    assert ".out.partial: cannot be read or written (No space left on device; " in message
 
 
 def test_going_on_with_another_what_leaves_nothing_of_the_first(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -391,3 +393,18 @@ def test_a_progress_bar_goes_to_stderr_only_when_asked_for(
     prepare(progress=True, max_length=300, overwrite=True)
     captured = capfd.readouterr()
     assert captured.out == "" and "tokenising" in captured.err
+
+
+def test_what_a_killed_preparation_left_is_removed_unless_its_process_lives(prepare: Any, tmp_path: Path) -> None:
+    left, held, other = (tmp_path / name for name in (".store.partial-a", ".store.partial-b", ".store2.partial-c"))
+    for folder in (left, held, other):
+        folder.mkdir()
+        (folder / "tokens").write_bytes(b"half")
+    process = os.open(held, os.O_RDONLY)  # as it holds its own
+    try:
+        fcntl.flock(process, fcntl.LOCK_EX)
+        prepare()
+    finally:
+        os.close(process)
+    assert [folder.exists() for folder in (left, held, other)] == [False, True, True]
+    assert [path.name for path in tmp_path.glob(".store.partial-*")] == [held.name]

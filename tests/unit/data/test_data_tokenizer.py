@@ -126,6 +126,25 @@ def test_specialists_that_each_added_a_token_of_their_own_are_told_the_vocabular
         check_tokenizers({"text": text, "code": code, "other": other}, vocab_size + 1)
 
 
+def test_settings_of_one_tokenizer_that_name_different_ends_are_told_what_to_set(
+    bytelevel: Path, tmp_path: Path
+) -> None:
+    """As Qwen's base models, which end with <|endoftext|>, beside its chat models."""
+    base = Path(shutil.copytree(bytelevel, tmp_path / "base"))
+    path = base / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    vocab_size = len(TextEncoder(bytelevel).pieces())
+    path.write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    with pytest.raises(InputError) as raised:
+        check_tokenizers({"chat": bytelevel, "base": base}, vocab_size)
+    eos = settings["eos_token"]
+    assert str(raised.value).endswith(
+        f"their pieces are the same: set eos_token to {eos!r} in {path}, as chat has it, or the other way round"
+    )
+    path.write_text(json.dumps(settings | {"eos_token": eos}))
+    check_tokenizers({"chat": bytelevel, "base": base}, vocab_size)
+
+
 def test_a_normaliser_that_rewrites_text_is_refused_with_the_text(first: Any, tmp_path: Path, vocab_size: Any) -> None:
     folder = tmp_path / "folds"
     shutil.copytree(first, folder)

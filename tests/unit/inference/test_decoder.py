@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.release_folder import ROUNDING
 from support.release_prompts import STEPS, batch, of_row, response
 
 from ultrafuser_mega.errors import InputError
@@ -47,7 +48,7 @@ def test_gate_weights_are_those_behind_each_token(model: Any, reference: Any) ->
     answer = [step.tokens[0] for step in steps]
     whole = {name: [*prompt, *answer[:-1]] for name, prompt in ROWS[1].items()}
     expected = reference(whole, 4)[1]
-    torch.testing.assert_close(torch.cat([step.weights for step in steps]).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([step.weights for step in steps]).double(), expected, atol=ROUNDING, rtol=0)
 
 
 def test_rows_leave_the_batch_at_eos_and_the_others_go_on_unchanged(model: Any, reference: Any) -> None:

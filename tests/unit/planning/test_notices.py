@@ -48,9 +48,20 @@ def test_a_folder_without_a_tokenizer_is_told_what_to_add(copy: Path, tmp_path: 
         notices(copy, tmp_path, "codellama")
 
 
+def test_a_large_file_that_every_checkpoint_would_hold_is_named(copy: Path, tmp_path: Path) -> None:
+    assert "checkpoint" not in notices(copy, tmp_path, "hf")
+    (copy / "code" / "more").mkdir()
+    for name in ("rows.arrow", "old.safetensors"):  # weights are left out, whatever else is kept
+        with (copy / "code" / "more" / name).open("wb") as file:
+            file.truncate(2 * 10**8)
+    path = copy / "code" / "more" / "rows.arrow"
+    line = f"specialists.code: every checkpoint and export keeps {path} (0.2 GB), which has no name that weights have; "
+    assert line in notices(copy, tmp_path, "hf") and "old.safetensors" not in notices(copy, tmp_path, "hf")
+
+
 def test_replicas_that_no_sample_is_left_for_are_told(trio: Path, tmp_path: Path) -> None:
     tree = config_tree(trio, tmp_path / "runs", {**ONE, "dp": 14})
-    tree["stage1"]["samples_per_class"] = 5
+    tree["stage1"]["samples_per_class"], tree["stage2"]["samples_per_class"] = 5, 4
     found = preflight(FuserConfig.model_validate(tree), 14, resume=False).notices
     assert [line for line in found if "replicas" in line] == [
         "stage 2: 14 replicas for 3 x 4 samples a step: 2 of them have nothing to do"

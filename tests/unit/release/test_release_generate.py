@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.release_folder import ROUNDING
 from support.release_prompts import PROMPTS, STEPS, batch, of_row, response
 from transformers import StoppingCriteria
 
@@ -127,7 +128,7 @@ def test_scores_that_generate_returns_are_the_reference_logits(model: Any, refer
     tokens = response(output.sequences, inputs)[0]
     for step, logits in enumerate(output.logits):
         expected, _ = reference({name: prompt + tokens[:step] for name, prompt in of_row(0).items()}, 1)
-        torch.testing.assert_close(logits[0].double(), expected[0], atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(logits[0].double(), expected[0], atol=ROUNDING, rtol=0.0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +100,8 @@ def test_steps_are_said_by_stage_and_a_stage_without_any_is_left_out(
     both = all(stage_steps)
     assert ("after stage 1" in (tmp_path / "results.md").read_text()) == both
     assert ("after_stage1" in json.loads((tmp_path / "summary.json").read_text())) == both
+
+
+def test_a_rank_that_draws_nothing_imports_no_matplotlib() -> None:
+    program = "import sys, ultrafuser_mega.reporting.run_report; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
