@@ -56,7 +56,7 @@ def row_of(candidate: Candidate) -> LayoutRow:
     step = candidate.step
     note = candidate.short_of
     if candidate.remedy is not None:
-        note = f"{note}; fits with {candidate.remedy}, as shown"
+        note = f"{note}; shown with {candidate.remedy}, which fits"
     return LayoutRow(
         layout=short(candidate.plan.layout),
         seconds=step.seconds,

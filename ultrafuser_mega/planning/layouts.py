@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import Architecture, check_parallel_sizes
 from ultrafuser_mega.planning.hardware import GIB, Cluster
@@ -20,7 +19,7 @@ from ultrafuser_mega.runtime.layout import LayoutPlan, plan_colocated, plan_disj
 
 _MOST_STAGES = 8  # of a specialist in a disjoint layout
 _UNEVEN = 2.0  # a layout whose busiest ranks have more than so many times the mean work is none to consider
-_WORTH = 1.25  # twice the GPUs should be so much faster at the least
+_WORTH = 1.5  # twice the GPUs should be so many times as fast at the least
 _TOKEN_STEP = 256
 
 
@@ -89,7 +88,7 @@ def fewer_gpus(
 
 
 def worthwhile(gpus: int, seconds: float, fewer: Sequence[tuple[int, float]]) -> int:
-    """The most GPUs, among those looked at, that are a quarter faster than half of them at the least."""
+    """The most GPUs, among those looked at, that are half again as fast as half of them at the least."""
     counts = [(gpus, seconds), *fewer]
     for (number, fast), (_, slow) in pairwise(counts):
         if slow / fast >= _WORTH:
@@ -112,41 +111,42 @@ def _judged(plan: RunPlan, work: Workload, cluster: Cluster, stage: int) -> Cand
     if memory.peak <= cluster.room:
         step = estimate(plan, work, cluster, stage=stage)
         return Candidate(plan, step, fits=True, remedy=None, short_of=None, needed=memory.peak)
-    short = f"{memory.phase} needs {memory.peak / GIB:.1f} of {cluster.room / GIB:.1f} GiB"
+    short = f"{memory.phase} needs {memory.peak / GIB:.1f} GiB"
     for remedy, changed, less in _remedies(plan, work, stage):
         if most_memory(changed, less, stage=stage).peak <= cluster.room:
             step = estimate(changed, less, cluster, stage=stage)
             return Candidate(changed, step, fits=False, remedy=remedy, short_of=short, needed=memory.peak)
     step = estimate(plan, work, cluster, stage=stage)
     if memory.static > cluster.room:
-        short += f"; weights, gradients and optimizer alone {memory.static / GIB:.1f}: more tp, pp or dp"
+        short += f", {memory.static / GIB:.1f} without activations: more tp, pp or dp"
     return Candidate(plan, step, fits=False, remedy=None, short_of=short, needed=memory.peak)
 
 
 def _remedies(plan: RunPlan, work: Workload, stage: int) -> Iterator[tuple[str, RunPlan, Workload]]:
     """Settings that take less memory, one at a time, what costs least time first."""
+    parallel = plan.config.parallel
+    if not parallel.sequence_parallel and any(placement.tp > 1 for placement in plan.layout.placements.values()):
+        yield "parallel.sequence_parallel=true", _parallel(plan, sequence_parallel=True), work
     if stage == 2:
+        if not parallel.distributed_optimizer and plan.layout.dp > 1:
+            yield "parallel.distributed_optimizer=true", _parallel(plan, distributed_optimizer=True), work
         layers = most_layers(plan)
         for count in sorted({*range(1, layers, max(1, layers // 8)), layers}):
-            changed = _changed(plan, parallel=plan.config.parallel.model_copy(update={"recompute_layers": count}))
-            yield f"parallel.recompute_layers={'all' if count == layers else count}", changed, work
+            wanted = "all" if count == layers else count
+            yield f"parallel.recompute_layers={wanted}", _parallel(plan, recompute_layers=wanted), work
     least = max(int(max(step.lengths[name].max() for name in step.lengths)) for step in work.steps)
     tokens = work.microbatch_tokens // 2 // _TOKEN_STEP * _TOKEN_STEP
     while tokens >= max(least, plan.config.data.max_length):
-        yield (
-            f"microbatch_tokens={tokens}",
-            _changed(plan, microbatch_tokens=tokens),
-            replace(work, microbatch_tokens=tokens),
-        )
+        changed = replace(plan, config=plan.config.model_copy(update={"microbatch_tokens": tokens}))
+        yield f"microbatch_tokens={tokens}", changed, replace(work, microbatch_tokens=tokens)
         tokens = tokens // 2 // _TOKEN_STEP * _TOKEN_STEP
-    if plan.config.parallel.distributed_optimizer and stage == 2:
-        options = plan.config.parallel.model_copy(update={"distributed_optimizer": False})
-        yield "parallel.distributed_optimizer=false", _changed(plan, parallel=options), work
+    if stage == 2 and parallel.distributed_optimizer:  # which alone gathers on saving
+        yield "parallel.distributed_optimizer=false", _parallel(plan, distributed_optimizer=False), work
 
 
-def _changed(plan: RunPlan, **update: Any) -> RunPlan:
-    config: FuserConfig = plan.config.model_copy(update=update)
-    return replace(plan, config=config)
+def _parallel(plan: RunPlan, **update: Any) -> RunPlan:
+    parallel = plan.config.parallel.model_copy(update=update)
+    return replace(plan, config=plan.config.model_copy(update={"parallel": parallel}))
 
 
 def _colocated(plan: RunPlan, gpus: int, per_node: int) -> Iterator[LayoutPlan]:

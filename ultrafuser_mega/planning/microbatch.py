@@ -72,8 +72,18 @@ class GlobalBatch:
         """Specialist -> sum of s^2 over its sequences in the step."""
         return {name: int((lengths.astype(np.int64) ** 2).sum()) for name, lengths in self.lengths.items()}
 
+    @cached_property
+    def _busiest(self) -> dict[tuple[int, int], tuple[Share, float]]:
+        return {}
+
     def busiest(self, replicas: int, microbatch_tokens: int) -> tuple[Share, float]:
         """The part of the replica with most tokens, and those in parts of the mean replica's."""
+        key = (replicas, microbatch_tokens)
+        if key not in self._busiest:  # many layouts ask for the same
+            self._busiest[key] = self._packed(replicas, microbatch_tokens)
+        return self._busiest[key]
+
+    def _packed(self, replicas: int, microbatch_tokens: int) -> tuple[Share, float]:
         plan = spread(self._longest, replicas, microbatch_tokens)
         loads = [sum(int(self._longest[places].sum()) for places in replica) for replica in plan]
         mine = plan[int(np.argmax(loads))]
@@ -118,6 +128,10 @@ class Workload:
         """The microbatch with most tokens that any step holds."""
         shares = [step.busiest(replicas, self.microbatch_tokens)[0] for step in self.steps]
         return max((share.fullest for share in shares), key=lambda one: sum(one.tokens.values()))
+
+    def most_microbatches(self, replicas: int) -> int:
+        """The most that a replica has in a step."""
+        return max(step.busiest(replicas, self.microbatch_tokens)[0].count for step in self.steps)
 
 
 def workload_of(config: FuserConfig, samples_per_class: int) -> Workload:

@@ -89,8 +89,8 @@ def estimate(
 
 def most_memory(plan: RunPlan, work: Workload, *, stage: int = 2) -> RankMemory:
     """Memory of the rank that holds most, for the fullest microbatch of ``work``."""
-    fullest = work.fullest(plan.layout.dp)
-    held = [rank_memory(plan, rank, fullest, stage=stage) for rank in distinct_ranks(plan)]
+    fullest, count = work.fullest(plan.layout.dp), work.most_microbatches(plan.layout.dp)
+    held = [rank_memory(plan, rank, fullest, stage=stage, microbatches=count) for rank in distinct_ranks(plan)]
     return max(held, key=lambda memory: memory.peak)
 
 
@@ -134,7 +134,7 @@ def _one_step(
     once = [_once(cost, cluster, program, times[at]) for at, cost in enumerate(costs)]
     last = max(range(len(ranks)), key=lambda at: sum(once[at].values()))
     total = {name: seconds * share.count for name, seconds in parts[slowest].items()}
-    total["pipeline filling"] = (pp - 1) * times[slowest]
+    total["pipeline fill"] = (pp - 1) * times[slowest]
     total |= once[last]
     return _Step(
         seconds=sum(total.values()),
