@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.trio import COLOCATED_TP2_PP2, CPU, DISJOINT_3, DISJOINT_8, ONE, config_tree, read_steps, train
+from support.trio import (
+    COLOCATED_TP2_PP2,
+    COLOCATED_TP4,
+    CPU,
+    DISJOINT_3,
+    DISJOINT_8,
+    ONE,
+    config_tree,
+    read_steps,
+    train,
+)
 
 from ultrafuser_mega.checkpoint import checkpoint
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
@@ -50,6 +60,7 @@ def whole_1(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(DISJOINT_8, 8, {}, "fp32", Progress(1, 2), id="disjoint_8_fp32"),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", Progress(1, 1), id="colocated_4_bf16"),
+        pytest.param(COLOCATED_TP4, 4, {}, "bf16", Progress(2, 1), id="shared_key_value_heads_bf16"),
         pytest.param(
             {**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", Progress(2, 1), id="dp2_distributed"
         ),

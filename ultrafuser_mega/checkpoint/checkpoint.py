@@ -26,12 +26,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ultrafuser_mega.checkpoint.integrity import HaveRead, record_files, verify_files, verify_files_here
+from ultrafuser_mega.checkpoint.optimizer_state import (
+    create_moments,
+    restore,
+    sharded,
+    states_to_read,
+    states_to_write,
+)
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.fused import FusedStage
@@ -252,8 +257,8 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         parameters = {key: shard.data for key, shard in state.items()}
         moments, optimizer = trainable is not None and steps > 0, dict[str, Any]()
         if trainable is not None and moments:
-            _create_moments(trainable, steps)
-            optimizer = _optimizer_state(trainable, state)
+            create_moments(trainable, steps)
+            optimizer = sharded(states_to_read(trainable), state)
         loaded = dist_checkpointing.load((state if groups.reads else {}) | optimizer, str(path))
         if groups.reads:
             for key, parameter in parameters.items():
@@ -263,7 +268,7 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
             if not any(key.startswith("optimizer.param.") for key in loaded):
                 trainable.optimizer.reload_model_params()  # the model's own weights are the master weights
             if moments:
-                _restore_moments(trainable, loaded, parameters)
+                restore(trainable, loaded, parameters)
             trainable.schedule.step(steps)
 
 
@@ -281,7 +286,7 @@ def rank_state(model: FusedStage, trainable: Trainable | None, groups: RankGroup
     """Flat name -> ShardedTensor of all that this rank writes into a checkpoint; collective over the replicas."""
     with megatron_scope(next(model.parameters()).device):
         state = _model_state(model, groups)
-        return state if trainable is None else state | _optimizer_state(trainable, state)
+        return state if trainable is None else state | sharded(states_to_write(trainable, groups), state)
 
 
 def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:
@@ -294,86 +299,6 @@ def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:
     if model.fusion is not None:
         state |= model.fusion.sharded_state_dict(groups.replica_index)
     return state
-
-
-def _inner(trainable: Trainable) -> Any:
-    return trainable.optimizer.chained_optimizers[0]
-
-
-def _moments_of(trainable: Trainable, parameter: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tensor that the optimizer updates for a model parameter (itself, its fp32 copy, or a shard) and its state."""
-    inner = _inner(trainable)
-    if isinstance(inner, DistributedOptimizer):
-        group, order = inner.model_param_group_index_map[parameter]
-        main = inner.optimizer.param_groups[group]["params"][order]
-    else:
-        main = getattr(parameter, "main_param", None)
-        main = parameter if main is None else main
-    return main, inner.optimizer.state[main]
-
-
-def _owned(trainable: Trainable) -> list[nn.Parameter]:
-    """Parameters whose optimizer state, or a part of it, lives on this rank."""
-    return [parameter for parameter in trainable.parameters if trainable.owned(parameter) != slice(0)]
-
-
-def _create_moments(trainable: Trainable, steps: int) -> None:
-    """What AdamW would hold after ``steps`` steps, with zero moments, so that a checkpoint can be read into it."""
-    torch_counts = isinstance(_inner(trainable).optimizer, torch.optim.AdamW)
-    if not torch_counts:  # apex and TransformerEngine count steps per parameter group
-        for group in _inner(trainable).optimizer.param_groups:
-            group["step"] = steps
-    for parameter in _owned(trainable):
-        main, state = _moments_of(trainable, parameter)
-        if torch_counts:
-            state["step"] = torch.tensor(float(steps), device=main.device)  # where the fused kernel counts
-        state["exp_avg"] = torch.zeros_like(main.data)
-        state["exp_avg_sq"] = torch.zeros_like(main.data)
-
-
-def _optimizer_state(trainable: Trainable, model_state: Mapping[str, Any]) -> dict[str, Any]:
-    """Model-space optimizer tensors: "optimizer.<kind>.<parameter name>" -> sharded like the parameter."""
-    names = {id(shard.data): key for key, shard in model_state.items()}
-    inner = _inner(trainable)
-    result = {}
-    whole = _gathered_state(inner) if isinstance(inner, DistributedOptimizer) else None
-    for parameter in trainable.parameters:
-        key = names[id(parameter)]
-        if whole is not None:
-            tensors = whole[parameter]
-        else:
-            main, state = _moments_of(trainable, parameter)
-            tensors = {"param": main.data, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-        if parameter.dtype == torch.float32:
-            del tensors["param"]  # the model's own weights already say it
-        for kind, tensor in tensors.items():
-            prefix = f"optimizer.{kind}"
-            result[f"{prefix}.{key}"] = make_sharded_optimizer_tensor(model_state[key], tensor, prefix)
-    return result
-
-
-def _gathered_state(inner: DistributedOptimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """Undo the distributed optimizer's sharding: whole tensors, shaped like their parameters, on every replica."""
-    flat = inner.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
-    result = {}
-    for index, ranges in enumerate(inner.gbuf_ranges):
-        (tensors,) = (flat[index][dtype] for dtype in ranges)
-        for parameter, (start, end, _) in inner.buffers[index].param_index_map.items():
-            result[parameter] = {
-                kind: tensors[kind][start:end].view(parameter.shape) for kind in ("param", "exp_avg", "exp_avg_sq")
-            }
-    return result
-
-
-def _restore_moments(trainable: Trainable, loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    names = {id(parameter): key for key, parameter in parameters.items()}
-    for parameter in _owned(trainable):
-        key = names[id(parameter)]
-        main, state = _moments_of(trainable, parameter)
-        part = trainable.owned(parameter)
-        for kind, target in (("param", main.data), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
-            if (source := loaded.get(f"optimizer.{kind}.{key}")) is not None:
-                target.copy_(source.reshape(-1)[part].view_as(target))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
