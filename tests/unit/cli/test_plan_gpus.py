@@ -46,7 +46,8 @@ def test_a_config_json_is_enough_and_the_entry_can_be_pasted(
     lines = printed.splitlines()
     assert "4 x h100-80g, 8 to a node" in printed
     assert "not checked: weights, tokenizers, data" in printed
-    table = [line for line in lines if not line.startswith(("stage ", "read: "))]
+    assert "4 GPUs are too many for this batch" in printed  # the toy's: the host is what takes time
+    table = lines[: next(at for at, line in enumerate(lines) if line.startswith("stage 2: "))]
     assert max(map(len, table)) <= 120
     start = next(at for at, line in enumerate(lines) if line.startswith("layouts:"))
     entry = yaml.safe_load("\n".join(lines[start : start + 2]))

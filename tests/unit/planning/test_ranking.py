@@ -134,13 +134,6 @@ def test_advice_says_where_token_counts_are_from_and_what_was_not_checked() -> N
     assert len(advice.rows) <= 8
 
 
-def test_a_small_batch_says_how_many_gpus_it_feeds() -> None:
-    classes = {name: {"train": ["a.jsonl"]} for name in ROWS}
-    few = {"steps": 100, "samples_per_class": 1, "lr": 2e-5}
-    plan = plan_13b(ANY, data={"max_length": 128, "classes": classes}, stage2=few)
-    assert any("32 GPUs are too many for this batch: 16 are predicted" in line for line in advise(plan, H100, 32).lines)
-
-
 def test_unknown_gpus_are_refused_with_those_known() -> None:
     with pytest.raises(InputError, match="--gpu h100: not known; one of a100-40g, a100-80g, h100-80g"):
         named_gpu("h100")
