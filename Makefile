@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 8
-# Test files that run at once; those of tests/distributed start up to 8 processes each.
+# Test files that run at once, the longest first; those of tests/distributed start up to 8 processes each.
 WORKERS ?= 2
 # Keys of the configuration, as in: make demo ARGS="stage2.steps=300 name=longer"
 ARGS ?=
@@ -21,7 +21,8 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain_fuser.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -129,7 +129,7 @@ def test_a_small_vocabulary_is_cut_so_that_programs_are_many_and_a_large_one_int
 
 def test_every_block_has_its_program_where_they_come_in_groups(interpreted: Any) -> None:
     """19 blocks of rows: a whole group of 16, and one of 3."""
-    case = make_case(79, rows=600, vocab=300, widths=(4, 3))
+    case = make_case(79, rows=600, vocab=100, widths=(4, 3))
     assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
 
 
