@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ultrafuser_mega.config import FuserConfig
@@ -50,3 +51,10 @@ def plan_13b(layout: dict[str, Any], **changes: Any) -> RunPlan:
         gate_units=5120,
         resume=None,
     )
+
+
+def two_layers(layout: dict[str, Any], **changes: Any) -> RunPlan:
+    """The same with two layers each, for what is too slow with forty."""
+    plan = plan_13b(layout, **changes)
+    archs = {name: replace(arch, layers=2) for name, arch in plan.architectures.items()}
+    return replace(plan, architectures=archs)

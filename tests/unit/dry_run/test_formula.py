@@ -1,0 +1,44 @@
+"""``plan`` predicts by arithmetic what a dry run counts: the two must agree at the sizes that matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.fake_cuda_worker import on_fake_cuda
+from support.trio_13b import two_layers
+
+from ultrafuser_mega.dry_run.formula import predictions
+from ultrafuser_mega.reporting.rehearsal import Rehearsal
+
+CASES: dict[str, dict[str, Any]] = {
+    "tp 8, dp 2": {"layout": {"kind": "colocated", "tp": 8, "dp": 2}, "changes": {"microbatch_tokens": 2048}},
+    "tp 4, pp 2, recomputed": {
+        "layout": {"kind": "colocated", "tp": 4, "pp": 2},
+        "changes": {"microbatch_tokens": 2048, "parallel": {"sequence_parallel": True, "recompute_layers": "all"}},
+    },
+    "disjoint": {
+        "layout": {"kind": "disjoint", "specialists": {"text": {"tp": 4}, "code": {"tp": 4}, "math": {"tp": 8}}},
+        "changes": {"microbatch_tokens": 4096},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rehearsals() -> dict[str, list[Rehearsal]]:
+    return dict(zip(CASES, on_fake_cuda(list(CASES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak_and_flops_of_a_13b_trio_are_predicted(rehearsals: dict[str, list[Rehearsal]], name: str) -> None:
+    plan = two_layers(CASES[name]["layout"], **CASES[name]["changes"])
+    for rehearsal in rehearsals[name]:
+        predicted = predictions(plan, rehearsal, "cuda")
+        for part in rehearsal.parts:
+            where = f"{part.name} of rank {rehearsal.rank}"
+            if part.microbatches:
+                assert predicted[rehearsal.rank, part.name].flops == pytest.approx(sum(part.flops.values()), 0.01), (
+                    where
+                )
+            if part.name != "evaluation":
+                assert predicted[rehearsal.rank, part.name].peak == pytest.approx(part.peak_bytes, 0.05), where
