@@ -32,10 +32,13 @@ def batches(folder: Path) -> dict[str, Tensor]:
     return verification_batches(folder, "def add(a, b): return a + b", multiple=2)
 
 
-@pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("tp", "pp"),
+    [(1, 1), (2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (2, 1), (4, 1), (4, 2)))],
+)
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_sharded_specialist_equals_transformers(tmp_path: Path, case: str, tp: int, pp: int) -> None:
+    """Other sizes are slow tests; the quick ones of all families at once, below, have them all."""
     folder = write_family(tmp_path / case, case)
     comparison = verify_specialist(folder, tp, pp, batches(folder))
     assert comparison.equal and comparison.tolerance <= 5 * TOLERANCE  # as measured; a verdict is only as good as it

@@ -59,7 +59,13 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
             DISJOINT_6, 6, {"sequence_parallel": True}, id="disjoint_2_2_2_sequence_parallel", marks=pytest.mark.slow
         ),
         pytest.param(DISJOINT_8, 8, {}, id="the_default_8_ranks"),
-        pytest.param(DISJOINT_8, 8, {"sequence_parallel": True}, id="the_default_8_ranks_sequence_parallel"),
+        pytest.param(
+            DISJOINT_8,
+            8,
+            {"sequence_parallel": True},
+            id="the_default_8_ranks_sequence_parallel",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, id="dp2_distributed_optimizer"),
         pytest.param(DISJOINT_CODE_TP4, 6, {"sequence_parallel": True}, id="disjoint_shared_key_value_heads"),
         pytest.param(
@@ -73,7 +79,7 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
 def test_training_does_not_depend_on_the_layout(
     trio: Path, one_rank: Any, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool]
 ) -> None:
-    """Of disjoint layouts under sequence parallelism the quick one is that of 8 ranks, which has two stages besides."""
+    """Of disjoint layouts under sequence parallelism test_gradients_against_reference.py has a quick test."""
     tree = _tree(trio, tmp_path, layout, parallel)
     here, (there, reference) = read_steps(train(tree, ranks)), one_rank
     assert [step["step"] for step in here] == list(range(1, 6))

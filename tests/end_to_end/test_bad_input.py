@@ -311,8 +311,12 @@ def test_process_says_nothing_else(case: Case) -> None:
     )
 
 
+@pytest.mark.slow
 def test_job_under_torchrun_ends_with_the_same_line(case: Case) -> None:
-    """Rank 0 meets the malformed row while it tokenises; the other waits for it."""
+    """Rank 0 meets the malformed row while it tokenises; the other waits for it.
+
+    tests/distributed/test_failure.py has both parts in quick tests: a rank with bad input, and a job under torchrun.
+    """
     file = spoil_second_row(case)
     case.tree["layouts"] = [COLOCATED_TP2]
     result = run_process(
