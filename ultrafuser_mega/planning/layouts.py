@@ -140,8 +140,6 @@ def _remedies(plan: RunPlan, work: Workload, stage: int) -> Iterator[tuple[str, 
         changed = replace(plan, config=plan.config.model_copy(update={"microbatch_tokens": tokens}))
         yield f"microbatch_tokens={tokens}", changed, replace(work, microbatch_tokens=tokens)
         tokens = tokens // 2 // _TOKEN_STEP * _TOKEN_STEP
-    if stage == 2 and parallel.distributed_optimizer:  # which alone gathers on saving
-        yield "parallel.distributed_optimizer=false", _parallel(plan, distributed_optimizer=False), work
 
 
 def _parallel(plan: RunPlan, **update: Any) -> RunPlan:
