@@ -18,6 +18,7 @@ from support.trio import (
     DISJOINT_UNEVEN,
     ONE,
     config_tree,
+    gradients_in_many_buckets,
     write_trio,
 )
 
@@ -159,6 +160,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     load_hf_weights(expected, {name: folder / name for name in plan.architectures}, groups)
     if expected.fusion is not None:
         _load_gate(expected, torch.load(folder / "gate.pt"))
+    gradients_in_many_buckets()
     trainable = make_trainable(
         model,
         model.config,
@@ -166,6 +168,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         plan.config.stage2,
         plan.config.optimizer,
         distributed_optimizer=False,
+        overlap_gradients=True,
         device=CPU,
     )
     _, batches = _global_batch(plan, groups)

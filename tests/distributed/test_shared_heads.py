@@ -146,7 +146,14 @@ def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -
     groups = make_groups(plan.layout)
     model, config = build_model(plan, groups, CPU), plan.config
     trainable = make_trainable(
-        model, model.config, groups.megatron, config.stage2, config.optimizer, distributed_optimizer=False, device=CPU
+        model,
+        model.config,
+        groups.megatron,
+        config.stage2,
+        config.optimizer,
+        distributed_optimizer=False,
+        overlap_gradients=True,
+        device=CPU,
     )
     progress = Progress(2, config.stage2.steps)
     load_checkpoint(written, model, groups, trainable, progress.step)

@@ -18,6 +18,7 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.toy import tiny_llama, tiny_tokenizer
 from ultrafuser_mega.toy.corpus import generate
+from ultrafuser_mega.training import optimizer
 from ultrafuser_mega.training.trainer import run
 
 PIECES = 400
@@ -90,8 +91,14 @@ def draw_nothing() -> None:
     RunReport._draw = lambda *of: None  # type: ignore[method-assign]
 
 
+def gradients_in_many_buckets() -> None:
+    """For this process: replicas sum the gradients of these small models in several parts, as they do large ones'."""
+    optimizer.BUCKET_PARAMETERS = 10_000
+
+
 def _train_rank(rank: int, tree: dict[str, Any], resume: bool) -> None:
     draw_nothing()
+    gradients_in_many_buckets()
     config = FuserConfig.model_validate(tree)
     run(preflight(config, torch.distributed.get_world_size(), resume), CPU)
 

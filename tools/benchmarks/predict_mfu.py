@@ -64,15 +64,18 @@ CASES = (
     Case("16 GPUs in pipelines, 96 samples of 2048", {"tp": 8, "pp": 2}, 96, 2048, 1536, 8192, None),
 )
 
-TODAY = "+ weight gradients added by their products (today)"
+TODAY = "+ replicas' gradients summed under the backward (today)"
 
 #: Each on top of those before it.
 PROGRAMS = {
-    "packing, known shapes, fused AdamW": Program(fused_nodes=False, fused_weight_gradients=False),
-    "+ one kernel per elementwise node": Program(fused_weight_gradients=False),
+    "packing, known shapes, fused AdamW": Program(
+        fused_nodes=False, fused_weight_gradients=False, gradient_overlap=False
+    ),
+    "+ one kernel per elementwise node": Program(fused_weight_gradients=False, gradient_overlap=False),
+    "+ weight gradients added by their products": Program(gradient_overlap=False),
     TODAY: Program(),
-    "+ replicas' gradients and weights under compute": Program(gradient_overlap=True),
-    "+ tensor-parallel traffic under products": Program(gradient_overlap=True, tensor_overlap=True),
+    "+ weights gathered under the forward": Program(weight_overlap=True),
+    "+ tensor-parallel traffic under products": Program(weight_overlap=True, tensor_overlap=True),
 }
 
 

@@ -100,13 +100,15 @@ class Program:
     Attributes:
         fused_nodes: one kernel for each of the elementwise nodes' directions.
         fused_weight_gradients: products add a weight's gradient to the buffer.
-        gradient_overlap: replicas' sums and gathers travel under the last backward and the first forward.
+        gradient_overlap: replicas' sums of gradients travel under the last microbatch's backward.
+        weight_overlap: the distributed optimizer's weights are gathered under the first microbatch's forward.
         tensor_overlap: tensor-parallel collectives travel under products, to six tenths.
     """
 
     fused_nodes: bool = True
     fused_weight_gradients: bool = True
-    gradient_overlap: bool = False
+    gradient_overlap: bool = True
+    weight_overlap: bool = False
     tensor_overlap: bool = False
 
 

@@ -172,9 +172,11 @@ def _microbatch_parts(cost: RankCost, cluster: Cluster, program: Program) -> dic
 def _once(cost: RankCost, cluster: Cluster, program: Program, microbatch: float) -> dict[str, float]:
     """What comes once a step."""
     replicas = [_seconds(one, cluster) for one in cost.traffic if one.group == "dp"]
-    if program.gradient_overlap:
-        hidden = (_UNDER_BACKWARD * microbatch, _UNDER_FORWARD * microbatch)
-        replicas = [max(0.0, shown - under) for shown, under in zip(replicas, hidden, strict=False)]
+    hidden = (
+        _UNDER_BACKWARD * microbatch if program.gradient_overlap else 0.0,
+        _UNDER_FORWARD * microbatch if program.weight_overlap else 0.0,
+    )
+    replicas = [max(0.0, shown - under) for shown, under in zip(replicas, hidden, strict=False)]
     norms = sum(_seconds(one, cluster) for one in cost.traffic if one.per_step and one.group != "dp")
     assumed = cluster.assumed
     return {

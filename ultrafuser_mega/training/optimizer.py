@@ -38,6 +38,8 @@ from ultrafuser_mega.runtime.trainable import Trainable
 
 #: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
 NOT_DECAYED = ("*.bias", "*.b1", "*layernorm.weight")
+#: Parameters whose gradients are summed together where that overlaps with the backward; None: Megatron's number.
+BUCKET_PARAMETERS: int | None = None
 
 
 def make_trainable(
@@ -48,6 +50,7 @@ def make_trainable(
     options: OptimizerOptions,
     *,
     distributed_optimizer: bool,
+    overlap_gradients: bool,
     device: torch.device,
 ) -> Trainable:
     """Wrap ``module`` for training its parameters that require gradients.
@@ -59,11 +62,16 @@ def make_trainable(
         stage: steps and learning rate, with a schedule that was checked.
         options: AdamW's.
         distributed_optimizer: shard optimizer state over ``groups.dp``.
+        overlap_gradients: sum gradients over ``groups.dp`` bucket by bucket, while the last microbatch's backward goes
+            on; every parameter must get one then, through Megatron's schedule.
     """
     _fresh_parameters(module)
     with megatron_scope(device):
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap_gradients and groups.dp.size() > 1,
+            bucket_size=BUCKET_PARAMETERS,
         )
         wrapped = DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
         config.no_sync_func = wrapped.no_sync

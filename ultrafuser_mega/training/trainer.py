@@ -245,6 +245,7 @@ class Trainer:
             self.stage(number),
             config.optimizer,
             distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
+            overlap_gradients=number == 2,
             device=self.device,
         )
 

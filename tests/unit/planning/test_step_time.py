@@ -51,9 +51,11 @@ def test_everything_that_a_gpu_does_faster_shortens_the_step(faster: Cluster) ->
     assert predicted(TP8_DP2, work(), faster).seconds < predicted(TP8_DP2, work()).seconds
 
 
-@pytest.mark.parametrize("saving", ["fused_nodes", "fused_weight_gradients", "gradient_overlap", "tensor_overlap"])
+@pytest.mark.parametrize(
+    "saving", ["fused_nodes", "fused_weight_gradients", "gradient_overlap", "weight_overlap", "tensor_overlap"]
+)
 def test_every_saving_shortens_the_step(saving: str) -> None:
-    bare = Program(fused_nodes=False, fused_weight_gradients=False)
+    bare = Program(fused_nodes=False, fused_weight_gradients=False, gradient_overlap=False)
     less = predicted(TP8_DP2, work(), program=replace(bare, **{saving: True}))
     assert less.seconds < predicted(TP8_DP2, work(), program=bare).seconds
 
