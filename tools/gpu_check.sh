@@ -142,6 +142,7 @@ step loss_profile 40 "" "$python" tools/benchmarks/profile_loss.py --device "$de
     --out "$parts/loss_profile.json"
 if [[ $device == cuda ]]; then
     step gate_kernels 30 "" "$python" tools/benchmarks/bench_gate_scale.py --out "$parts/gate_kernels.json"
+    step layer_kernels 40 "" "$python" tools/benchmarks/bench_elementwise.py --out "$parts/layer_kernels.json"
     step tiles 90 "" "$python" tools/benchmarks/tune_kernels.py --out "$parts/tiles.json"
     benchmark llama2-13b_compiled 60 --preset llama2-13b --repeats 5 --skip megatron
     benchmark llama2-7b 40 --preset llama2-7b --repeats 5 --skip torch.compile

@@ -4,7 +4,7 @@
 
 Writes the file's namesake with the suffix .md beside it: what was measured on, how the steps ended, values and the toy
 run, the bars with met, MISSED or not measured, one table per shape, the trainer beside a plain script, where the time
-goes, the gate's kernels, the fastest tiles. Works on whatever part of a run there is.
+goes, the kernels of the gate and of a decoder layer, the fastest tiles. Works on whatever part of a run there is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bench_mixture_ce import PRESETS
 from benchmark import FLOOR, ONE_GEMM, PEERS, PLAIN, Shape
-from gpu_report_steps import beside_plain, machine_rows, operators, toy, values, warmed
+from gpu_report_steps import beside_plain, layer_kernels, machine_rows, operators, toy, values, warmed
 from markdown_lines import section, table
 from scripting import Parser, write_text
 
@@ -113,6 +113,7 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
         names = [(r["shape"], r["direction"], r["variant"]) for r in records]
         rows = [name + row for name, row in zip(names, numbers, strict=True)]
         yield from table(("shape", "direction", "variant", "us", "GB/s", "of copy"), rows)
+    yield from layer_kernels(report.get("layer_kernels", {}))
     if kernels := report.get("tiles", {}).get("kernels"):
         yield from section("The fastest tile of each kernel")
         yield "Streaming: block_m, block_n, block_k, warps, stages, tma, specialized, halves; chunked: block, warps."

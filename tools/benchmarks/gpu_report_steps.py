@@ -102,6 +102,16 @@ def operators(what: str, tables: Part) -> Iterator[str]:
         yield from table(("operator or kernel", "calls", "own ms"), numbers)
 
 
+def layer_kernels(part: Part) -> Iterator[str]:
+    """A decoder layer's own operations and their peers beside a copy of as many bytes."""
+    if records := part.get("results"):
+        yield from section("A decoder layer's kernels beside a copy of as many bytes")
+        names = [(r["shape"], r["operation"], r["variant"]) for r in records]
+        numbers = [(f"{r['median_us']:.1f}", f"{r['gb_per_s']:.0f}", f"{r['of_copy']:.1%}") for r in records]
+        rows = [name + row for name, row in zip(names, numbers, strict=True)]
+        yield from table(("shape", "operation", "variant", "us", "GB/s", "of copy"), rows)
+
+
 def warmed(part: Part) -> Iterator[str]:
     if not part:
         return

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ultrafuser_mega.models import elementwise_triton
 from ultrafuser_mega.ops import epilogue_triton, streaming_kernels, streaming_tiles
 
 CAPABILITIES = (80, 90, 100)
@@ -52,7 +53,8 @@ class _Source:
 
 def report(capability: int, dtype: str = "bf16", specialists: int = 3) -> list[Resources]:
     """Every kernel compiled for sm_<capability> and so many specialists' heads of ``dtype``."""
-    return [_compile(source, capability) for source in _sources(capability, dtype, specialists)]
+    sources = (*_sources(capability, dtype, specialists), *_layer_sources(dtype))
+    return [_compile(source, capability) for source in sources]
 
 
 def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
@@ -134,6 +136,57 @@ def _sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]
         )
 
 
+def _layer_sources(dtype: str) -> Iterator[_Source]:
+    """A decoder layer's own operations, norms in the widths of heads, of hidden states, and the widest that their
+    registers hold."""
+    x, rows = f"*{dtype}", {"rows": "i32", "width": "i32"}
+    for width in (128, 4096, 5120, 16384 if DTYPES[dtype].itemsize == 2 else 8192):
+        block, block_rows, warps = elementwise_triton.norm_tile(width, *elementwise_triton.FORWARD)
+        yield _Source(
+            f"layer: norm forward, {width}",
+            elementwise_triton.rms_norm_forward_kernel,
+            {"x": x, "weight": x, "y": x, "rstd": "*fp32"} | rows | {"x_stride": "i32", "eps": "fp32"},
+            {"ROWS": block_rows, "BLOCK": block},
+            warps,
+        )
+        block, block_rows, warps = elementwise_triton.norm_tile(width, *elementwise_triton.BACKWARD)
+        yield _Source(
+            f"layer: norm backward, {width}",
+            elementwise_triton.rms_norm_backward_kernel,
+            {"dy": x, "x": x, "weight": x, "rstd": "*fp32", "dx": x, "partial_dw": "*fp32"}
+            | rows
+            | {"dy_stride": "i32", "x_stride": "i32"},
+            {"ROWS": block_rows, "BLOCK": block},
+            warps,
+        )
+    block = elementwise_triton.SWIGLU_BLOCK
+    yield _Source(
+        "layer: swiglu forward",
+        elementwise_triton.swiglu_forward_kernel,
+        {"x": x, "y": x, "width": "i32", "x_stride": "i32"},
+        {"BLOCK": block},
+        4,
+    )
+    yield _Source(
+        "layer: swiglu backward",
+        elementwise_triton.swiglu_backward_kernel,
+        {"dy": x, "x": x, "dx": x, "width": "i32", "dy_stride": "i32", "x_stride": "i32"},
+        {"BLOCK": block},
+        4,
+    )
+    strides = ("q_token_stride", "q_head_stride", "k_token_stride", "k_head_stride")
+    for width, back in ((128, False), (128, True), (80, False)):
+        heads, half = elementwise_triton.rotate_tile(40, width // 2)
+        yield _Source(
+            f"layer: rotation {'back' if back else 'forward'}, {width}",
+            elementwise_triton.rotate_kernel,
+            dict.fromkeys(("q", "k", "cos", "sin", "to_q", "to_k"), x)
+            | dict.fromkeys(("heads", "groups", "half", *strides), "i32"),
+            {"BACK": back, "HEADS": heads, "HALF": half},
+            4,
+        )
+
+
 def _compile(source: _Source, capability: int) -> Resources:
     signature = source.signature | dict.fromkeys(source.constants, "constexpr")
     ast = ASTSource(source.kernel, signature, constexprs=source.constants, attrs=_aligned(signature))
@@ -159,7 +212,7 @@ def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]
     for index, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple):
             attributes |= {(index, j): hint for j in range(len(kind))}
-        elif kind.startswith("*") or name.endswith("stride"):
+        elif kind.startswith("*") or name.endswith(("stride", "width")):
             attributes[(index,)] = hint
     return attributes
 

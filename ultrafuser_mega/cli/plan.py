@@ -12,8 +12,6 @@ from ultrafuser_mega.cli.options import Config, Overrides, Ranks, wide_console
 from ultrafuser_mega.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ultrafuser_mega.config import FuserConfig
     from ultrafuser_mega.planning.preflight import RunPlan
 
@@ -28,7 +26,7 @@ def plan(
         bool, typer.Option("--resume", help="also check the run's newest checkpoint; what would be other than before")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="also run the training step itself on tensors that hold nothing")
+        bool, typer.Option("--dry-run", help="run the training step itself instead, on tensors that hold nothing")
     ] = False,
     gpus: Annotated[
         int | None, typer.Option(help="rank the layouts of so many GPUs instead", min=1, show_default=False)
@@ -51,9 +49,10 @@ def plan(
     the sizes and checksums that were noted when it was written, as the job does: that takes as long as reading it.
 
     --dry-run runs evaluation, a step of each stage and what a checkpoint gathers, on one rank of each kind, with real
-    code and tensors that hold nothing: no GPU and no memory needed. It shows what ranks hold at their largest, the work
-    of a microbatch and what travels. With device=cuda it takes the way of a GPU (a C++ compiler is needed) and names
-    every place where the host waits for the device; else the CPU's.
+    code and tensors that hold nothing: no GPU, no memory and no weights needed, config.json files are enough. It shows
+    what ranks hold at their largest, the work of a microbatch and what travels, beside what the formula says. With
+    device=cuda it takes the way of a GPU (a C++ compiler is needed) and names every place where the host waits for the
+    device; else the CPU's.
 
     A configuration's layouts are alternatives: a job takes the first that uses exactly its ranks.
     """
@@ -61,8 +60,8 @@ def plan(
 
     loaded = load_config(config, overrides or [])
     if gpus is not None:
-        if ranks is not None or resume:
-            raise InputError("--gpus: tries layouts of its own; leave --ranks and --resume out")
+        if ranks is not None or resume or dry_run:
+            raise InputError("--gpus: tries layouts of its own; leave --ranks, --resume and --dry-run out")
         _rank_layouts(loaded, gpus, gpu, gpus_per_node)
         return
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
@@ -70,11 +69,22 @@ def plan(
     from ultrafuser_mega.launch.rank import ensure_toy
     from ultrafuser_mega.planning.memory import rank_shares
     from ultrafuser_mega.planning.microbatch import workload_of
-    from ultrafuser_mega.planning.preflight import chosen_layout, compared_with_data, first_layouts_ranks, preflight
+    from ultrafuser_mega.planning.preflight import (
+        chosen_layout,
+        compared_with_data,
+        first_layouts_ranks,
+        laid_out,
+        preflight,
+    )
     from ultrafuser_mega.reporting.plan_table import plan_table
 
     ranks = ranks or first_layouts_ranks(loaded)
     ensure_toy(loaded, ranks)
+    if dry_run:
+        if resume:
+            raise InputError("--dry-run: reads no checkpoint; leave --resume out")
+        _dry_run(laid_out(loaded, ranks), config, overrides or [])
+        return
     resolved = preflight(loaded, ranks, resume)
     if (loaded.store_dir / MANIFEST).is_file():
         resolved = compared_with_data(resolved, TokenStore.open(loaded.store_dir, verify=False))
@@ -93,11 +103,9 @@ def plan(
     lines.append("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if dry_run:
-        _dry_run(resolved, config, overrides or [], console)
 
 
-def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str], console: Console) -> None:
+def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str]) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -113,8 +121,9 @@ def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str], console: 
         found = rehearse_ranks(
             list(classes), plan.layout.world_size, device, config, overrides, lambda: bar.advance(task)
         )
-    title = f"dry run on fake {device} tensors, one rank of each kind"
+    title = f"{plan.layout.describe()}: dry run on fake {device} tensors, one rank of each kind"
     predicted = {key: value for one in found for key, value in predictions(plan, one, device).items()}
+    console = wide_console()
     console.print(rehearsal_table(title, list(zip(classes.values(), found, strict=True)), predicted))
     for line in waits_of(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

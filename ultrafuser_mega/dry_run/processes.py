@@ -92,10 +92,10 @@ def main() -> int:
         from ultrafuser_mega.config import load_config
         from ultrafuser_mega.data.store import MANIFEST, TokenStore
         from ultrafuser_mega.dry_run.rehearse import rehearse
-        from ultrafuser_mega.planning.preflight import preflight
+        from ultrafuser_mega.planning.preflight import laid_out
 
         config = load_config(asked.config, asked.overrides)
-        plan = preflight(config, asked.ranks, resume=False)
+        plan = laid_out(config, asked.ranks)
         store = None
         if (config.store_dir / MANIFEST).is_file():
             store = TokenStore.open(config.store_dir, verify=False)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 # A library's operator costs the host 6 us per call; one of torch.library.custom_op's would cost 30.
 _LIBRARY = torch.library.Library("ultrafuser", "FRAGMENT")
+FORMULAS: dict[str, Callable[..., Any]] = {}  # of every operator; what the kernels are held to and measured beside
 
 
 def _operator(arguments: str, empty: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -32,6 +33,7 @@ def _operator(arguments: str, empty: Callable[..., Any]) -> Callable[[Callable[.
 
     def register(formula: Callable[..., Any]) -> Callable[..., Any]:
         name = formula.__name__
+        FORMULAS[name] = formula
         _LIBRARY.define(name + arguments)
         _LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, lambda *given: getattr(_kernels(), name)(*given), "CUDA")

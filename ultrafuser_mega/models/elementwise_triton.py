@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs that share the rows of a norm's backward, two for each of an H100's 132 multiprocessors, so that one computes
-# while the other waits for memory. Each leaves one row of sums: of 8192 rows 3 % more to write and read.
-PROGRAMS = 264
-NORM_THREAD = 16  # numbers of a row per thread in the norm's kernels
-NORM_BLOCK = 2048  # numbers per program, in several rows where a row has fewer
-NORM_WARPS = 16  # at most; rows of more than 8192 have more than NORM_THREAD numbers per thread
+# The norm's blocks: numbers per program, in several rows where a row has fewer, and per thread. The backward keeps sums
+# for every column: at 32 per thread that takes 128 registers in 16-bit types, and a multiprocessor has room for two
+# programs of 8192, of which one computes while the other waits for memory.
+FORWARD, BACKWARD = (2048, 16), (8192, 32)
+PROGRAMS = 264  # that share the rows: two for each of an H100's 132 multiprocessors, each leaving one row of sums
+MAX_WARPS = 16
 SWIGLU_BLOCK = 1024  # columns per program; 8 per thread
 ROTATE_PAIRS = 1024  # per program; 8 per thread
 
@@ -72,7 +72,6 @@ def rms_norm_backward_kernel(
 ):
     """dx, and of every program's rows the sum of dy n."""
     column = tl.arange(0, BLOCK)
-    w = wide(tl.load(weight + column, mask=column < width, other=0.0))
     dw = tl.zeros((ROWS, BLOCK), rstd.dtype.element_ty)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
@@ -82,7 +81,8 @@ def rms_norm_backward_kernel(
         r = tl.load(rstd + row, mask=row < rows, other=0.0)
         normed = wide(value) * r[:, None]
         dw += wide(g) * normed
-        g = wide(g) * w[None, :]
+        w = tl.load(weight + column, mask=column < width, other=0.0)  # again: fewer registers, and it is in the cache
+        g = wide(g) * wide(w)[None, :]
         along = tl.sum(g * normed, 1) / width
         result = (g - normed * along[:, None]) * r[:, None]
         tl.store(dx + row[:, None] * width + column[None, :], result.to(dx.dtype.element_ty), mask=inside)
@@ -175,7 +175,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     rows, width = matrix.shape
     y = x.new_empty(x.shape)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=_statistics_dtype(x))
-    block, block_rows, warps = norm_tile(width)
+    block, block_rows, warps = norm_tile(width, *FORWARD)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         rms_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
             matrix, weight, y, rstd, rows, width, matrix.stride(0), eps,
@@ -188,7 +188,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     upstream, matrix = _matrix(dy), _matrix(x)
     rows, width = matrix.shape
     dx = x.new_empty(x.shape)
-    block, block_rows, warps = norm_tile(width)
+    block, block_rows, warps = norm_tile(width, *BACKWARD)
     programs = min(PROGRAMS, triton.cdiv(rows, block_rows))
     partial_dw = rstd.new_empty((programs, width))
     with torch.cuda.device_of(x):
@@ -199,11 +199,11 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     return dx, partial_dw.sum(0).to(weight.dtype)
 
 
-def norm_tile(width: int) -> tuple[int, int, int]:
+def norm_tile(width: int, numbers: int, per_thread: int) -> tuple[int, int, int]:
     """(columns, rows, warps) of a program for rows of ``width``."""
     block = triton.next_power_of_2(width)
-    rows = max(1, NORM_BLOCK // block)
-    return block, rows, min(NORM_WARPS, rows * block // (32 * NORM_THREAD))
+    rows = max(1, numbers // block)
+    return block, rows, min(MAX_WARPS, rows * block // (32 * per_thread))
 
 
 def swiglu_forward(x: Tensor) -> Tensor:
@@ -233,14 +233,19 @@ def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> t
     tokens, heads, groups, half = q.shape[0], q.shape[-2], k.shape[-2], q.shape[-1] // 2
     batch = (1,) if back else ()
     to_q, to_k = (x.new_empty((tokens, *batch, *x.shape[-2:])) for x in (q, k))
-    padded = triton.next_power_of_2(half)
-    block = min(triton.next_power_of_2(heads), max(1, ROTATE_PAIRS // padded))
+    block, padded = rotate_tile(heads, half)
     with torch.cuda.device_of(q):
         rotate_kernel[(tokens, triton.cdiv(heads, block) + triton.cdiv(groups, block))](
             q, k, cos.contiguous(), sin.contiguous(), to_q, to_k, heads, groups, half,
             q.stride(0), q.stride(-2), k.stride(0), k.stride(-2), BACK=back, HEADS=block, HALF=padded,
         )  # fmt: skip
     return to_q, to_k
+
+
+def rotate_tile(heads: int, half: int) -> tuple[int, int]:
+    """(heads, pairs of each) of a program."""
+    padded = triton.next_power_of_2(half)
+    return min(triton.next_power_of_2(heads), max(1, ROTATE_PAIRS // padded)), padded
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

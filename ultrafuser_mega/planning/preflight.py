@@ -168,6 +168,18 @@ def outline(config: FuserConfig) -> RunPlan:
     )
 
 
+def laid_out(config: FuserConfig, world_size: int) -> RunPlan:
+    """:func:`outline`, on the first of the layouts that uses ``world_size`` ranks.
+
+    Raises:
+        InputError: as :func:`outline`; there is no such layout, or a specialist cannot be cut so.
+    """
+    plan = replace(outline(config), layout=choose_plan(plan_layouts(config), world_size))
+    for name, arch in plan.architectures.items():
+        check_parallel_sizes(name, arch, plan.layout.placements[name].tp, plan.layout.placements[name].pp)
+    return plan
+
+
 def gate_units(config: FuserConfig, architectures: Mapping[str, Architecture]) -> int:
     """Hidden units of the gate: as configured, or as wide as the widest specialist."""
     return config.gate.hidden_size or max(arch.hidden_size for arch in architectures.values())

@@ -35,7 +35,7 @@ def check(cases: list[Case], interpreted: Any, programs: int = 2) -> None:
     found = interpreted(answers, cases, programs)
     for case, answer in zip(cases, found, strict=True):
         assert violations(case, answer) == []
-        formula = getattr(elementwise, case.operator)(*case.arguments)
+        formula = elementwise.FORMULAS[case.operator](*case.arguments)
         assert violations(case, formula) == []
         # Float32 numbers that differ in their last bits are rounded alike, but for one in thousands. Were there a
         # rounding more or less, it would be every second.
@@ -45,7 +45,7 @@ def check(cases: list[Case], interpreted: Any, programs: int = 2) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "width"),
-    [(37, 7), (37, 80), (5, 576), (3, 5120), pytest.param(5, 13824, marks=pytest.mark.slow)],
+    [(37, 7), (200, 80), (5, 576), (3, 5120), pytest.param(5, 13824, marks=pytest.mark.slow)],
 )
 def test_norm_is_right_in_any_width_and_number_of_rows(rows: int, width: int, dtype: Any, interpreted: Any) -> None:
     x, dy = (normal(rows, 1, width, seed=seed, dtype=dtype) for seed in (0, 1))
@@ -104,7 +104,7 @@ def test_rows_may_lie_anywhere(interpreted: Any) -> None:
 
 @pytest.mark.parametrize("programs", [1, 3, 264])
 def test_norms_weight_gradient_does_not_depend_on_who_sums_which_rows(programs: int, interpreted: Any) -> None:
-    x, dy = (normal(101, 1, 130, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    x, dy = (normal(301, 1, 130, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
     check(norm_cases(x, normal(130, seed=2, dtype=torch.bfloat16), dy), interpreted, programs)
 
 

@@ -242,3 +242,18 @@ def test_another_file_is_refused_in_one_line_and_nothing_is_written(
     assert line.startswith(f"gpu_report.py: error: {source}: ")
     assert line.count("\n") == 1
     assert not source.with_suffix(".md").exists()
+
+
+def test_a_decoder_layers_kernels_stand_beside_a_copy(
+    complete: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {
+        "operation": "swiglu_forward",
+        "variant": "kernel",
+        "median_us": 90.0,
+        "gb_per_s": 2500.0,
+        "of_copy": 0.91,
+    }
+    complete["layer_kernels"] = {"device": "H100", "results": [record | {"shape": "llama3-8b"}]}
+    row = cells(made_of(complete, tmp_path, monkeypatch), "llama3-8b", "swiglu_forward", "kernel")
+    assert row[3:6] == ["90.0", "2500", "91.0%"]

@@ -28,7 +28,7 @@ def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(
     capability: Any, dtype: Any, specialists: Any, tensor_core: Any, compiling: Any
 ) -> None:
     kernels = compiling(resources, capability, dtype, specialists)
-    assert {kernel.kernel.split(":")[0] for kernel in kernels} == {"chunked", "gate_only", "streaming"}
+    assert {kernel.kernel.split(":")[0] for kernel in kernels} == {"chunked", "gate_only", "streaming", "layer"}
     for kernel in kernels:
         assert kernel.local_bytes == 0, kernel
         if kernel.kernel.startswith("streaming"):
