@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.reporting.rehearsal import Rehearsal
+from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 _TIMEOUT_S = 3600
 
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
+    quiet_dependencies()
     try:
         if asked.device == "cuda":
             from ultrafuser_mega.dry_run.fake_cuda import load_fake_cuda

@@ -41,7 +41,13 @@ def rank_classes(layout: LayoutPlan) -> dict[int, str]:
     return {rank: role for role, rank in found.items()}
 
 
-def rehearse(plan: RunPlan, rank: int, device: torch.device, store: TokenStore | None = None) -> Rehearsal:
+def rehearse(
+    plan: RunPlan,
+    rank: int,
+    device: torch.device,
+    store: TokenStore | None = None,
+    microbatches: int | None = None,
+) -> Rehearsal:
     """Be one rank of ``plan`` on fake tensors of ``device``.
 
     Args:
@@ -49,6 +55,7 @@ def rehearse(plan: RunPlan, rank: int, device: torch.device, store: TokenStore |
         rank: whom to play.
         device: "cpu", or "cuda" with :func:`~ultrafuser_mega.dry_run.fake_cuda.load_fake_cuda` before.
         store: the run's data; None: samples of data.max_length, all of whose tokens but the first are responses.
+        microbatches: of a step, at most; None: what fills the pipeline, and one.
     """
     with joined_fake_job(plan.layout.world_size, rank):
         groups = make_groups(plan.layout)
@@ -56,19 +63,20 @@ def rehearse(plan: RunPlan, rank: int, device: torch.device, store: TokenStore |
         shard = make_shard(plan, groups, pad_id=0)
         with fake_tensors(meter, device):
             trainer = Trainer(plan, groups, store or _uniform_store(plan), device, shard)
-            return Rehearsal(rank, list(run_parts(trainer, meter)))
+            return Rehearsal(rank, list(run_parts(trainer, meter, microbatches)))
 
 
-def run_parts(trainer: Trainer, meter: Meter) -> Iterator[Part]:
+def run_parts(trainer: Trainer, meter: Meter, microbatches: int | None = None) -> Iterator[Part]:
     """Evaluation, two steps of every stage, and what a checkpoint gathers, measured; on real tensors as on fake ones.
 
     Args:
         trainer: built under ``meter``.
         meter: open.
+        microbatches: as :func:`rehearse`.
     """
     yield _evaluation(trainer, meter)
     for number in trainer.plan.config.stages:
-        yield from _stage(trainer, meter, number)
+        yield from _stage(trainer, meter, number, microbatches)
 
 
 def _uniform_store(plan: RunPlan) -> TokenStore:
@@ -105,13 +113,12 @@ class _WatchedTrainable(Trainable):
             return super().step()
 
 
-def _stage(trainer: Trainer, meter: Meter, number: int) -> Iterator[Part]:
+def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None) -> Iterator[Part]:
     plan = trainer.plan
     placement = plan.layout.placements[trainer.groups.local_specialists[0]]
     samples = trainer.stage(number).samples_per_class
-    batches = _FirstMicrobatches(
-        TrainingBatches(trainer.store, samples, plan.config.seed + number, trainer.shard), placement.pp + 1
-    )
+    every = TrainingBatches(trainer.store, samples, plan.config.seed + number, trainer.shard)
+    batches = _FirstMicrobatches(every, microbatches or placement.pp + 1)
     with meter.making("gradients"):
         made = trainer._make_trainable(number)
         trainable = _WatchedTrainable(**vars(made), meter=meter)
