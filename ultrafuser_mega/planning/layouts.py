@@ -52,7 +52,7 @@ class Candidate:
 def ranked(plan: RunPlan, work: Workload, cluster: Cluster, gpus: int, *, stage: int = 2) -> list[Candidate]:
     """All sensible layouts of exactly ``gpus`` ranks: those that fit, those that one setting makes fit, the others.
 
-    Of each the fastest first.
+    Of the first two the fastest first, of the others those that miss by least.
 
     Args:
         plan: of the run; its layout does not count.
@@ -62,7 +62,11 @@ def ranked(plan: RunPlan, work: Workload, cluster: Cluster, gpus: int, *, stage:
         stage: of training.
     """
     found = [_judged(replace(plan, layout=layout), work, cluster, stage) for layout in layouts_for(plan, gpus, cluster)]
-    return sorted(found, key=lambda one: (not one.fits, not one.usable, one.step.seconds))
+    return sorted(found, key=_order)
+
+
+def _order(one: Candidate) -> tuple[bool, bool, float]:
+    return not one.fits, not one.usable, one.step.seconds if one.usable else one.needed
 
 
 def layouts_for(plan: RunPlan, gpus: int, cluster: Cluster) -> list[LayoutPlan]:
