@@ -136,7 +136,7 @@ def _train_comparing_copies(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
                 found["different"].append(name)
         return save(folder, progress, model, *rest)
 
-    trainer.save_checkpoint = compare_and_save
+    trainer.save_checkpoint = compare_and_save  # type: ignore[assignment]
     trainer.run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
     return found
 

@@ -43,7 +43,7 @@ def sum_shared_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
     for parameter in parameters:
         if (rows := shared_rows(parameter)) is None:
             continue
-        mine = parameter.main_grad[rows.first :]
+        mine = _gradient(parameter)[rows.first :]
         # One place for every set of copies, zero but for this rank's: a sum over the group, which is there already.
         sets = mine.new_zeros(group.size() // rows.copies, *mine.shape)
         place = sets[group.rank() // rows.copies]
@@ -67,9 +67,14 @@ def counted_again(parameters: Iterable[nn.Parameter], owned: Callable[[nn.Parame
         start, stop, _ = owned(parameter).indices(parameter.numel())
         first = rows.first * (parameter.numel() // parameter.shape[0])
         if max(start, first) < stop:
-            parts.append(parameter.main_grad.view(-1)[max(start, first) : stop])
+            parts.append(_gradient(parameter).view(-1)[max(start, first) : stop])
             copies.append(rows.copies)
     if not parts:
         return 0.0
     squares = torch.stack(torch._foreach_norm(parts)).square()
     return (squares * (1 - 1 / squares.new_tensor(copies))).sum()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Where Megatron's data parallelism adds it up, shaped like the parameter."""
+    return parameter.main_grad  # type: ignore[attr-defined]
