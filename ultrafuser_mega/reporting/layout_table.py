@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ultrafuser_mega.reporting.plan_table import SHORT
+
 _GIB, _GB, _TERA = 2**30, 1e9, 1e12
-_SHORT = {"gradients": "grads", "activations": "act", "optimizer": "opt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def longest(parts: Mapping[str, float], count: int = 2) -> str:
 
 
 def _kinds(kinds: Mapping[str, float]) -> str:
-    words = [f"{_SHORT.get(kind, kind)} {count / _GIB:.1f}" for kind, count in kinds.items()]
+    words = [f"{SHORT.get(kind, kind)} {count / _GIB:.1f}" for kind, count in kinds.items()]
     return " ".join(words[:2]) + "\n" + " ".join(words[2:])
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+#: Kinds of memory -> their names where there is little room.
+SHORT = {"gradients": "grads", "activations": "act", "optimizer": "opt"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
@@ -25,12 +28,12 @@ class RankShare:
 
 def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
     """One row per rank: role, vocabulary rows, parameters, memory by kind in the last stage, every stage's peak."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("rank", "specialist", "tp", "stage", "vocabulary rows"):
         table.add_column(column, no_wrap=True)
     stages = list(shares[0].kinds)
     kinds = list(shares[0].kinds[stages[-1]]) if stages else []
-    for column in ("parameters", *kinds, *(f"stage {number}" for number in stages)):
+    for column in ("parameters", *(SHORT.get(kind, kind) for kind in kinds), *(f"stage {number}" for number in stages)):
         table.add_column(column, justify="right", no_wrap=True)
     for share in shares:
         table.add_row(
@@ -41,7 +44,7 @@ def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
             _rows(share.vocabulary_rows),
             f"{share.parameters:,}",
             *(size(share.kinds[stages[-1]][kind]) for kind in kinds),
-            *(f"{size(held)} ({phase})" for phase, held in share.peaks.values()),
+            *(f"{size(held)} {phase}" for phase, held in share.peaks.values()),
         )
     if stages:
         names = ", ".join(f"stage {number}" for number in stages)

@@ -45,13 +45,13 @@ def test_vocabulary_rows_are_a_span_padding_or_none() -> None:
 def test_sizes_are_in_the_largest_unit_that_they_fill(count: float, text: str) -> None:
     table = plan_table("", [share(None, stage1=count, stage2=count)])
     assert column(table, "weights") == [text]
-    assert column(table, "stage 1") == column(table, "stage 2") == [f"{text} (save)"]
+    assert column(table, "stage 1") == column(table, "stage 2") == [f"{text} save"]
 
 
 def test_kinds_are_those_of_the_last_stage_and_peaks_of_all() -> None:
     table = plan_table("", [share(None, stage1=1.0, stage2=8.0)])
     assert (column(table, "weights"), column(table, "loss")) == (["8 B"], ["4 B"])
-    assert (column(table, "stage 1"), column(table, "stage 2")) == (["1 B (save)"], ["8 B (save)"])
+    assert (column(table, "stage 1"), column(table, "stage 2")) == (["1 B save"], ["8 B save"])
 
 
 @pytest.mark.parametrize("stages", [["stage1", "stage2"], ["stage2"], ["stage1"], []])
