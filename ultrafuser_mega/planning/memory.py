@@ -156,7 +156,8 @@ def rank_memory(
     if stage == 1:
         workspace = max(_forward_workspace(plan, role, name, microbatch) for name in role.names)
         loss = _gate_loss(plan, role, microbatch, device)
-        return RankMemory(**held, activations=_batch(plan, role, microbatch), loss=loss, workspace=workspace)
+        activations = _batch(plan, role, microbatch) + _scratch(plan, role, microbatch)
+        return RankMemory(**held, activations=activations, loss=loss, workspace=workspace)
     in_flight = min(role.pp - role.stage, microbatches or role.pp)
     return RankMemory(
         **held,
@@ -328,14 +329,16 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> 
 
 
 def _gate_loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
-    """Stage 1's loss: rows, gate, and a chunk of every specialist's own logits."""
+    """Stage 1's loss: rows, and what they are received in, or then the gate and a chunk of all specialists' logits."""
     if not role.is_last:
         return 0.0
     width, rows, count = NUMBER[plan.config.dtype], microbatch.rows, len(plan.architectures)
     columns = min(-(-plan.vocab_size // role.fusion), BLOCK_COLUMNS[device])
     chunk = even_rows(int(rows), BUFFER_BYTES[device] // (count * columns * _WIDE))
-    states = width * rows * (_widths(plan) + (_own_widths(plan, role) if plan.layout.kind == "disjoint" else 0))
-    return states + _gate_bytes(plan, role, rows) + count * chunk * columns * _WIDE
+    exchanged = plan.layout.kind == "disjoint" and role.fusion > 1
+    states = width * rows * (_widths(plan) + (_own_widths(plan, role) if exchanged else 0))
+    slots = width * exchange_numbers(plan, role, rows) * (1 + 1 / role.fusion) if exchanged else 0.0
+    return states + max(slots, _gate_bytes(plan, role, rows) + count * chunk * columns * _WIDE)
 
 
 def _gate_bytes(plan: RunPlan, role: Role, rows: float) -> float:
