@@ -57,7 +57,7 @@ def measure(name: str, compiled: bool) -> Iterator[dict[str, Any]]:
         results = kernel(*arguments)
         tensors = [*arguments, *(results if isinstance(results, tuple) else (results,))]
         size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-        calls = {"copy": copy_of(size // 2), "kernel": partial(kernel, *arguments)}
+        calls: dict[str, Callable[[], object]] = {"copy": copy_of(size // 2), "kernel": partial(kernel, *arguments)}
         calls["formula"] = partial(formula, *arguments)
         if compiled:
             calls["torch.compile"] = partial(torch.compile(formula), *arguments)

@@ -165,7 +165,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *rotate_both(dq, dk, *ctx.saved_tensors, True), None, None
+        dq, dk = rotate_both(dq, dk, *ctx.saved_tensors, True)
+        return dq, dk, None, None
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,12 +97,13 @@ def test_fake_tensors_have_the_shapes_and_types_of_real_ones(dtype: torch.dtype)
     x, weight, rstd = normal(4, 1, 6, dtype=dtype), normal(6, dtype=dtype), torch.ones(4, 1, 1)
     q, k = normal(4, 1, 2, 6, dtype=dtype), normal(4, 1, 1, 6, dtype=dtype)
     cos, sin = (x.to(dtype) for x in angles(4, 3))
-    for operator, arguments in (
+    cases: list[tuple[Any, tuple[Any, ...]]] = [
         (elementwise.rms_norm_forward, (x, weight, EPS)),
         (elementwise.rms_norm_backward, (x, x, weight, rstd)),
         (elementwise.swiglu_forward, (x,)),
         (elementwise.swiglu_backward, (x[..., :3], x)),
         (elementwise.rotate_both, (q, k, cos, sin, False)),
         (elementwise.rotate_both, (q[:, 0], k[:, 0], cos, sin, True)),
-    ):
+    ]
+    for operator, arguments in cases:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
