@@ -66,7 +66,7 @@ class _HostSide(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensor = args[0] if args else None
         if func is Tensor.pin_memory:
-            pinned = tensor.clone()
+            pinned = args[0].clone()
             pinned._pinned = True
             return pinned
         if isinstance(tensor, FakeTensor):

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 _GRANULE = 512  # bytes that PyTorch's CUDA allocator rounds up to
 _READS_A_NUMBER = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
 _DATA_DEPENDENT = (aten.nonzero.default, aten.masked_select.default, aten.index.Tensor, aten.index_put_.default)
-_FAKE_WORK = torch._C._distributed_c10d.FakeWork  # type: ignore[attr-defined]
+_FAKE_WORK = torch._C._distributed_c10d.FakeWork
 # Collectives without a meta kernel in torch 2.13, which fake tensors need.
 _COALESCED = ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_", "allreduce_coalesced_")
 
@@ -219,7 +219,8 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def _tolist() -> FrameType | None:
     """The outermost tolist() of a fake tensor that is running."""
-    frame, found = sys._getframe(), None
+    frame: FrameType | None = sys._getframe()
+    found = None
     while frame is not None:
         if frame.f_code is FakeTensor.tolist.__code__:
             found = frame

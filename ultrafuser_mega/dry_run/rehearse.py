@@ -17,6 +17,7 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import rank_state
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
+from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.dry_run.fake_job import fake_tensors, joined_fake_job
 from ultrafuser_mega.dry_run.meter import Meter
@@ -125,7 +126,7 @@ def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None
     _tell_apart(meter, trainer, trainable)
     for step in range(2):
         with _measured(meter):
-            trainer._step(number, trainable, cast(TrainingBatches, batches), step, 0.0)
+            trainer._step(number, trainable, cast(StepsAhead, batches), step, 0.0)
         if step == 0:
             meter.rename("update", "optimizer")
             meter.rename("activations", "buffers")
