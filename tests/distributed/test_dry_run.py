@@ -40,7 +40,7 @@ def test_fake_rank_holds_and_does_what_the_real_one_does(
     plan = plan_layouts(config)[0]
     real = run_ranks(_rehearse_for_real, plan.world_size, tree)  # also prepares the data, which the dry run reads
     resolved = preflight(config, plan.world_size, resume=False)
-    for rank in rank_classes(plan):
+    for rank in rank_classes(resolved):
         fake = rehearse(resolved, rank, CPU, TokenStore.open(config.store_dir))
         seen = Rehearsal.from_json(real[rank])
         assert [part.name for part in fake.parts] == ["evaluation", "stage 1", "stage 2", "checkpoint"]

@@ -42,13 +42,13 @@ def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str
     trainer.load()
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainables = []
-    make = trainer._make_trainable
+    make = trainer.make_trainable
 
     def remembered(number: int) -> Any:
         trainables.append(make(number))
         return trainables[-1]
 
-    trainer._make_trainable = remembered  # type: ignore[method-assign]
+    trainer.make_trainable = remembered  # type: ignore[method-assign]
     with RunReport(run_facts(plan, CPU), enabled=rank == 0, done_steps=0) as report:
         trainer.train_stage(1, 0, report)
     after = dict(trainer.model.named_parameters())

@@ -52,7 +52,7 @@ def main() -> None:
             config = FuserConfig.model_validate(case)
             plan = preflight(config, plan_layouts(config)[0].world_size, resume=False)
         device = torch.device("cuda", 0)
-        found.append([rehearse(plan, rank, device).as_json() for rank in rank_classes(plan.layout)])
+        found.append([rehearse(plan, rank, device).as_json() for rank in rank_classes(plan)])
     print(json.dumps(found))
 
 

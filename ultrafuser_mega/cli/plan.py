@@ -114,7 +114,7 @@ def _dry_run(plan: RunPlan, config: Path | None, overrides: list[str]) -> None:
     from ultrafuser_mega.dry_run.rehearse import rank_classes
     from ultrafuser_mega.reporting.rehearsal import rehearsal_table, waits_of
 
-    classes = rank_classes(plan.layout)
+    classes = rank_classes(plan)
     device: Literal["cpu", "cuda"] = "cuda" if plan.config.device == "cuda" else "cpu"
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"dry run of {len(classes)} kind(s) of ranks", total=len(classes))

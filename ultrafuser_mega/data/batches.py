@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -65,6 +66,13 @@ class StepBatch:
     samples: int
     processed_tokens: int
     packing: Packing
+
+
+class Steps(Protocol):
+    """The batches of steps, from wherever they come."""
+
+    def step(self, step: int) -> StepBatch:
+        """The work of a step (from 0)."""
 
 
 class TrainingBatches:

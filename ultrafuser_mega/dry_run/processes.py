@@ -92,15 +92,13 @@ def main() -> int:
         import torch
 
         from ultrafuser_mega.config import load_config
-        from ultrafuser_mega.data.store import MANIFEST, TokenStore
         from ultrafuser_mega.dry_run.rehearse import rehearse
+        from ultrafuser_mega.planning.microbatch import prepared_store
         from ultrafuser_mega.planning.preflight import laid_out
 
         config = load_config(asked.config, asked.overrides)
         plan = laid_out(config, asked.ranks)
-        store = None
-        if (config.store_dir / MANIFEST).is_file():
-            store = TokenStore.open(config.store_dir, verify=False)
+        store = prepared_store(config)
         device = torch.device("cuda", 0) if asked.device == "cuda" else torch.device("cpu")
         for rank in asked.rank:
             print(json.dumps(rehearse(plan, rank, device, store).as_json()), flush=True)

@@ -17,29 +17,26 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import rank_state
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
-from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.dry_run.fake_job import fake_tensors, joined_fake_job
 from ultrafuser_mega.dry_run.meter import Meter
 from ultrafuser_mega.dry_run.samples import UniformStore
 from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.planning.roles import distinct_ranks, role_of
 from ultrafuser_mega.reporting.rehearsal import Collective, Microbatch, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
-from ultrafuser_mega.runtime.layout import LayoutPlan
 from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.trainer import Trainer, make_shard
 
 
-def rank_classes(layout: LayoutPlan) -> dict[int, str]:
-    """One rank of every kind, and what it is: of each specialist's (or, colocated, the specialists') each stage."""
-    found: dict[str, int] = {}
-    for rank in range(layout.replica_size):
-        names = layout.specialists_on(rank)
-        placement = layout.placements[names[0]]
-        stage = (rank - placement.first_rank) // placement.tp + 1
-        found.setdefault(", ".join(names) + (f" {stage}/{placement.pp}" if placement.pp > 1 else ""), rank)
-    return {rank: role for role, rank in found.items()}
+def rank_classes(plan: RunPlan) -> dict[int, str]:
+    """One rank of every kind, and what it is: a stage of a specialist, or, colocated, of all of them."""
+    found = {}
+    for rank in distinct_ranks(plan):
+        role = role_of(plan, rank)
+        found[rank] = ", ".join(role.names) + (f" {role.stage + 1}/{role.pp}" if role.pp > 1 else "")
+    return found
 
 
 def rehearse(
@@ -121,12 +118,12 @@ def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None
     every = TrainingBatches(trainer.store, samples, plan.config.seed + number, trainer.shard)
     batches = _FirstMicrobatches(every, microbatches or placement.pp + 1)
     with meter.making("gradients"):
-        made = trainer._make_trainable(number)
+        made = trainer.make_trainable(number)
         trainable = _WatchedTrainable(**vars(made), meter=meter)
     _tell_apart(meter, trainer, trainable)
     for step in range(2):
         with _measured(meter):
-            trainer._step(number, trainable, cast(StepsAhead, batches), step, 0.0)
+            trainer.step(number, trainable, batches, step, 0.0)
         if step == 0:
             meter.rename("update", "optimizer")
             meter.rename("activations", "buffers")

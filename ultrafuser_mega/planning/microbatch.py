@@ -140,10 +140,8 @@ def workload_of(config: FuserConfig, samples_per_class: int) -> Workload:
     Raises:
         InputError: there is a token store that cannot be read.
     """
-    if (config.store_dir / MANIFEST).is_file():
-        store = TokenStore.open(config.store_dir, verify=False)
-        if set(store.specialists) == set(config.specialists):
-            return _of_store(store, samples_per_class, config)
+    if (store := prepared_store(config)) is not None:
+        return _of_store(store, samples_per_class, config)
     samples = samples_per_class * len(config.data.classes)
     length = config.data.max_length
     lengths = np.full(samples, length)
@@ -152,6 +150,19 @@ def workload_of(config: FuserConfig, samples_per_class: int) -> Workload:
         f"assumed, no data prepared: every sample has data.max_length = {length} tokens, {RESPONSE_SHARE:.0%} response"
     )
     return Workload((batch,), config.microbatch_tokens, source)
+
+
+def prepared_store(config: FuserConfig) -> TokenStore | None:
+    """The run's token store, if its data have been prepared for these specialists and classes.
+
+    Raises:
+        InputError: there is one that cannot be read.
+    """
+    if not (config.store_dir / MANIFEST).is_file():
+        return None
+    store = TokenStore.open(config.store_dir, verify=False)
+    same = set(store.specialists) == set(config.specialists) and set(store.class_names) == set(config.data.classes)
+    return store if same else None
 
 
 def _of_store(store: TokenStore, samples_per_class: int, config: FuserConfig) -> Workload:

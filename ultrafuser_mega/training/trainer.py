@@ -17,7 +17,7 @@ from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, sav
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
 from ultrafuser_mega.config import Stage, dump_config
-from ultrafuser_mega.data.batches import Shard, TrainingBatches
+from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.steps_ahead import StepsAhead
@@ -178,7 +178,7 @@ class Trainer:
         """
         config, stage = self.plan.config, self.stage(number)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
-        trainable = self._make_trainable(number)
+        trainable = self.make_trainable(number)
         if self.plan.resume is not None and self.plan.resume[0] == Progress(number, done):
             load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done)
         first = self.global_step(Progress(number, 0))
@@ -191,7 +191,7 @@ class Trainer:
         begun = time.perf_counter()
         with StepsAhead(batches, done, stage.steps, self.device) as ahead:
             for step in range(done, stage.steps):
-                record = self._step(number, trainable, ahead, step, begun)
+                record = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
@@ -230,7 +230,7 @@ class Trainer:
             return number == 1
         return _due(step, self.plan.config.evaluation.every)
 
-    def _make_trainable(self, number: int) -> Trainable:
+    def make_trainable(self, number: int) -> Trainable:
         """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""
         config = self.plan.config
         self.model.requires_grad_(number == 2)
@@ -249,7 +249,7 @@ class Trainer:
             device=self.device,
         )
 
-    def _step(self, number: int, trainable: Trainable, batches: StepsAhead, step: int, begun: float) -> StepRecord:
+    def step(self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float) -> StepRecord:
         """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
         asked = time.perf_counter()
         batch = batches.step(step)
