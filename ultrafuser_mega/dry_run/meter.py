@@ -98,8 +98,8 @@ class Meter(TorchDispatchMode):
         self.memory.now[to] += self.memory.now.pop(kind, 0)
 
     def shift(self, kind: str, to: str, size: int) -> None:
-        """So many bytes of what is alive of one kind are of another in truth."""
-        size = min(size, self.memory.now[kind])
+        """So many bytes of what is alive of one kind are of another in truth; none if ``size`` is negative."""
+        size = max(0, min(size, self.memory.now[kind]))
         self.memory.now[kind] -= size
         self.memory.now[to] += size
 

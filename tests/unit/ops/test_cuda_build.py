@@ -225,6 +225,7 @@ def test_asking_whether_a_gpu_can_be_used_leaves_the_callers_device_as_it_was(
         yield
         kernels.guarded_by.pop()
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert served(3)
