@@ -61,7 +61,9 @@ def test_options_that_mean_nothing_beside_it_are_refused(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: list[str]
 ) -> None:
     assert ultrafuser(monkeypatch, "plan", "--config", config, "--gpus", 4, *other) == 2
-    assert "error: --gpus: tries layouts of its own; leave --ranks, --resume and --dry-run out" in capsys.readouterr().err
+    assert (
+        "error: --gpus: tries layouts of its own; leave --ranks, --resume and --dry-run out" in capsys.readouterr().err
+    )
 
 
 def test_gpus_that_are_not_known_are_refused(
