@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-_GIB = 2**30
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,12 @@ def rehearsal_table(
         for kind in ("weights", "gradients", "optimizer", "buffers", "activations", "update", "checkpoint")
         if any(part.peak.get(kind) for _, rehearsal in roles for part in rehearsal.parts)
     ]
+    largest = max((part.peak_bytes for _, rehearsal in roles for part in rehearsal.parts), default=0)
+    unit, size = next(((name, size) for name, size in _UNITS.items() if largest >= size), ("KiB", _UNITS["KiB"]))
+
+    def held(count: float) -> str:
+        return f"{count / size:.2f}" if count else ""
+
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "part"):
         table.add_column(column, no_wrap=True)
@@ -120,9 +126,9 @@ def rehearsal_table(
             table.add_row(
                 f"{rehearsal.rank} {role}" if index == 0 else "",
                 part.name,
-                *(_gib(part.peak.get(kind, 0)) for kind in kinds),
-                f"[bold]{_gib(part.peak_bytes)}[/]",
-                _gib(formula.peak) if formula else "",
+                *(held(part.peak.get(kind, 0)) for kind in kinds),
+                f"[bold]{held(part.peak_bytes)}[/]",
+                held(formula.peak) if formula else "",
                 f"{sum(part.flops.values()) / share / 1e12:.3g}" if part.flops else "",
                 f"{formula.flops / share / 1e12:.3g}" if formula and formula.flops else "",
                 f"{sum(c.bytes for c in part.collectives) / share / 1e9:.3g} GB" if part.collectives else "",
@@ -131,8 +137,8 @@ def rehearsal_table(
                 end_section=index == len(rehearsal.parts) - 1,
             )
     table.caption = (
-        "memory in GiB at its largest; FLOPs, bytes of collectives and dispatched operations per microbatch of a stage;"
-        " what the allocator, CUDA and NCCL take for themselves (3 to 5 GiB on a GPU) comes on top"
+        f"memory in {unit} at its largest; FLOPs, bytes of collectives and dispatched operations per microbatch of a"
+        " stage; what the allocator, CUDA and NCCL take for themselves (3 to 5 GiB on a GPU) comes on top"
     )
     return table
 
@@ -146,9 +152,3 @@ def waits_of(rehearsals: Sequence[Rehearsal]) -> list[str]:
                 for where, count in part.waits.items():
                     found[where] = max(found.get(where, 0), count)
     return [f"the host waits {count} time(s) a step: {where}" for where, count in found.items()]
-
-
-def _gib(size: float) -> str:
-    if size == 0:
-        return ""
-    return f"{size / _GIB:.2f}" if size >= _GIB / 20 else f"{size / _GIB:.2g}"
