@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A library's operator costs the host 6 us per call; one of torch.library.custom_op's would cost 30.
-_LIBRARY = torch.library.Library("ultrafuser", "FRAGMENT")
+from ultrafuser_mega.ops.operators import register
+
 FORMULAS: dict[str, Callable[..., Any]] = {}  # of every operator; what the kernels are held to and measured beside
 
 
@@ -31,17 +31,12 @@ def _operator(arguments: str, empty: Callable[..., Any]) -> Callable[[Callable[.
         empty: from the arguments the results without numbers, for fake tensors.
     """
 
-    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
+    def as_operator(formula: Callable[..., Any]) -> Callable[..., Any]:
         name = formula.__name__
         FORMULAS[name] = formula
-        _LIBRARY.define(name + arguments)
-        _LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, lambda *given: getattr(_kernels(), name)(*given), "CUDA")
-        torch.library.register_fake(f"ultrafuser::{name}", empty, lib=_LIBRARY)
-        operator: Callable[..., Any] = getattr(torch.ops.ultrafuser, name).default
-        return operator
+        return register(name + arguments, formula, empty, cuda=lambda *given: getattr(_kernels(), name)(*given))
 
-    return register
+    return as_operator
 
 
 @functools.cache

@@ -74,8 +74,9 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
     parts[:, :, MAX] = float("-inf")
     parts[:, :, 2] = float("-inf")
     if rows and real:
-        fill = _fill_gate_statistics if per_specialist else _fill_statistics
-        fill(problem.hidden, problem.heads, gate_weights, problem.local_target(), parts, real, split)
+        _fill_statistics(
+            problem.hidden, problem.heads, gate_weights, problem.local_target(), parts, real, split, per_specialist
+        )
     columns = parts.new_full((splits, 1), split)
     columns[-1] = real - (splits - 1) * split
     local = parts[0] if splits == 1 else combine(parts, columns)
@@ -84,23 +85,9 @@ def statistics(problem: Problem, gate_weights: Tensor, *, per_specialist: bool) 
 
 @launch_operator(
     "streaming_statistics(Tensor[] hidden, Tensor[] heads, Tensor gate_weights, Tensor target, Tensor(a!) parts,"
-    " int columns, int split)"
+    " int columns, int split, bool per_specialist)"
 )
-def _fill_statistics(hidden: Sequence[Tensor], heads: Sequence[Tensor], *rest: Any) -> None:
-    _walk("statistics", statistics_kernel, hidden, heads, *rest)
-
-
-@launch_operator(
-    "streaming_gate_statistics(Tensor[] hidden, Tensor[] heads, Tensor gate_weights, Tensor target, Tensor(a!) parts,"
-    " int columns, int split)"
-)
-def _fill_gate_statistics(hidden: Sequence[Tensor], heads: Sequence[Tensor], *rest: Any) -> None:
-    _walk("gate statistics", gate_statistics_kernel, hidden, heads, *rest)
-
-
-def _walk(
-    name: str,
-    kernel: Any,
+def _fill_statistics(
     hidden: Sequence[Tensor],
     heads: Sequence[Tensor],
     gate_weights: Tensor,
@@ -108,12 +95,16 @@ def _walk(
     parts: Tensor,  # (splits, N, width) out
     columns: int,
     split: int,
+    per_specialist: bool,
 ) -> None:
     splits, rows, _ = parts.shape
 
     def programs(tile: Tile) -> int:
         return int(triton.cdiv(rows, tile.block_m)) * splits
 
+    name, kernel = "statistics", statistics_kernel
+    if per_specialist:
+        name, kernel = "gate statistics", gate_statistics_kernel
     launch(name, kernel, programs, hidden, heads, gate_weights, target, parts, rows, columns, split)
 
 
