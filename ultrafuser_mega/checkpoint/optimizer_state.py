@@ -38,17 +38,26 @@ def states_to_write(trainable: Trainable, groups: RankGroups) -> States:
         mine = _own(trainable, parameter) if trainable.owned(parameter) != slice(0) else {}
         for replica, part in _parts(inner, parameter, groups.data.size()):
             for kind in _kinds(parameter):
-                if groups.reads:
-                    whole = found[parameter][kind].view(-1)
-                    if replica == 0:
-                        whole[part] = mine[kind].detach().to("cpu")
-                    else:
-                        piece = torch.empty(part.stop - part.start, dtype=torch.float32, device=trainable.device)
-                        dist.recv(piece, group=groups.data, group_src=replica)
-                        whole[part] = piece.to("cpu")
-                elif replica == groups.data.rank():
-                    dist.send(mine[kind].detach().contiguous(), group=groups.data, group_dst=0)
+                piece = _on_the_first(mine.get(kind), part, replica, groups, trainable.device)
+                if piece is not None:
+                    found[parameter][kind].view(-1)[part] = piece
     return found
+
+
+def _on_the_first(
+    mine: Tensor | None, part: slice, replica: int, groups: RankGroups, device: torch.device
+) -> Tensor | None:
+    """The part that ``replica`` has, in the first replica's host memory; None on the others."""
+    if replica == groups.data.rank():
+        assert mine is not None
+        if groups.reads:
+            return mine.detach().to("cpu")
+        dist.send(mine.detach().contiguous(), group=groups.data, group_dst=0)
+    elif groups.reads:
+        piece = torch.empty(part.stop - part.start, dtype=torch.float32, device=device)
+        dist.recv(piece, group=groups.data, group_src=replica)
+        return piece.to("cpu")
+    return None
 
 
 def states_to_read(trainable: Trainable) -> States:

@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from ultrafuser_mega.reporting.rehearsal import Collective
+
 aten = torch.ops.aten
 _GRANULE = 512  # bytes that PyTorch's CUDA allocator rounds up to
 _READS_A_NUMBER = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
@@ -42,15 +44,6 @@ class Memory:
     now: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
-    peak_where: str = ""
-
-
-@dataclass(frozen=True)
-class Calls:
-    """How often, and bytes of the largest tensor of each call added up."""
-
-    calls: int
-    bytes: int
 
 
 class Meter(TorchDispatchMode):
@@ -79,9 +72,9 @@ class Meter(TorchDispatchMode):
         self._collectives: dict[tuple[str, str], list[int]] = {}
 
     @property
-    def collectives(self) -> dict[tuple[str, str], Calls]:
-        """(group, collective) -> calls."""
-        return {key: Calls(*value) for key, value in self._collectives.items()}
+    def collectives(self) -> list[Collective]:
+        """Those that ran, in the order of their first calls."""
+        return [Collective(*key, *counted) for key, counted in self._collectives.items()]
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
@@ -148,7 +141,6 @@ class Meter(TorchDispatchMode):
         total = sum(memory.now.values())
         if total > memory.peak:
             memory.peak, memory.at_peak = total, dict(memory.now)
-            memory.peak_where = self.kind
 
     def _release(self, key: int) -> None:
         size, kind = self._alive.pop(key, (0, self.kind))

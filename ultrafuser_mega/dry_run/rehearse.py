@@ -23,7 +23,7 @@ from ultrafuser_mega.dry_run.meter import Meter
 from ultrafuser_mega.dry_run.samples import UniformStore
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import distinct_ranks, role_of
-from ultrafuser_mega.reporting.rehearsal import Collective, Microbatch, Part, Rehearsal
+from ultrafuser_mega.reporting.rehearsal import Microbatch, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.evaluation import evaluate
@@ -176,10 +176,7 @@ def _part(name: str, meter: Meter, trainer: Trainer, microbatches: Sequence[Micr
         peak={kind: size for kind, size in meter.memory.at_peak.items() if size},
         flops=dict(meter.flops),
         operations=dict(meter.operations),
-        collectives=[
-            Collective(group, collective, calls.calls, calls.bytes)
-            for (group, collective), calls in meter.collectives.items()
-        ],
+        collectives=meter.collectives,
         waits=dict(meter.waits),
     )
 
