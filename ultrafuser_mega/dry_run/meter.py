@@ -8,6 +8,7 @@ buffers is not seen.
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 import weakref
@@ -65,6 +66,7 @@ class Meter(TorchDispatchMode):
 
     def clear(self) -> None:
         """Forget everything but what is alive."""
+        gc.collect()  # else it hangs on when Python collects what cycles hold, and no two runs count alike
         self.memory = Memory(self.memory.now, sum(self.memory.now.values()), dict(self.memory.now))
         self.flops: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()

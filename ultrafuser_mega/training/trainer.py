@@ -5,6 +5,7 @@ Algorithm 1 of the paper. Read :func:`run` first: it is the table of contents.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from pathlib import Path
@@ -232,6 +233,7 @@ class Trainer:
 
     def make_trainable(self, number: int) -> Trainable:
         """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""
+        gc.collect()  # the last stage's optimizer and gradient buffers, which hold each other
         config = self.plan.config
         self.model.requires_grad_(number == 2)
         module: nn.Module = self.model
