@@ -14,7 +14,8 @@ from typing import cast
 
 import torch
 
-from ultrafuser_mega.checkpoint.checkpoint import rank_state
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.saver import copies_for
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
@@ -130,7 +131,7 @@ def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None
     yield _part(f"stage {number}", meter, trainer, batches.step(1).microbatches)
     if number == list(plan.config.stages)[-1]:
         with _measured(meter), meter.making("checkpoint"):
-            rank_state(trainer.model, trainable, trainer.groups)
+            copies_for(chunks_to_write(trainer.model, trainable, trainer.groups))
         yield _part("checkpoint", meter, trainer)
 
 
