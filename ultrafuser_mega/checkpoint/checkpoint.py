@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ultrafuser_mega.checkpoint.chunks import Chunk, states_to_read, weights_to_read
+from ultrafuser_mega.checkpoint.chunks import Chunk, parameter_parts, states_to_read, weights_to_read
 from ultrafuser_mega.checkpoint.integrity import (
     FileRecords,
     HaveRead,
@@ -250,7 +250,7 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
     with torch.no_grad():
         if groups.reads:
             _fill(weights_to_read(model, groups), tensors)
-        groups.receive(model.parameters())
+        groups.receive(tensor for tensor, _ in parameter_parts(model, groups))
         if trainable is None:
             return
         with megatron_scope(trainable.device):

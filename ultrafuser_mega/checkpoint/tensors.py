@@ -89,7 +89,7 @@ class CheckpointTensors:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Of all tensors."""
         return sorted(self._entries)
 

@@ -50,7 +50,7 @@ class _Planner(SavePlanner):
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = {MetadataIndex(chunk.key, chunk.offsets): chunk for chunk in chunks}
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None: ...
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan([_item(index, chunk) for index, chunk in self._chunks.items()])
