@@ -7,6 +7,7 @@ and the second is reported, since the first makes the optimizer's moments.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,13 +57,24 @@ def rehearse(
         store: the run's data; None: samples of data.max_length, all of whose tokens but the first are responses.
         microbatches: of a step, at most; None: what fills the pipeline, and one.
     """
-    with joined_fake_job(plan.layout.world_size, rank):
+    with joined_fake_job(plan.layout.world_size, rank), _only_new_garbage():
         groups = make_groups(plan.layout)
         meter = Meter(device.type, group_names(groups))
         shard = make_shard(plan, groups, pad_id=0)
         with fake_tensors(meter, device):
             trainer = Trainer(plan, groups, store or _uniform_store(plan), device, shard)
             return Rehearsal(rank, list(run_parts(trainer, meter, microbatches)))
+
+
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """The meter has garbage collected before all that it measures: of what is made meanwhile, not of all imports."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def run_parts(trainer: Trainer, meter: Meter, microbatches: int | None = None) -> Iterator[Part]:
