@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -89,7 +90,7 @@ def _results(runs: Sequence[RunData]) -> Table:
     _row(table, "steps", runs, lambda run: str(run.steps[-1].step))
     _row(table, f"training loss, last {_LAST} steps", runs, lambda run: _number(fmean(_losses(run)), ".4f"))
     for name in dict.fromkeys([*(name for run in runs for name in _held_out(run)), MEAN]):
-        _row(table, f"held out, {name}", runs, lambda run, name=name: _number(_held_out(run).get(name), ".4f"))
+        _row(table, f"held out, {name}", runs, partial(_held_out_cell, name=name))
     return table
 
 
@@ -104,6 +105,10 @@ def _held_out(run: RunData) -> dict[str, float]:
     last = run.evals[-1]
     found = {name: losses[FUSED] for name, losses in last.loss.items() if FUSED in losses}
     return found | ({MEAN: last.mean[FUSED]} if FUSED in last.mean else {})
+
+
+def _held_out_cell(run: RunData, name: str) -> str:
+    return _number(_held_out(run).get(name), ".4f")
 
 
 def _speed(runs: Sequence[RunData]) -> Table:
@@ -135,7 +140,7 @@ def _saves(run: RunData) -> float:
 def _phases(runs: Sequence[RunData]) -> Table:
     table = _table("Phases (seconds per step of the last stage: mean rank / worst rank)", runs)
     for name in dict.fromkeys(name for run in runs for step in run.last_stage for name in step.phases):
-        _row(table, name, runs, lambda run, name=name: _phase(run, name))
+        _row(table, name, runs, partial(_phase, name=name))
     return table
 
 
