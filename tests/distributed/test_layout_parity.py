@@ -52,7 +52,7 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
 @pytest.mark.parametrize(
     ("layout", "ranks", "parallel"),
     [
-        pytest.param(COLOCATED_TP2, 2, {}, id="colocated_tp2"),
+        pytest.param(COLOCATED_TP2, 2, {}, id="colocated_tp2", marks=pytest.mark.slow),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, id="colocated_tp2_pp2_sequence_parallel"),
         pytest.param({**ONE, "dp": 5}, 5, {}, id="replicas_that_do_not_divide_the_batch"),
         pytest.param(
@@ -79,7 +79,9 @@ def one_rank(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
 def test_training_does_not_depend_on_the_layout(
     trio: Path, one_rank: Any, tmp_path: Path, layout: dict[str, Any], ranks: int, parallel: dict[str, bool]
 ) -> None:
-    """Of disjoint layouts under sequence parallelism test_gradients_against_reference.py has a quick test."""
+    """The slow ones have quick twins: of tp 2 alone in test_families.py (learn the same), of disjoint layouts under
+    sequence parallelism in test_gradients_against_reference.py.
+    """
     tree = _tree(trio, tmp_path, layout, parallel)
     here, (there, reference) = read_steps(train(tree, ranks)), one_rank
     assert [step["step"] for step in here] == list(range(1, 6))

@@ -1,4 +1,4 @@
-"""What a user gets from one torchrun: every file, every key, and each line once although there are three ranks."""
+"""What a user gets from one torchrun: every file, every key, and each line once although there are two ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.trio import DISJOINT_3, config_tree, read_steps
+from support.trio import COLOCATED_TP2, config_tree, read_steps, train
 
 from ultrafuser_mega.config import load_config
 
@@ -32,13 +32,13 @@ def _torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess
 
 @pytest.fixture(scope="module")
 def finished(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of 3 + 4 steps on three disjoint ranks: its folder and what it printed."""
+    """A run of 3 + 4 steps on two ranks: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("job")
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(config_tree(trio, folder / "runs", DISJOINT_3)))
-    result = _torchrun(3, "--config", str(config), "stage1.steps=3", "stage2.steps=4", "evaluation.every=2",
+    config.write_text(yaml.safe_dump(config_tree(trio, folder / "runs", COLOCATED_TP2)))
+    result = _torchrun(2, "--config", str(config), "stage1.steps=3", "stage2.steps=4", "evaluation.every=2",
                        "evaluation.token_views=1", f"report.prometheus={folder}/run.prom",
-                       "profile.steps=5:6", "profile.ranks=[0, 2]")  # fmt: skip
+                       "profile.steps=5:6", "profile.ranks=[0, 1]")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder / "runs" / "run", result
 
@@ -53,7 +53,7 @@ def test_summary_holds_losses_gate_and_speed(finished: tuple[Path, subprocess.Co
     assert summary["train"]["tokens_per_s"] > 0
     assert summary["wall_s"] > 0
     assert summary["device"] == "cpu"
-    assert summary["layout"].startswith("disjoint")
+    assert summary["layout"].startswith("colocated")
 
 
 def test_metrics_say_what_a_step_took_and_held(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -95,13 +95,22 @@ def test_a_profile_has_the_phases_as_ranges_of_the_ranks_that_were_chosen(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder = finished[0] / "profile"
-    assert sorted(path.name for path in folder.iterdir()) == ["steps5-6-rank0.json.gz", "steps5-6-rank2.json.gz"]
-    for rank, own in ((0, "forward of text"), (2, "forward of math")):
+    assert sorted(path.name for path in folder.iterdir()) == ["steps5-6-rank0.json.gz", "steps5-6-rank1.json.gz"]
+    for rank in (0, 1):
         trace = json.loads(gzip.decompress((folder / f"steps5-6-rank{rank}.json.gz").read_bytes()))
         names = [event.get("name") for event in trace["traceEvents"]]
-        assert {"data", own, "exchange", "loss", "backward", "optimizer", "end of step"} <= set(names)
+        assert {
+            "data",
+            "forward of text",
+            "forward of math",
+            "exchange",
+            "loss",
+            "backward",
+            "optimizer",
+            "end of step",
+        } <= set(names)
         assert names.count("optimizer") == 2
-    assert f"profile of steps 5 to 6, rank(s) 0, 2: {folder}\n" in finished[1].stderr
+    assert f"profile of steps 5 to 6, rank(s) 0, 1: {folder}\n" in finished[1].stderr
 
 
 def test_the_gate_is_averaged_per_token_and_per_sample(
@@ -139,9 +148,8 @@ def test_resume_goes_on_to_a_later_end_on_fewer_ranks(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     run = finished[0]
-    layout = "layouts=[{kind: colocated}]"
-    result = _torchrun(1, "--config", str(run / "config.yaml"), "--resume", layout, "stage2.steps=6")
-    assert result.returncode == 0, result.stderr
+    config = load_config(run / "config.yaml", ["layouts=[{kind: colocated}]", "stage2.steps=6"])
+    assert train(config.model_dump(mode="json"), 1, resume=True) == run
     assert json.loads((run / "summary.json").read_text())["steps"] == 9
 
 
