@@ -80,7 +80,10 @@ def _read(folder: Path, name: str) -> RunData:
 
 
 def comparison_tables(runs: Sequence[RunData]) -> list[Table]:
-    """Results, speed and phases of every run; and, of more than one, what their configurations differ in."""
+    """Results, speed and phases of every run; and, of more than one, what their configurations differ in.
+
+    Speed is the median, phases are the mean over the steps of the last stage that has any.
+    """
     tables = [_results(runs), _speed(runs), _phases(runs)]
     return [*tables, _differences(runs)] if len(runs) > 1 else tables
 
@@ -112,7 +115,7 @@ def _held_out_cell(run: RunData, name: str) -> str:
 
 
 def _speed(runs: Sequence[RunData]) -> Table:
-    table = _table("Speed (medians of the last stage's steps)", runs)
+    table = _table("Speed (medians)", runs)
     _row(table, "layout", runs, lambda run: str(run.summary.get("layout", _GAP)))
     _row(table, "device", runs, lambda run: str(run.summary.get("device", _GAP)))
     _row(table, "seconds per step", runs, lambda run: _middle(run, "seconds", ".3g"))
@@ -138,7 +141,7 @@ def _saves(run: RunData) -> float:
 
 
 def _phases(runs: Sequence[RunData]) -> Table:
-    table = _table("Phases (seconds per step of the last stage: mean rank / worst rank)", runs)
+    table = _table("Phases (s, mean / worst rank)", runs)
     for name in dict.fromkeys(name for run in runs for step in run.last_stage for name in step.phases):
         _row(table, name, runs, partial(_phase, name=name))
     return table
