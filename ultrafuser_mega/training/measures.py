@@ -82,7 +82,8 @@ class Measures:
         """
         phases = dict(zip(self._names, ranks[:, 4:].T.copy(), strict=True))
         computing = np.sum([phases[name] for name in self._computes], axis=0)
-        self.straggler = self._stragglers.step(computing, self._tokens) if computing.all() else None
+        known = self._tokens and computing.all()  # both, but for the first step
+        self.straggler = self._stragglers.step(computing, self._tokens) if known else None
         self._tokens = {name: int(lengths.sum()) for name, lengths in batch.lengths.items()}
         grad_norm, data_seconds, memory, peak = ranks[:, :4].max(axis=0).tolist()
         return Measured(grad_norm, data_seconds, int(memory), int(peak), self._summary(phases))
