@@ -311,7 +311,7 @@ class Trainer:
         with self.phases("end of step"):
             reduced = totals.reduce(self.groups, own)
         self.phases.end_step()
-        measured = self.measures.read(reduced.ranks)
+        measured = self.measures.read(reduced.ranks, batch)
         grad_norm = measured.grad_norm
         loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
