@@ -31,7 +31,7 @@ from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.trainer import build_model, load_hf_weights, run
 
-TIMES = ("seconds", "tokens_per_s", "data_seconds", "peak_memory_bytes")
+TIMES = ("seconds", "tokens_per_s", "data_seconds", "memory_bytes", "peak_memory_bytes", "save_seconds", "phases")
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ultrafuser_mega.config.evaluation import Evaluation
 from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import DisjointLayout, Layout, Parallel
 from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.config.specialists import Specialist
 from ultrafuser_mega.config.stages import Optimizer, Stage
@@ -44,6 +45,8 @@ class FuserConfig(Section):
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    report: Report = Report()
+    profile: Profile = Profile()
 
     @property
     def run_dir(self) -> Path:

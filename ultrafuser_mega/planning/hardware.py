@@ -52,6 +52,30 @@ GPUS: dict[str, Gpu] = {
 }
 
 
+#: What CUDA calls GPUs of these products; boards with fewer (H100 PCIe, H200 NVL, MIG slices) are not among them.
+_NAMES = {
+    "A100-SXM4-40GB": "a100-40g",
+    "A100-PCIE-40GB": "a100-40g",
+    "A100-SXM4-80GB": "a100-80g",
+    "A100 80GB PCIe": "a100-80g",
+    "H100 80GB HBM3": "h100-80g",
+    "GH200 480GB": "h100-80g",
+    "H200": "h200-141g",
+    "B200": "b200-180g",
+}
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """bf16 matrix products per second of a GPU, by the name that CUDA gives it; None where they are not known.
+
+    Args:
+        device_name: as in "NVIDIA H100 80GB HBM3".
+        dtype: of the run; only "bf16" is compared with them.
+    """
+    found = _NAMES.get(device_name.removeprefix("NVIDIA "))
+    return GPUS[found].flops if found is not None and dtype == "bf16" else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """How much of a GPU the program gets. BELIEVE RATIOS, NOT DIGITS: no step has been timed on a GPU yet.

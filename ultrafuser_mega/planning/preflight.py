@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     _check_data_files(config)
     _check_microbatches(config)
     _check_run_dir(config.run_dir)
+    _check_reports(config, world_size)
     plan = RunPlan(
         config=config,
         architectures=architectures,
@@ -219,6 +221,21 @@ def _check_run_dir(run_dir: Path) -> None:
             raise InputError(f"runs, name: {place} cannot be written by this user; choose another runs folder")
     except OSError as error:
         raise InputError(f"runs, name: {run_dir}: {error.strerror}; choose another runs folder or name") from None
+
+
+def _check_reports(config: FuserConfig, ranks: int) -> None:
+    """Whether what is asked for beside the run's folder can be had."""
+    profile, steps = config.profile, config.stage1.steps + config.stage2.steps
+    if profile.span and profile.span[-1] > steps:
+        raise InputError(f"profile.steps: {profile.steps}: the run has {steps} steps; give some of 1:{steps}")
+    for rank in profile.ranks if profile.span else ():
+        if rank >= ranks:
+            raise InputError(f"profile.ranks: {rank}: the job has ranks 0 to {ranks - 1}")
+    if config.report.wandb is not None and find_spec("wandb") is None:
+        raise InputError("report.wandb: wandb is not installed; pip install wandb, or leave report.wandb out")
+    folder = (config.report.prometheus or Path()).absolute().parent
+    if config.report.prometheus is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"report.prometheus: {folder}: not a folder that this user can write in; make it, or another")
 
 
 def _check_words(config: FuserConfig) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -89,12 +90,22 @@ def kind_of_device(wanted: str, ranks: int) -> str:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """What CUDA calls the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far: allocated on its GPU; where it computes on the CPU, resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds now: allocated on its GPU; where it computes on the CPU, resident."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:

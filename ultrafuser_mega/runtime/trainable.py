@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import counted_again
 
 
@@ -21,6 +22,7 @@ class Trainable:
     """A module being trained on this rank: gradients over replicas, one optimizer, one schedule.
 
     clip_grad: bound on the gradient norm; 0 for none.
+    phases: of this rank; sums of gradients over replicas are one, the wait for all ranks' norms another.
     """
 
     wrapped: DistributedDataParallel
@@ -28,6 +30,7 @@ class Trainable:
     schedule: OptimizerParamScheduler
     clip_grad: float
     device: torch.device
+    phases: Phases
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -51,7 +54,7 @@ class Trainable:
 
     def reduce_gradients(self) -> None:
         """Sum gradients over replicas, for a backward that ran outside Megatron's schedule."""
-        with megatron_scope(self.device):
+        with self.phases("gradients"), megatron_scope(self.device):
             self.wrapped.finish_grad_sync()
 
     @torch.no_grad()
@@ -80,5 +83,6 @@ class Trainable:
             if gradients := part.get_main_grads_for_grad_norm():
                 squared += torch.stack(torch._foreach_norm(gradients)).square().sum()
         squared -= counted_again(self.parameters, self.owned)
-        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        with self.phases("gradient norm"):
+            dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared.sqrt()

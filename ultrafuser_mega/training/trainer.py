@@ -28,21 +28,25 @@ from ultrafuser_mega.errors import DivergedError
 from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
+from ultrafuser_mega.planning.hardware import peak_flops
 from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
-from ultrafuser_mega.runtime.device import peak_memory, to_device
+from ultrafuser_mega.runtime.device import device_name
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
+from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.prepare import data_notes, open_store
+from ultrafuser_mega.training.profiling import StepProfiler
 from ultrafuser_mega.training.run_folder import locked_run, set_aside
 from ultrafuser_mega.training.token_samples import token_samples
-from ultrafuser_mega.training.totals import ClassTotals
+from ultrafuser_mega.training.totals import ClassTotals, gate_column
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
 
@@ -56,7 +60,8 @@ def run(plan: RunPlan, device: torch.device) -> None:
             verify_checkpoint(weights[1])
         store = open_store(plan, groups)
         plan = compared_with_data(plan, store)
-        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun)
+        peak = peak_flops(device_name(device), plan.config.dtype)
+        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun, peak)
         trainer.load()
         _run(plan, groups, trainer)
 
@@ -96,10 +101,12 @@ def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
         run_dir=config.run_dir,
         config_text=dump_config(config),
         layout=plan.layout.describe(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device_name(device),
         specialists=list(config.specialists),
         stage_steps=(config.stage1.steps, config.stage2.steps),
         resumed_from=plan.resume[1] if plan.resume else None,
+        wandb=config.report.wandb,
+        prometheus=config.report.prometheus,
     )
 
 
@@ -115,6 +122,7 @@ class Trainer:
         device: where this rank computes.
         shard: this rank's part of the data-parallel work.
         begun: when the run began, by ``time.monotonic``; None: now.
+        peak_flops: of each GPU; None: not known.
     """
 
     def __init__(
@@ -125,12 +133,16 @@ class Trainer:
         device: torch.device,
         shard: Shard,
         begun: float | None = None,
+        peak_flops: float | None = None,
     ) -> None:
         self._begun = time.monotonic() if begun is None else begun
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.sources: SourceFiles | None = None  # what checkpoints keep of the specialists; rank 0's
-        self.model = build_model(plan, groups, device)
-        self.engine = Engine(self.model, groups, device)
+        self.phases = Phases(device)
+        self.measures = Measures(plan, device, self.phases, peak_flops)
+        self.profiler = StepProfiler(plan.config, groups.rank, device)
+        self.model = build_model(plan, groups, device, self.phases)
+        self.engine = Engine(self.model, groups, device, self.phases)
 
     def load(self) -> None:
         """Read the weights that the run begins with; those of the checkpoint that it resumes from, its stage reads."""
@@ -161,7 +173,8 @@ class Trainer:
 
     def evaluate(self, *, trained: bool = True) -> EvaluationResult:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
-        result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
+        with self.phases("evaluation", whole=True):
+            result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
@@ -190,16 +203,21 @@ class Trainer:
             return True
         judge, overdue = Judge(self._measured_loss(batches)), False
         begun = time.perf_counter()
+        self.phases.restart()  # what came before belongs to no step
         with StepsAhead(batches, done, stage.steps, self.device) as ahead:
             for step in range(done, stage.steps):
-                record = self.step(number, trainable, ahead, step, begun)
+                with self.profiler.step(first + step + 1):
+                    record = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
+                for line in filter(None, (self.measures.straggler, self.profiler.written(record.step))):
+                    report.note(line)
                 progress, time_is_up = Progress(number, step + 1), self._time_is_up()
                 is_last = time_is_up or step + 1 == stage.steps
                 if is_last or overdue or _due(step + 1, config.checkpoint.every):
-                    problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
+                    with self.phases("save", whole=True):
+                        problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:
                         raise DivergedError(f"{problem}; {remedy(self.checkpoints)}")
                     if problem and not overdue:
@@ -249,27 +267,30 @@ class Trainer:
             distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
             overlap_gradients=number == 2,
             device=self.device,
+            phases=self.phases,
         )
 
     def step(self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float) -> StepRecord:
         """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
         asked = time.perf_counter()
-        batch = batches.step(step)
+        with self.phases("data"):
+            batch = batches.step(step)
         data_seconds = time.perf_counter() - asked
         progress, config = Progress(number, step + 1), self.plan.config
-        specialists = list(config.specialists)
-        gates = {name: f"gate {name}" for name in specialists}
-        totals = ClassTotals(self.store.class_names, ["loss", *gates.values()], self.device)
+        totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.specialists)], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
 
         def loss_of(hidden: dict[str, Tensor], microbatch: MicroBatch) -> Tensor:
             fusion, exchange = self.model.fusion, self.model.exchange
             assert fusion is not None and exchange is not None
             with torch.enable_grad():
-                loss, rows, weights = fusion.loss(exchange(hidden), microbatch.targets)
-                loss = loss / terms
+                everyone = exchange(hidden)
+                with self.phases("loss"):
+                    loss, rows, weights = fusion.loss(everyone, microbatch.targets)
+                    loss = loss / terms
             if number == 1:
-                loss.backward()
+                with self.phases("backward"):
+                    loss.backward()
             totals.add(microbatch.row_class, torch.cat([rows[:, None].to(weights.dtype), weights], dim=1))
             return loss
 
@@ -279,33 +300,22 @@ class Trainer:
             trainable.reduce_gradients()
         else:
             self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
-        norm, lr = trainable.step()
-        costs = torch.tensor([data_seconds, float(peak_memory(self.device))], dtype=torch.float64)
-        reduced = totals.reduce(self.groups, torch.cat([norm.double()[None], to_device(costs, self.device)]))
-        means, (grad_norm, worst_data, worst_memory) = reduced.means, reduced.largest
-        loss = sum(means[name]["loss"] * reduced.counts[name] for name in means) / terms
+        with self.phases("optimizer"):
+            norm, lr = trainable.step()
+        own = self.measures.own(norm, data_seconds)
+        with self.phases("end of step"):
+            reduced = totals.reduce(self.groups, own)
+        self.phases.end_step()
+        measured = self.measures.read(reduced.ranks)
+        grad_norm = measured.grad_norm
+        loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
                 f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {remedy(self.checkpoints)}"
             )
-        seconds = time.perf_counter() - begun
-        return StepRecord(
-            stage=number,
-            step=self.global_step(progress),
-            loss=loss,
-            class_loss={name: row["loss"] for name, row in means.items()},
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens=batch.response_tokens,
-            tokens_per_s=batch.response_tokens / seconds,
-            gate={name: {other: row[gates[other]] for other in specialists} for name, row in means.items()},
-            seconds=seconds,
-            processed_tokens=batch.processed_tokens,
-            padding=batch.packing.padding,
-            imbalance=batch.packing.imbalance,
-            fill=batch.packing.fill,
-            data_seconds=worst_data,
-            peak_memory_bytes=int(worst_memory),
+        done, seconds = self.global_step(progress), time.perf_counter() - begun
+        return self.measures.record(
+            measured, reduced, batch, stage=number, step=done, loss=loss, lr=lr, seconds=seconds
         )
 
     def _publish(
@@ -349,7 +359,7 @@ def run_sources(plan: RunPlan) -> SourceFiles:
     return SourceFiles.of_checkpoint(plan.start[1], plan.config, trained=plan.start[0].trained)
 
 
-def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> FusedStage:
+def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases: Phases | None = None) -> FusedStage:
     """This rank's share of the fused model of ``plan``, weights not loaded."""
     config = plan.config
     with megatron_scope(device):
@@ -364,6 +374,7 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> Fuse
             loss=LossOptions(config.loss.backend, config.loss.label_smoothing, config.loss.z_loss),
             seed=config.seed,
             recompute_layers=config.parallel.recompute_layers,
+            phases=phases,
         )
 
 

@@ -102,9 +102,9 @@ def test_rows_of_a_norm_may_lie_in_the_fused_projection(per_group: int, interpre
 
 def test_rows_may_lie_anywhere(interpreted: Any) -> None:
     dtype = torch.float32
-    x = normal(6, 2, 50, seed=0, dtype=dtype)
+    x = normal(6, 2, 20, seed=0, dtype=dtype)
     one = torch.ones((), dtype=dtype)
-    for strided in (x[:, :, 3:47], x[::2], x.transpose(0, 1), x.transpose(0, 2)[:44]):
+    for strided in (x[:, :, 3:17], x[::2], x.transpose(0, 1), x.transpose(0, 2)[:14]):
         width = strided.shape[-1]
         for dy in (one.expand(strided.shape), normal(*strided.shape, seed=1, dtype=dtype).flip(-1)):
             check(norm_cases(strided, normal(width, seed=2, dtype=dtype), dy), interpreted)
