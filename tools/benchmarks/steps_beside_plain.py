@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bench_mixture_ce import commit, cpu_model
@@ -150,7 +150,7 @@ def plain_model(trainer: Trainer, device: torch.device) -> PlainFuser:
     """The run's folders, and the trainer's gate as it is."""
     plan = trainer.plan
     model = PlainFuser(plan.config.folders, DTYPES[plan.config.dtype], device, plan.gate_units)
-    gate, fusion = model.gate, trainer.model.fusion
+    fusion, gate = trainer.model.fusion, cast(Any, model.gate)
     assert fusion is not None
     w1, _, w2 = gate
     with torch.no_grad():

@@ -108,7 +108,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
         return out.flatten(1)
     attended = []
     for sequence in zip(*(x.split(info.lengths) for x in (q, k, v)), strict=True):
-        by_head = [x.transpose(0, 1)[None] for x in sequence]
-        one = F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=grouped)
+        q, k, v = (x.transpose(0, 1)[None] for x in sequence)
+        one = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         attended.append(one[0].transpose(0, 1).flatten(1))
     return torch.cat(attended)
