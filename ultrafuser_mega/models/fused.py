@@ -81,7 +81,7 @@ class FusedStage(MegatronModule):
             with self.phases(f"forward of {name}"):
                 hidden[name] = stage(tokens[name])
         if self.fusion is not None:
-            return {name: h.flatten(0, 1).index_select(0, rows[name]) for name, h in hidden.items()}
+            return {name: h.index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
 
     def handed_over(self, tokens: Mapping[str, PackedTokens]) -> int:
@@ -97,7 +97,7 @@ class FusedStage(MegatronModule):
     def _hand_over(self, packed: Tensor, tokens: Mapping[str, PackedTokens]) -> None:
         sizes = [self._rows(name, tokens) * stage.arch.hidden_size for name, stage in self.stages.items()]
         for (name, stage), part in zip(self.stages.items(), packed.view(-1).split(sizes), strict=True):
-            stage.set_input_tensor(part.view(self._rows(name, tokens), 1, -1))
+            stage.set_input_tensor(part.view(self._rows(name, tokens), -1))
 
 
 def build_fused_stage(

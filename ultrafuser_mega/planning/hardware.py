@@ -87,6 +87,8 @@ class Assumptions:
         hbm: share of ``Gpu.bandwidth`` that everything else reaches.
         links: share of ``node_bandwidth`` that a collective's bytes reach; 340 of 450 GB/s on H100.
         network: the same of ``network_bandwidth``; 42 of 50 GB/s.
+        hidden: share of a collective that a product beside it hides at the most: both want multiprocessors and memory.
+        parts: time of two products of half the rows in parts of the whole's: more of a last wave of tiles idles.
         latency: seconds that a collective takes before its first byte.
         kernel: seconds that the shortest kernel takes.
         operation: seconds of host thread per dispatched operation; 5.4 us were measured over a training step.
@@ -99,6 +101,8 @@ class Assumptions:
     hbm: float = 0.80
     links: float = 0.75
     network: float = 0.84
+    hidden: float = 0.8
+    parts: float = 1.15
     latency: float = 15e-6
     kernel: float = 2.5e-6
     operation: float = 5.4e-6

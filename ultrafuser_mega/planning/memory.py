@@ -11,8 +11,8 @@ Per token of a layer autograd keeps, by the operation that needs it:
 
     b d / s               the input of the first norm, which is the layer's; + 4 / s: its reciprocal root mean square
     b d / s               the norm's output, the query, key and value projection's input
-    b (h + 2 g) e / t     what that projects to: the values are a view of it (with query and key norms both are needed)
-    b (h + g) e / t       rotated queries and keys
+    b (h + 2 g) e / t     rotated queries, rotated keys, values
+    b (h + 2 g) e / t     what they were made of, where queries and keys are normed; + 4 (h + g) / t
     b h e / t             what attention gives, the output projection's input; + 4 h / t: log-sum-exp of every score row
     b h e / t             the same once more where attention runs sequence by sequence (CPU, float32)
     2 b d / s + 4 / s     as above, of the MLP's norm
@@ -200,12 +200,9 @@ def layer_bytes(plan: RunPlan, role: Role, arch: Architecture, device: Device) -
     queries, groups = arch.heads // tp, arch.kv_heads_of_rank(tp)
     numbers = 4 * arch.hidden_size / parts + 3 * arch.ffn_size / tp
     attended = 2 if device == "cpu" or plan.config.dtype == "fp32" else 1
-    numbers += (queries + 2 * groups + queries + groups + attended * queries) * arch.head_dim
-    statistics = 2 / parts + queries
-    if FAMILIES[arch.family].qk_norm:
-        statistics += queries + groups
-        if groups > 1 and queries > groups:  # the queries of several groups do not lie together
-            numbers += queries * arch.head_dim
+    normed = FAMILIES[arch.family].qk_norm
+    numbers += ((1 + normed) * (queries + 2 * groups) + attended * queries) * arch.head_dim
+    statistics = 2 / parts + queries + normed * (queries + groups)
     return width * numbers + _WIDE * statistics
 
 

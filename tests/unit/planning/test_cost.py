@@ -7,7 +7,7 @@ counts them, and operands of collectives. They do not depend on how the elementw
 from __future__ import annotations
 
 import pytest
-from support.trio_13b import plan_13b
+from trio_13b import plan_13b
 
 from ultrafuser_mega.planning.cost import rank_cost
 from ultrafuser_mega.planning.memory import rank_memory
