@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.trio_13b import plan_13b
+from trio_13b import plan_13b
 
 from ultrafuser_mega.data.batches import Packing, StepBatch
 from ultrafuser_mega.planning.hardware import peak_flops

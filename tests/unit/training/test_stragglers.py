@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.trio_13b import plan_13b
+from trio_13b import plan_13b
 
 from ultrafuser_mega.training.stragglers import SCORE, STEPS, Stragglers, equal_units
 
