@@ -100,8 +100,6 @@ def replace(text: str) -> Callable[[Path], Path]:
         pytest.param(flip, "damaged: its checksum is ", id="distcp_flipped"),
         pytest.param(remove("__2_0.distcp"), "missing", id="no_distcp"),
         pytest.param(remove(".metadata"), "missing", id="no_index"),
-        pytest.param(remove("common.pt"), "missing", id="no_common"),
-        pytest.param(remove("metadata.json"), "missing", id="no_metadata"),
         pytest.param(remove("sources/code/config.json"), "missing", id="no_source"),
         pytest.param(replace("[]"), "damaged (TypeError", id="progress_is_a_list"),
         pytest.param(replace("{}"), "damaged (KeyError('identity')", id="progress_is_empty"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.trio import (
     COLOCATED_TP2_PP2,
     COLOCATED_TP4,
@@ -24,6 +26,8 @@ from support.trio import (
 
 from ultrafuser_mega.checkpoint import checkpoint
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.chunks import Chunk
+from ultrafuser_mega.checkpoint.integrity import FileRecords
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
@@ -136,21 +140,25 @@ def test_checkpoint_of_another_model_is_refused_by_name(whole_1: Path) -> None:
         read_progress(path, identity)
 
 
-def test_write_that_fails_midway_leaves_no_checkpoint(trio: Path, tmp_path: Path) -> None:
+def test_writes_that_fail_midway_leave_no_checkpoint_and_the_last_one_ends_the_run(
+    trio: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     tree = _tree(trio, tmp_path, ONE, {}, "fp32")
-    with pytest.raises(InputError, match=r"/stage1-step0000001: cannot be read or written \(disk full; .* GB are free"):
+    refused = r"cannot be read or written \(disk full; .* GB are free there\)"
+    with pytest.raises(InputError, match=rf"/stage2-step0000002: {refused}$"):
         run_ranks(_train_with_a_full_disk, 1, tree)
+    assert len(re.findall(rf"/stage1-step000000[12]: {refused}; training goes on", capfd.readouterr().err)) == 2
     folder = FuserConfig.model_validate(tree).run_dir / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == [".stage1-step0000001.partial"]
+    assert [path.name for path in folder.iterdir()] == [".stage2-step0000002.partial"]
     assert list_checkpoints(folder) == []
 
 
 def _train_with_a_full_disk(rank: int, tree: dict[str, Any]) -> None:
-    def half_a_save(state: dict[str, Any], folder: str) -> None:
-        (Path(folder) / "__0_0.distcp").write_bytes(b"half")
+    def half_a_save(folder: Path, chunks: Sequence[Chunk], group: dist.ProcessGroup) -> FileRecords:
+        (folder / "__0_0.distcp").write_bytes(b"half")
         raise OSError("disk full")
 
-    checkpoint.dist_checkpointing = SimpleNamespace(save=half_a_save)
+    checkpoint.write_chunks = half_a_save  # type: ignore[attr-defined]
     run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
 
 

@@ -139,7 +139,7 @@ def test_resume_goes_on_to_a_later_end_on_fewer_ranks(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     run = finished[0]
-    config = load_config(run / "config.yaml", ["layouts=[{kind: colocated}]", "stage2.steps=6", "profile.steps=null"])
+    config = load_config(run / "config.yaml", ["layouts=[{kind: colocated}]", "stage2.steps=6"])
     assert train(config.model_dump(mode="json"), 1, resume=True) == run
     assert json.loads((run / "summary.json").read_text())["steps"] == 9
 

@@ -1,12 +1,11 @@
 """Size and checksum of every file of a checkpoint: noted when it is written, compared before it is read.
 
-A rank sums up what it wrote itself, so no file server has to show one machine's new files to another at once. On
-reading the files are dealt over the ranks, however many there are now. CRC-32 finds damage, not forgery.
+A rank sums up what it writes while it writes (``writer``); what is small and rank 0's is read for it. On reading the
+files are dealt over the ranks, however many there are now. CRC-32 finds damage, not forgery.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,24 +20,13 @@ FileRecords = dict[str, dict[str, Any]]
 #: told the bytes of a piece of a file that was read
 HaveRead = Callable[[int], object]
 
-_OF_RANK = re.compile(r"__(\d+)_\d+\.distcp$")  # as Megatron's writer names them
 _READ_AT_ONCE = 1 << 24
 
 
 def record_files(folder: Path) -> FileRecords:
-    """Size and checksum of every file under ``folder``, the same on every rank; collective over the job.
-
-    Every rank reads its own ``__<rank>_<n>.distcp``, rank 0 also all that is no other rank's.
-    """
-    rank = dist.get_rank()
-    mine: FileRecords = {}
-    for path in sorted(folder.rglob("*")):
-        match = _OF_RANK.match(path.name)
-        if path.is_file() and rank == (int(match[1]) if match else 0):
-            mine[path.relative_to(folder).as_posix()] = _record(path)
-    everyone: list[FileRecords] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: record for records in everyone for name, record in records.items()}
+    """Size and checksum of every file under ``folder``, which are read."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _record(path) for path in files}
 
 
 def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:
@@ -46,7 +34,7 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: s
 
     Args:
         folder: a checkpoint.
-        files: of :func:`record_files`.
+        files: as they were noted.
         advice: what to do about damage; ends the message.
 
     Raises:

@@ -16,7 +16,8 @@ def report(
 ) -> None:
     """Summarise a run, or compare several: losses, speed, where the time went, and what differs in their settings.
 
-    Works while they train as well. Curves go to report.png unless --plot says otherwise.
+    Speed and phases are of the last stage's steps. Works while runs train as well. Curves go to report.png unless
+    --plot says otherwise.
     """
     from ultrafuser_mega.errors import writing
     from ultrafuser_mega.reporting.comparison import comparison_tables, read_runs

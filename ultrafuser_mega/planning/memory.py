@@ -165,22 +165,15 @@ def rank_memory(
         + _scratch(plan, role, microbatch),
         loss=_loss(plan, role, microbatch, device),
         workspace=_backward_workspace(plan, role, microbatch, device),
-        save=_gathered(plan, role, device) if sharded else 0.0,
+        save=_copied(plan, role, device),
     )
 
 
-def _gathered(plan: RunPlan, role: Role, device: Device) -> float:
-    """What the first replica takes to put the others' parts together: one at a time, or, on a CPU, all of them."""
-    if plan.layout.dp == 1:
+def _copied(plan: RunPlan, role: Role, device: Device) -> float:
+    """What a save copies to host memory, where that is the device's: this replica's share of what all ranks write."""
+    if device != "cpu":
         return 0.0
-    if device == "cpu":
-        return role.parameters * float(_OPTIMIZER[plan.config.dtype])
-    largest = 0.0
-    for name in role.names:
-        arch = plan.architectures[name]
-        table = -(-arch.vocab_rows // role.tp) if role.is_first else 0
-        largest = max(largest, arch.hidden_size * max(2 * arch.ffn_size / role.tp, role.vocab_rows, table))
-    return _WIDE * largest
+    return role.parameters * (NUMBER[plan.config.dtype] + float(_OPTIMIZER[plan.config.dtype])) / plan.layout.dp
 
 
 def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:

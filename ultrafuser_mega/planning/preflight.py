@@ -124,7 +124,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     _check_data_files(config)
     _check_microbatches(config)
     _check_run_dir(config.run_dir)
-    _check_reports(config, world_size)
+    _check_reports(config, world_size, resume)
     plan = RunPlan(
         config=config,
         architectures=architectures,
@@ -223,12 +223,12 @@ def _check_run_dir(run_dir: Path) -> None:
         raise InputError(f"runs, name: {run_dir}: {error.strerror}; choose another runs folder or name") from None
 
 
-def _check_reports(config: FuserConfig, ranks: int) -> None:
-    """Whether what is asked for beside the run's folder can be had."""
+def _check_reports(config: FuserConfig, ranks: int, resume: bool) -> None:
+    """Whether what is asked for beside the run's folder can be had; a resumed run may have fewer ranks than before."""
     profile, steps = config.profile, config.stage1.steps + config.stage2.steps
     if profile.span and profile.span[-1] > steps:
         raise InputError(f"profile.steps: {profile.steps}: the run has {steps} steps; give some of 1:{steps}")
-    for rank in profile.ranks if profile.span else ():
+    for rank in profile.ranks if profile.span and not resume else ():
         if rank >= ranks:
             raise InputError(f"profile.ranks: {rank}: the job has ranks 0 to {ranks - 1}")
     if config.report.wandb is not None and find_spec("wandb") is None:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -79,7 +80,10 @@ def _read(folder: Path, name: str) -> RunData:
 
 
 def comparison_tables(runs: Sequence[RunData]) -> list[Table]:
-    """Results, speed and phases of every run; and, of more than one, what their configurations differ in."""
+    """Results, speed and phases of every run; and, of more than one, what their configurations differ in.
+
+    Speed is the median, phases are the mean over the steps of the last stage that has any.
+    """
     tables = [_results(runs), _speed(runs), _phases(runs)]
     return [*tables, _differences(runs)] if len(runs) > 1 else tables
 
@@ -89,7 +93,7 @@ def _results(runs: Sequence[RunData]) -> Table:
     _row(table, "steps", runs, lambda run: str(run.steps[-1].step))
     _row(table, f"training loss, last {_LAST} steps", runs, lambda run: _number(fmean(_losses(run)), ".4f"))
     for name in dict.fromkeys([*(name for run in runs for name in _held_out(run)), MEAN]):
-        _row(table, f"held out, {name}", runs, lambda run, name=name: _number(_held_out(run).get(name), ".4f"))
+        _row(table, f"held out, {name}", runs, partial(_held_out_cell, name=name))
     return table
 
 
@@ -106,8 +110,12 @@ def _held_out(run: RunData) -> dict[str, float]:
     return found | ({MEAN: last.mean[FUSED]} if FUSED in last.mean else {})
 
 
+def _held_out_cell(run: RunData, name: str) -> str:
+    return _number(_held_out(run).get(name), ".4f")
+
+
 def _speed(runs: Sequence[RunData]) -> Table:
-    table = _table("Speed (medians of the last stage's steps)", runs)
+    table = _table("Speed (medians)", runs)
     _row(table, "layout", runs, lambda run: str(run.summary.get("layout", _GAP)))
     _row(table, "device", runs, lambda run: str(run.summary.get("device", _GAP)))
     _row(table, "seconds per step", runs, lambda run: _middle(run, "seconds", ".3g"))
@@ -133,9 +141,9 @@ def _saves(run: RunData) -> float:
 
 
 def _phases(runs: Sequence[RunData]) -> Table:
-    table = _table("Phases (seconds per step of the last stage: mean rank / worst rank)", runs)
+    table = _table("Phases (s, mean / worst rank)", runs)
     for name in dict.fromkeys(name for run in runs for step in run.last_stage for name in step.phases):
-        _row(table, name, runs, lambda run, name=name: _phase(run, name))
+        _row(table, name, runs, partial(_phase, name=name))
     return table
 
 

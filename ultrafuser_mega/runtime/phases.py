@@ -11,7 +11,7 @@ and its seconds are the device's. They are read when the step after is done: nob
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,7 +40,7 @@ class Phases:
     def __init__(self, device: torch.device | None = None) -> None:
         self.current = IDLE
         self.since = time.monotonic()
-        self.host_seconds: Counter[str] = Counter()
+        self.host_seconds: defaultdict[str, float] = defaultdict(float)
         self._device = device if device is not None and device.type == "cuda" else None
         self._whole: str | None = None
         self.restart()
@@ -80,7 +80,7 @@ class Phases:
         end = self._ended[-1][1]
         if isinstance(end, torch.Event) and not end.query():
             return {}
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for (name, begin), (_, after) in zip(self._ended, self._ended[1:], strict=False):
             seconds[name] += _between(begin, after)
         return dict(seconds)
@@ -105,7 +105,7 @@ class Phases:
 
 
 def _between(begin: _Bound, end: _Bound) -> float:
-    if isinstance(begin, torch.Event):
+    if isinstance(begin, torch.Event) and isinstance(end, torch.Event):
         return float(begin.elapsed_time(end)) / 1e3
-    assert isinstance(end, float)
+    assert isinstance(begin, float) and isinstance(end, float)
     return end - begin

@@ -60,6 +60,7 @@ class Measures:
         self._meetings = {"exchange": plan.layout.fusion_groups(), "gradients": plan.layout.data_groups()}
         self._names = [*self._computes, *self._meetings, *WAITS, "save", "evaluation", OTHER]
         self._stragglers = Stragglers(plan)
+        self._tokens: dict[str, int] = {}  # specialist -> its tokens in the step before
         self.straggler: str | None = None
 
     def own(self, norm: Tensor, data_seconds: float) -> Tensor:
@@ -74,11 +75,16 @@ class Measures:
         host = [data_seconds, *memory, *(seconds.get(name, 0.0) for name in self._names)]
         return torch.cat([norm.double()[None], to_device(torch.tensor(host, dtype=torch.float64), self._device)])
 
-    def read(self, ranks: np.ndarray) -> Measured:
-        """What all ranks said, (ranks, k). ``straggler`` is a line about one that was not known before, or None."""
+    def read(self, ranks: np.ndarray, batch: StepBatch) -> Measured:
+        """What all ranks said of the step of ``batch``, (ranks, k).
+
+        ``straggler`` is a line about one that was not known before, or None.
+        """
         phases = dict(zip(self._names, ranks[:, 4:].T.copy(), strict=True))
         computing = np.sum([phases[name] for name in self._computes], axis=0)
-        self.straggler = self._stragglers.step(computing) if computing.all() else None
+        known = self._tokens and computing.all()  # both, but for the first step
+        self.straggler = self._stragglers.step(computing, self._tokens) if known else None
+        self._tokens = {name: int(lengths.sum()) for name, lengths in batch.lengths.items()}
         grad_norm, data_seconds, memory, peak = ranks[:, :4].max(axis=0).tolist()
         return Measured(grad_norm, data_seconds, int(memory), int(peak), self._summary(phases))
 

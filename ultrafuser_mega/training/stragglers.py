@@ -1,10 +1,10 @@
 """Which ranks are persistently slower than others that have the same to do.
 
 Tensor-parallel ranks wait for each other in every layer, so only together can they be told from others: a unit is such
-a group. Units are compared that the plan gives equal work: the products of a microbatch within EQUAL of each other,
-whichever specialist they belong to. A unit is a straggler when in each of STEPS steps in a row it was the slowest of
-its equals, and its seconds of computing (data, forward, loss, backward, optimizer: no phase that waits for other
-units) were 1 / SCORE of the median of the others or more.
+a group. Units are compared that the plan gives equal work: first stages, or last, or both, or neither, whose products
+of a microbatch are within EQUAL of each other, whichever specialist they belong to. A unit is a straggler when in each
+of STEPS steps in a row it was the slowest of its equals, and its seconds of computing (data, forward, loss, backward,
+optimizer: no phase that waits for other units) per token were 1 / SCORE of the median of the others or more.
 
 SCORE is the relative performance below which nvidia-resiliency-ext reports a GPU. Were all k >= 2 equals alike, one of
 them would be the slowest of STEPS steps in a row with a chance of k^(1 - STEPS) <= 2e-6, and by that much with less.
@@ -12,11 +12,14 @@ them would be the slowest of STEPS steps in a row with a chance of k^(1 - STEPS)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ultrafuser_mega.planning.cost import rank_cost
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.planning.roles import role_of
 
 SCORE = 0.7
 STEPS = 20
@@ -37,15 +40,18 @@ class Stragglers:
         self._streaks: dict[tuple[int, ...], list[float]] = {}
         self._named: set[tuple[int, ...]] = set()
 
-    def step(self, computing: np.ndarray) -> str | None:
+    def step(self, computing: np.ndarray, tokens: Mapping[str, int]) -> str | None:
         """A line for people when a straggler shows for the first time.
 
         Args:
             computing: (ranks,) seconds that each computed in a step.
+            tokens: specialist -> its tokens in that step.
         """
+        specialists = self._plan.layout.specialists_on
         found = None
         for units in self._equals:
-            seconds = [float(computing[list(unit)].max()) for unit in units]
+            fed = [sum(tokens[name] for name in specialists(unit[0])) for unit in units]
+            seconds = [float(computing[list(unit)].max()) / count for unit, count in zip(units, fed, strict=True)]
             slowest = int(np.argmax(seconds))
             others = float(np.median(seconds[:slowest] + seconds[slowest + 1 :]))
             ratio = seconds[slowest] / others
@@ -73,11 +79,15 @@ def equal_units(plan: RunPlan) -> list[list[tuple[int, ...]]]:
     """Tensor-parallel groups of ranks, in lists of those that have equal work."""
     groups = {tuple(group) for name in plan.architectures for group in plan.layout.tensor_groups(name)}
     alike = Microbatch.alike(list(plan.architectures), *_ALIKE)
-    size = plan.layout.replica_size
-    work = {unit: sum(rank_cost(plan, unit[0] % size, alike).products.values()) for unit in sorted(groups)}
+    work: dict[tuple[int, ...], tuple[bool, bool, float]] = {}
+    for unit in groups:
+        rank = unit[0] % plan.layout.replica_size
+        role, products = role_of(plan, rank), rank_cost(plan, rank, alike).products
+        work[unit] = (role.is_first, role.is_last, sum(products.values()))
     found: list[list[tuple[int, ...]]] = []
-    for unit in sorted(work, key=lambda unit: (work[unit], unit)):
-        if found and work[unit] <= work[found[-1][0]] * (1 + EQUAL):
+    for unit in sorted(groups, key=lambda unit: (work[unit], unit)):
+        first, last, least = work[found[-1][0]] if found else (False, False, 0.0)
+        if work[unit][:2] == (first, last) and work[unit][2] <= least * (1 + EQUAL):
             found[-1].append(unit)
         else:
             found.append([unit])

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.resume import data_record
+from ultrafuser_mega.checkpoint.saver import Saver
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
 from ultrafuser_mega.config import Stage, dump_config
 from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
@@ -24,7 +26,7 @@ from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
-from ultrafuser_mega.errors import DivergedError
+from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
@@ -87,9 +89,11 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
             report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
         for stage in plan.config.stages:
             if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
+                trainer.settle(report)
                 report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
                 return
         final = trainer.evaluate()
+        trainer.settle(report)
         report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
 
 
@@ -137,7 +141,7 @@ class Trainer:
     ) -> None:
         self._begun = time.monotonic() if begun is None else begun
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
-        self.sources: SourceFiles | None = None  # what checkpoints keep of the specialists; rank 0's
+        self.saver: Saver | None = None
         self.phases = Phases(device)
         self.measures = Measures(plan, device, self.phases, peak_flops)
         self.profiler = StepProfiler(plan.config, groups.rank, device)
@@ -146,9 +150,9 @@ class Trainer:
 
     def load(self) -> None:
         """Read the weights that the run begins with; those of the checkpoint that it resumes from, its stage reads."""
-        plan, groups = self.plan, self.groups
-        if groups.rank == 0:
-            self.sources = run_sources(plan).with_data(data_record(self.store))
+        plan, groups, options = self.plan, self.groups, self.plan.config.checkpoint
+        sources = run_sources(plan).with_data(data_record(self.store)) if groups.rank == 0 else None
+        self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0)
         elif plan.resume is None:
@@ -178,7 +182,7 @@ class Trainer:
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
-                    advice = remedy(self.checkpoints) if trained else "look at its weights"
+                    advice = self._remedy() if trained else "look at its weights"
                     raise DivergedError(f"held-out loss of {model} on {class_name} is {losses[model]}; {advice}")
         return result
 
@@ -211,6 +215,7 @@ class Trainer:
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
+                self.tell_saved(report)
                 for line in filter(None, (self.measures.straggler, self.profiler.written(record.step))):
                     report.note(line)
                 progress, time_is_up = Progress(number, step + 1), self._time_is_up()
@@ -219,7 +224,7 @@ class Trainer:
                     with self.phases("save", whole=True):
                         problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:
-                        raise DivergedError(f"{problem}; {remedy(self.checkpoints)}")
+                        raise DivergedError(f"{problem}; {self._remedy()}")
                     if problem and not overdue:
                         report.note(f"{problem}; no checkpoint until that has passed")
                     overdue = problem is not None
@@ -306,12 +311,12 @@ class Trainer:
         with self.phases("end of step"):
             reduced = totals.reduce(self.groups, own)
         self.phases.end_step()
-        measured = self.measures.read(reduced.ranks)
+        measured = self.measures.read(reduced.ranks, batch)
         grad_norm = measured.grad_norm
         loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
-                f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {remedy(self.checkpoints)}"
+                f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {self._remedy()}"
             )
         done, seconds = self.global_step(progress), time.perf_counter() - begun
         return self.measures.record(
@@ -330,24 +335,40 @@ class Trainer:
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
-            raise DivergedError(f"{where}: weights are not finite; {remedy(self.checkpoints)}")
+            raise DivergedError(f"{where}: weights are not finite; {self._remedy()}")
         if not judge.accepts(loss):
             return (
                 f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
-        path = save_checkpoint(
-            self.checkpoints,
-            progress,
-            self.model,
-            trainable,
-            self.groups,
-            self.plan.identity,
-            self.plan.config.checkpoint.keep,
-            self.sources,
-        )
-        report.note(f"checkpoint {path}")
+        assert self.saver is not None
+        failed = self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
+        if failed is not None:
+            report.note(f"{failed}; training goes on, this checkpoint is tried now")
         return None
+
+    def tell_saved(self, report: RunReport) -> None:
+        """Say which checkpoints are complete by now."""
+        assert self.saver is not None
+        for path in self.saver.published():
+            report.note(f"checkpoint {path}")
+
+    def settle(self, report: RunReport) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        assert self.saver is not None
+        problem = self.saver.wait()
+        self.tell_saved(report)
+        if problem is not None:
+            raise InputError(problem)
+
+    def _remedy(self) -> str:
+        if self.saver is not None:
+            self.saver.wait()  # what is being written is good, and the newest then
+        return remedy(self.checkpoints)
 
 
 def run_sources(plan: RunPlan) -> SourceFiles:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -96,12 +97,17 @@ def test_the_command_prints_tables_and_draws_a_curve_of_each_run(
 ) -> None:
     drawn: list[Figure] = []
     save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+
+    def keep(figure: Figure, path: Path) -> Path:
+        drawn.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
     report(runs, tmp_path / "curves.png")
     assert f"curves: {tmp_path / 'curves.png'}\n" in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     training, held_out, speed = drawn[0].axes
-    assert [list(line.get_xdata()) for line in training.lines] == [[1, 2, 3], [1]]
-    assert [list(line.get_ydata()) for line in held_out.lines] == [[pytest.approx(2.59)], []]
+    assert [np.array(line.get_xdata()).tolist() for line in training.lines] == [[1, 2, 3], [1]]
+    assert [np.array(line.get_ydata()).tolist() for line in held_out.lines] == [[pytest.approx(2.59)], []]
     assert len(speed.lines) == 2
     assert [text.get_text() for text in drawn[0].legends[0].texts] == ["full", "poor"]

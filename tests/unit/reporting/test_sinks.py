@@ -52,7 +52,13 @@ def paths(record: dict[str, Any], prefix: str = "") -> set[str]:
     """Those of all numbers of a line of metrics.jsonl."""
     found = set()
     for name, value in record.items():
-        found |= paths(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name} if value else set()
+        found |= (
+            paths(value, f"{prefix}{name}/")
+            if isinstance(value, dict)
+            else {prefix + name}
+            if value is not None
+            else set()
+        )
     return found
 
 

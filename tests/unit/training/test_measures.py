@@ -19,6 +19,13 @@ from ultrafuser_mega.training.totals import Totals
 CPU = torch.device("cpu")
 DISJOINT = {"kind": "disjoint", "specialists": {"text": {}, "code": {}, "math": {"pp": 2}}}  # ranks 0, 1, 2 -> 3
 
+BATCH = StepBatch(
+    [],
+    dict.fromkeys(("text", "code", "math"), np.array([1000, 1000])),
+    np.array([500, 500]),
+    Packing(0.0, 1.0, 1.0),
+)
+
 
 class Seconds(Phases):
     """Phases of a step that took as long as told."""
@@ -38,7 +45,7 @@ def measured(seconds: list[dict[str, float]], norms: list[float]) -> Measured:
         Measures(plan, CPU, Seconds(own), None).own(torch.tensor(norm), 0.1 * norm).numpy()
         for own, norm in zip(seconds, norms, strict=True)
     ]
-    return Measures(plan, CPU, Phases(), None).read(np.stack(said))
+    return Measures(plan, CPU, Phases(), None).read(np.stack(said), BATCH)
 
 
 def test_a_phase_has_its_mean_over_the_ranks_that_were_in_it_and_its_worst_rank() -> None:
@@ -60,7 +67,7 @@ def test_who_came_last_to_an_exchange_waited_for_nobody_and_the_others_were_idle
 
 def test_the_largest_of_all_ranks_is_taken_and_a_norm_that_is_not_finite_stays_so() -> None:
     found = measured([{}] * 4, [1.0, 3.0, 2.0, 0.0])
-    assert (found.grad_norm, found.data_seconds) == (3.0, pytest.approx(0.3))
+    assert found.grad_norm == 3.0 and found.data_seconds == pytest.approx(0.3)
     assert found.memory_bytes > 2**20 and found.peak_memory_bytes > 2**20
     assert math.isnan(measured([{}] * 4, [1.0, math.nan, 2.0, 0.0]).grad_norm)
     assert found.phases == {}
@@ -81,12 +88,9 @@ def test_only_a_gpu_whose_products_are_known_has_a_peak(name: str, dtype: str, p
 
 
 def record_of(peak: float | None) -> StepRecord:
-    plan = plan_13b(DISJOINT)
-    lengths = dict.fromkeys(plan.architectures, np.array([1000, 1000]))
-    batch = StepBatch([], lengths, np.array([500, 500]), Packing(0.0, 1.0, 1.0))
     none = Measured(1.0, 0.0, 1, 1, {})
-    return Measures(plan, CPU, Phases(), peak).record(
-        none, Totals({}, {}, np.zeros(0)), batch, stage=2, step=1, loss=1.0, lr=1.0, seconds=2.0
+    return Measures(plan_13b(DISJOINT), CPU, Phases(), peak).record(
+        none, Totals({}, {}, np.zeros(0)), BATCH, stage=2, step=1, loss=1.0, lr=1.0, seconds=2.0
     )
 
 

@@ -18,13 +18,13 @@ REPLICAS = {"kind": "colocated", "tp": 1, "dp": 3}
 SLOW = 1.05 / SCORE
 
 
-def lines(layout: dict[str, Any], steps: list[list[float]]) -> list[str]:
-    stragglers = Stragglers(plan_13b(layout))
-    return [line for step in steps if (line := stragglers.step(np.array(step)))]
+def lines(layout: dict[str, Any], steps: list[list[float]], code_tokens: int = 100) -> list[str]:
+    stragglers, tokens = Stragglers(plan_13b(layout)), {"text": 100, "code": code_tokens, "math": 100}
+    return [line for step in steps if (line := stragglers.step(np.array(step), tokens))]
 
 
 def test_tensor_parallel_ranks_are_one_and_equal_work_makes_equals_whatever_the_specialist() -> None:
-    assert equal_units(plan_13b(UNLIKE)) == [[(4, 5), (6, 7)], [(0, 1), (2, 3)]]
+    assert equal_units(plan_13b(UNLIKE)) == [[(6, 7)], [(4, 5)], [(0, 1), (2, 3)]]
     assert equal_units(plan_13b(REPLICAS)) == [[(0,), (1,), (2,)]]
 
 
@@ -39,6 +39,11 @@ def test_a_straggler_is_named_once() -> None:
 def test_ranks_that_wait_for_each_other_in_every_layer_are_named_together() -> None:
     found = lines(UNLIKE, [[1.0, 1.0, SLOW, SLOW, 9.0, 9.0, 9.0, 9.0]] * STEPS)
     assert [line.partition(" took")[0] for line in found] == ["straggler: ranks 2-3 (code)"]
+
+
+def test_a_specialist_with_more_tokens_may_take_longer() -> None:
+    steps = [[1.0, 1.0, SLOW, SLOW, 1.0, 1.0, 1.0, 1.0]] * STEPS
+    assert lines(UNLIKE, steps) != [] and lines(UNLIKE, steps, code_tokens=150) == []
 
 
 @pytest.mark.parametrize(
