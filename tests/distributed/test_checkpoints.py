@@ -158,7 +158,7 @@ def _train_with_a_full_disk(rank: int, tree: dict[str, Any]) -> None:
         (folder / "__0_0.distcp").write_bytes(b"half")
         raise OSError("disk full")
 
-    checkpoint.write_chunks = half_a_save  # type: ignore[attr-defined]
+    checkpoint.write_chunks = half_a_save
     run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
 
 
