@@ -52,6 +52,7 @@ def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str
     trainer.make_trainable = remembered  # type: ignore[method-assign]
     with RunReport(run_facts(plan, CPU), enabled=rank == 0, done_steps=0) as report:
         trainer.train_stage(1, 0, report)
+        trainer.settle(report)
     after = dict(trainer.model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     with_gradients = {name for name, p in after.items() if p.grad is not None or hasattr(p, "main_grad")}

@@ -29,9 +29,9 @@ from ultrafuser_mega.checkpoint.chunks import Chunk, parameter_parts, states_to_
 from ultrafuser_mega.checkpoint.integrity import (
     FileRecords,
     HaveRead,
+    damage_of,
+    damage_of_here,
     record_files,
-    verify_files,
-    verify_files_here,
 )
 from ultrafuser_mega.checkpoint.optimizer_state import create_moments
 from ultrafuser_mega.checkpoint.sources import SourceFiles
@@ -46,6 +46,22 @@ from ultrafuser_mega.runtime.trainable import Trainable
 _NAME = re.compile(r"stage(\d)-step(\d{7})$")
 PROGRESS = "progress.json"
 FORMAT = 2
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint is not as it was written, and what to do about it.
+
+    Args:
+        problem: which file, and how.
+        path: the checkpoint.
+    """
+
+    def __init__(self, problem: str, path: Path) -> None:
+        super().__init__(f"{problem}; {_advice(path)}")
+        self.problem, self.path = problem, path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem, self.path)
 
 
 @dataclass(frozen=True, order=True)
@@ -106,9 +122,10 @@ def verify_checkpoint(path: Path) -> None:
     One that notes none, as the first versions wrote them, passes.
 
     Raises:
-        InputError: a file is missing or damaged; the same message on every rank.
+        DamagedCheckpointError: a file is missing or damaged; the same message on every rank.
     """
-    verify_files(path, _read_record(path).get("files", {}), advice(path))
+    if problem := damage_of(path, _read_record(path).get("files", {})):
+        raise DamagedCheckpointError(problem, path)
 
 
 def verify_checkpoint_here(path: Path, have_read: HaveRead) -> None:
@@ -117,7 +134,8 @@ def verify_checkpoint_here(path: Path, have_read: HaveRead) -> None:
     Raises:
         InputError: as there.
     """
-    verify_files_here(path, _read_record(path).get("files", {}), advice(path), have_read)
+    if problem := damage_of_here(path, _read_record(path).get("files", {}), have_read):
+        raise DamagedCheckpointError(problem, path)
 
 
 def noted_bytes(path: Path) -> int:
@@ -137,13 +155,13 @@ def _read_record(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({error!r}); {advice(path)}") from None
+        raise DamagedCheckpointError(f"{file}: damaged ({error!r})", path) from None
     if written > FORMAT:
         raise InputError(f"{file}: format {written} of a later version; this one reads {FORMAT} and earlier ones")
     return record
 
 
-def advice(path: Path) -> str:
+def _advice(path: Path) -> str:
     """What to do about damage of the checkpoint at ``path``; ends a message."""
     older = [other.name for _, other in list_checkpoints(path.parent) if other.name < path.name]
     instead = f"for --resume to go on from {older[-1]}" if older else "and start afresh: there is no older one"

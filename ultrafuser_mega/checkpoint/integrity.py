@@ -13,8 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ultrafuser_mega.errors import InputError
-
 #: file, relative to the checkpoint -> {"bytes": its size, "crc32": its checksum as 8 hexadecimal digits}
 FileRecords = dict[str, dict[str, Any]]
 #: told the bytes of a piece of a file that was read
@@ -29,16 +27,15 @@ def record_files(folder: Path) -> FileRecords:
     return {path.relative_to(folder).as_posix(): _record(path) for path in files}
 
 
-def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:
+def damage_of(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Compare the files of ``folder`` with what was noted of them; collective over the job.
 
     Args:
         folder: a checkpoint.
         files: as they were noted.
-        advice: what to do about damage; ends the message.
 
-    Raises:
-        InputError: a file is missing or not what was written; the same one on every rank.
+    Returns:
+        Which file is missing or not what was written, and how; the same one on every rank; None if all are.
     """
     problem = None
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
@@ -46,19 +43,13 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: s
             break
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    for first in filter(None, problems):
-        raise InputError(f"{first}; {advice}")
+    return next(filter(None, problems), None)
 
 
-def verify_files_here(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str, have_read: HaveRead) -> None:
-    """The same as :func:`verify_files` by one process, without a job.
-
-    Raises:
-        InputError: as there.
-    """
-    for name in sorted(files):
-        if problem := _problem(folder / name, files[name], have_read):
-            raise InputError(f"{problem}; {advice}")
+def damage_of_here(folder: Path, files: Mapping[str, Mapping[str, Any]], have_read: HaveRead) -> str | None:
+    """The same as :func:`damage_of` by one process, without a job."""
+    problems = (_problem(folder / name, files[name], have_read) for name in sorted(files))
+    return next(filter(None, problems), None)
 
 
 def _problem(path: Path, noted: Mapping[str, Any], have_read: HaveRead | None = None) -> str | None:

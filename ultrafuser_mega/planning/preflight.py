@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, Progress, list_checkpoints, read_progress
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
 from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
@@ -143,9 +143,33 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         raise InputError(
             f"--resume: {config.run_dir / 'checkpoints'} holds no complete checkpoint; start without --resume"
         )
+    return _resumed(plan, checkpoints, ())
+
+
+def gone_back(plan: RunPlan, damage: DamagedCheckpointError) -> RunPlan:
+    """``plan``, whose run was to go on from a checkpoint that is damaged, from an older one; ``changes`` say so.
+
+    Raises:
+        DamagedCheckpointError: there is no older one.
+    """
+    checkpoints = list_checkpoints(plan.config.run_dir / "checkpoints")
+    older = [found for found in checkpoints if plan.resume is not None and found < plan.resume]
+    if not older:
+        raise damage
+    return _resumed(plan, older, (f"{damage.problem}; goes on from {older[-1][1].name}",))
+
+
+def _resumed(plan: RunPlan, checkpoints: list[tuple[Progress, Path]], told: tuple[str, ...]) -> RunPlan:
     path = checkpoints[-1][1]
-    progress = read_progress(path, plan.identity)
-    return replace(plan, resume=(progress, path), changes=changed_settings(path, progress, config))
+    try:
+        progress = read_progress(path, plan.identity)
+        changes = changed_settings(path, progress, plan.config)
+    except DamagedCheckpointError as damage:
+        if len(checkpoints) == 1:
+            raise
+        told = (*told, f"{damage.problem}; goes on from {checkpoints[-2][1].name}")
+        return _resumed(plan, checkpoints[:-1], told)
+    return replace(plan, resume=(progress, path), changes=(*told, *changes))
 
 
 def outline(config: FuserConfig) -> RunPlan:

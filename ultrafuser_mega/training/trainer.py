@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.saver import Saver
@@ -44,7 +44,7 @@ from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.prepare import data_notes, open_store
+from ultrafuser_mega.training.prepare import data_notes, intact, open_store
 from ultrafuser_mega.training.profiling import StepProfiler
 from ultrafuser_mega.training.run_folder import locked_run, set_aside
 from ultrafuser_mega.training.token_samples import token_samples
@@ -58,8 +58,7 @@ def run(plan: RunPlan, device: torch.device) -> None:
     begun = time.monotonic()
     groups = make_groups(plan.layout)
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
-        if (weights := plan.resume or plan.start) is not None:
-            verify_checkpoint(weights[1])
+        plan = intact(plan)
         store = open_store(plan, groups)
         plan = compared_with_data(plan, store)
         peak = peak_flops(device_name(device), plan.config.dtype)
