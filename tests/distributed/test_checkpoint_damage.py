@@ -14,7 +14,7 @@ from support.command import ultrafuser
 from support.launched import launch
 from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.planning.preflight import preflight
@@ -198,4 +198,4 @@ def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Pa
     trainer.load()
     with RunReport(run_facts(plan, CPU), enabled=True, done_steps=0) as report:
         shutil.rmtree(folder)
-        trainer.train_stage(1, 0, report)
+        trainer.train_stage(Progress(1, 0), report)

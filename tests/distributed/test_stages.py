@@ -10,7 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 from support.trio import CPU, DISJOINT_8, ONE, config_tree, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.run_report import RunReport
@@ -50,7 +50,7 @@ def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str
 
     trainer.make_trainable = remembered  # type: ignore[method-assign]
     with RunReport(run_facts(plan, CPU), enabled=rank == 0, done_steps=0) as report:
-        trainer.train_stage(1, 0, report)
+        trainer.train_stage(Progress(1, 0), report)
     after = dict(trainer.model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     with_gradients = {name for name, p in after.items() if p.grad is not None or hasattr(p, "main_grad")}

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,11 @@ PROGRESS = "progress.json"
 
 @dataclass(frozen=True, order=True)
 class Progress:
-    """How far a run is: ``step`` steps of ``stage`` are done."""
+    """How far a run is: ``step`` steps of ``stage`` are done, ``skipped`` of which updated nothing."""
 
     stage: int
     step: int
+    skipped: int = field(default=0, compare=False)
 
     @property
     def folder(self) -> str:
@@ -239,7 +240,14 @@ def writing_checkpoint(path: Path) -> Iterator[None]:
             raise OSError(reason) from None
 
 
-def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:
+def load_checkpoint(
+    path: Path,
+    model: FusedStage,
+    groups: RankGroups,
+    trainable: Trainable | None,
+    steps: int,
+    skipped: int = 0,
+) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
     The first replica reads the model, and the others receive it.
@@ -250,6 +258,7 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         groups: this rank's process groups; they may differ from those it was saved with.
         trainable: the stage's optimizer and schedule, advanced to ``steps``; None to read weights only.
         steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
+        skipped: of them, those that updated nothing.
     """
     device = next(model.parameters()).device
     with megatron_scope(device), torch.no_grad():
@@ -257,7 +266,7 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         parameters = {key: shard.data for key, shard in state.items()}
         moments, optimizer = trainable is not None and steps > 0, dict[str, Any]()
         if trainable is not None and moments:
-            create_moments(trainable, steps)
+            create_moments(trainable, steps - skipped)
             optimizer = sharded(states_to_read(trainable), state)
         loaded = dist_checkpointing.load((state if groups.reads else {}) | optimizer, str(path))
         if groups.reads:

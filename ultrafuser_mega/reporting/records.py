@@ -58,6 +58,7 @@ class StepRecord:
     padding: float = math.nan  # share of all processed positions that are padding
     imbalance: float = math.nan  # tokens of the busiest replica, in parts of the mean
     fill: float = math.nan  # tokens of the mean microbatch, in parts of microbatch_tokens
+    skipped: bool = False  # nothing was updated, since the loss or a gradient is not finite
 
 
 @dataclass(frozen=True)

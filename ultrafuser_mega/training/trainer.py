@@ -8,13 +8,21 @@ from __future__ import annotations
 import gc
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import (
+    Progress,
+    list_checkpoints,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
 from ultrafuser_mega.config import Stage, dump_config
@@ -40,15 +48,20 @@ from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.prepare import data_notes, open_store
-from ultrafuser_mega.training.run_folder import locked_run, set_aside
+from ultrafuser_mega.training.run_folder import begin_run, locked_run
+from ultrafuser_mega.training.skipping import RollBack, Skips, write_down
+from ultrafuser_mega.training.stopping import Stop, Stopping
 from ultrafuser_mega.training.token_samples import token_samples
 from ultrafuser_mega.training.totals import ClassTotals
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
 
 
-def run(plan: RunPlan, device: torch.device) -> None:
-    """Train and report as ``plan`` says; collective over the job, which must be joined already."""
+def run(plan: RunPlan, device: torch.device) -> Stop | None:
+    """Train and report as ``plan`` says; collective over the job, which must be joined already.
+
+    Returns why the run stopped before its end, behind a checkpoint; None: it did not.
+    """
     begun = time.monotonic()
     groups = make_groups(plan.layout)
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
@@ -58,13 +71,15 @@ def run(plan: RunPlan, device: torch.device) -> None:
         plan = compared_with_data(plan, store)
         trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun)
         trainer.load()
-        _run(plan, groups, trainer)
+        while isinstance(end := _run(plan, groups, trainer), RollBack):
+            plan = trainer.plan = replace(plan, resume=(end.progress, end.path), changes=())
+        return end
 
 
-def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
+def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> Stop | RollBack | None:
     done = plan.resume[0] if plan.resume else Progress(1, 0)
     # Only now: what could be wrong with the input has been seen, and the earlier run was where it was until here.
-    kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
+    kept = begin_run(plan.config.run_dir, fresh=plan.resume is None) if groups.rank == 0 else None
     begun = trainer.global_step(done)
     with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
         if kept:
@@ -81,11 +96,13 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
         if done == Progress(1, 0):
             report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
         for stage in plan.config.stages:
-            if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
-                report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
-                return
+            begin = done if done.stage == stage else Progress(stage, 0)
+            if done.stage <= stage and (end := trainer.train_stage(begin, report)):
+                report.note(end.why)
+                return end
         final = trainer.evaluate()
         report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
+    return None
 
 
 def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
@@ -126,7 +143,9 @@ class Trainer:
         shard: Shard,
         begun: float | None = None,
     ) -> None:
-        self._begun = time.monotonic() if begun is None else begun
+        begun = time.monotonic() if begun is None else begun
+        self.stopping = Stopping(begun, plan.config.checkpoint.stop_after_minutes)
+        self._went_back_to: Path | None = None
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.sources: SourceFiles | None = None  # what checkpoints keep of the specialists; rank 0's
         self.model = build_model(plan, groups, device)
@@ -169,35 +188,44 @@ class Trainer:
                     raise DivergedError(f"held-out loss of {model} on {class_name} is {losses[model]}; {advice}")
         return result
 
-    def train_stage(self, number: int, done: int, report: RunReport) -> bool:
-        """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way.
+    def train_stage(self, begin: Progress, report: RunReport) -> Stop | RollBack | None:
+        """A stage from ``begin`` to its end, with evaluations and checkpoints on the way.
 
-        Returns False if the run is out of time: then a checkpoint was written, after which an evaluation may be due.
+        Returns why it ends before: behind a checkpoint, after which an evaluation may be due, or in order to go back to
+        one. None: the stage is over.
 
         Raises:
             DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
-        config, stage = self.plan.config, self.stage(number)
+        number, done, config, stage = begin.stage, begin.step, self.plan.config, self.stage(begin.stage)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
         trainable = self.make_trainable(number)
-        if self.plan.resume is not None and self.plan.resume[0] == Progress(number, done):
-            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done)
+        if self.plan.resume is not None and self.plan.resume[0] == begin:
+            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done, begin.skipped)
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
         if done == stage.steps:
-            return True
+            return None
         judge, overdue = Judge(self._measured_loss(batches)), False
+        skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
-        with StepsAhead(batches, done, stage.steps, self.device) as ahead:
+        with self.stopping.listening(), StepsAhead(batches, done, stage.steps, self.device) as ahead:
             for step in range(done, stage.steps):
-                record = self.step(number, trainable, ahead, step, begun)
+                record, stop = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
-                progress, time_is_up = Progress(number, step + 1), self._time_is_up()
-                is_last = time_is_up or step + 1 == stage.steps
+                skips.count(record.skipped)
+                progress = Progress(number, step + 1, skips.total)
+                if record.skipped:
+                    report.note(f"{self.place(progress)}: {_not_finite(record)}; skipped")
+                    if self.groups.rank == 0:
+                        write_down(config.run_dir, record, batches.sampler.batch(step))
+                if skips.too_many:
+                    return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
+                is_last = stop is not None or step + 1 == stage.steps
                 if is_last or overdue or _due(step + 1, config.checkpoint.every):
                     problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:
@@ -206,24 +234,25 @@ class Trainer:
                         report.note(f"{problem}; no checkpoint until that has passed")
                     overdue = problem is not None
                     begun = time.perf_counter()
-                if time_is_up:
-                    return False
+                if stop is not None:
+                    return replace(stop, why=f"{stop.why} behind {self.place(progress)}; --resume goes on from there")
                 if self._evaluation_due(number, step + 1):
                     report.evaluated(self.evaluate(), number, first + step + 1)
                     begun = time.perf_counter()
-        return True
+        return None
+
+    def _roll_back(self, problem: str) -> RollBack:
+        """To the newest checkpoint, which rank 0 chooses; DivergedError where there is none, or it did not help."""
+        found = [list_checkpoints(self.checkpoints)[-1:]]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0] or found[0][0][1] == self._went_back_to:
+            again = " again" if found[0] else ""
+            raise DivergedError(f"{problem}{again}; {remedy(self.checkpoints)}")
+        self._went_back_to = found[0][0][1]
+        return RollBack(read_progress(self._went_back_to, self.plan.identity), self._went_back_to)
 
     def _measured_loss(self, batches: TrainingBatches) -> float:
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
-
-    def _time_is_up(self) -> bool:
-        """By the clock of rank 0, for all ranks."""
-        limit = self.plan.config.checkpoint.stop_after_minutes
-        if limit is None:
-            return False
-        left = torch.tensor([self._begun + 60 * limit - time.monotonic()], dtype=torch.float64, device=self.device)
-        dist.broadcast(left, src=0)
-        return left.item() <= 0
 
     def _evaluation_due(self, number: int, step: int) -> bool:
         """After this step of the stage; the end of stage 2 is evaluated by ``run``."""
@@ -251,8 +280,13 @@ class Trainer:
             device=self.device,
         )
 
-    def step(self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float) -> StepRecord:
-        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
+    def step(
+        self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float
+    ) -> tuple[StepRecord, Stop | None]:
+        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``.
+
+        Nothing is updated where the loss or a gradient is not finite. Returns why the run is to stop, too.
+        """
         asked = time.perf_counter()
         batch = batches.step(step)
         data_seconds = time.perf_counter() - asked
@@ -279,17 +313,17 @@ class Trainer:
             trainable.reduce_gradients()
         else:
             self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
-        norm, lr = trainable.step()
-        costs = torch.tensor([data_seconds, float(peak_memory(self.device))], dtype=torch.float64)
-        reduced = totals.reduce(self.groups, torch.cat([norm.double()[None], to_device(costs, self.device)]))
-        means, (grad_norm, worst_data, worst_memory) = reduced.means, reduced.largest
+        norm = trainable.clip_gradients().double()
+        own = [data_seconds, float(peak_memory(self.device)), self.stopping.wanted]
+        costs = to_device(torch.tensor(own, dtype=torch.float64), self.device)
+        # A maximum may lose a nan: whether there was one is a number of its own.
+        reduced = totals.reduce(self.groups, torch.cat([norm[None], (~norm.isfinite()).double()[None], costs]))
+        means, (grad_norm, broken, worst_data, worst_memory, wanted) = reduced.means, reduced.largest
         loss = sum(means[name]["loss"] * reduced.counts[name] for name in means) / terms
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {remedy(self.checkpoints)}"
-            )
+        skipped = bool(broken) or not math.isfinite(loss)
+        lr = trainable.update(skip=skipped)
         seconds = time.perf_counter() - begun
-        return StepRecord(
+        record = StepRecord(
             stage=number,
             step=self.global_step(progress),
             loss=loss,
@@ -306,7 +340,9 @@ class Trainer:
             fill=batch.packing.fill,
             data_seconds=worst_data,
             peak_memory_bytes=int(worst_memory),
+            skipped=skipped,
         )
+        return record, self.stopping.agreed(wanted)
 
     def _publish(
         self, progress: Progress, trainable: Trainable, judge: Judge, loss: float, report: RunReport
@@ -317,6 +353,8 @@ class Trainer:
             loss: of the weights as they are, measured.
         """
         where = self.place(progress)
+        if progress.step == progress.skipped:
+            return f"{where}: nothing has been updated yet"
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
@@ -379,6 +417,10 @@ def make_shard(plan: RunPlan, groups: RankGroups, pad_id: int | None = None) -> 
         multiples={name: placement.tp if sequence_parallel else 1 for name, placement in placements.items()},
         pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id if pad_id is None else pad_id,
     )
+
+
+def _not_finite(record: StepRecord) -> str:
+    return f"loss is {record.loss:.6g}, gradient norm {record.grad_norm:.6g}"
 
 
 def _due(step: int, every: int) -> bool:
