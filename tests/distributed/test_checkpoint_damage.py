@@ -14,7 +14,7 @@ from support.command import ultrafuser
 from support.launched import launch
 from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.planning.preflight import preflight
@@ -22,7 +22,8 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, make_shard, run_facts
+from ultrafuser_mega.training.run import run_facts
+from ultrafuser_mega.training.trainer import Trainer, make_shard
 
 OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
 
@@ -198,5 +199,4 @@ def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Pa
     trainer.load()
     with RunReport(run_facts(plan, CPU), enabled=True, done_steps=0) as report:
         shutil.rmtree(folder)
-        trainer.train_stage(1, 0, report)
-        trainer.settle(report)
+        trainer.train_stage(Progress(1, 0), report)

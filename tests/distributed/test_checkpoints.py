@@ -33,7 +33,8 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model, load_hf_weights, run
+from ultrafuser_mega.training.run import run
+from ultrafuser_mega.training.trainer import build_model, load_hf_weights
 
 TIMES = ("seconds", "tokens_per_s", "data_seconds", "memory_bytes", "peak_memory_bytes", "save_seconds", "phases")
 

@@ -29,6 +29,7 @@ from ultrafuser_mega.runtime.shared_rows import shared_rows
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training import trainer
 from ultrafuser_mega.training.optimizer import make_trainable
+from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.trainer import build_model, run_sources
 
 # Eight query heads each: two or one to a rank of four or eight.
@@ -138,7 +139,7 @@ def _train_comparing_copies(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
         return save(model, *rest)
 
     trainer.chunks_to_write = compare_and_save  # type: ignore[assignment]
-    trainer.run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
+    run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
     return found
 
 

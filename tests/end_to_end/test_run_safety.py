@@ -26,8 +26,8 @@ from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import locked_run
-from ultrafuser_mega.training.trainer import run
 
 PROJECT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}

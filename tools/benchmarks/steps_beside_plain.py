@@ -131,7 +131,7 @@ def trainers_steps(trainer: Trainer, number: int) -> Step:
     seed = trainer.plan.config.seed + number
     batches = TrainingBatches(trainer.store, stage.samples_per_class, seed, trainer.shard)
     trainable = trainer.make_trainable(number)
-    return lambda step: trainer.step(number, trainable, batches, step, time.perf_counter()).loss
+    return lambda step: trainer.step(number, trainable, batches, step, time.perf_counter())[0].loss
 
 
 def rate_of(stage: Stage, step: int) -> float:

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,11 @@ class DamagedCheckpointError(InputError):
 
 @dataclass(frozen=True, order=True)
 class Progress:
-    """How far a run is: ``step`` steps of ``stage`` are done."""
+    """How far a run is: ``step`` steps of ``stage`` are done, ``skipped`` of which updated nothing."""
 
     stage: int
     step: int
+    skipped: int = field(default=0, compare=False)
 
     @property
     def folder(self) -> str:
@@ -249,7 +250,14 @@ def writing_checkpoint(path: Path) -> Iterator[None]:
             raise OSError(reason) from None
 
 
-def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:
+def load_checkpoint(
+    path: Path,
+    model: FusedStage,
+    groups: RankGroups,
+    trainable: Trainable | None,
+    steps: int,
+    skipped: int = 0,
+) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
     The first replica reads the model, and the others receive it. What an optimizer holds, its own rank reads.
@@ -260,6 +268,7 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         groups: this rank's process groups; they may differ from those it was saved with.
         trainable: the stage's optimizer and schedule, advanced to ``steps``; None to read weights only.
         steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
+        skipped: of them, those that updated nothing.
 
     Raises:
         InputError: a tensor is missing, damaged or of another shape.
@@ -274,7 +283,7 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         with megatron_scope(trainable.device):
             trainable.optimizer.reload_model_params()  # where the checkpoint has no weights in float32
             if steps > 0:
-                create_moments(trainable, steps)
+                create_moments(trainable, steps - skipped)
                 _fill(states_to_read(model, trainable, groups), tensors)
             trainable.schedule.step(steps)
 

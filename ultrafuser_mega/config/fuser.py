@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from ultrafuser_mega.config.checkpoint import Checkpoint
 from ultrafuser_mega.config.data import Data
 from ultrafuser_mega.config.evaluation import Evaluation
+from ultrafuser_mega.config.faults import Faults
 from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import DisjointLayout, Layout, Parallel
 from ultrafuser_mega.config.loss import Loss
@@ -47,6 +48,7 @@ class FuserConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
     profile: Profile = Profile()
+    faults: Faults = Faults()
 
     @property
     def run_dir(self) -> Path:

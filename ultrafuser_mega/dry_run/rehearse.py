@@ -119,9 +119,13 @@ class _WatchedTrainable(Trainable):
 
     meter: Meter
 
-    def step(self) -> tuple[torch.Tensor, float]:
+    def clip_gradients(self) -> torch.Tensor:
         with self.meter.making("update"):
-            return super().step()
+            return super().clip_gradients()
+
+    def update(self, *, skip: bool) -> float:
+        with self.meter.making("update"):
+            return super().update(skip=skip)
 
 
 def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None) -> Iterator[Part]:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,13 @@ def launched_rank() -> int:
 def launched_here() -> int:
     """Ranks of this job on this machine according to its launcher, as far as it tells; 1 when started by hand."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+
+
+def launch_name() -> str:
+    """A name that all attempts of one launch share on its rank 0, and no other launch has."""
+    launcher = psutil.Process(os.getppid())
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # which people may give, and give twice
+    return f"{run_id} {socket.gethostname()} {launcher.pid} {launcher.create_time()}"
 
 
 def end_with_launcher() -> None:

@@ -50,11 +50,11 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
             first = _claims_to_be_first(error, store)
             if first:
                 message = _message(error)
-                _leave_for_torchrun(message)
+                leave_for_torchrun(message)
                 print(message, file=sys.stderr, flush=True)
                 store.set(_SPOKEN, message)
             elif _spoken(store):  # should torchrun's report be about this rank nevertheless
-                _leave_for_torchrun(store.get(_SPOKEN).decode())
+                leave_for_torchrun(store.get(_SPOKEN).decode())
             store.add(_LEAVING, 1)
             if launched_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 _stay_for_the_others(store)
@@ -109,7 +109,7 @@ def _message(error: BaseException) -> str:
     return message
 
 
-def _leave_for_torchrun(message: str) -> None:
+def leave_for_torchrun(message: str) -> None:
     """Write the file that torchrun's report quotes, in its form; it gives every rank a name for it.
 
     The report has a part for every rank, so this is one line: of a traceback, which has been printed, the error's own.

@@ -58,13 +58,8 @@ class Trainable:
             self.wrapped.finish_grad_sync()
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, float]:
-        """Clip by the one global norm, update, advance the schedule.
-
-        Returns:
-            The gradient norm before clipping, () on the device, so that nobody has to wait for it; the rate used.
-        """
-        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+    def clip_gradients(self) -> Tensor:
+        """Clip by the one global norm; returns it as it was, () on the device, so that nobody has to wait for it."""
         with megatron_scope(self.device):
             self.optimizer.prepare_grads()
             norm = self._gradient_norm()
@@ -72,9 +67,17 @@ class Trainable:
                 gradients = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
                 if gradients:
                     torch._foreach_mul_(gradients, (self.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-            self.optimizer.step_with_ready_grads()
+        return norm
+
+    @torch.no_grad()
+    def update(self, *, skip: bool) -> float:
+        """Take the step with the clipped gradients, or ``skip`` it: the schedule goes on; returns the step's rate."""
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        if not skip:
+            with megatron_scope(self.device):
+                self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
-        return norm, float(lr)
+        return float(lr)
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole model. Megatron's own waits for the device once per parameter where apex is missing."""

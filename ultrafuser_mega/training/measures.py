@@ -33,6 +33,7 @@ WAITS = ("pipeline transfer", "gradient norm", "end of step")
 class Measured:
     """A step's numbers beside its losses: the largest of all ranks; ``phases`` of the step before.
 
+    wanted   what the ranks were asked to do (``Stopping``)
     phases   phase -> "mean" over the ranks that were in it, and "worst", the largest; seconds
     """
 
@@ -40,6 +41,7 @@ class Measured:
     data_seconds: float
     memory_bytes: int
     peak_memory_bytes: int
+    wanted: float
     phases: Mapping[str, Mapping[str, float]]
 
 
@@ -63,16 +65,17 @@ class Measures:
         self._tokens: dict[str, int] = {}  # specialist -> its tokens in the step before
         self.straggler: str | None = None
 
-    def own(self, norm: Tensor, data_seconds: float) -> Tensor:
+    def own(self, norm: Tensor, data_seconds: float, wanted: float) -> Tensor:
         """(k,) float64: this rank's numbers, for all ranks.
 
         Args:
             norm: () of the gradients.
             data_seconds: waited for the step's microbatches.
+            wanted: of the rank's ``Stopping``.
         """
         seconds = self._phases.of_last_step()
         memory = [float(held_memory(self._device)), float(peak_memory(self._device))]
-        host = [data_seconds, *memory, *(seconds.get(name, 0.0) for name in self._names)]
+        host = [data_seconds, *memory, wanted, *(seconds.get(name, 0.0) for name in self._names)]
         return torch.cat([norm.double()[None], to_device(torch.tensor(host, dtype=torch.float64), self._device)])
 
     def read(self, ranks: np.ndarray, batch: StepBatch) -> Measured:
@@ -80,13 +83,13 @@ class Measures:
 
         ``straggler`` is a line about one that was not known before, or None.
         """
-        phases = dict(zip(self._names, ranks[:, 4:].T.copy(), strict=True))
+        phases = dict(zip(self._names, ranks[:, 5:].T.copy(), strict=True))
         computing = np.sum([phases[name] for name in self._computes], axis=0)
         known = self._tokens and computing.all()  # both, but for the first step
         self.straggler = self._stragglers.step(computing, self._tokens) if known else None
         self._tokens = {name: int(lengths.sum()) for name, lengths in batch.lengths.items()}
-        grad_norm, data_seconds, memory, peak = ranks[:, :4].max(axis=0).tolist()
-        return Measured(grad_norm, data_seconds, int(memory), int(peak), self._summary(phases))
+        grad_norm, data_seconds, memory, peak, wanted = ranks[:, :5].max(axis=0).tolist()
+        return Measured(grad_norm, data_seconds, int(memory), int(peak), wanted, self._summary(phases))
 
     def record(
         self,
@@ -99,6 +102,7 @@ class Measures:
         loss: float,
         lr: float,
         seconds: float,
+        skipped: bool,
     ) -> StepRecord:
         """What is kept of a step; ``step`` counts through both stages."""
         means = totals.means
@@ -126,6 +130,7 @@ class Measures:
             mfu=self._utilisation(batch, stage, seconds),
             save_seconds=self._phases.host_seconds["save"],
             phases=measured.phases,
+            skipped=skipped,
         )
 
     def _utilisation(self, batch: StepBatch, stage: int, seconds: float) -> float:

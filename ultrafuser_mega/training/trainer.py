@@ -1,28 +1,25 @@
-"""The whole run: prepare, stage 1 (gate only), stage 2 (everything), evaluate, checkpoint, report.
-
-Algorithm 1 of the paper. Read :func:`run` first: it is the table of contents.
-"""
+"""One rank's model and data, a step, a stage with its evaluations and checkpoints. What a run is made of: ``run``."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.saver import Saver
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
-from ultrafuser_mega.config import Stage, dump_config
+from ultrafuser_mega.config import Stage
 from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
-from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
@@ -30,12 +27,10 @@ from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
-from ultrafuser_mega.planning.hardware import peak_flops
-from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
+from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
-from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
-from ultrafuser_mega.runtime.device import device_name
-from ultrafuser_mega.runtime.groups import RankGroups, make_groups
+from ultrafuser_mega.reporting.run_report import RunReport
+from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
@@ -44,73 +39,12 @@ from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.prepare import data_notes, intact, open_store
 from ultrafuser_mega.training.profiling import StepProfiler
-from ultrafuser_mega.training.run_folder import locked_run, set_aside
-from ultrafuser_mega.training.token_samples import token_samples
+from ultrafuser_mega.training.skipping import RollBack, Skips, write_down
+from ultrafuser_mega.training.stopping import Stop, Stopping
 from ultrafuser_mega.training.totals import ClassTotals, gate_column
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
-
-
-def run(plan: RunPlan, device: torch.device) -> None:
-    """Train and report as ``plan`` says; collective over the job, which must be joined already."""
-    begun = time.monotonic()
-    groups = make_groups(plan.layout)
-    with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
-        plan = intact(plan)
-        store = open_store(plan, groups)
-        plan = compared_with_data(plan, store)
-        peak = peak_flops(device_name(device), plan.config.dtype)
-        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun, peak)
-        trainer.load()
-        _run(plan, groups, trainer)
-
-
-def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
-    done = plan.resume[0] if plan.resume else Progress(1, 0)
-    # Only now: what could be wrong with the input has been seen, and the earlier run was where it was until here.
-    kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
-    begun = trainer.global_step(done)
-    with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
-        if kept:
-            report.note(f"an earlier run of this name is kept as {kept}")
-        for line in plan.changes if plan.resume else plan.notices:
-            report.note(line)
-        store = trainer.store
-        for line in data_notes(plan.config, PrepareReport(store.folder, store.manifest, reused=True)):
-            report.note(line)
-        if plan.start and not plan.resume:
-            report.note(f"begins with the weights of {plan.start[1]}")
-        if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
-            load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
-        if done == Progress(1, 0):
-            report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
-        for stage in plan.config.stages:
-            if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
-                trainer.settle(report)
-                report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
-                return
-        final = trainer.evaluate()
-        trainer.settle(report)
-        report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
-
-
-def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
-    """What the report says of the run that ``plan`` describes."""
-    config = plan.config
-    return RunFacts(
-        name=config.name,
-        run_dir=config.run_dir,
-        config_text=dump_config(config),
-        layout=plan.layout.describe(),
-        device=device_name(device),
-        specialists=list(config.specialists),
-        stage_steps=(config.stage1.steps, config.stage2.steps),
-        resumed_from=plan.resume[1] if plan.resume else None,
-        wandb=config.report.wandb,
-        prometheus=config.report.prometheus,
-    )
 
 
 class Trainer:
@@ -138,7 +72,9 @@ class Trainer:
         begun: float | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        self._begun = time.monotonic() if begun is None else begun
+        begun = time.monotonic() if begun is None else begun
+        self.stopping = Stopping(begun, plan.config.checkpoint.stop_after_minutes)
+        self._went_back_to: Path | None = None
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.saver: Saver | None = None
         self.phases = Phases(device)
@@ -185,40 +121,49 @@ class Trainer:
                     raise DivergedError(f"held-out loss of {model} on {class_name} is {losses[model]}; {advice}")
         return result
 
-    def train_stage(self, number: int, done: int, report: RunReport) -> bool:
-        """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way.
+    def train_stage(self, begin: Progress, report: RunReport) -> Stop | RollBack | None:
+        """A stage from ``begin`` to its end, with evaluations and checkpoints on the way.
 
-        Returns False if the run is out of time: then a checkpoint was written, after which an evaluation may be due.
+        Returns why it ends before: behind a checkpoint, after which an evaluation may be due, or in order to go back to
+        one. None: the stage is over.
 
         Raises:
             DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
-        config, stage = self.plan.config, self.stage(number)
+        number, done, config, stage = begin.stage, begin.step, self.plan.config, self.stage(begin.stage)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
         trainable = self.make_trainable(number)
-        if self.plan.resume is not None and self.plan.resume[0] == Progress(number, done):
-            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done)
+        if self.plan.resume is not None and self.plan.resume[0] == begin:
+            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done, begin.skipped)
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
         if done == stage.steps:
-            return True
+            return None
         judge, overdue = Judge(self._measured_loss(batches)), False
+        skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
-        with StepsAhead(batches, done, stage.steps, self.device) as ahead:
+        with self.stopping.listening(), StepsAhead(batches, done, stage.steps, self.device) as ahead:
             for step in range(done, stage.steps):
                 with self.profiler.step(first + step + 1):
-                    record = self.step(number, trainable, ahead, step, begun)
+                    record, stop = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
                 self.tell_saved(report)
                 for line in filter(None, (self.measures.straggler, self.profiler.written(record.step))):
                     report.note(line)
-                progress, time_is_up = Progress(number, step + 1), self._time_is_up()
-                is_last = time_is_up or step + 1 == stage.steps
+                skips.count(record.skipped)
+                progress = Progress(number, step + 1, skips.total)
+                if record.skipped:
+                    report.note(f"{self.place(progress)}: {_not_finite(record)}; skipped")
+                    if self.groups.rank == 0:
+                        write_down(config.run_dir, record, batches.sampler.batch(step))
+                if skips.too_many:
+                    return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
+                is_last = stop is not None or step + 1 == stage.steps
                 if is_last or overdue or _due(step + 1, config.checkpoint.every):
                     with self.phases("save", whole=True):
                         problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
@@ -228,24 +173,29 @@ class Trainer:
                         report.note(f"{problem}; no checkpoint until that has passed")
                     overdue = problem is not None
                     begun = time.perf_counter()
-                if time_is_up:
-                    return False
+                if stop is not None:
+                    self._settle(report, must=True)
+                    return replace(stop, why=f"{stop.why} behind {self.place(progress)}; --resume goes on from there")
                 if self._evaluation_due(number, step + 1):
                     report.evaluated(self.evaluate(), number, first + step + 1)
                     begun = time.perf_counter()
-        return True
+            self._settle(report, must=number == list(config.stages)[-1])
+        return None
+
+    def _roll_back(self, problem: str) -> RollBack:
+        """To the newest checkpoint, which rank 0 chooses; DivergedError where there is none, or it did not help."""
+        assert self.saver is not None
+        self.saver.wait()  # what is being written is the newest then
+        found = [list_checkpoints(self.checkpoints)[-1:]]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0] or found[0][0][1] == self._went_back_to:
+            again = " again" if found[0] else ""
+            raise DivergedError(f"{problem}{again}; {self._remedy()}")
+        self._went_back_to = found[0][0][1]
+        return RollBack(read_progress(self._went_back_to, self.plan.identity), self._went_back_to)
 
     def _measured_loss(self, batches: TrainingBatches) -> float:
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
-
-    def _time_is_up(self) -> bool:
-        """By the clock of rank 0, for all ranks."""
-        limit = self.plan.config.checkpoint.stop_after_minutes
-        if limit is None:
-            return False
-        left = torch.tensor([self._begun + 60 * limit - time.monotonic()], dtype=torch.float64, device=self.device)
-        dist.broadcast(left, src=0)
-        return left.item() <= 0
 
     def _evaluation_due(self, number: int, step: int) -> bool:
         """After this step of the stage; the end of stage 2 is evaluated by ``run``."""
@@ -274,8 +224,13 @@ class Trainer:
             phases=self.phases,
         )
 
-    def step(self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float) -> StepRecord:
-        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
+    def step(
+        self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float
+    ) -> tuple[StepRecord, Stop | None]:
+        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``.
+
+        Nothing is updated where the loss or a gradient is not finite. Returns why the run is to stop, too.
+        """
         asked = time.perf_counter()
         with self.phases("data"):
             batch = batches.step(step)
@@ -305,22 +260,21 @@ class Trainer:
         else:
             self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
         with self.phases("optimizer"):
-            norm, lr = trainable.step()
-        own = self.measures.own(norm, data_seconds)
+            norm = trainable.clip_gradients()
+        own = self.measures.own(norm, data_seconds, self.stopping.wanted)
         with self.phases("end of step"):
             reduced = totals.reduce(self.groups, own)
-        self.phases.end_step()
         measured = self.measures.read(reduced.ranks, batch)
-        grad_norm = measured.grad_norm
         loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {self._remedy()}"
-            )
+        skipped = not (math.isfinite(loss) and math.isfinite(measured.grad_norm))
+        with self.phases("optimizer"):
+            lr = trainable.update(skip=skipped)
+        self.phases.end_step()
         done, seconds = self.global_step(progress), time.perf_counter() - begun
-        return self.measures.record(
-            measured, reduced, batch, stage=number, step=done, loss=loss, lr=lr, seconds=seconds
+        record = self.measures.record(
+            measured, reduced, batch, stage=number, step=done, loss=loss, lr=lr, seconds=seconds, skipped=skipped
         )
+        return record, self.stopping.agreed(measured.wanted)
 
     def _publish(
         self, progress: Progress, trainable: Trainable, judge: Judge, loss: float, report: RunReport
@@ -331,6 +285,8 @@ class Trainer:
             loss: of the weights as they are, measured.
         """
         where = self.place(progress)
+        if progress.step == progress.skipped:
+            return f"{where}: nothing has been updated yet"
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
@@ -341,9 +297,7 @@ class Trainer:
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
         assert self.saver is not None
-        failed = self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
-        if failed is not None:
-            report.note(f"{failed}; training goes on, this checkpoint is tried now")
+        self._not_saved(self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups)), report)
         return None
 
     def tell_saved(self, report: RunReport) -> None:
@@ -352,17 +306,18 @@ class Trainer:
         for path in self.saver.published():
             report.note(f"checkpoint {path}")
 
-    def settle(self, report: RunReport) -> None:
-        """Wait for the checkpoint that is being written.
-
-        Raises:
-            InputError: it cannot be written.
-        """
+    def _settle(self, report: RunReport, *, must: bool) -> None:
+        """Wait for the checkpoint that is being written; InputError where it cannot be but ``must``."""
         assert self.saver is not None
         problem = self.saver.wait()
         self.tell_saved(report)
-        if problem is not None:
+        if problem is not None and must:
             raise InputError(problem)
+        self._not_saved(problem, report)
+
+    def _not_saved(self, problem: str | None, report: RunReport) -> None:
+        if problem is not None:
+            report.note(f"{problem}; training goes on")
 
     def _remedy(self) -> str:
         if self.saver is not None:
@@ -410,6 +365,10 @@ def make_shard(plan: RunPlan, groups: RankGroups, pad_id: int | None = None) -> 
         multiples={name: placement.tp if sequence_parallel else 1 for name, placement in placements.items()},
         pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id if pad_id is None else pad_id,
     )
+
+
+def _not_finite(record: StepRecord) -> str:
+    return f"loss is {record.loss:.6g}, gradient norm {record.grad_norm:.6g}"
 
 
 def _due(step: int, every: int) -> bool:

@@ -42,7 +42,7 @@ def measured(seconds: list[dict[str, float]], norms: list[float]) -> Measured:
     """What ranks of DISJOINT find together."""
     plan = plan_13b(DISJOINT)
     said = [
-        Measures(plan, CPU, Seconds(own), None).own(torch.tensor(norm), 0.1 * norm).numpy()
+        Measures(plan, CPU, Seconds(own), None).own(torch.tensor(norm), 0.1 * norm, norm).numpy()
         for own, norm in zip(seconds, norms, strict=True)
     ]
     return Measures(plan, CPU, Phases(), None).read(np.stack(said), BATCH)
@@ -67,7 +67,7 @@ def test_who_came_last_to_an_exchange_waited_for_nobody_and_the_others_were_idle
 
 def test_the_largest_of_all_ranks_is_taken_and_a_norm_that_is_not_finite_stays_so() -> None:
     found = measured([{}] * 4, [1.0, 3.0, 2.0, 0.0])
-    assert found.grad_norm == 3.0 and found.data_seconds == pytest.approx(0.3)
+    assert found.grad_norm == found.wanted == 3.0 and found.data_seconds == pytest.approx(0.3)
     assert found.memory_bytes > 2**20 and found.peak_memory_bytes > 2**20
     assert math.isnan(measured([{}] * 4, [1.0, math.nan, 2.0, 0.0]).grad_norm)
     assert found.phases == {}
@@ -88,9 +88,9 @@ def test_only_a_gpu_whose_products_are_known_has_a_peak(name: str, dtype: str, p
 
 
 def record_of(peak: float | None) -> StepRecord:
-    none = Measured(1.0, 0.0, 1, 1, {})
+    none = Measured(1.0, 0.0, 1, 1, 0.0, {})
     return Measures(plan_13b(DISJOINT), CPU, Phases(), peak).record(
-        none, Totals({}, {}, np.zeros(0)), BATCH, stage=2, step=1, loss=1.0, lr=1.0, seconds=2.0
+        none, Totals({}, {}, np.zeros(0)), BATCH, stage=2, step=1, loss=1.0, lr=1.0, seconds=2.0, skipped=False
     )
 
 
