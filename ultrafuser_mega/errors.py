@@ -14,6 +14,9 @@ from pathlib import Path
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+#: Ended behind a checkpoint because a signal asked for it: start it again. EX_TEMPFAIL of sysexits.h, which no error of
+#: Python, a shell or a signal has: a scheduler can be told to requeue by it.
+EXIT_GO_ON = 75
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE, errno.EIO}

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, train, verify
+from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, slurm, train, verify
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError, system_refusal
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
@@ -26,6 +26,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser plan --config my.yaml               is everything there, does it fit, what goes where?
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
   ultrafuser train --config my.yaml              both stages, evaluation, checkpoints: runs/<name>/
+  ultrafuser slurm --config my.yaml --submit     the same on a cluster: writes a batch script, submits it
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
   ultrafuser import RELEASE CHECKPOINT           a fused model as one, to train further
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
@@ -61,6 +62,7 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
+app.command("slurm")(slurm.slurm)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
 app.command("verify")(verify.verify)

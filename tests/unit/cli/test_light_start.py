@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "numpy"}
-COMMANDS = ("doctor", "plan", "prepare", "train", "import", "export", "verify", "generate", "chat")
+COMMANDS = ("doctor", "plan", "prepare", "slurm", "train", "import", "export", "verify", "generate", "chat")
 # Of a process that ran a command: the heavy ones among its modules, as its last line.
 PROGRAM = f"""
 import json, sys
