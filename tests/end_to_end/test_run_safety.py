@@ -278,7 +278,7 @@ def test_train_ended_by_a_signal_leaves_no_process_behind(
         arguments, cwd=PROJECT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         metrics, until = tmp_path / "runs" / "run" / "metrics.jsonl", time.monotonic() + 100
-        while not (metrics.is_file() and '"step"' in metrics.read_text()) and time.monotonic() < until:
+        while not (metrics.is_file() and '"kind": "step"' in metrics.read_text()) and time.monotonic() < until:
             time.sleep(0.2)
         assert metrics.is_file()
         process.send_signal(number)

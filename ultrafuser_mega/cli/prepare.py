@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,10 @@ def prepare(
     overrides: Overrides = None,
     config: Config = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="rebuild a store made from other inputs")] = False,
+    copy_to: Annotated[
+        Path | None,
+        typer.Option(help="also copy the store to this folder, checked, as to a node's own disk", show_default=False),
+    ] = None,
 ) -> None:
     """Tokenise the data; tell what was dropped and why.
 
@@ -23,6 +28,7 @@ def prepare(
 
     loaded = load_config(config, overrides or [])
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
+    from ultrafuser_mega.data.store_copy import copy_store
     from ultrafuser_mega.planning.preflight import shared_vocabulary
     from ultrafuser_mega.toy import make_toy
     from ultrafuser_mega.training.prepare import data_notes
@@ -36,3 +42,6 @@ def prepare(
     console.print(report.endings(), markup=False, highlight=False, soft_wrap=True)
     for line in [*report.problems(), *data_notes(loaded, report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if copy_to is not None:
+        done = "copied to" if copy_store(loaded.store_dir, copy_to) else "already in"
+        console.print(f"{done} {copy_to}", markup=False, highlight=False, soft_wrap=True)

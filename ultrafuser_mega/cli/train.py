@@ -20,7 +20,7 @@ def train(
     Stage 1 trains the gate, stage 2 everything. runs/<name> receives config.yaml, metrics.jsonl, TensorBoard events,
     checkpoints, plots and, at the end, summary.json and the tables in results.md.
 
-    On several machines: torchrun or SLURM with examples/pretrain_fuser.py, see examples/slurm.
+    On several machines: torchrun with examples/pretrain_fuser.py, or `ultrafuser slurm`.
     """
     from ultrafuser_mega.config import load_config
 

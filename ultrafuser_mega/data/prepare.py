@@ -79,12 +79,12 @@ def prepare_store(
         return PrepareReport(out, read_manifest(out), reused=True)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _work_folder(out) as work:
+    with work_folder(out) as work:
         splits = write_splits(work, planned, aligner, on_malformed, progress)
         _refuse_empty(splits, planned)
         manifest = _manifest(inputs, aligner, splits)
         write_manifest(work, manifest)
-        _move_into_place(work, out)
+        move_into_place(work, out)
     return PrepareReport(out, manifest, reused=False)
 
 
@@ -246,7 +246,7 @@ def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:
 
 
 @contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
+def work_folder(out: Path) -> Iterator[Path]:
     """A new hidden folder beside ``out``, gone in the end; those that killed processes left are removed first.
 
     Its process holds a lock on it, which ends with the process, however that ends.
@@ -276,7 +276,7 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _move_into_place(work: Path, out: Path) -> None:
+def move_into_place(work: Path, out: Path) -> None:
     """Rename the finished store; an older one steps aside first and is deleted last."""
     if not out.exists():
         work.rename(out)

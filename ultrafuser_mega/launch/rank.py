@@ -27,10 +27,13 @@ from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import begun_by_this_launch, refuse_running
 
 
-def rank_arguments(config_path: Path | None, overrides: Sequence[str], resume: bool) -> list[str]:
+def rank_arguments(
+    config_path: Path | None, overrides: Sequence[str], resume: bool = False, requeue: bool = False
+) -> list[str]:
     """The command line behind the program that every rank runs, whatever launches it."""
     arguments = [] if config_path is None else ["--config", str(config_path)]
-    return [*arguments, *(["--resume"] if resume else []), "--", *overrides]
+    flags = [flag for flag, given in (("--resume", resume), ("--requeue", requeue)) if given]
+    return [*arguments, *flags, "--", *overrides]
 
 
 def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:

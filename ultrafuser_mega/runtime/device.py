@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.start import name_of_start
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
@@ -121,9 +122,8 @@ def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in alone.items():
         os.environ.setdefault(key, value)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"ultrafuser/{attempt}", store)
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"ultrafuser/{name_of_start(store, rank, ranks, timeout)}", store)
 
 
 @contextmanager
@@ -142,4 +142,5 @@ def joined_job(device: torch.device, store: dist.Store, timeout: timedelta = tim
         backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, device_id=bound
     )
     yield
+    dist.barrier()  # rank 0 may still write: launchers like srun end ranks that outlive another for long
     dist.destroy_process_group()
