@@ -84,7 +84,7 @@ def test_what_is_saved_is_what_was_there_although_training_went_on(trio: Path, t
     assert run_ranks(_change_while_saving, 2, tree) == [[], []]
     names = sorted(path.name for path in (tmp_path / "saved").iterdir())
     # keep: 1 and every fourth step; what an interrupted save had left is gone.
-    assert names == ["stage2-step0000004", "stage2-step0000005"]
+    assert names == ["stage2-step0000004", "stage2-step0000005", "stage2-step0000009"]
 
 
 def _change_while_saving(rank: int, tree: dict[str, Any]) -> list[str]:
@@ -95,6 +95,9 @@ def _change_while_saving(rank: int, tree: dict[str, Any]) -> list[str]:
     load_hf_weights(model, plan.config.folders, groups)
     folder = plan.config.run_dir.parent / "saved"
     (folder / ".stage1-step0000001.partial").mkdir(parents=True, exist_ok=True)
+    newer = folder / Progress(2, 9).folder  # from before which the run went on: no kept one
+    newer.mkdir(exist_ok=True)
+    (newer / "progress.json").touch()
     dist.barrier()
     may_write, write = threading.Event(), saver.write_checkpoint
 
@@ -107,14 +110,14 @@ def _change_while_saving(rank: int, tree: dict[str, Any]) -> list[str]:
     for step in (3, 4, 5):
         wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         may_write.clear()
-        assert writing.save(Progress(2, step), chunks_to_write(model, None, groups)) is None
-        assert writing.published() == []
+        writing.save(Progress(2, step), chunks_to_write(model, None, groups))
+        assert list(writing.news()) == []
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.5)
         may_write.set()
         assert writing.wait() is None
-        assert [path.name for path in writing.published()] == [Progress(2, step).folder]
+        assert list(writing.news()) == [f"checkpoint {folder / Progress(2, step).folder}"]
     load_checkpoint(folder / Progress(2, 5).folder, model, groups, None, 0)
     return [name for name, parameter in model.named_parameters() if not torch.equal(parameter, wanted[name])]
 

@@ -13,6 +13,7 @@ form but for two files that nothing here reads.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
 
     Args:
         path: a checkpoint folder.
-        identity: description of the model that is to be loaded, as given to :func:`save_checkpoint`.
+        identity: description of the model that is to be loaded, as given to :func:`write_checkpoint`.
 
     Raises:
         InputError: not a complete checkpoint, one of another model (names the first difference), or renamed.
@@ -215,7 +216,10 @@ def write_checkpoint(
         if is_first:
             files = {name: record for records in everyone for name, record in records.items()}
             record = {"format": FORMAT, "progress": asdict(progress), "identity": identity, "files": files}
-            (folder / PROGRESS).write_text(json.dumps(record, indent=1))
+            with (folder / PROGRESS).open("w") as file:
+                file.write(json.dumps(record, indent=1))
+                file.flush()
+                os.fsync(file.fileno())  # older checkpoints are removed next
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,24 +49,19 @@ class Saver:
         self._group = dist.new_group(backend="gloo", group_desc="saving")
         self._copies: list[Tensor] = []
         self._thread: threading.Thread | None = None
-        self._published: list[Path] = []
+        self._news: deque[str] = deque()
         self._problem: str | None = None
         self._error: BaseException | None = None
 
-    def save(self, progress: Progress, chunks: Sequence[Chunk]) -> str | None:
-        """Begin to write ``chunks`` as ``stage<k>-step<s>``; collective. They may change when this returns.
-
-        Returns:
-            What became of the save before, where that failed: the same on every rank.
-        """
-        problem = self.wait()
+    def save(self, progress: Progress, chunks: Sequence[Chunk]) -> None:
+        """Begin to write ``chunks`` as ``stage<k>-step<s>``; collective. They may change when this returns."""
+        self.wait()
         copied = self._copied(chunks)
         self._thread = threading.Thread(target=self._write, args=(progress, copied), name="saving", daemon=True)
         self._thread.start()
-        return problem
 
     def wait(self) -> str | None:
-        """Until nothing is under way; what has failed since the last call, as a message, the same on every rank."""
+        """Until nothing is under way; why the last save failed, if it did: the same on every rank."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -74,10 +70,10 @@ class Saver:
         problem, self._problem = self._problem, None
         return problem
 
-    def published(self) -> list[Path]:
-        """Checkpoints that have got their name since the last call."""
-        found, self._published = self._published, []
-        return found
+    def news(self) -> Iterator[str]:
+        """What has become of saves since the last call, a line each."""
+        while self._news:
+            yield self._news.popleft()
 
     def _copied(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """In host memory, which the next save uses again."""
@@ -104,15 +100,20 @@ class Saver:
                 if is_first:
                     remove_checkpoint(final)
                     partial.rename(final)
-                    self._remove_old()
-            self._published.append(final)
+                    self._remove_old(progress)
+            self._news.append(f"checkpoint {final}")
         except InputError as problem:
             self._problem = str(problem)
+            self._news.append(f"{problem}; training goes on")
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # what a full disk needs
         except BaseException as error:  # raised where training asks for the save
             self._error = error
 
-    def _remove_old(self) -> None:
-        for progress, old in list_checkpoints(self._folder)[: -self._keep]:
+    def _remove_old(self, written: Progress) -> None:
+        # A newer one is damaged, or the run would not have gone on from before it: it stands for none that is kept.
+        until_now = [found for found in list_checkpoints(self._folder) if found[0] <= written]
+        for progress, old in until_now[: -self._keep]:
             if not (self._keep_every and progress.step % self._keep_every == 0):
                 remove_checkpoint(old)
 

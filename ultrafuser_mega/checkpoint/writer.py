@@ -85,7 +85,7 @@ def _item(index: MetadataIndex, chunk: Chunk) -> WriteItem:
 
 class _Writer(FileSystemWriter):
     def __init__(self, folder: str) -> None:
-        super().__init__(folder)
+        super().__init__(folder, per_thread_copy_ahead=0)  # all is in host memory: no stream, of no GPU, is needed
         self.fs = self.files = _Files()
 
     def storage_meta(self) -> None:

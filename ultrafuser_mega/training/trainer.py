@@ -152,7 +152,7 @@ class Trainer:
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
-                self.tell_saved(report)
+                self._tell_saved(report)
                 for line in filter(None, (self.measures.straggler, self.profiler.written(record.step))):
                     report.note(line)
                 skips.count(record.skipped)
@@ -297,27 +297,21 @@ class Trainer:
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
         assert self.saver is not None
-        self._not_saved(self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups)), report)
+        self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
         return None
 
-    def tell_saved(self, report: RunReport) -> None:
-        """Say which checkpoints are complete by now."""
+    def _tell_saved(self, report: RunReport) -> None:
         assert self.saver is not None
-        for path in self.saver.published():
-            report.note(f"checkpoint {path}")
+        for line in self.saver.news():
+            report.note(line)
 
     def _settle(self, report: RunReport, *, must: bool) -> None:
         """Wait for the checkpoint that is being written; InputError where it cannot be but ``must``."""
         assert self.saver is not None
         problem = self.saver.wait()
-        self.tell_saved(report)
         if problem is not None and must:
             raise InputError(problem)
-        self._not_saved(problem, report)
-
-    def _not_saved(self, problem: str | None, report: RunReport) -> None:
-        if problem is not None:
-            report.note(f"{problem}; training goes on")
+        self._tell_saved(report)
 
     def _remedy(self) -> str:
         if self.saver is not None:
