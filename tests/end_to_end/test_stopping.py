@@ -45,7 +45,7 @@ def start(tree: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
         text=True,
     )
     metrics = FuserConfig.model_validate(tree).run_dir / "metrics.jsonl"
-    while job.poll() is None and not (metrics.is_file() and '"step"' in metrics.read_text()):
+    while job.poll() is None and not (metrics.is_file() and '"kind": "step"' in metrics.read_text()):
         time.sleep(0.1)
     return job
 
