@@ -67,8 +67,9 @@ def launch_local(ranks: int, program: Sequence[str], run_dir: Path, max_restarts
             if failed is None:
                 return 0
             said, again = job.has_said_why(failed), attempt < max_restarts and job.is_worth_a_restart(failed)
-            if heard and not (said and job.codes[failed] in _STOPPED):
-                return _ended_by(heard[-1], run_dir)
+            number = heard[-1] if heard else job.request_to(failed)
+            if number and not said:
+                return _ended_by(number, run_dir)
             if again and not heard:
                 attempt += 1
                 what = "" if said else f"failed: {job.what_became_of(failed)}; "
@@ -133,6 +134,10 @@ class _Job:
     def is_worth_a_restart(self, rank: int) -> bool:
         """Whether what ended a rank need not come again."""
         return self.codes[rank] not in (EXIT_BAD_INPUT, EXIT_DIVERGED, *_STOPPED)
+
+    def request_to(self, rank: int) -> signal.Signals | None:
+        """The request that ended a rank before it listened, if one did."""
+        return next((number for number in _REQUESTS if number == -self.codes[rank]), None)
 
     def what_became_of(self, rank: int) -> str:
         """For people."""

@@ -52,7 +52,7 @@ def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool,
         ensure_toy(config, launched_ranks())
         plan = preflight(config, launched_ranks(), _all_resume(store, config, resume, requeue))
         with joined_job(device, store):
-            stop = run(plan, device)
+            stop = run(plan, device, store)
     if stop is None:
         return 0
     if stop.code:

@@ -117,6 +117,11 @@ class RunReport:
             return f"after stage 2 step {step - first} of {second}"
         return f"after stage 1 step {step} of {first}" if step else "before training"
 
+    def stopped(self, why: str) -> None:
+        """The run ends before its last step; the last line of all says why."""
+        self._console.end_stage()
+        self.note(why)
+
     def finish(self, final: EvaluationResult, views: Sequence[TokenSample]) -> None:
         """The run is over: tables, plots, the token view and summary.json.
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint
 from ultrafuser_mega.config import dump_config
@@ -18,6 +19,7 @@ from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.device import device_name
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
+from ultrafuser_mega.runtime.watchdog import Watchdog
 from ultrafuser_mega.training.prepare import data_notes, intact, open_store
 from ultrafuser_mega.training.run_folder import begin_run, locked_run
 from ultrafuser_mega.training.skipping import RollBack
@@ -26,8 +28,14 @@ from ultrafuser_mega.training.token_samples import token_samples
 from ultrafuser_mega.training.trainer import Trainer, make_shard
 
 
-def run(plan: RunPlan, device: torch.device) -> Stop | None:
+def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) -> Stop | None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already.
+
+    Args:
+        plan: of the run.
+        device: where this rank computes.
+        signs: where ranks see that one of them hangs, as :class:`ultrafuser_mega.runtime.watchdog.Watchdog` has it;
+            None: nobody looks.
 
     Returns why the run stopped before its end, behind a checkpoint; None: it did not.
     """
@@ -39,6 +47,9 @@ def run(plan: RunPlan, device: torch.device) -> Stop | None:
         plan = compared_with_data(plan, store)
         peak = peak_flops(device_name(device), plan.config.dtype)
         trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun, peak)
+        if signs is not None and (seconds := 60 * plan.config.faults.hang_minutes):
+            ranks = plan.layout.world_size
+            trainer.watching = Watchdog(signs, groups.rank, ranks, trainer.phases, lambda: trainer.at, seconds).watching
         trainer.load()
         while isinstance(end := _run(plan, groups, trainer), RollBack):
             plan = trainer.plan = replace(plan, resume=(end.progress, end.path), changes=())
@@ -64,13 +75,14 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> Stop | RollBack
             load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
         if done == Progress(1, 0):
             report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
-        for stage in plan.config.stages:
-            begin = done if done.stage == stage else Progress(stage, 0)
-            if done.stage <= stage and (end := trainer.train_stage(begin, report)):
-                report.note(end.why)
-                return end
-        final = trainer.evaluate()
-        report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
+        with trainer.stopping.listening():
+            for stage in plan.config.stages:
+                begin = done if done.stage == stage else Progress(stage, 0)
+                if done.stage <= stage and (end := trainer.train_stage(begin, report)):
+                    report.stopped(end.why)
+                    return end
+            final = trainer.evaluate()
+            report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
     return None
 
 

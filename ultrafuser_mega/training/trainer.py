@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +76,8 @@ class Trainer:
     ) -> None:
         begun = time.monotonic() if begun is None else begun
         self.stopping = Stopping(begun, plan.config.checkpoint.stop_after_minutes)
+        self.watching: Callable[[], AbstractContextManager[None]] = nullcontext  # while steps are done
+        self.at = (0, "before the first step")  # steps through both stages, and that for people
         self._went_back_to: Path | None = None
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.saver: Saver | None = None
@@ -145,7 +149,8 @@ class Trainer:
         skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
-        with self.stopping.listening(), StepsAhead(batches, done, stage.steps, self.device) as ahead:
+        steps = StepsAhead(batches, done, stage.steps, self.device)
+        with self.watching(), steps as ahead:
             for step in range(done, stage.steps):
                 with self.profiler.step(first + step + 1):
                     record, stop = self.step(number, trainable, ahead, step, begun)
@@ -232,10 +237,11 @@ class Trainer:
         Nothing is updated where the loss or a gradient is not finite. Returns why the run is to stop, too.
         """
         asked = time.perf_counter()
+        progress, config = Progress(number, step + 1), self.plan.config
+        self.at = (self.global_step(progress), self.place(progress))
         with self.phases("data"):
             batch = batches.step(step)
         data_seconds = time.perf_counter() - asked
-        progress, config = Progress(number, step + 1), self.plan.config
         totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.specialists)], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
 
