@@ -133,8 +133,14 @@ class Hooks:
                     buffer.grad_data.fill_(math.nan)
             return clip(trainable)
 
-        Phases._enter, Trainer.step = entered, stepped  # type: ignore[method-assign]
-        checkpoint.write_chunks, Trainable.clip_gradients = written, clipped  # type: ignore[method-assign]
+        wrapped: dict[tuple[object, str], object] = {
+            (Phases, "_enter"): entered,
+            (Trainer, "step"): stepped,
+            (Trainable, "clip_gradients"): clipped,
+        }
+        wrapped |= {(checkpoint, "write_chunks"): written}
+        for (owner, name), function in wrapped.items():
+            setattr(owner, name, function)
 
     @property
     def checkpoints(self) -> list[Path]:

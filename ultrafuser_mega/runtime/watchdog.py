@@ -71,7 +71,8 @@ class Watchdog:
         where: Callable[[], tuple[int, str]],
         seconds: float,
     ) -> None:
-        self._store = store.clone()  # a connection of its own: the other one may be waited at
+        # A connection of its own: the other one may be waited at. (torch's stubs lack clone().)
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._rank, self._ranks, self._phases, self._where, self._seconds = rank, ranks, phases, where, seconds
         self._tick = min(max(seconds / 20, 0.1), 2.0)
         self._beat = 0

@@ -3,9 +3,9 @@
 A signal reaches ranks at different moments, and some not at all. So every rank puts what it was asked to do into the
 numbers that a step's statistics reduce in any case, and the largest counts for all; nobody waits for more than that.
 
-The bound: what runs is finished, at most an evaluation and a step; a checkpoint is written; that is all. Behind the last
-step the run is finished instead: an evaluation and the report. A second signal ends a rank at once. Before the weights
-are there is nothing to save: then a signal does what it does to any program.
+The bound: what runs is finished, at most an evaluation and a step; a checkpoint is written; that is all. Behind the
+last step the run is finished instead: an evaluation and the report. A second signal ends a rank at once. Before the
+weights are there is nothing to save: then a signal does what it does to any program.
 """
 
 from __future__ import annotations
