@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from support.trio import COLOCATED_TP2, COLOCATED_TP2_PP2, CPU, DISJOINT_8, ONE, config_tree, train
 
 from ultrafuser_mega.checkpoint import saver
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, write_checkpoint
-from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write, described
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.models.fused import load_hf_weights
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.trainer import build_model, run_sources
@@ -120,6 +122,25 @@ def _change_while_saving(rank: int, tree: dict[str, Any]) -> list[str]:
         assert list(writing.news()) == [f"checkpoint {folder / Progress(2, step).folder}"]
     load_checkpoint(folder / Progress(2, 5).folder, model, groups, None, 0)
     return [name for name, parameter in model.named_parameters() if not torch.equal(parameter, wanted[name])]
+
+
+def test_what_megatron_wrote_for_the_first_versions_is_read(trio: Path, tmp_path: Path) -> None:
+    assert run_ranks(_read_the_first_form, 2, _tree(trio, tmp_path, "tp 2"), tmp_path / "first") == [[], []]
+
+
+def _read_the_first_form(rank: int, tree: dict[str, Any], folder: Path) -> list[str]:
+    """Names of weights that are not read as they were written."""
+    plan = preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False)
+    groups = make_groups(plan.layout)
+    written, read = build_model(plan, groups, CPU), build_model(plan, groups, CPU)
+    load_hf_weights(written, plan.config.folders, groups)
+    folder.mkdir(exist_ok=True)
+    dist.barrier()
+    with megatron_scope(CPU):
+        dist_checkpointing.save(dict(described(written, groups)), str(folder))
+    load_checkpoint(folder, read, groups, None, 0)
+    wanted = dict(written.named_parameters())
+    return [name for name, parameter in read.named_parameters() if not torch.equal(parameter, wanted[name])]
 
 
 def _assert_same_tensors(folder: Path, other: Path, where: str) -> None:

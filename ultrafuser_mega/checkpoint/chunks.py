@@ -148,11 +148,11 @@ def states_to_read(model: FusedStage, trainable: Trainable, groups: RankGroups) 
 def parameter_parts(model: FusedStage, groups: RankGroups) -> list[tuple[nn.Parameter, list[Part]]]:
     """Where each of this rank's parameters lies in the checkpoint's tensors."""
     with megatron_scope(next(model.parameters()).device), torch.no_grad():
-        return [(shard.data, _parts_of(shard)) for shard in _described(model, groups).values()]
+        return [(shard.data, _parts_of(shard)) for shard in described(model, groups).values()]
 
 
-def _described(model: FusedStage, groups: RankGroups) -> Mapping[str, Any]:
-    """Flat name -> ShardedTensor (or factory of several) of everything this rank holds of the model."""
+def described(model: FusedStage, groups: RankGroups) -> Mapping[str, Any]:
+    """Flat name -> Megatron's ShardedTensor (or factory of several) of everything this rank holds of the model."""
     state: dict[str, Any] = {}
     metadata = {"dp_cp_group": groups.data}
     for name, stage in model.stages.items():
