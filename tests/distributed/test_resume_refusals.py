@@ -242,5 +242,7 @@ def test_a_damaged_configuration_in_a_checkpoint_is_named_and_the_older_one_take
     assert plan.resume == (Progress(1, 2), checkpoints(copied) / STAGE1)
     assert re.search(rf"{problem}; goes on from {STAGE1}$", plan.changes[0])
     shutil.rmtree(checkpoints(copied) / STAGE1)
-    with pytest.raises(InputError, match=rf"{problem}; copy the checkpoint again, or remove {STAGE2} and start afresh: "):
+    with pytest.raises(
+        InputError, match=rf"{problem}; copy the checkpoint again, or remove {STAGE2} and start afresh: "
+    ):
         resume(copied)
