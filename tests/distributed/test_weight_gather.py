@@ -58,7 +58,7 @@ def _train_twice(rank: int, tree: dict[str, Any]) -> int:
     draw_nothing()
     gradients_in_many_buckets()
     make = trainer.make_trainable
-    trainer.make_trainable = lambda *of, **options: make(*of, **options | {"overlap": False})  # type: ignore[assignment]
+    trainer.make_trainable = lambda *of, **options: make(*of, **options | {"overlap": False})
     _train(tree | {"name": "at-once"})
     trainer.make_trainable = make
     started = _poison_until_waited_for()
@@ -92,5 +92,5 @@ def _poison_until_waited_for() -> set[int]:
         started.add(id(bucket))
         bucket.param_gather_handle, bucket.param_gather_dispatched = Late(bucket), True
 
-    Bucket.start_param_sync = start  # type: ignore[method-assign]
+    Bucket.start_param_sync = start
     return started

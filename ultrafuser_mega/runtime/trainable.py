@@ -33,7 +33,7 @@ class Trainable:
     clip_grad: float
     device: torch.device
     phases: Phases
-    gather: WeightGather | None = None
+    gather: WeightGather | None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
