@@ -1,0 +1,1 @@
+"""Programs that run inside the sandbox as text: each with Python's standard library alone."""
