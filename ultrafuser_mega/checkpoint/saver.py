@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ultrafuser_mega.checkpoint.checkpoint import (
 )
 from ultrafuser_mega.checkpoint.chunks import Chunk
 from ultrafuser_mega.checkpoint.sources import SourceFiles
+from ultrafuser_mega.checkpoint.unfinished import alone, finish, unfinished_of
 from ultrafuser_mega.errors import InputError
 
 
@@ -87,26 +89,23 @@ class Saver:
         return [replace(chunk, data=copy) for chunk, copy in zip(chunks, self._copies, strict=True)]
 
     def _write(self, progress: Progress, chunks: Sequence[Chunk]) -> None:
-        final, partial = self._folder / progress.folder, self._folder / f".{progress.folder}.partial"
-        is_first = dist.get_rank() == 0
+        final = self._folder / progress.folder
+        partial, is_first = unfinished_of(final), dist.get_rank() == 0
         try:
-            with same_everywhere(final, self._group):
-                if is_first:
-                    for unfinished in self._folder.glob(".*.partial"):
-                        shutil.rmtree(unfinished)
-                    partial.mkdir(parents=True)
-            write_checkpoint(partial, final, progress, chunks, self._group, self._identity, self._sources)
-            with same_everywhere(final, self._group):
-                if is_first:
-                    remove_checkpoint(final)
-                    partial.rename(final)
-                    self._remove_old(progress)
+            with ExitStack() as held:
+                with same_everywhere(final, self._group):
+                    if is_first:
+                        held.enter_context(_emptied(partial))
+                write_checkpoint(partial, final, progress, chunks, self._group, self._identity, self._sources)
+                with same_everywhere(final, self._group):
+                    if is_first:
+                        remove_checkpoint(final)
+                        finish(partial, final)
+                        self._remove_old(progress)
             self._news.append(f"checkpoint {final}")
         except InputError as problem:
             self._problem = str(problem)
             self._news.append(f"{problem}; training goes on")
-            if is_first:
-                shutil.rmtree(partial, ignore_errors=True)  # what a full disk needs
         except BaseException as error:  # raised where training asks for the save
             self._error = error
 
@@ -116,6 +115,26 @@ class Saver:
         for progress, old in until_now[: -self._keep]:
             if not (self._keep_every and progress.step % self._keep_every == 0):
                 remove_checkpoint(old)
+
+
+@contextmanager
+def _emptied(partial: Path) -> Iterator[None]:
+    """A folder for this process alone; what interrupted saves have left beside it is removed, and it where this fails.
+
+    Raises:
+        InputError: another process writes to this name.
+    """
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in partial.parent.glob(".*.partial"):
+        with suppress(InputError), alone(unfinished):  # another process is at it
+            shutil.rmtree(unfinished)
+    partial.mkdir(exist_ok=True)
+    with alone(partial):
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # what a full disk needs
+            raise
 
 
 def copies_for(chunks: Sequence[Chunk]) -> list[Tensor]:
