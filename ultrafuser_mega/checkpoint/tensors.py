@@ -145,7 +145,8 @@ class CheckpointTensors:
         try:
             with path.open("rb") as file:
                 if (at := (place.relative_path, place.offset)) not in self._starts:
-                    self._starts[at] = place.offset + self._start_in(_Part(file, place.offset, place.length), key, sizes)
+                    archive = _Part(file, place.offset, place.length)
+                    self._starts[at] = place.offset + self._start_in(archive, key, sizes)
                 _copy(file, self._starts[at], sizes, target.dtype, part, target)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; it holds {key}") from None

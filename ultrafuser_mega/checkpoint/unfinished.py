@@ -1,4 +1,4 @@
-"""The hidden folder beside its target in which a checkpoint or a release is written: by one job, renamed when complete."""
+"""The hidden folder beside its target in which a checkpoint or a release is written: by one job, renamed in the end."""
 
 from __future__ import annotations
 
