@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from support.trio import COLOCATED_TP2, COLOCATED_TP2_PP2, CPU, DISJOINT_8, DISJOINT_UNEVEN, ONE, config_tree, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ultrafuser_mega.checkpoint import saver
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, write_checkpoint
@@ -55,7 +57,10 @@ def test_layouts_hand_a_checkpoint_round_unchanged(trio: Path, tmp_path: Path, t
     before = trained
     for number, (name, (ranks, _, _)) in enumerate(LAYOUTS.items()):
         after = tmp_path / str(number)
-        run_ranks(_write_again, ranks, _tree(trio, tmp_path, name), before, after)
+        sent = run_ranks(_write_again, ranks, _tree(trio, tmp_path, name), before, after)
+        assert all(
+            kinds <= {torch.uint8, torch.int64} for kinds in sent
+        )  # descriptions of tensors, and not their numbers
         _assert_same_tensors(after, trained, name)
         before = after
     # Once more in the same layout: not a byte is another.
@@ -140,7 +145,8 @@ def _assert_same_tensors(folder: Path, other: Path, where: str) -> None:
         assert torch.equal(mine.read(key, slice(rows)), theirs.read(key, slice(rows))), (where, key)
 
 
-def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -> None:
+def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -> set[torch.dtype]:
+    """Returns the element types of what ranks sent each other to save."""
     plan = preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False)
     groups, config = make_groups(plan.layout), plan.config
     model = build_model(plan, groups, CPU)
@@ -155,10 +161,25 @@ def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -
         device=CPU,
     )
     progress = Progress(2, config.stage2.steps)
-    load_checkpoint(written, model, groups, trainable, progress.step)
+    load_checkpoint(written, model, groups, trainable, progress.step, verified=True)
     if rank == 0:
         folder.mkdir()
     dist.barrier()
     sources = run_sources(plan) if rank == 0 else None
-    chunks = chunks_to_write(model, trainable, groups)
-    write_checkpoint(folder, folder, progress, chunks, groups.world, plan.identity, sources)
+    with _Sent() as sent:
+        chunks = chunks_to_write(model, trainable, groups)
+        write_checkpoint(folder, folder, progress, chunks, groups.world, plan.identity, sources)
+    return sent.kinds
+
+
+class _Sent(TorchDispatchMode):
+    """Notes the element types of what collectives carry; objects travel as bytes, their sizes as integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.kinds |= {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))

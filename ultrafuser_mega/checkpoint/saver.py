@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from ultrafuser_mega.checkpoint.chunks import Chunk
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, unfinished_of
 from ultrafuser_mega.errors import InputError
+
+_BLOCK = 1 << 30  # bytes
+_ALIGNED = 64
 
 
 class Saver:
@@ -71,6 +75,11 @@ class Saver:
             raise self._error
         problem, self._problem = self._problem, None
         return problem
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._thread is not None and self._thread.is_alive()
 
     def news(self) -> Iterator[str]:
         """What has become of saves since the last call, a line each."""
@@ -138,6 +147,31 @@ def _emptied(partial: Path) -> Iterator[None]:
 
 
 def copies_for(chunks: Sequence[Chunk]) -> list[Tensor]:
-    """Host memory for a copy of each, pinned where they lie on a GPU."""
-    room = [torch.empty(chunk.data.shape, dtype=chunk.data.dtype) for chunk in chunks]
-    return [empty.pin_memory() if chunk.data.is_cuda else empty for empty, chunk in zip(room, chunks, strict=True)]
+    """Host memory for a copy of each, pinned where they lie on a GPU; in blocks: what is pinned has a power of two."""
+    copies: list[Tensor] = []
+    for block in _blocks(chunks):
+        places = list(accumulate(map(_room, block), initial=0))
+        room = torch.empty(places[-1], dtype=torch.uint8)
+        room = room.pin_memory() if block[0].data.is_cuda else room
+        for chunk, place in zip(block, places, strict=False):
+            data = room[place : place + chunk.data.numel() * chunk.data.element_size()]
+            copies.append(data.view(chunk.data.dtype).view(chunk.data.shape))
+    return copies
+
+
+def _blocks(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    block: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        if block and size + _room(chunk) > _BLOCK:
+            yield block
+            block, size = [], 0
+        block.append(chunk)
+        size += _room(chunk)
+    if block:
+        yield block
+
+
+def _room(chunk: Chunk) -> int:
+    """Bytes that its copy takes, so that the next one's place suits any element type."""
+    return -(-chunk.data.numel() * chunk.data.element_size() // _ALIGNED) * _ALIGNED

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: written by one job at a time, safe from a power cut, refused in one line where none can be."""
+"""The saver and the folder that it writes: by one job at a time, safe from a power cut, refused in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ultrafuser_mega.checkpoint import saver, tensors
 from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.checkpoint.chunks import Chunk
-from ultrafuser_mega.checkpoint.saver import Saver
+from ultrafuser_mega.checkpoint.saver import Saver, copies_for
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.checkpoint.unfinished import alone, finish
@@ -156,3 +156,23 @@ def test_of_a_verified_checkpoint_a_slice_is_read_and_not_its_whole_chunk(
     for row in (7, 2**17):
         assert torch.equal(found.read("gate.w", slice(row, row + 2)), large.data[row : row + 2])
     assert least <= sum(read) <= most
+
+
+def test_copies_share_blocks_and_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver, "_BLOCK", 1024)
+    made: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(saver, "copies_for", lambda chunks: made.append(copies_for(chunks)) or made[-1])
+    kinds = (torch.float32, torch.bfloat16)
+    numbers = [torch.randn(size).to(kinds[size % 2]) for size in (7, 30, 1, 400, 33, 100, 100)]
+    chunks = [Chunk(f"gate.{i}", (len(data),), (0,), data, padded=False) for i, data in enumerate(numbers)]
+    saving = new_saver(tmp_path)
+    for step in (4, 5):
+        saving.save(Progress(2, step), chunks)
+        assert saving.wait() is None
+        found = CheckpointTensors(tmp_path / Progress(2, step).folder)
+        assert all(torch.equal(found.read(f"gate.{i}"), data) for i, data in enumerate(numbers))
+        for data in numbers:
+            data += 1
+    (copies,) = made  # the second save uses them again
+    sizes = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in copies}
+    assert list(sizes.values()) == [64 + 128 + 64, 1600 // 64 * 64, 128 + 448 + 448]
