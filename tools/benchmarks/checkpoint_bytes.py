@@ -76,7 +76,7 @@ def played(plan: RunPlan, rank: int) -> tuple[dict[str, Any], dict[str, int]]:
                 plan.config.stage2,
                 plan.config.optimizer,
                 distributed_optimizer=plan.config.parallel.distributed_optimizer,
-                overlap_gradients=True,
+                overlap=True,
                 device=CPU,
             )
             create_moments(trainable, 1)
