@@ -113,7 +113,12 @@ def measure(plan: RunPlan, device: torch.device, folder: Path, arguments: Any) -
         saver.save(Progress(2, taken[0]), chunks_to_write(trainer.model, trainable, trainer.groups))
 
     size = bytes_of(chunks_to_write(trainer.model, trainable, trainer.groups))
-    memory = memory_of(lambda: (save(), settle(saver)))
+
+    def save_whole() -> None:
+        save()
+        settle(saver)
+
+    memory = memory_of(save_whole)
     windows: dict[str, list[Window]] = {kind: [] for kind in KINDS}
     for number in range(arguments.rounds):
         for kind in (*KINDS[number % 3 :], *KINDS[: number % 3]):

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from scripting import Parser, result_file, write_json
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trio_13b import plan_13b
 
 from ultrafuser_mega.checkpoint.chunks import Chunk, chunks_to_write
 from ultrafuser_mega.checkpoint.optimizer_state import create_moments
 from ultrafuser_mega.checkpoint.saver import copies_for
-from ultrafuser_mega.dry_run.fake_job import fake_tensors, joined_fake_job
+from ultrafuser_mega.dry_run.fake_job import joined_fake_job
 from ultrafuser_mega.dry_run.meter import Meter
 from ultrafuser_mega.dry_run.rehearse import group_names
 from ultrafuser_mega.planning.preflight import RunPlan
@@ -42,12 +43,16 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_dependencies()
     plan = plan_13b(LAYOUT)
-    rows, whole = [], {}
+    rows: list[dict[str, Any]] = []
+    whole: dict[str, int] = {}
     for rank in ends(plan):
         row, tensors = played(plan, rank)
         whole |= tensors
         rows.append(row)
-        print(f"rank {rank}: {row['bytes'] / 1e9:.3f} GB in {row['chunks']} chunks, collectives: {row['collectives']}")
+        print(
+            f"rank {rank}: {row['bytes'] / 1e9:.3f} GB in {row['chunks']} chunks, collectives: {row['collectives']}",
+            flush=True,
+        )
     report = {"layout": LAYOUT, **summary(rows, sum(whole.values()), plan.layout.world_size), "ranks": rows}
     print(f"mean {report['mean'] / 1e9:.3f} GB of {report['whole'] / 1e9:.1f} GB")
     print(f"most over mean {report['most_over_mean']:.4f}, collectives: {report['collectives'] or 'none'}")
@@ -67,7 +72,7 @@ def played(plan: RunPlan, rank: int) -> tuple[dict[str, Any], dict[str, int]]:
     with joined_fake_job(plan.layout.world_size, rank):
         groups = make_groups(plan.layout)
         meter = Meter("cpu", group_names(groups))
-        with fake_tensors(meter, CPU):
+        with FakeTensorMode(allow_non_fake_inputs=True):
             model = build_model(plan, groups, CPU)
             trainable = make_trainable(
                 model,
@@ -80,9 +85,9 @@ def played(plan: RunPlan, rank: int) -> tuple[dict[str, Any], dict[str, int]]:
                 device=CPU,
             )
             create_moments(trainable, 1)
-            meter.clear()
-            chunks = chunks_to_write(model, trainable, groups)
-            copies = copies_for(chunks)
+            with meter:
+                chunks = chunks_to_write(model, trainable, groups)
+                copies = copies_for(chunks)
     row = {
         "rank": rank,
         "bytes": sum(map(bytes_of, copies)),

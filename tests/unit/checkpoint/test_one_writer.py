@@ -161,7 +161,12 @@ def test_of_a_verified_checkpoint_a_slice_is_read_and_not_its_whole_chunk(
 def test_copies_share_blocks_and_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "_BLOCK", 1024)
     made: list[list[torch.Tensor]] = []
-    monkeypatch.setattr(saver, "copies_for", lambda chunks: made.append(copies_for(chunks)) or made[-1])
+
+    def noted(chunks: list[Chunk]) -> list[torch.Tensor]:
+        made.append(copies_for(chunks))
+        return made[-1]
+
+    monkeypatch.setattr(saver, "copies_for", noted)
     kinds = (torch.float32, torch.bfloat16)
     numbers = [torch.randn(size).to(kinds[size % 2]) for size in (7, 30, 1, 400, 33, 100, 100)]
     chunks = [Chunk(f"gate.{i}", (len(data),), (0,), data, padded=False) for i, data in enumerate(numbers)]
