@@ -147,6 +147,8 @@ if [[ $device == cuda ]]; then
     benchmark llama2-13b_compiled 60 --preset llama2-13b --repeats 5 --skip megatron
     benchmark llama2-7b 40 --preset llama2-7b --repeats 5 --skip torch.compile
     benchmark qwen2.5-7b 60 --preset qwen2.5-7b --repeats 5 --skip torch.compile
+    step checkpoint 60 "$trainer" "$python" tools/benchmarks/bench_checkpoint.py --device cuda --hidden 1024 --tokens 1024 \
+        --rounds 3 --folder "$parts" --out "$parts/checkpoint.json"
     cat "$parts/warm.log" 2>/dev/null || true
 fi
 collect

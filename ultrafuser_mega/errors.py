@@ -61,4 +61,6 @@ def _refusal(error: OSError, place: str | Path) -> str:
     if error.errno is None or error.errno in _FULL:  # no number: a library's words for what it met
         there = next((folder for folder in Path(str(place)).absolute().parents if folder.exists()), Path("/"))
         reason += f"; {shutil.disk_usage(there).free / 1e9:.2g} GB are free there"
+    if error.errno == errno.EROFS:
+        reason += "; name a place that can be written, or mount this one so"
     return f"{place}: cannot be read or written ({reason})"

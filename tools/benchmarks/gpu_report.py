@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bench_mixture_ce import PRESETS
 from benchmark import FLOOR, ONE_GEMM, PEERS, PLAIN, Shape
-from gpu_report_steps import beside_plain, layer_kernels, machine_rows, operators, toy, values, warmed
+from gpu_report_steps import beside_plain, layer_kernels, machine_rows, operators, saving, toy, values, warmed
 from markdown_lines import section, table
 from scripting import Parser, write_text
 
@@ -119,6 +119,7 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
         yield "Streaming: block_m, block_n, block_k, warps, stages, tma, specialized, halves; chunked: block, warps."
         yield ""
         yield from table(("kernel", "fastest", "ms", "in use", "ms", "failed"), map(tile_row, kernels.items()))
+    yield from saving(report.get("checkpoint", {}))
     yield from warmed(report.get("warm", {}))
 
 

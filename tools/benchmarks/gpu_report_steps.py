@@ -112,6 +112,21 @@ def layer_kernels(part: Part) -> Iterator[str]:
         yield from table(("shape", "operation", "variant", "us", "GB/s", "of copy"), rows)
 
 
+def saving(part: Part) -> Iterator[str]:
+    """What a save takes from training, and of host memory."""
+    if not part:
+        return
+    yield from section(f"A save of {part['bytes_written'] / 1e9:.1f} GB beside {part['steps']} steps")
+    rows = [(f"seconds lost, {kind}", of) for kind, of in part["lost"].items()]
+    rows += [("background / waited for", part["ratio"]), ("the same, until it is done", part["ratio_until_done"])]
+    yield from table(
+        ("", "median", "least", "most"),
+        [(name, *(f"{of[key]:.3f}" for key in ("median", "least", "most"))) for name, of in rows],
+    )
+    yield ""
+    yield f"Host memory of the save: {part['memory']['over_bytes_written']:.2f} x what it writes"
+
+
 def warmed(part: Part) -> Iterator[str]:
     if not part:
         return

@@ -261,6 +261,8 @@ def load_checkpoint(
     trainable: Trainable | None,
     steps: int,
     skipped: int = 0,
+    *,
+    verified: bool = False,
 ) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
@@ -273,11 +275,12 @@ def load_checkpoint(
         trainable: the stage's optimizer and schedule, advanced to ``steps``; None to read weights only.
         steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
         skipped: of them, those that updated nothing.
+        verified: :func:`verify_checkpoint` has found it whole; nothing but what is needed is read then.
 
     Raises:
         InputError: a tensor is missing, damaged or of another shape.
     """
-    tensors = CheckpointTensors(path)
+    tensors = CheckpointTensors(path, verified=verified and noted_bytes(path) > 0)  # the first versions noted nothing
     with torch.no_grad():
         if groups.reads:
             _fill(weights_to_read(model, groups), tensors)

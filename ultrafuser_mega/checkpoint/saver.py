@@ -10,7 +10,9 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,11 @@ from ultrafuser_mega.checkpoint.checkpoint import (
 )
 from ultrafuser_mega.checkpoint.chunks import Chunk
 from ultrafuser_mega.checkpoint.sources import SourceFiles
+from ultrafuser_mega.checkpoint.unfinished import alone, finish, unfinished_of
 from ultrafuser_mega.errors import InputError
+
+_BLOCK = 1 << 30  # bytes
+_ALIGNED = 64
 
 
 class Saver:
@@ -70,6 +76,11 @@ class Saver:
         problem, self._problem = self._problem, None
         return problem
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
     def news(self) -> Iterator[str]:
         """What has become of saves since the last call, a line each."""
         while self._news:
@@ -87,26 +98,23 @@ class Saver:
         return [replace(chunk, data=copy) for chunk, copy in zip(chunks, self._copies, strict=True)]
 
     def _write(self, progress: Progress, chunks: Sequence[Chunk]) -> None:
-        final, partial = self._folder / progress.folder, self._folder / f".{progress.folder}.partial"
-        is_first = dist.get_rank() == 0
+        final = self._folder / progress.folder
+        partial, is_first = unfinished_of(final), dist.get_rank() == 0
         try:
-            with same_everywhere(final, self._group):
-                if is_first:
-                    for unfinished in self._folder.glob(".*.partial"):
-                        shutil.rmtree(unfinished)
-                    partial.mkdir(parents=True)
-            write_checkpoint(partial, final, progress, chunks, self._group, self._identity, self._sources)
-            with same_everywhere(final, self._group):
-                if is_first:
-                    remove_checkpoint(final)
-                    partial.rename(final)
-                    self._remove_old(progress)
+            with ExitStack() as held:
+                with same_everywhere(final, self._group):
+                    if is_first:
+                        held.enter_context(_emptied(partial))
+                write_checkpoint(partial, final, progress, chunks, self._group, self._identity, self._sources)
+                with same_everywhere(final, self._group):
+                    if is_first:
+                        remove_checkpoint(final)
+                        finish(partial, final)
+                        self._remove_old(progress)
             self._news.append(f"checkpoint {final}")
         except InputError as problem:
             self._problem = str(problem)
             self._news.append(f"{problem}; training goes on")
-            if is_first:
-                shutil.rmtree(partial, ignore_errors=True)  # what a full disk needs
         except BaseException as error:  # raised where training asks for the save
             self._error = error
 
@@ -118,7 +126,52 @@ class Saver:
                 remove_checkpoint(old)
 
 
+@contextmanager
+def _emptied(partial: Path) -> Iterator[None]:
+    """A folder for this process alone; what interrupted saves have left beside it is removed, and it where this fails.
+
+    Raises:
+        InputError: another process writes to this name.
+    """
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in partial.parent.glob(".*.partial"):
+        with suppress(InputError), alone(unfinished):  # another process is at it
+            shutil.rmtree(unfinished)
+    partial.mkdir(exist_ok=True)
+    with alone(partial):
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # what a full disk needs
+            raise
+
+
 def copies_for(chunks: Sequence[Chunk]) -> list[Tensor]:
-    """Host memory for a copy of each, pinned where they lie on a GPU."""
-    room = [torch.empty(chunk.data.shape, dtype=chunk.data.dtype) for chunk in chunks]
-    return [empty.pin_memory() if chunk.data.is_cuda else empty for empty, chunk in zip(room, chunks, strict=True)]
+    """Host memory for a copy of each, pinned where they lie on a GPU; in blocks: what is pinned has a power of two."""
+    copies: list[Tensor] = []
+    for block in _blocks(chunks):
+        places = list(accumulate(map(_room, block), initial=0))
+        room = torch.empty(places[-1], dtype=torch.uint8)
+        room = room.pin_memory() if block[0].data.is_cuda else room
+        for chunk, place in zip(block, places, strict=False):
+            data = room[place : place + chunk.data.numel() * chunk.data.element_size()]
+            copies.append(data.view(chunk.data.dtype).view(chunk.data.shape))
+    return copies
+
+
+def _blocks(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    block: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        if block and size + _room(chunk) > _BLOCK:
+            yield block
+            block, size = [], 0
+        block.append(chunk)
+        size += _room(chunk)
+    if block:
+        yield block
+
+
+def _room(chunk: Chunk) -> int:
+    """Bytes that its copy takes, so that the next one's place suits any element type."""
+    return -(-chunk.data.numel() * chunk.data.element_size() // _ALIGNED) * _ALIGNED

@@ -26,6 +26,7 @@ from ultrafuser_mega.errors import InputError
 Slices = Sequence[slice]
 
 _READ_AT_ONCE = 1 << 24
+_AROUND = 1 << 13  # bytes that torch.save writes around a chunk's numbers, about
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
@@ -61,12 +62,16 @@ class _IndexUnpickler(pickle.Unpickler):
 class CheckpointTensors:
     """The tensors of a checkpoint folder.
 
+    Args:
+        folder: of a checkpoint.
+        verified: its files were compared with their checksums; else that of a whole chunk is before a slice is read.
+
     Raises:
         InputError: the index is missing, damaged, or holds anything but an index.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, verified: bool = False) -> None:
+        self.folder, self._verified = folder, verified
         path = folder / ".metadata"
         try:
             with path.open("rb") as file:
@@ -84,7 +89,7 @@ class CheckpointTensors:
         }
         self._storage = index.storage_data
         self._fake = FakeTensorMode()
-        self._checked: set[tuple[str, int]] = set()
+        self._starts: dict[tuple[str, int], int] = {}  # (file, place of a chunk) -> of its numbers
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -139,29 +144,31 @@ class CheckpointTensors:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                view = io.BufferedReader(_Part(file, place.offset, place.length), 1 << 20)
-                self._check_once(view, (place.relative_path, place.offset))
-                view.seek(0)
-                with self._fake:  # the numbers stay in the file; noted is where they begin
-                    chunk = torch.load(view, weights_only=True)
-                if chunk.shape != sizes or not chunk.is_contiguous() or chunk.storage_offset():
-                    raise ValueError(f"shape {tuple(chunk.shape)} there, {tuple(sizes)} in the index")
-                start = place.offset + chunk.untyped_storage()._checkpoint_offset
-                _copy(file, start, sizes, chunk.dtype, part, target)
+                if (at := (place.relative_path, place.offset)) not in self._starts:
+                    archive = _Part(file, place.offset, place.length)
+                    self._starts[at] = place.offset + self._start_in(archive, key, sizes)
+                _copy(file, self._starts[at], sizes, target.dtype, part, target)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; it holds {key}") from None
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{path}: damaged where it holds {key} ({reason}); copy the checkpoint again") from None
 
-    def _check_once(self, chunk: BinaryIO, place: tuple[str, int]) -> None:
-        """torch.save's archives carry a CRC-32, which torch.load does not look at."""
-        if place in self._checked:
-            return
-        with zipfile.ZipFile(chunk) as archive:
-            if (record := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {record} is another")
-        self._checked.add(place)
+    def _start_in(self, archive: io.RawIOBase, key: str, sizes: torch.Size) -> int:
+        """The byte from which the numbers of a chunk on lie in what torch.save wrote, once it was found to be whole."""
+        view = io.BufferedReader(archive, _AROUND)
+        if not self._verified:  # torch.save notes a CRC-32, which torch.load does not look at
+            with zipfile.ZipFile(view) as records:
+                if (record := records.testzip()) is not None:
+                    raise ValueError(f"the checksum of {record} is another")
+            view.seek(0)
+        with self._fake:  # the numbers stay in the file; noted is where they begin
+            chunk = torch.load(view, weights_only=True)
+        if chunk.shape != sizes or not chunk.is_contiguous() or chunk.storage_offset():
+            raise ValueError(f"shape {tuple(chunk.shape)} there, {tuple(sizes)} in the index")
+        if chunk.dtype != self.dtype(key):
+            raise ValueError(f"{chunk.dtype} there, {self.dtype(key)} in the index")
+        return int(chunk.untyped_storage()._checkpoint_offset)
 
 
 class _Part(io.RawIOBase):

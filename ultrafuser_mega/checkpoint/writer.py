@@ -68,7 +68,9 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._chunks[write_item.index].data
+        """The numbers in a storage of their own, without which the library copies them to make one."""
+        data = self._chunks[write_item.index].data
+        return torch.frombuffer(data.view(-1).view(torch.uint8).numpy(), dtype=data.dtype).view(data.shape)
 
 
 def _item(index: MetadataIndex, chunk: Chunk) -> WriteItem:

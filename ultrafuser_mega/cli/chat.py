@@ -13,8 +13,8 @@ def chat(model: Model, system: System = None, *, answer: AnswerOptions) -> None:
 
     A turn computes only what is new: caches keep the conversation.
     """
+    from ultrafuser_mega.checkpoint.unfinished import refuse_existing
     from ultrafuser_mega.cli import terminal
-    from ultrafuser_mega.convert.unfinished import refuse_existing
     from ultrafuser_mega.inference.answer import Answerer
     from ultrafuser_mega.inference.batch import TraceFile
     from ultrafuser_mega.inference.model import opened_model

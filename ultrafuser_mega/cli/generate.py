@@ -45,8 +45,8 @@ def generate(
     if raw and system:
         raise InputError("--system: --raw uses no templates; put the text into the prompt")
     # Behind what costs nothing: torch and transformers take seconds.
+    from ultrafuser_mega.checkpoint.unfinished import refuse_existing
     from ultrafuser_mega.cli.terminal import AnswerPrinter
-    from ultrafuser_mega.convert.unfinished import refuse_existing
     from ultrafuser_mega.inference.answer import Answerer, check_text
     from ultrafuser_mega.inference.batch import PromptFile, TraceFile, answer_file
     from ultrafuser_mega.inference.model import opened_model

@@ -21,11 +21,11 @@ from torch import Tensor
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, beside_weights
+from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import LEDGER, SHARD_BYTES, Planned, begin_ledger, write_shards
-from ultrafuser_mega.convert.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD
 from ultrafuser_mega.release import CardFacts, assemble_release

@@ -14,10 +14,10 @@ import torch
 from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
+from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.released import ReleasedModel
 from ultrafuser_mega.convert.shards import check_hashes
-from ultrafuser_mega.convert.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import build_fused_stage, load_hf_weights

@@ -13,7 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ultrafuser_mega.convert.unfinished import refuse_existing, unfinished_of
+from ultrafuser_mega.checkpoint.unfinished import refuse_existing, unfinished_of
 from ultrafuser_mega.data.conversation import MalformedRowError, to_prompt
 from ultrafuser_mega.data.readers import read_rows
 from ultrafuser_mega.errors import InputError

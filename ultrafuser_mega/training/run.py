@@ -52,7 +52,7 @@ def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) ->
             trainer.watching = Watchdog(signs, groups.rank, ranks, trainer.phases, lambda: trainer.at, seconds).watching
         trainer.load()
         while isinstance(end := _run(plan, groups, trainer), RollBack):
-            plan = trainer.plan = replace(plan, resume=(end.progress, end.path), changes=())
+            plan = trainer.plan = intact(replace(plan, resume=(end.progress, end.path), changes=()))
         return end
 
 
@@ -72,7 +72,7 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> Stop | RollBack
         if plan.start and not plan.resume:
             report.note(f"begins with the weights of {plan.start[1]}")
         if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
-            load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
+            load_checkpoint(plan.resume[1], trainer.model, groups, None, 0, verified=True)
         if done == Progress(1, 0):
             report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
         with trainer.stopping.listening():

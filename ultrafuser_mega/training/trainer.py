@@ -93,7 +93,7 @@ class Trainer:
         sources = run_sources(plan).with_data(data_record(self.store)) if groups.rank == 0 else None
         self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
         if plan.resume is None and plan.start is not None:
-            load_checkpoint(plan.start[1], self.model, groups, None, 0)
+            load_checkpoint(plan.start[1], self.model, groups, None, 0, verified=True)
         elif plan.resume is None:
             load_hf_weights(self.model, plan.config.folders, groups)
 
@@ -138,7 +138,8 @@ class Trainer:
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
         trainable = self.make_trainable(number)
         if self.plan.resume is not None and self.plan.resume[0] == begin:
-            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done, begin.skipped)
+            path = self.plan.resume[1]
+            load_checkpoint(path, self.model, self.groups, trainable, done, begin.skipped, verified=True)
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)

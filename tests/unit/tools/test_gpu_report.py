@@ -257,3 +257,15 @@ def test_a_decoder_layers_kernels_stand_beside_a_copy(
     complete["layer_kernels"] = {"device": "H100", "results": [record | {"shape": "llama3-8b"}]}
     row = cells(made_of(complete, tmp_path, monkeypatch), "llama3-8b", "swiglu_forward", "kernel")
     assert row[3:6] == ["90.0", "2500", "91.0%"]
+
+
+def test_what_a_save_takes_is_in_the_report(
+    complete: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"median": 0.04, "least": 0.03, "most": 0.06}
+    lost = {"waited for": {"median": 9.0, "least": 8.0, "most": 10.0}, "in the background": few}
+    part = {"bytes_written": 5e9, "steps": 3, "lost": lost, "memory": {"over_bytes_written": 1.08}}
+    complete["checkpoint"] = part | {"ratio": few, "ratio_until_done": few}
+    text = made_of(complete, tmp_path, monkeypatch)
+    assert cells(text, "background / waited for")[1:] == ["0.040", "0.030", "0.060"]
+    assert "Host memory of the save: 1.08 x what it writes" in text

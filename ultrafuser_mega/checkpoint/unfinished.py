@@ -1,7 +1,4 @@
-"""The hidden folder beside its target in which a conversion is written: by one process, renamed when complete.
-
-Nothing that is there is ever overwritten.
-"""
+"""The hidden folder beside its target in which a checkpoint or a release is written: by one job, renamed in the end."""
 
 from __future__ import annotations
 
@@ -31,27 +28,38 @@ def alone(folder: Path) -> Iterator[None]:
     """Keep other processes out of ``folder``; a process that ends, however it does, lets go of it.
 
     Raises:
-        InputError: another process is at it.
+        InputError: another process is at it, or there is no such folder any more.
     """
     with writing(folder):
         handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(folder):
+                is_there = os.path.samestat(os.fstat(handle), folder.stat())
         except BlockingIOError:
-            raise InputError(f"{folder}: another process writes to this name; wait, or choose another name") from None
+            is_there = False
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # network folders that lock no folders
                 raise
+            is_there = True
+        if not is_there:  # or another process has removed it and made it anew
+            raise InputError(f"{folder}: another process writes to this name; wait, or choose another name")
         yield
     finally:
         os.close(handle)
 
 
 def finish(folder: Path, out: Path) -> None:
-    """Give ``folder`` the name ``out``, so that it survives a power cut."""
+    """Give ``folder`` the name ``out``; it and all in it survive a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
     folder.rename(out)
-    handle = os.open(out.parent, os.O_RDONLY)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
