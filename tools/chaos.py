@@ -56,7 +56,8 @@ from ultrafuser_mega.training.trainer import Trainer
 KINDS = ("KILL", "ABORT", "ASYNC_EXC", "STOP", "TERM", "INT", "PREEMPT", "DAMAGE", "FULL", "NAN")
 WRITING = "writing a checkpoint"
 SKIPS = 2  # faults.skips of both runs
-_ASKED = (EXIT_GO_ON, 128 + signal.SIGINT)
+ASKS = ("TERM", "INT", "PREEMPT")
+_ASKED = (EXIT_GO_ON, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
 _SMALL_FILE = 1 << 12
 
 
@@ -151,6 +152,12 @@ class Hooks:
         before = [json.loads(path.read_text())["newest"] for path in self.folder.glob("*.NAN.fired")]
         return str(self.checkpoints[-1]) not in before
 
+    def is_stopping(self) -> bool:
+        """Whether the run may be about to end with a checkpoint, since it was asked to a moment ago."""
+        assert self.trainer is not None
+        asked = [path for kind in ASKS for path in self.folder.glob(f"*.{kind}.fired")]
+        return any(json.loads(path.read_text())["step"] >= self.trainer.at[0] - 1 for path in asked)
+
     def armed(self, kind: str | None, phase: str) -> int | None:
         """The next fault's number, if it is this rank's, of ``kind`` (None: any) and this is its place."""
         number = sum(1 for _ in self.folder.glob("*.fired"))
@@ -176,14 +183,13 @@ class Hooks:
 
     def at(self, phase: str) -> None:
         """This rank enters a phase."""
-        if (
-            self.trainer is not None and "evaluation" not in phase and phase not in self.seen
-        ):  # which may not come again
+        once = phase in self.seen or "evaluation" in phase  # which may not come again behind a step
+        if self.trainer is not None and not once:
             self.seen.add(phase)
             self.note(f"phases.{self.rank}", phase)
         if phase == "save":
             self.limit_files(resource.RLIM_INFINITY)
-            if (number := self.armed("FULL", "")) is not None:
+            if (number := self.armed("FULL", "")) is not None and not self.is_stopping():
                 self.fire(number)
                 self.limit_files(_SMALL_FILE)
         number = self.armed(None, phase)
@@ -257,7 +263,7 @@ def measured(folder: Path, faults: list[Fault], ends: list[tuple[int, float]]) -
             continue
         when = json.loads(path.read_text())
         fired[fault.kind] += 1
-        asked = fault.kind in ("TERM", "INT", "PREEMPT")
+        asked = fault.kind in ASKS
         exits = [at for code, at in ends if at > when["time"] and code in _ASKED][:1] if asked else []
         later = [at for at, step in steps if at > (exits or [when["time"]])[0] and step > when["step"]]
         survived[fault.kind] += bool(later) or ends[-1][0] == 0
