@@ -145,7 +145,7 @@ class Trainer:
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
         if done == stage.steps:
             return None
-        judge, overdue = Judge(self._measured_loss(batches)), False
+        judge, owed, told = Judge(self._measured_loss(batches)), False, False
         skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
@@ -169,14 +169,17 @@ class Trainer:
                 if skips.too_many:
                     return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
                 is_last = stop is not None or step + 1 == stage.steps
-                if is_last or overdue or _due(step + 1, config.checkpoint.every):
+                owed |= _due(step + 1, config.checkpoint.every)
+                if is_last or (
+                    owed and not record.skipped
+                ):  # else the run might go back into the midst of skipped steps
                     with self.phases("save", whole=True):
                         problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:
                         raise DivergedError(f"{problem}; {self._remedy()}")
-                    if problem and not overdue:
+                    if problem and not told:
                         report.note(f"{problem}; no checkpoint until that has passed")
-                    overdue = problem is not None
+                    owed = told = problem is not None
                     begun = time.perf_counter()
                 if stop is not None:
                     self._settle(report, must=True)
