@@ -24,6 +24,7 @@ from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.data.store_watch import StoreWatch
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.dtypes import DTYPES
@@ -81,6 +82,7 @@ class Trainer:
         self._went_back_to: Path | None = None
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.saver: Saver | None = None
+        self.store_watch: StoreWatch | None = None
         self.phases = Phases(device)
         self.measures = Measures(plan, device, self.phases, peak_flops)
         self.profiler = StepProfiler(plan.config, groups.rank, device)
@@ -92,6 +94,7 @@ class Trainer:
         plan, groups, options = self.plan, self.groups, self.plan.config.checkpoint
         sources = run_sources(plan).with_data(data_record(self.store)) if groups.rank == 0 else None
         self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
+        self.store_watch = StoreWatch(self.store)
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0)
         elif plan.resume is None:
@@ -305,7 +308,9 @@ class Trainer:
                 f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
-        assert self.saver is not None
+        assert self.saver is not None and self.store_watch is not None
+        if line := self.store_watch.look():
+            report.note(line)
         self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
         return None
 
