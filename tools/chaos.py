@@ -41,7 +41,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from forked import Forked
+from forked import Forked, StoreElsewhere
 from injector import ASKS, KINDS, SKIPS, Fault, Hooks, drawn
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, list_checkpoints
@@ -246,6 +246,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.forked:
         forking = SimpleNamespace(Popen=functools.partial(Forked, main), TimeoutExpired=subprocess.TimeoutExpired)
         local.subprocess = forking  # type: ignore[assignment]
+        local.TCPStore = StoreElsewhere  # type: ignore[assignment, misc]
     program = [__file__, "--role", "rank", *shared(options), "--work", options.work, *options.overrides]
     return local.launch_local(options.ranks, program, config.run_dir, 3 * options.faults)
 

@@ -1,7 +1,12 @@
-"""A process that goes on in a copy of this one, where all imports are done: quick where ranks outnumber cores."""
+"""A process that goes on in a copy of this one, where all imports are done: quick where ranks outnumber cores.
+
+A copy has one thread, and for ever the locks that another thread of this process holds: so this one may have no other,
+and a launcher's store lives in a process of its own.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -9,9 +14,36 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
+from torch.distributed import TCPStore
+
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _LOOK_EVERY_S = 0.02
+
+
+class StoreElsewhere:
+    """What a launcher asks of the :class:`torch.distributed.TCPStore` that it hosts; its process ends with this one.
+
+    Args:
+        arguments, options: of the store.
+
+    Attributes:
+        port: where it listens.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        readable, writable = os.pipe()
+        if os.fork() == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            os.setsid()
+            store = TCPStore(*arguments, **options)
+            os.write(writable, str(store.port).encode())
+            while True:
+                signal.pause()
+        os.close(writable)
+        self.port = int(os.read(readable, 16))
+        os.close(readable)
 
 
 class Forked:

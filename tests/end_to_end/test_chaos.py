@@ -13,17 +13,28 @@ import yaml
 from support.trio import COLOCATED_TP2, config_tree
 
 PROJECT = Path(__file__).parents[2]
+FAULTS = [  # kind, rank, step, phase
+    ("SIGKILL", 1, 3, "writing a checkpoint"),
+    ("FULL", 1, 4, ""),
+    ("NAN", 1, 5, ""),
+    ("PREEMPT", 0, 6, "loss"),
+]
 
 
 @pytest.mark.timeout(400)
 def test_a_run_under_faults_equals_the_undisturbed_one_and_leaves_nothing_behind(trio: Path, tmp_path: Path) -> None:
     tree = config_tree(trio, tmp_path / "runs", COLOCATED_TP2)
-    tree["stage2"] |= {"steps": 6}
+    tree["stage2"] |= {"steps": 9}
     tree["checkpoint"] = {"every": 1}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "tools/chaos.py", "--config", str(tmp_path / "c.yaml"), "--work", str(tmp_path / "work")]
+    (tmp_path / "work" / "chaos").mkdir(parents=True)
+    faults = [dict(zip(("kind", "rank", "step", "phase"), fault, strict=True)) for fault in FAULTS]
+    (tmp_path / "work" / "chaos" / "faults.json").write_text(json.dumps(faults))
     done = subprocess.run(
-        [*command, "--ranks", "2", "--faults", "3", "--kinds", "KILL,TERM,NAN", "--seed", "1"],
+        [
+            *(sys.executable, "tools/chaos.py", "--config", str(tmp_path / "c.yaml")),
+            *("--work", str(tmp_path / "work"), "--ranks", "2", "--faults", str(len(FAULTS)), "--forked"),
+        ],
         cwd=PROJECT,
         env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -31,7 +42,17 @@ def test_a_run_under_faults_equals_the_undisturbed_one_and_leaves_nothing_behind
         timeout=380,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    log = tmp_path / "work" / "chaos" / "log"
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:] + (log.read_text()[-3000:] if log.is_file() else "")
     report = json.loads(done.stdout)
-    assert report["survived"] == {"KILL": "1 of 1", "TERM": "1 of 1", "NAN": "1 of 1"}
-    assert report["losses_equal"] and report["weights_equal"] and report["left_behind"] == []
+    assert report["survived"] == {kind: "1 of 1" for kind, *_ in FAULTS}
+    assert report["injected_in_phase"]["writing a checkpoint"] == 1
+    assert report["losses_equal"] and report["weights_and_optimizer_equal"]
+    assert report["left_behind"] == report["processes_left"] == []
+    said = " ".join(log.read_text().split())  # the console wraps
+    for part in (
+        "failed: rank 1 of 2 was killed by SIGKILL",
+        "; training goes on",
+        "stopped by SIGUSR1 behind stage 2",
+    ):
+        assert said.count(part) == 1, said
