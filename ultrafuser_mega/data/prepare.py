@@ -225,11 +225,22 @@ def _finished_before(out: Path, inputs: dict[str, Any], overwrite: bool) -> bool
     if overwrite:
         return False
     before = store.manifest["inputs"]
-    changed = ", ".join(key for key in inputs if before.get(key) != inputs[key]) or "format"
+    changed = [key for key in inputs if before.get(key) != inputs[key]] or ["format"]
+    files = _changed_files(before["sources"], inputs["sources"]) if "sources" in changed else []
+    which = f": {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else ""
     raise InputError(
-        f"{out}: holds a store made from other inputs ({changed}); "
+        f"{out}: holds a store made from other inputs ({', '.join(changed)}{which}); "
         "give the run another name or data.store, or run prepare --overwrite"
     )
+
+
+def _changed_files(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of source files with other contents, of new ones and of those that are no longer there."""
+    old, new = ({source["file"]: source["blake2b"] for source in sources} for sources in (before, now))
+    words = {name: "is new" for name in new if name not in old}
+    words |= {name: "is gone" for name in old if name not in new}
+    words |= {name: "has changed" for name in new if name in old and new[name] != old[name]}
+    return [f"{name} {what}" for name, what in words.items()]
 
 
 def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:

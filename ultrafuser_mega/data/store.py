@@ -143,7 +143,7 @@ class TokenStore:
         manifest = read_manifest(folder)
         for name, split in ((name, split) for name in manifest["classes"] for split in SPLITS):
             for file, expected in manifest["splits"][name][split]["files"].items():
-                _check_file(folder / name / split / file, expected, verify)
+                check_file(folder / name / split / file, expected, verify)
         return cls(folder, manifest)
 
     def split(self, class_name: str, split: str) -> Split:
@@ -187,7 +187,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
+def check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
+    """Against what the manifest says of it, its bytes too if ``verify``; raises InputError."""
     try:
         size = path.stat().st_size
     except OSError as error:

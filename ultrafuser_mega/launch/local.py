@@ -39,6 +39,10 @@ _REQUESTS = {
     signal.SIGUSR1: signal.SIGUSR1,
 }
 _STOPPED = (EXIT_GO_ON, 128 + signal.SIGINT)  # behind a checkpoint, because a signal asked for it
+_HINTS = {
+    signal.SIGKILL: " (by the system, when memory runs out)",
+    signal.SIGBUS: " (a file that it reads from has become shorter, as of the token store, or its disk fails)",
+}
 _UNTIL_KILLED_S = 3.0  # of ranks that SIGTERM does not end: one that hangs, or waits for one
 
 
@@ -143,8 +147,7 @@ class _Job:
         """For people."""
         code = self.codes[rank]
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (by the system, when memory runs out)" if code == -signal.SIGKILL else ""
-        return f"rank {rank} of {len(self._processes)} {what}{hint}"
+        return f"rank {rank} of {len(self._processes)} {what}{_HINTS.get(-code, '')}"
 
     def _look(self) -> int | None:
         """Note who has ended; the rank that failed, if any has: rather one that was killed than one that missed it."""

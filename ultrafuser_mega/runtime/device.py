@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -40,9 +41,16 @@ def launched_here() -> int:
 
 def launch_name() -> str:
     """A name that all attempts of one launch share on its rank 0, and no other launch has."""
-    launcher = psutil.Process(os.getppid())
+    launcher = os.getppid()
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # which people may give, and give twice
-    return f"{run_id} {socket.gethostname()} {launcher.pid} {launcher.create_time()}"
+    return f"{run_id} {socket.gethostname()} {launcher} {_began(launcher)}"
+
+
+def _began(process: int) -> str:
+    """When it did: on Linux in ticks since the machine's start, which no change of the clock moves."""
+    if sys.platform == "linux":
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return str(psutil.Process(process).create_time())
 
 
 def end_with_launcher() -> None:

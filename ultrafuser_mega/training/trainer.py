@@ -24,6 +24,7 @@ from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.data.store_watch import StoreWatch
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.dtypes import DTYPES
@@ -81,6 +82,7 @@ class Trainer:
         self._went_back_to: Path | None = None
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.saver: Saver | None = None
+        self.store_watch: StoreWatch | None = None
         self.phases = Phases(device)
         self.measures = Measures(plan, device, self.phases, peak_flops)
         self.profiler = StepProfiler(plan.config, groups.rank, device)
@@ -92,6 +94,7 @@ class Trainer:
         plan, groups, options = self.plan, self.groups, self.plan.config.checkpoint
         sources = run_sources(plan).with_data(data_record(self.store)) if groups.rank == 0 else None
         self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
+        self.store_watch = StoreWatch(self.store)
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0, verified=True)
         elif plan.resume is None:
@@ -146,7 +149,7 @@ class Trainer:
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
         if done == stage.steps:
             return None
-        judge, overdue = Judge(self._measured_loss(batches)), False
+        judge, owed, told = Judge(self._measured_loss(batches)), False, False
         skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
@@ -170,14 +173,17 @@ class Trainer:
                 if skips.too_many:
                     return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
                 is_last = stop is not None or step + 1 == stage.steps
-                if is_last or overdue or _due(step + 1, config.checkpoint.every):
+                owed |= _due(step + 1, config.checkpoint.every)
+                if is_last or (
+                    owed and not record.skipped
+                ):  # else the run might go back into the midst of skipped steps
                     with self.phases("save", whole=True):
                         problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:
                         raise DivergedError(f"{problem}; {self._remedy()}")
-                    if problem and not overdue:
+                    if problem and not told:
                         report.note(f"{problem}; no checkpoint until that has passed")
-                    overdue = problem is not None
+                    owed = told = problem is not None
                     begun = time.perf_counter()
                 if stop is not None:
                     self._settle(report, must=True)
@@ -304,7 +310,9 @@ class Trainer:
                 f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
-        assert self.saver is not None
+        assert self.saver is not None and self.store_watch is not None
+        if line := self.store_watch.look():
+            report.note(line)
         self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(
     else:
         with sources["text"][0].open("a") as file:
             file.write("\n")
-    word = {"max_length": "max_length", "template": "specialists", "content": "sources", "holdout": "sources"}[change]
+    name = sources["text"][0].name
+    word = {"max_length": "max_length", "template": "specialists", "holdout": "sources"}.get(change)
+    word = word or f"sources: {name} has changed"
     with pytest.raises(InputError, match=rf"holds a store made from other inputs \({word}\)"):
         prepare(**changes)
     before = TokenStore.open(tmp_path / "store").fingerprint
@@ -49,6 +52,16 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(
     assert TokenStore.open(tmp_path / "store").fingerprint != before
     assert prepare(**changes).reused
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_source_files_that_came_and_went_are_named(prepare: Any, sources: Any, tmp_path: Path) -> None:
+    prepare()
+    other = shutil.copy(sources["code"][0], tmp_path / "other.jsonl")
+    gone = sources["math"][0].rename(tmp_path / "moved.jsonl")
+    with other.open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"\(sources: other.jsonl is new, moved.jsonl is new, math.jsonl is gone\)"):
+        prepare(sources={**sources, "math": [gone], "code": [*sources["code"], other]})
 
 
 def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare: Any, tmp_path: Path) -> None:

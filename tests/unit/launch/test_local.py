@@ -61,6 +61,33 @@ def test_a_rank_that_is_killed_is_named_last(run_dir: Path, capfd: pytest.Captur
     )
 
 
+def test_a_rank_whose_mapped_file_became_shorter_is_told_of_as_that(
+    run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cut = "import mmap; f = open(str(rank), 'w+b'); f.write(bytes(9)); f.flush(); m = mmap.mmap(f.fileno(), 9)"
+    program = f"os.chdir({str(run_dir)!r}); {cut}; rank == 1 and (f.truncate(0), print(m[0])); {WAIT}"
+    assert launch(run_dir, program) == 1
+    assert "rank 1 of 3 was killed by SIGBUS (a file that it reads from has become shorter" in capfd.readouterr().err
+
+
+def test_restarts_that_are_used_up_end_with_the_last_cause(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = f"os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else {WAIT}"
+    assert launch_local(3, ["-c", RANK + program], run_dir, max_restarts=2) == 1
+    killed, newest = "failed: rank 1 of 3 was killed by SIGKILL", f"{run_dir}/checkpoints/stage1-step0000006"
+    *restarts, last = capfd.readouterr().err.splitlines()
+    hint = "(by the system, when memory runs out)"
+    assert restarts == [f"{killed} {hint}; restart {number} of 2: going on from {newest}" for number in (1, 2)]
+    assert last == f"{killed} {hint}; --resume goes on from {newest}"
+
+
+@pytest.mark.parametrize("code", [2, 3, 75, 130])
+def test_what_would_come_again_and_what_was_asked_for_is_not_started_again(run_dir: Path, code: int) -> None:
+    put = "pathlib.Path('starts').open('a').write('x')"
+    program = f"os.chdir({str(run_dir)!r}); rank == 0 and {put}; sys.exit({code})"
+    assert launch_local(2, ["-c", RANK + program], run_dir, max_restarts=2) == code
+    assert (run_dir / "starts").read_text() == "x"
+
+
 @pytest.mark.parametrize("code", [1, 2, 3])
 def test_what_a_rank_has_said_is_the_last_word_and_its_exit_code_the_jobs(
     run_dir: Path, capfd: pytest.CaptureFixture[str], code: int
