@@ -40,9 +40,9 @@ def test_the_largest_share_is_held_against_the_mean_of_all_ranks() -> None:
     assert found["collectives"] == ["all_gather over dp"]
 
 
-def test_ranks_at_both_ends_of_every_tensor_parallel_group_are_played() -> None:
-    plan: RunPlan = script("trio_13b").plan_13b({"kind": "colocated", "tp": 8, "pp": 2, "dp": 2})
-    assert list(script("checkpoint_bytes").ends(plan)) == [0, 7, 8, 15, 16, 23, 24, 31]
+def test_ranks_at_both_ends_of_tensor_parallel_groups_are_played_in_the_first_and_the_last_replica() -> None:
+    plan: RunPlan = script("trio_13b").plan_13b({"kind": "colocated", "tp": 8, "pp": 2, "dp": 3})
+    assert list(script("checkpoint_bytes").ends(plan)) == [0, 7, 8, 15, 32, 39, 40, 47]
 
 
 def test_published_shares_are_even_and_nothing_of_a_save_is_gathered() -> None:
