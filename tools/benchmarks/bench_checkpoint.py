@@ -7,7 +7,8 @@ Three Llamas of random weights are trained with the distributed optimizer (float
 is three windows of as many steps, in an order that turns: without a save; behind one that is waited for; behind one in
 the background. A window counts the save AND the steps, since a save that contends with the steps behind it would look
 free otherwise; one in the background also counts until it is done, when that takes more steps. Lost is what a window
-takes longer than as many steps of the one without a save of its round. Rank 0's seconds are reported.
+takes longer than as many steps of the one without a save of its round. Rank 0's seconds are reported. Where cores are
+shared, CPU time says more: that of a save, and what of it training's own thread spends when it is in the background.
 
 Memory is the process's, at its largest during the first save over what it was before, in parts of what the rank writes.
 """
@@ -158,7 +159,7 @@ def training(plan: RunPlan, device: torch.device, tokens: int) -> tuple[Trainer,
 def window(kind: str, steps: int, step: Callable[[], None], save: Callable[[], None], saver: Saver) -> Window:
     """Seconds of one, of its save's call, and, in the background, of what it took until the save was done."""
     dist.barrier()
-    begun = time.perf_counter()
+    begun, used, of_all = time.perf_counter(), time.thread_time(), time.process_time()
     if kind != NONE:
         save()
     if kind == WAITED_FOR:
@@ -167,6 +168,7 @@ def window(kind: str, steps: int, step: Callable[[], None], save: Callable[[], N
     for _ in range(steps):
         step()
     found["whole"] = time.perf_counter() - begun
+    found |= {"own_cpu": time.thread_time() - used, "cpu": time.process_time() - of_all}
     taken = steps
     while kind == IN_BACKGROUND and anyone(saver.is_writing):
         step()
@@ -198,8 +200,13 @@ def losses(windows: dict[str, list[Window]]) -> dict[str, Any]:
         lost(kind, "whole", lambda _: windows[NONE][0]["steps_until_done"]) for kind in (WAITED_FOR, IN_BACKGROUND)
     )
     until_done = lost(IN_BACKGROUND, "until_done", lambda one: one["steps_until_done"])
+    own, of_all = (
+        [one[what] - without[what] for one, without in zip(windows[kind], windows[NONE], strict=True)]
+        for kind, what in ((IN_BACKGROUND, "own_cpu"), (WAITED_FOR, "cpu"))
+    )
     return {
         "step": spread(plain),
+        "cpu": {"of a save": spread(of_all), "of it training's thread": spread(own)},
         "lost": {
             WAITED_FOR: spread(waited),
             IN_BACKGROUND: spread(within),
@@ -246,6 +253,7 @@ def told(report: dict[str, Any]) -> list[str]:
         f"{report['ranks']} x {report['device']}: {report['parameters'] / 1e6:.0f} M parameters, "
         f"{report['bytes_written'] / 1e9:.2f} GB written by rank 0, a step {seconds(report['step'])}",
         *(f"lost, {kind}: {seconds(of)}" for kind, of in lost.items()),
+        *(f"CPU time {what}: {seconds(of)}" for what, of in report["cpu"].items()),
         *(
             f"{name}: {of['median']:.3f} ({of['least']:.3f} to {of['most']:.3f}), published {PUBLISHED}"
             for name, of in (("ratio", report["ratio"]), ("ratio until done", report["ratio_until_done"]))

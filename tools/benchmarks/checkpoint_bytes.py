@@ -3,9 +3,9 @@
     python tools/benchmarks/checkpoint_bytes.py --out docs/benchmarks/checkpoint_bytes.json
 
 The layout for 64 GPUs of examples/configs/llama2_13b.yaml. Played are the first and the last tensor-parallel rank of
-every stage and replica, which differ most (rows of vocabularies do not divide evenly); the mean is that of all ranks,
-since every byte of the checkpoint is written once. What saving does with tensors until they lie in host memory runs
-under the dry run's meter, which counts collectives.
+every stage of the first and the last replica, which differ most (rows of vocabularies do not divide evenly); the mean
+is that of all ranks, since every byte of the checkpoint is written once. What saving does with tensors until they lie
+in host memory runs under the dry run's meter, which counts collectives.
 """
 
 from __future__ import annotations
@@ -49,22 +49,20 @@ def main() -> None:
         row, tensors = played(plan, rank)
         whole |= tensors
         rows.append(row)
-        print(
-            f"rank {rank}: {row['bytes'] / 1e9:.3f} GB in {row['chunks']} chunks, collectives: {row['collectives']}",
-            flush=True,
-        )
-    report = {"layout": LAYOUT, **summary(rows, sum(whole.values()), plan.layout.world_size), "ranks": rows}
+        print(f"rank {rank}: {row['bytes'] / 1e9:.3f} GB in {row['chunks']} chunks", flush=True)
+        report = {"layout": LAYOUT, **summary(rows, sum(whole.values()), plan.layout.world_size), "ranks": rows}
+        if arguments.out:
+            write_json(arguments.out, report)
     print(f"mean {report['mean'] / 1e9:.3f} GB of {report['whole'] / 1e9:.1f} GB")
     print(f"most over mean {report['most_over_mean']:.4f}, collectives: {report['collectives'] or 'none'}")
-    if arguments.out:
-        write_json(arguments.out, report)
 
 
 def ends(plan: RunPlan) -> Iterator[int]:
-    """The first and the last rank of every tensor-parallel group."""
-    (placement, *_) = plan.layout.placements.values()
-    for first in range(0, plan.layout.world_size, placement.tp):
-        yield from sorted({first, first + placement.tp - 1})
+    """The first and the last rank of every tensor-parallel group of the first and the last replica."""
+    layout, (placement, *_) = plan.layout, plan.layout.placements.values()
+    for first in range(0, layout.world_size, placement.tp):
+        if layout.replica_of(first) in (0, layout.dp - 1):
+            yield from sorted({first, first + placement.tp - 1})
 
 
 def played(plan: RunPlan, rank: int) -> tuple[dict[str, Any], dict[str, int]]:

@@ -17,7 +17,8 @@ def test_lost_is_what_a_window_takes_longer_than_as_many_steps_of_its_round() ->
     bench = script("bench_checkpoint")
 
     def of(whole: float, until_done: float | None = None, steps: int = 3) -> dict[str, float]:
-        return {"save": 0.5, "whole": whole, "until_done": until_done or whole, "steps_until_done": steps}
+        done = {"until_done": until_done or whole, "steps_until_done": steps}
+        return {"save": 0.5, "whole": whole, "cpu": whole / 2, "own_cpu": whole / 4} | done
 
     found = bench.losses(
         {
@@ -29,6 +30,7 @@ def test_lost_is_what_a_window_takes_longer_than_as_many_steps_of_its_round() ->
     assert found["step"] == {"median": 1.5, "least": 1.0, "most": 2.0}
     assert found["lost"][bench.WAITED_FOR] == {"median": 15.0, "least": 10.0, "most": 20.0}
     assert found["lost"][bench.IN_BACKGROUND] == {"median": 1.5, "least": 1.0, "most": 2.0}
+    assert found["cpu"]["of a save"]["most"] == 10.0 and found["cpu"]["of it training's thread"]["least"] == 0.25
     assert found["ratio"]["median"] == pytest.approx(0.1)
     assert found["ratio_until_done"]["most"] == pytest.approx(0.2)  # two steps more, of a second each, took three
 
@@ -40,9 +42,9 @@ def test_the_largest_share_is_held_against_the_mean_of_all_ranks() -> None:
     assert found["collectives"] == ["all_gather over dp"]
 
 
-def test_ranks_at_both_ends_of_every_tensor_parallel_group_are_played() -> None:
-    plan: RunPlan = script("trio_13b").plan_13b({"kind": "colocated", "tp": 8, "pp": 2, "dp": 2})
-    assert list(script("checkpoint_bytes").ends(plan)) == [0, 7, 8, 15, 16, 23, 24, 31]
+def test_ranks_at_both_ends_of_tensor_parallel_groups_are_played_in_the_first_and_the_last_replica() -> None:
+    plan: RunPlan = script("trio_13b").plan_13b({"kind": "colocated", "tp": 8, "pp": 2, "dp": 3})
+    assert list(script("checkpoint_bytes").ends(plan)) == [0, 7, 8, 15, 32, 39, 40, 47]
 
 
 def test_published_shares_are_even_and_nothing_of_a_save_is_gathered() -> None:
