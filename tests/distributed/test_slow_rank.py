@@ -44,7 +44,7 @@ def _train(rank: int, tree: dict[str, Any]) -> list[str]:
         said.append(line)
         note(report, line)
 
-    Phases._now = clock  # type: ignore[method-assign]
-    RunReport.note = noted  # type: ignore[method-assign]
+    Phases._now = clock  # type: ignore[assignment, method-assign]
+    RunReport.note = noted  # type: ignore[assignment, method-assign]
     run(preflight(FuserConfig.model_validate(tree), 3, resume=False), CPU)
     return said
