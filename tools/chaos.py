@@ -52,6 +52,8 @@ from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.training.skipping import SKIPPED_FILE
 
 _ASKED = (EXIT_GO_ON, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
+#: What the run says of faults that end no process: without it they did not come to anything.
+_SAID = {"FULL": "; training goes on", "NAN": "going back to ", "DAMAGE": ": damaged: "}
 _REPORT_EVERY_S = 10.0
 _FAULT_INTERVAL_S = 30 * 60
 
@@ -154,10 +156,12 @@ def measured(run: Run, faults: Sequence[Fault]) -> dict[str, Any]:
         new_step[fault.kind] += [at - what["time"] for at in later[:1]]
         to_exit[fault.kind] += [at - what["time"] for at in exits[:1]]
     killed = new_step["SIGKILL"]
+    log = " ".join((run.folder / "log").read_text().split()) if (run.folder / "log").is_file() else ""  # it is wrapped
     return {
         "drawn": len(faults),
         "injected": fired.total(),
         "survived": {kind: f"{survived[kind]} of {fired[kind]}" for kind in KINDS if fired[kind]},
+        "said_in_log": {kind: log.count(words) for kind, words in _SAID.items() if fired[kind]},
         "injected_in_phase": dict(in_phase.most_common()),
         "seconds_to_first_new_step": {kind: summary(new_step[kind]) for kind in KINDS if new_step[kind]},
         "seconds_from_signal_to_exit": {kind: summary(to_exit[kind]) for kind in KINDS if to_exit[kind]},
@@ -224,7 +228,8 @@ def is_good(report: dict[str, Any]) -> bool:
     equal = report.get("losses_equal") and report.get("weights_and_optimizer_equal")
     clean = not report.get("left_behind") and not report.get("processes_left")
     survived = all(len(set(text.split(" of "))) == 1 for text in report["survived"].values())
-    return bool(equal and clean and survived and report["injected"] == report["drawn"])
+    said = all(report["said_in_log"].values())
+    return bool(equal and clean and survived and said and report["injected"] == report["drawn"])
 
 
 def rounded(value: Any) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ultrafuser_mega.checkpoint import checkpoint, saver
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.saver import Saver
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.trainer import Trainer
@@ -97,7 +98,7 @@ class Hooks:
         """For this process, which leaves no core behind either."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         enter, load, step, clip = Phases._enter, Trainer.load, Trainer.step, Trainable.clip_gradients
-        write, remove = checkpoint.write_chunks, saver.remove_checkpoint
+        save, write, remove = Saver.save, checkpoint.write_chunks, saver.remove_checkpoint
 
         def entered(phases: Phases, name: str, whole: str | None) -> None:
             enter(phases, name, whole)
@@ -118,6 +119,15 @@ class Hooks:
             if self.rank == 0 and not done[0].skipped:
                 self.note("steps", [time.monotonic(), self.step])
             return done
+
+        def saved(saving: Saver, *of: Any) -> None:
+            saving.wait()
+            self.limit_files(resource.RLIM_INFINITY)
+            number = self.armed("")
+            may = not (self.is_last() or self.is_stopping())  # only the last save must succeed
+            if number is not None and self.faults[number].kind == "FULL" and may and self.fire(number):
+                self.limit_files(_SMALL_FILE)
+            save(saving, *of)
 
         def written(*of: Any) -> Any:
             self.at(WRITING)
@@ -143,6 +153,7 @@ class Hooks:
             (Trainer, "load"): loaded,
             (Trainer, "step"): stepped,
             (Trainable, "clip_gradients"): clipped,
+            (Saver, "save"): saved,
         }
         wrapped |= {(checkpoint, "write_chunks"): written, (saver, "remove_checkpoint"): removed}
         for (owner, name), function in wrapped.items():
@@ -210,12 +221,6 @@ class Hooks:
         if phase not in self.seen and "evaluation" not in phase:
             self.seen.add(phase)
             self.note(f"phases.{self.rank}", phase)
-        if phase == "save":
-            self.limit_files(resource.RLIM_INFINITY)
-            full = self.armed("")
-            if full is not None and self.faults[full].kind == "FULL" and not (self.is_last() or self.is_stopping()):
-                self.fire(full)
-                self.limit_files(_SMALL_FILE)
         if (number := self.armed(phase)) is None:
             return
         kind = self.faults[number].kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -108,6 +109,23 @@ def test_a_run_out_of_time_is_gone_on_with_as_if_it_had_not_stopped(finished: Pa
     for kind in ("step", "eval"):
         parts, whole = records(run_dir, kind), records(finished / tree["name"], kind)
         assert [(r["step"], r["loss"]) for r in parts] == [(r["step"], r["loss"]) for r in whole]
+
+
+def test_a_clock_that_jumps_changes_nothing(finished: Path, tree: dict[str, Any]) -> None:
+    tree["evaluation"] |= {"every": 1}
+    tree["checkpoint"] = {"stop_after_minutes": 60}
+    run_ranks(_train_while_the_clock_jumps, 1, tree, timeout_s=120)
+    steps = records(FuserConfig.model_validate(tree).run_dir, "step")
+    assert [(r["step"], r["loss"]) for r in steps] == [
+        (r["step"], r["loss"]) for r in records(finished / tree["name"], "step")
+    ]
+    assert all(0 < r["seconds"] < 3600 and r["data_seconds"] >= 0 for r in steps)
+
+
+def _train_while_the_clock_jumps(rank: int, tree: dict[str, Any]) -> None:
+    real, jumps = time.time, itertools.cycle([0, 86_400, -86_400])
+    time.time = lambda: real() + next(jumps)
+    assert _train_rank(rank, tree, resume=False) == (None, "")
 
 
 def test_divergence_is_one_line_and_never_replaces_a_good_checkpoint(tree: dict[str, Any]) -> None:

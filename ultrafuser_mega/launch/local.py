@@ -39,7 +39,7 @@ _REQUESTS = {
     signal.SIGUSR1: signal.SIGUSR1,
 }
 _STOPPED = (EXIT_GO_ON, 128 + signal.SIGINT)  # behind a checkpoint, because a signal asked for it
-_HINTS = {
+_HINTS: dict[int, str] = {
     signal.SIGKILL: " (by the system, when memory runs out)",
     signal.SIGBUS: " (a file that it reads from has become shorter, as of the token store, or its disk fails)",
 }

@@ -56,7 +56,7 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(
 
 def test_source_files_that_came_and_went_are_named(prepare: Any, sources: Any, tmp_path: Path) -> None:
     prepare()
-    other = shutil.copy(sources["code"][0], tmp_path / "other.jsonl")
+    other = Path(shutil.copy(sources["code"][0], tmp_path / "other.jsonl"))
     gone = sources["math"][0].rename(tmp_path / "moved.jsonl")
     with other.open("a") as file:
         file.write("\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+import psutil
 import pytest
 import torch
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.runtime.device import choose_device
+from ultrafuser_mega.runtime.device import choose_device, launch_name
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, wanted: str, *, gpus: int, local_rank: int, local_ranks: int) -> str:
@@ -47,3 +50,11 @@ def test_cpu_is_taken_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"1 rank\(s\) on this machine, which has 0; set device=cpu$"):
         choose(monkeypatch, "cuda", gpus=0, local_rank=0, local_ranks=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes began by the clock")
+def test_a_launch_is_the_same_when_the_clock_has_jumped(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = launch_name()
+    booted = psutil.boot_time() + 3600  # as the system says after such a jump
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted)
+    assert launch_name() == name
