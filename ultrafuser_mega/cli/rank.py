@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -22,6 +23,9 @@ def _train(
     config: Config = None,
     resume: Resume = False,
     requeue: Requeue = False,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="--requeue, on as many of the ranks as a layout fits; the others wait")
+    ] = False,
 ) -> None:
     """Fuse specialists into one model: stage 1 trains the gate, stage 2 everything.
 
@@ -40,7 +44,7 @@ def _train(
     from ultrafuser_mega.launch.rank import train_main
 
     context.obj.close()
-    train_main(config, overrides or [], resume, requeue)
+    train_main(config, overrides or [], resume, requeue, elastic)
 
 
 def main() -> None:

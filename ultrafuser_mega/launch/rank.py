@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
@@ -19,10 +21,12 @@ from ultrafuser_mega.runtime.device import (
     start_kernels_in_order,
 )
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
-from ultrafuser_mega.runtime.layout import choose_plan
+from ultrafuser_mega.runtime.layout import choose_plan, plan_that_fits
 from ultrafuser_mega.toy import make_toy
 from ultrafuser_mega.training.run_folder import refuse_running
 from ultrafuser_mega.training.trainer import run
+
+_ENDED = "ended"  # what ranks without work wait for
 
 
 def rank_arguments(
@@ -34,8 +38,18 @@ def rank_arguments(
     return [*arguments, *flags, "--", *overrides]
 
 
-def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
-    """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line)."""
+def train_main(
+    config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False, elastic: bool = False
+) -> int:
+    """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line).
+
+    Args:
+        config_path: None: the embedded configuration.
+        overrides: of it.
+        resume: go on from the run's newest checkpoint.
+        requeue: the same, if there is one.
+        elastic: the same, and with as many of the launched ranks as a layout fits; the others wait.
+    """
     end_with_launcher()
     start_kernels_in_order()
     store = launcher_store()
@@ -44,11 +58,26 @@ def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool,
         device = choose_device(config.device)
         if launched_rank() == 0:
             refuse_running(config.run_dir)
+        if elastic and not _is_needed(config):
+            store.wait([_ENDED], timedelta(days=365))
+            return 0
         ensure_toy(config, launched_ranks())
-        plan = preflight(config, launched_ranks(), resumes(config, resume, requeue))
+        plan = preflight(config, launched_ranks(), resumes(config, resume, requeue or elastic))
         with joined_job(device, store):
             run(plan, device)
+        if launched_rank() == 0:
+            store.set(_ENDED, "")
     return 0
+
+
+def _is_needed(config: FuserConfig) -> bool:
+    """Whether this is one of the ranks that a layout fits; to those the job looks as if there were no others."""
+    ranks, rank = launched_ranks(), launched_rank()
+    used = plan_that_fits(plan_layouts(config), ranks).world_size
+    if used < ranks and rank == 0:
+        print(f"a layout fits {used} of the {ranks} ranks; the others wait", flush=True)
+    os.environ["WORLD_SIZE"] = str(used)
+    return rank < used
 
 
 def resumes(config: FuserConfig, resume: bool, requeue: bool) -> bool:
