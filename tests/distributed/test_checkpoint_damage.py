@@ -1,4 +1,4 @@
-"""A damaged checkpoint is found before anything is trained, said in one line, and what that line advises works."""
+"""A damaged checkpoint is found before anything is trained and said in one line; the last good one is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.command import ultrafuser
 from support.launched import launch
 from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.planning.preflight import preflight
@@ -22,10 +22,10 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, make_shard, run_facts
+from ultrafuser_mega.training.run import run_facts
+from ultrafuser_mega.training.trainer import Trainer, make_shard
 
 OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
-STEP_IS_TEXT = '{"identity": {}, "progress": {"stage": 2, "step": "2"}}'
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +100,6 @@ def replace(text: str) -> Callable[[Path], Path]:
         pytest.param(flip, "damaged: its checksum is ", id="distcp_flipped"),
         pytest.param(remove("__2_0.distcp"), "missing", id="no_distcp"),
         pytest.param(remove(".metadata"), "missing", id="no_index"),
-        pytest.param(remove("common.pt"), "missing", id="no_common"),
-        pytest.param(remove("metadata.json"), "missing", id="no_metadata"),
         pytest.param(remove("sources/code/config.json"), "missing", id="no_source"),
         pytest.param(replace("[]"), "damaged (TypeError", id="progress_is_a_list"),
         pytest.param(replace("{}"), "damaged (KeyError('identity')", id="progress_is_empty"),
@@ -110,24 +108,29 @@ def replace(text: str) -> Callable[[Path], Path]:
         ),
     ],
 )
-def test_damage_is_one_line_that_names_the_file_and_the_older_checkpoint(
+def test_damage_is_said_and_an_older_checkpoint_taken(
     checkpoints: Path,
     damage: Callable[[Path], Path],
     says: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = damage(checkpoints / NEWEST)
-    before = (checkpoints.parent / "metrics.jsonl").read_bytes()
+    path, runs = damage(checkpoints / NEWEST), checkpoints.parents[1]
+    assert ultrafuser(monkeypatch, "plan", "--config", runs / "config.yaml", "--resume", f"runs={runs}") == 0
+    printed = capsys.readouterr().out.splitlines()
+    (told,) = (line for line in printed if line.startswith(f"{path}: {says}"))
+    assert told.endswith(f"; goes on from {OLDER}")
+    assert f"--resume: goes on from {checkpoints / OLDER}" in printed
+
+
+def test_a_run_goes_on_from_the_older_checkpoint_and_says_why(checkpoints: Path) -> None:
+    path = flip(checkpoints / NEWEST)
     codes, errors = resume(checkpoints)
-    assert set(codes) <= {1, 2}
-    assert errors.startswith(f"error: {path}: {says}")
-    assert errors.endswith(f"; copy the checkpoint again, or remove {NEWEST} for --resume to go on from {OLDER}\n")
-    assert errors.count("\n") == 1
-    runs = checkpoints.parents[1]
-    assert ultrafuser(monkeypatch, "plan", "--config", runs / "config.yaml", "--resume", f"runs={runs}") == 2
-    assert capsys.readouterr() == ("", errors)  # the plan says it before
-    assert (checkpoints.parent / "metrics.jsonl").read_bytes() == before
+    assert codes == [0, 0, 0]
+    (told,) = (line for line in errors.splitlines() if line.startswith(f"{path}: damaged: its checksum is "))
+    assert told.endswith(f"; goes on from {OLDER}")
+    assert [path.name for _, path in list_checkpoints(checkpoints)] == [OLDER, NEWEST]
+    assert [step["step"] for step in read_steps(checkpoints.parent)] == [1, 2, 3, 4]
 
 
 def test_a_plan_says_that_a_whole_checkpoint_was_compared_and_refuses_a_damaged_one_to_begin_with(
@@ -144,19 +147,17 @@ def test_a_plan_says_that_a_whole_checkpoint_was_compared_and_refuses_a_damaged_
     assert capsys.readouterr().err.startswith(f"error: {path}: damaged: its checksum is ")
 
 
-def test_advice_to_go_on_from_the_older_checkpoint_works(checkpoints: Path) -> None:
-    shutil.rmtree(checkpoints / NEWEST)
-    codes, _ = resume(checkpoints)
-    assert codes == [0, 0, 0]
-    assert [path.name for _, path in list_checkpoints(checkpoints)] == [OLDER, NEWEST]
-    assert [step["step"] for step in read_steps(checkpoints.parent)] == [1, 2, 3, 4]
-
-
-def test_only_checkpoint_there_is_cannot_be_replaced_by_an_older_one(checkpoints: Path) -> None:
-    shutil.rmtree(checkpoints / OLDER)
+@pytest.mark.parametrize("older", ["gone", "damaged"])
+def test_where_all_are_damaged_the_oldest_is_named(checkpoints: Path, older: str) -> None:
     flip(checkpoints / NEWEST)
+    last = NEWEST
+    if older == "gone":
+        shutil.rmtree(checkpoints / OLDER)
+    else:
+        flip(checkpoints / OLDER)
+        last = OLDER
     _, errors = resume(checkpoints)
-    assert errors.endswith(f"or remove {NEWEST} and start afresh: there is no older one\n")
+    assert errors.endswith(f"copy the checkpoint again, or remove {last} and start afresh: there is no older one\n")
     assert errors.count("\n") == 1
 
 
@@ -198,4 +199,4 @@ def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Pa
     trainer.load()
     with RunReport(run_facts(plan, CPU), enabled=True, done_steps=0) as report:
         shutil.rmtree(folder)
-        trainer.train_stage(1, 0, report)
+        trainer.train_stage(Progress(1, 0), report)

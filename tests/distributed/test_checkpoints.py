@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.trio import (
     COLOCATED_TP2_PP2,
     COLOCATED_TP4,
@@ -24,14 +26,18 @@ from support.trio import (
 
 from ultrafuser_mega.checkpoint import checkpoint
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.chunks import Chunk
+from ultrafuser_mega.checkpoint.integrity import FileRecords
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
+from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model, load_hf_weights, run
+from ultrafuser_mega.training.run import run
+from ultrafuser_mega.training.trainer import build_model, load_hf_weights
 
-TIMES = ("seconds", "tokens_per_s", "data_seconds", "peak_memory_bytes")
+TIMES = ("seconds", "tokens_per_s", "data_seconds", "memory_bytes", "peak_memory_bytes", "save_seconds", "phases")
 
 
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:
@@ -136,21 +142,31 @@ def test_checkpoint_of_another_model_is_refused_by_name(whole_1: Path) -> None:
         read_progress(path, identity)
 
 
-def test_write_that_fails_midway_leaves_no_checkpoint(trio: Path, tmp_path: Path) -> None:
+def test_writes_that_fail_midway_leave_no_checkpoint_and_the_last_one_ends_the_run(trio: Path, tmp_path: Path) -> None:
     tree = _tree(trio, tmp_path, ONE, {}, "fp32")
-    with pytest.raises(InputError, match=r"/stage1-step0000001: cannot be read or written \(disk full; .* GB are free"):
+    refused = r"cannot be read or written \(disk full; .* GB are free there\)"
+    with pytest.raises(InputError, match=rf"/stage2-step0000002: {refused}$"):
         run_ranks(_train_with_a_full_disk, 1, tree)
+    told = (tmp_path / "told.txt").read_text()
+    assert len(re.findall(rf"/stage[12]-step000000[12]: {refused}; training goes on", told)) == 3
     folder = FuserConfig.model_validate(tree).run_dir / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == [".stage1-step0000001.partial"]
-    assert list_checkpoints(folder) == []
+    assert list(folder.iterdir()) == []
 
 
 def _train_with_a_full_disk(rank: int, tree: dict[str, Any]) -> None:
-    def half_a_save(state: dict[str, Any], folder: str) -> None:
-        (Path(folder) / "__0_0.distcp").write_bytes(b"half")
+    def half_a_save(folder: Path, chunks: Sequence[Chunk], group: dist.ProcessGroup) -> FileRecords:
+        (folder / "__0_0.distcp").write_bytes(b"half")
         raise OSError("disk full")
 
-    checkpoint.dist_checkpointing = SimpleNamespace(save=half_a_save)
+    checkpoint.write_chunks = half_a_save
+    note = RunReport.note
+
+    def noted(report: RunReport, text: str) -> None:
+        with (Path(tree["runs"]) / "told.txt").open("a") as file:
+            file.write(text + "\n")
+        note(report, text)
+
+    setattr(RunReport, "note", noted)  # noqa: B010 (a type of its own)
     run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
 
 

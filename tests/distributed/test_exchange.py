@@ -14,6 +14,7 @@ from ultrafuser_mega.runtime.layout import LayoutPlan, plan_colocated, plan_disj
 from ultrafuser_mega.runtime.spawn import run_ranks
 
 WIDTHS = {"wide": 5, "narrow": 3}
+ROWS = (7, 1)  # 1 is fewer than some tp
 PLANS = [
     plan_disjoint({"wide": (1, 1, None), "narrow": (1, 1, None)}, dp=1),
     plan_disjoint({"wide": (2, 1, None), "narrow": (1, 1, None)}, dp=1),
@@ -45,10 +46,14 @@ def partial_gradient(name: str, rows: int, fusion_rank: int) -> Tensor:
     return torch.randint(-8, 9, (rows, WIDTHS[name]), generator=generator).float()
 
 
-def round_trip(rank: int, plan: LayoutPlan, rows: int) -> dict[str, Any] | None:
+def round_trips(rank: int, plan: LayoutPlan) -> dict[int, dict[str, Any]]:
+    """Of every number of rows, on the ranks of fusion groups."""
     groups = make_groups(plan)
-    if groups.fusion is None:
-        return None
+    return {} if groups.fusion is None else {rows: round_trip(groups, rows) for rows in ROWS}
+
+
+def round_trip(groups: RankGroups, rows: int) -> dict[str, Any]:
+    assert groups.fusion is not None
     exchange = make_exchange(groups)
     whole = whole_states(rows, groups.replica_index)
     local = {name: whole[name].clone().requires_grad_() for name in exchange.local}
@@ -64,18 +69,20 @@ def round_trip(rank: int, plan: LayoutPlan, rows: int) -> dict[str, Any] | None:
     }
 
 
-@pytest.mark.parametrize("rows", [7, 1], ids=["7 rows", "1 row, fewer than tp"])
 @pytest.mark.parametrize("plan", PLANS, ids=LayoutPlan.describe)
-def test_states_reach_everyone_and_gradients_sum_at_their_owner(plan: LayoutPlan, rows: int) -> None:
-    results = run_ranks(round_trip, plan.world_size, plan, rows)
+def test_states_reach_everyone_and_gradients_sum_at_their_owner(plan: LayoutPlan) -> None:
+    results = run_ranks(round_trips, plan.world_size, plan)
+    in_fusion = {rank for group in plan.fusion_groups() for rank in group}
+    assert {rank for rank, result in enumerate(results) if result} == in_fusion
+    for rows in ROWS:
+        check(plan, rows, {rank: results[rank][rows] for rank in in_fusion})
+
+
+def check(plan: LayoutPlan, rows: int, results: dict[int, dict[str, Any]]) -> None:
     members = plan.fusion_size
     parts = {name: [partial_gradient(name, rows, member) for member in range(members)] for name in WIDTHS}
     expected = {name: torch.stack(gradients).sum(0) for name, gradients in parts.items()}
-    in_fusion = {rank for group in plan.fusion_groups() for rank in group}
-    for rank, result in enumerate(results):
-        if rank not in in_fusion:
-            assert result is None
-            continue
+    for rank, result in results.items():
         assert result["local"] == plan.specialists_on(rank)
         whole = whole_states(rows, plan.replica_of(rank))
         assert list(result["received"]) == list(WIDTHS)  # in configuration order, whoever owns what

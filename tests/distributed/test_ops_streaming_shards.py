@@ -33,7 +33,7 @@ def on_shard(case: Case, rank: int) -> Case:
     return Case(case.hidden, heads, case.gate_logits, case.target, case.options | {"vocab_start": 27 * rank})
 
 
-def rank_answers(rank: int, store: str) -> list[dict[str, Any]]:
+def rank_answers(rank: int, store: str, cases: list[Case]) -> list[dict[str, Any]]:
     from support.interpreter import teach_gpu_arithmetic
 
     from ultrafuser_mega.ops import streaming
@@ -47,7 +47,7 @@ def rank_answers(rank: int, store: str) -> list[dict[str, Any]]:
     def loss(*tensors: Any, **options: Any) -> Any:
         return streaming.mixture_loss(checked_problem(*tensors, **(defaults | options)))[0]
 
-    answers = [answer_of(loss, on_shard(case, rank), needs) for case, needs in itertools.product(CASES, NEEDS)]
+    answers = [answer_of(loss, on_shard(case, rank), needs) for case, needs in itertools.product(cases, NEEDS)]
     dist.barrier()
     dist.destroy_process_group()
     # tensors cannot outlive the process that made them
@@ -61,7 +61,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, torch
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            answers = [pool.submit(rank_answers, rank, str(store)) for rank in range(2)]
+            answers = [pool.submit(rank_answers, rank, str(store), CASES) for rank in range(2)]
             lists = [answer.result() for answer in answers]
     return [[{name: torch.tensor(value) for name, value in answer.items()} for answer in rank] for rank in lists]
 

@@ -13,6 +13,7 @@ from support.families import write_family
 from support.trio import COLOCATED_TP4, CPU, ONE, config_tree, read_steps, train, write_trio
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, write_checkpoint
+from ultrafuser_mega.checkpoint.chunks import Chunk, chunks_to_write
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.export import export
@@ -28,6 +29,7 @@ from ultrafuser_mega.runtime.shared_rows import shared_rows
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training import trainer
 from ultrafuser_mega.training.optimizer import make_trainable
+from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.trainer import build_model, run_sources
 
 # Eight query heads each: two or one to a rank of four or eight.
@@ -121,9 +123,9 @@ def _train_comparing_copies(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
         How many were compared, and the names of parameters where they differed.
     """
     found: dict[str, Any] = {"copies": 0, "different": []}
-    save = trainer.save_checkpoint
+    save = trainer.chunks_to_write
 
-    def compare_and_save(folder: Path, progress: Progress, model: FusedStage, *rest: Any) -> Path:
+    def compare_and_save(model: FusedStage, *rest: Any) -> list[Chunk]:
         for name, parameter in model.named_parameters():
             if (rows := shared_rows(parameter)) is None:
                 continue
@@ -134,10 +136,10 @@ def _train_comparing_copies(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
             found["copies"] += rows.copies > 1
             if not torch.equal(everyones[group.rank() // rows.copies * rows.copies], mine):
                 found["different"].append(name)
-        return save(folder, progress, model, *rest)
+        return save(model, *rest)
 
-    trainer.save_checkpoint = compare_and_save  # type: ignore[assignment]
-    trainer.run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
+    trainer.chunks_to_write = compare_and_save  # type: ignore[assignment]
+    run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
     return found
 
 
@@ -161,7 +163,8 @@ def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -
         folder.mkdir()
     dist.barrier()
     sources = run_sources(plan) if rank == 0 else None
-    write_checkpoint(folder, progress, model, trainable, groups, plan.identity, sources)
+    chunks = chunks_to_write(model, trainable, groups)
+    write_checkpoint(folder, folder, progress, chunks, groups.world, plan.identity, sources)
 
 
 def _stored_keys(rank: int, tree: dict[str, Any]) -> list[str]:

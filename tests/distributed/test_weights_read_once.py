@@ -16,6 +16,7 @@ from support.trio import COLOCATED_TP2, CPU, DISJOINT_3, ONE, config_tree
 from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, write_checkpoint
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.models.fused import FusedStage, load_hf_weights, load_weights
 from ultrafuser_mega.models.hf_folder import HFWeights
@@ -52,7 +53,8 @@ def _load(rank: int, tree: dict[str, Any], checkpoint: Path) -> tuple[set[str], 
     from_folders, from_checkpoint, expected = (build_model(plan, groups, CPU) for _ in range(3))
     dtype, sources = expected.config.params_dtype, run_sources(plan)
     load_weights(expected, {n: HFWeights(plan.config.folders[n], a, dtype) for n, a in plan.architectures.items()})
-    write_checkpoint(checkpoint, Progress(1, 0), expected, None, groups, plan.identity, sources)
+    chunks = chunks_to_write(expected, None, groups)
+    write_checkpoint(checkpoint, checkpoint, Progress(1, 0), chunks, groups.world, plan.identity, sources)
     opened: set[str] = set()
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:

@@ -157,6 +157,29 @@ def test_microbatches_that_cannot_hold_the_longest_sample(refused: Callable[...,
     assert "microbatch_tokens: 100 cannot hold a sample of data.max_length 160; set microbatch_tokens to 160" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("profile.steps=9:12", "profile.steps: 9:12: the run has 5 steps; give some of 1:5"),
+        ("report.wandb=fusers", "report.wandb: wandb is not installed; pip install wandb, or leave report.wandb out"),
+        (
+            "report.prometheus=/nowhere/run.prom",
+            "report.prometheus: /nowhere: not a folder that this user can write in",
+        ),
+    ],
+)
+def test_numbers_wanted_where_they_cannot_go(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.setattr("ultrafuser_mega.planning.preflight.find_spec", lambda name: None)
+    assert refused("plan", override).startswith(message)
+
+
+def test_a_profile_of_a_rank_that_the_job_has_not(refused: Callable[..., str]) -> None:
+    message = refused("plan", "profile.steps=2", "profile.ranks=[0, 3]")
+    assert message == "profile.ranks: 3: the job has ranks 0 to 0"
+
+
 @pytest.mark.parametrize("command", ["plan", "prepare"])
 def test_vocabulary_larger_than_the_smallest_head(refused: Callable[..., str], command: str) -> None:
     assert refused(command, "vocab_size=401", *(["--ranks", "1"] if command == "plan" else [])) == (

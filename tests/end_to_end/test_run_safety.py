@@ -26,8 +26,8 @@ from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import locked_run
-from ultrafuser_mega.training.trainer import run
 
 PROJECT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
@@ -278,7 +278,7 @@ def test_train_ended_by_a_signal_leaves_no_process_behind(
         arguments, cwd=PROJECT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         metrics, until = tmp_path / "runs" / "run" / "metrics.jsonl", time.monotonic() + 100
-        while not (metrics.is_file() and '"step"' in metrics.read_text()) and time.monotonic() < until:
+        while not (metrics.is_file() and '"kind": "step"' in metrics.read_text()) and time.monotonic() < until:
             time.sleep(0.2)
         assert metrics.is_file()
         process.send_signal(number)

@@ -1,7 +1,8 @@
-"""What a user gets from one torchrun: every file, every key, and each line once although there are three ranks."""
+"""What a user gets from one torchrun: every file, every key, and each line once although there are two ranks."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.trio import DISJOINT_3, config_tree, read_steps
+from support.trio import COLOCATED_TP2, config_tree, read_steps, train
 
 from ultrafuser_mega.config import load_config
 
@@ -31,12 +32,13 @@ def _torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess
 
 @pytest.fixture(scope="module")
 def finished(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of 3 + 4 steps on three disjoint ranks: its folder and what it printed."""
+    """A run of 3 + 4 steps on two ranks: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("job")
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(config_tree(trio, folder / "runs", DISJOINT_3)))
-    result = _torchrun(3, "--config", str(config), "stage1.steps=3", "stage2.steps=4", "evaluation.every=2",
-                       "evaluation.token_views=1")  # fmt: skip
+    config.write_text(yaml.safe_dump(config_tree(trio, folder / "runs", COLOCATED_TP2)))
+    result = _torchrun(2, "--config", str(config), "stage1.steps=3", "stage2.steps=4", "evaluation.every=2",
+                       "evaluation.token_views=1", f"report.prometheus={folder}/run.prom",
+                       "profile.steps=5:6", "profile.ranks=[1]")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return folder / "runs" / "run", result
 
@@ -51,7 +53,7 @@ def test_summary_holds_losses_gate_and_speed(finished: tuple[Path, subprocess.Co
     assert summary["train"]["tokens_per_s"] > 0
     assert summary["wall_s"] > 0
     assert summary["device"] == "cpu"
-    assert summary["layout"].startswith("disjoint")
+    assert summary["layout"].startswith("colocated")
 
 
 def test_metrics_say_what_a_step_took_and_held(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -62,6 +64,44 @@ def test_metrics_say_what_a_step_took_and_held(finished: tuple[Path, subprocess.
         assert 0 < step["data_seconds"] < step["seconds"]
         assert step["peak_memory_bytes"] > 2**26  # Python with torch alone is more
     assert [s["peak_memory_bytes"] for s in steps] == sorted(s["peak_memory_bytes"] for s in steps)
+
+
+def test_metrics_say_how_long_the_phases_of_the_step_before_took(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    first, *steps = read_steps(finished[0])
+    forward = {f"forward_of_{name}" for name in SPECIALISTS}
+    assert first["phases"] == {}
+    for before, step in zip([first, *steps], steps, strict=False):
+        if before["stage"] != step["stage"]:  # what comes between stages belongs to no step
+            assert step["phases"] == {}
+            continue
+        phases = step["phases"]
+        assert {"data", *forward, "exchange", "loss", "backward", "optimizer", "idle", "other"} <= set(phases)
+        assert all(0 < phase["mean"] <= phase["worst"] * (1 + 1e-9) for phase in phases.values())
+    assert any("evaluation" in step["phases"] for step in steps)
+    assert all(step["mfu"] is None and step["memory_bytes"] > 2**26 for step in steps)
+    assert steps[-1]["save_seconds"] > 0  # the end of stage 1
+
+
+def test_prometheus_finds_the_last_numbers(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    text = (finished[0].parents[1] / "run.prom").read_text()
+    loss = json.loads((finished[0] / "summary.json").read_text())["eval"]["mean"]["fused"]
+    assert f'ultrafuser_eval_loss{{run="run",class="mean",model="fused"}} {loss!r}\n' in text
+    assert 'ultrafuser_step{run="run"} 7.0\n' in text
+
+
+def test_a_profile_has_the_phases_as_ranges_of_the_ranks_that_were_chosen(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder = finished[0] / "profile"
+    assert [path.name for path in folder.iterdir()] == ["steps5-6-rank1.json.gz"]
+    trace = json.loads(gzip.decompress((folder / "steps5-6-rank1.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    forward = {f"forward of {name}" for name in SPECIALISTS}
+    assert {"data", *forward, "exchange", "loss", "backward", "optimizer", "end of step"} <= set(names)
+    assert names.count("optimizer") == 2
+    assert f"profile of steps 5 to 6, rank(s) 1: {folder}\n" in finished[1].stderr
 
 
 def test_the_gate_is_averaged_per_token_and_per_sample(
@@ -99,9 +139,8 @@ def test_resume_goes_on_to_a_later_end_on_fewer_ranks(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     run = finished[0]
-    layout = "layouts=[{kind: colocated}]"
-    result = _torchrun(1, "--config", str(run / "config.yaml"), "--resume", layout, "stage2.steps=6")
-    assert result.returncode == 0, result.stderr
+    config = load_config(run / "config.yaml", ["layouts=[{kind: colocated}]", "stage2.steps=6"])
+    assert train(config.model_dump(mode="json"), 1, resume=True) == run
     assert json.loads((run / "summary.json").read_text())["steps"] == 9
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.layer_operations import Case, differing, norm_cases, rotation_cases, swiglu_cases, violations
+from support.layer_operations import Case, differing, heads_cases, norm_cases, swiglu_cases, violations
 from torch import Tensor
 
 from ultrafuser_mega.models import elementwise
@@ -48,10 +48,8 @@ def test_swiglu(rows: int, width: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "groups", "width"), [(40, 40, 128), (8, 2, 64), (3, 3, 80), (17, 1, 2)])
-def test_rotation_of_parts_of_the_fused_projection(heads: int, groups: int, width: int, dtype: Any) -> None:
-    each = heads // groups
-    q, k, _ = normal(999, 1, groups, (each + 2) * width, seed=0, dtype=dtype).split([each * width, width, width], dim=3)
-    q = q.reshape(999, 1, heads, width)
-    dq, dk = (normal(*x[:, 0].shape, seed=1, dtype=dtype) for x in (q, k))
-    cos, sin = (part.to(dtype) for part in normal(2, 999, 1, 1, width // 2, seed=2, dtype=dtype))
-    check(rotation_cases(q, k, dq, dk, cos, sin))
+def test_heads_of_the_fused_projection(heads: int, groups: int, width: int, dtype: Any) -> None:
+    mixed = normal(999, (heads + 2 * groups) * width, seed=0, dtype=dtype)
+    dq, dk, dv = (normal(999, n, width, seed=seed, dtype=dtype) for seed, n in ((1, heads), (2, groups), (3, groups)))
+    cos, sin = (part.to(dtype) for part in normal(2, 999, 1, 1, width // 2, seed=4, dtype=dtype))
+    check(heads_cases(mixed, (dq, dk, dv), cos, sin))

@@ -1,7 +1,7 @@
 """Ranks of several plans on fake CUDA tensors, in a process of its own: the device must be there before torch.
 
 A case is a configuration of a run, of whose first layout a rank of each kind is played; or ``{"layout": ..., "changes":
-...}`` of the trio of support/trio_13b.py, with two layers each.
+...}`` of the trio of tools/benchmarks/trio_13b.py, with two layers each.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ultrafuser_mega.reporting.rehearsal import Rehearsal
 
 def on_fake_cuda(cases: list[dict[str, Any]]) -> list[list[Rehearsal]]:
     """The rehearsals of each case."""
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    benchmarks = Path(__file__).parents[2] / "tools" / "benchmarks"
+    path = os.pathsep.join([str(benchmarks), *filter(None, [os.environ.get("PYTHONPATH")])])
     ended = subprocess.run(
         [sys.executable, __file__, json.dumps(cases)],
         capture_output=True,
@@ -38,7 +38,7 @@ def main() -> None:
 
     load_fake_cuda()
     import torch
-    from support.trio_13b import two_layers
+    from trio_13b import two_layers
 
     from ultrafuser_mega.config import FuserConfig
     from ultrafuser_mega.dry_run.rehearse import rank_classes, rehearse

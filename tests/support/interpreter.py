@@ -15,6 +15,8 @@ def teach_gpu_arithmetic() -> None:
     - leaves a product to NumPy's BLAS, which may give a column other bits at another place of a tile: OpenBLAS does so
       on AVX2. A GPU adds every element up along k in one order, wherever in a tile it lies. The streaming backend needs
       that, since it recomputes logits in other tiles than those it took their maximum from.
+    - puts its own operations in the place of the language's anew for every function that a kernel calls, which takes a
+      third of the time; here where they are not in place yet.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -32,8 +34,17 @@ def teach_gpu_arithmetic() -> None:
         left, right = _wide(a.data, a.dtype.scalar == tl.bfloat16), _wide(b.data, b.dtype.scalar == tl.bfloat16)
         return interpreter.TensorHandle(in_order(left, right, total.data), total.dtype.scalar)
 
+    put_in_place = interpreter._patch_lang
+
+    def put_in_place_once(function: Any) -> Any:
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return put_in_place(function)
+        return None  # the outermost call's, which alone is asked to undo it, is never here
+
     builder.create_dot = product
     builder.cast_impl = rounded
+    interpreter._patch_lang = put_in_place_once
 
 
 def _wide(data: np.ndarray, bf16: bool) -> np.ndarray:

@@ -89,11 +89,16 @@ def swiglu_cases(x: Tensor, dy: Tensor) -> list[Case]:
     ]
 
 
-def rotation_cases(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> list[Case]:
-    """q, k (T, 1, heads | groups, e); dq, dk without the dimension of 1; cos, sin (T, 1, 1, e / 2)."""
-    u, least = _unit(q.dtype), _least(q.dtype)
-    f32 = _unit(torch.promote_types(q.dtype, torch.float32))
-    turn = torch.complex(cos.double(), sin.double())
+def heads_cases(mixed: Tensor, heads: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor) -> list[Case]:
+    """mixed (T, all heads * e), of every group its queries, its key and its value; cos, sin (T, 1, 1, e / 2).
+
+    heads: gradients of queries (T, heads, e), keys and values (T, groups, e).
+    """
+    dq, dk, dv = heads
+    u, least = _unit(mixed.dtype), _least(mixed.dtype)
+    f32 = _unit(torch.promote_types(mixed.dtype, torch.float32))
+    turn = torch.complex(cos.double(), sin.double())[:, 0]
+    groups, each = dk.shape[1], dq.shape[1] // dk.shape[1]
 
     def turned(x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
         first, second = x.double().chunk(2, -1)
@@ -103,15 +108,26 @@ def rotation_cases(q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, cos: Tensor, si
         other = torch.cat([(second * by.imag).abs(), (first * by.imag).abs()], -1)
         return out, u * (out.abs() + one) + 4 * f32 * (one + other) + 2 * least
 
-    forward = [turned(x, turn) for x in (q, k)]
-    backward = [turned(x[:, None], turn.conj()) for x in (dq, dk)]
+    whole = mixed.unflatten(1, (-1, dk.shape[2]))  # head after head
+    groups_heads = whole.split(each + 2, dim=1)
+    q = torch.cat([group[:, :each] for group in groups_heads], 1)
+    k, v = (torch.stack([group[:, each + at] for group in groups_heads], 1) for at in (0, 1))
+    exact = v.double(), torch.zeros(v.shape, dtype=torch.float64, device=v.device)
+    forward = [turned(q, turn), turned(k, turn), exact]
+
+    back_q, back_k = turned(dq, turn.conj()), turned(dk, turn.conj())
+    exact = dv.double(), torch.zeros(dv.shape, dtype=torch.float64, device=dv.device)
+    backward = []
+    for of_q, of_k, of_v in zip(back_q, back_k, exact, strict=True):
+        per_group = [
+            torch.cat([of_q[:, g * each : (g + 1) * each], of_k[:, g, None], of_v[:, g, None]], 1)
+            for g in range(groups)
+        ]
+        backward.append(torch.cat(per_group, 1).flatten(1))
+    truths, bounds = zip(*forward, strict=True)
     return [
-        Case(
-            "rotate_both",
-            (q, k, cos, sin, False),
-            *(tuple(x[:, 0] for x in part) for part in zip(*forward, strict=True)),
-        ),
-        Case("rotate_both", (dq, dk, cos, sin, True), *zip(*backward, strict=True)),
+        Case("rotated_heads_forward", (mixed, cos, sin, groups), truths, bounds),
+        Case("rotated_heads_backward", (dq, dk, dv, cos, sin), (backward[0],), (backward[1],)),
     ]
 
 

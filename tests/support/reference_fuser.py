@@ -62,9 +62,19 @@ class ReferenceLlama:
     def save_gradients(self, folder: Path) -> None:
         """Gradients under the names of their weights, so that whatever reads weights can read them."""
         zeros = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        gradients = {name: (w.grad if w.grad is not None else zeros[name]).float() for name, w in self.weights.items()}
+        self._save({name: w.grad if w.grad is not None else zeros[name] for name, w in self.weights.items()}, folder)
+
+    def save_weights(self, folder: Path) -> None:
+        """The weights as a Hugging Face folder; where rows of the head were cut off, the model has no more rows."""
+        rows = self.config["vocab_size"]
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        head = weights["lm_head.weight"]
+        weights["lm_head.weight"] = torch.cat([head, head.new_zeros(rows - len(head), head.shape[1])])
+        self._save(weights, folder)
+
+    def _save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(gradients, folder / "model.safetensors")
+        save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.config))
 
 

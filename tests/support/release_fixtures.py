@@ -58,6 +58,11 @@ def references(releases: Any) -> dict[str, Reference]:
     return {trio: Reference.load(folder) for trio, folder in releases.items()}
 
 
+@pytest.fixture(scope="session")
+def roundings(references: Any) -> dict[str, float]:
+    return {trio: reference.rounding() for trio, reference in references.items()}
+
+
 @pytest.fixture(params=TRIOS)
 def trio(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -76,3 +81,9 @@ def model(models: Any, trio: Path) -> UltraFuserForCausalLM:
 @pytest.fixture
 def reference(references: Any, trio: Path) -> Reference:
     return references[trio]
+
+
+@pytest.fixture
+def close(roundings: Any, trio: str) -> dict[str, float]:
+    """Tolerance of the model's logits and gate weights."""
+    return {"atol": roundings[trio], "rtol": 0.0}

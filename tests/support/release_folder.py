@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from support.mixture_cases import Roundings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -24,10 +25,6 @@ from ultrafuser_mega.release import CardFacts, assemble_release
 from ultrafuser_mega.toy import tiny_tokenizer
 
 PIECES = 400
-# Of logits and gate weights, absolute. Logits are of order one, and come out of some 20 products of up to 96 terms that
-# float32 rounds by 2^-24 sqrt(96) = 6e-7 each: together 3e-6 in the root mean square, of which the largest of the 10^4
-# that a test looks at has four to five times as much. Twice that, for models that magnify what their first layers do.
-ROUNDING = 3e-5
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -120,16 +117,21 @@ def write_release(
 
 @dataclass(frozen=True)
 class ReferenceSpecialist:
-    """Llama, Mistral, Qwen2 or Qwen3 in float64; calling it gives the hidden states after the final norm."""
+    """Llama, Mistral, Qwen2 or Qwen3 in float64; calling it gives the hidden states after the final norm.
+
+    With ``roundings`` not the truth, but what float32 may leave of it, in any order of summation that does not look at
+    the numbers: a partial sum's mean square is then at most that of the whole and the sum of the terms' squares.
+    """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
+    roundings: Roundings | None = None
 
     def __call__(self, ids: Sequence[int]) -> Tensor:  # (s,) -> (s, d)
         c, w, s = self.config, self.weights, len(ids)
         heads, groups, e = c["num_attention_heads"], c["num_key_value_heads"], self._head_size()
         frequencies = c["rope_parameters"]["rope_theta"] ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
-        angles = torch.outer(torch.arange(s, dtype=torch.float64), frequencies)  # (s, e / 2)
+        angles = self._rounded(torch.outer(torch.arange(s, dtype=torch.float64), frequencies), 2)  # (s, e / 2)
         distance = torch.arange(s)[:, None] - torch.arange(s)
         hidden_from = (distance < 0) | (distance >= (c.get("sliding_window") or s))
         x = w["model.embed_tokens.weight"][torch.tensor(ids)]
@@ -142,25 +144,43 @@ class ReferenceSpecialist:
             )
             if c["model_type"] == "qwen3":
                 q, k = self._norm(q, p + "self_attn.q_norm"), self._norm(k, p + "self_attn.k_norm")
-            q, k = _rotate(q, angles), _rotate(k, angles)
+            q, k = (self._rounded(_rotate(part, angles), 3, part.abs() + _swapped(part).abs()) for part in (q, k))
             k, v = (part.repeat_interleave(heads // groups, dim=0) for part in (k, v))
-            scores = (q @ k.transpose(1, 2) / e**0.5).masked_fill(hidden_from, float("-inf"))
-            mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(s, heads * e)
-            x = x + self._linear(mixed, p + "self_attn.o_proj")
+            scores = (self.product(q, k.transpose(1, 2)) / e**0.5).masked_fill(hidden_from, float("-inf"))
+            mixed = self.product(self._rounded(scores.softmax(-1), s), v).transpose(0, 1).reshape(s, heads * e)
+            x = self._rounded(x + self._linear(mixed, p + "self_attn.o_proj"), 2)
             y = self._norm(x, p + "post_attention_layernorm")
             gate, up = self._linear(y, p + "mlp.gate_proj"), self._linear(y, p + "mlp.up_proj")
-            x = x + self._linear(gate * gate.sigmoid() * up, p + "mlp.down_proj")
+            between = self._rounded(gate * gate.sigmoid() * up, 5)
+            x = self._rounded(x + self._linear(between, p + "mlp.down_proj"), 2)
         return self._norm(x, "model.norm")
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        whole = a @ b
+        if self.roundings is None:
+            return whole
+        return self.roundings.of(whole, a.shape[-1], (whole.square() + a.square() @ b.square()).sqrt())
+
+    def _rounded(self, value: Tensor, terms: int, size: Tensor | None = None) -> Tensor:
+        """``value``, out of so many ``terms`` of its own ``size`` or another."""
+        if self.roundings is None:
+            return value
+        return self.roundings.of(value, terms, value.abs() if size is None else size)
 
     def _head_size(self) -> int:
         return self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return x @ self.weights[name + ".weight"].T + self.weights.get(name + ".bias", 0.0)
+        return self.product(x, self.weights[name + ".weight"].T) + self.weights.get(name + ".bias", 0.0)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        size = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
-        return x / size * self.weights[name + ".weight"]
+        mean = self._rounded(x.square().mean(-1, keepdim=True), x.shape[-1])
+        size = (mean + self.config["rms_norm_eps"]).sqrt()
+        return self._rounded(x / size * self.weights[name + ".weight"], 4)
+
+
+def _swapped(x: Tensor) -> Tensor:  # (heads, s, e): what each number is rotated against
+    return x.roll(x.shape[-1] // 2, dims=-1)
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:  # (heads, s, e): halves are rotated against each other
@@ -194,10 +214,27 @@ class Reference:
         for name, specialist in self.specialists.items():
             w1 = self.gate["gate.w1.shared"] if "gate.w1.shared" in self.gate else self.gate[f"gate.w1.{name}"]
             hidden = specialist(ids[name])[-keep:]
-            scores.append((hidden @ w1.T + self.gate["gate.b1"]).clamp(min=0) @ self.gate["gate.w2"])
-            logits.append(hidden @ specialist.weights["lm_head.weight"][: self.vocab_size].T)
+            units = (specialist.product(hidden, w1.T) + self.gate["gate.b1"]).clamp(min=0)
+            scores.append(specialist.product(units, self.gate["gate.w2"][:, None])[:, 0])
+            logits.append(specialist.product(hidden, specialist.weights["lm_head.weight"][: self.vocab_size].T))
         weights = torch.stack(scores, dim=1).softmax(dim=1)
         return torch.einsum("tn,ntv->tv", weights, torch.stack(logits)), weights
+
+    def rounding(self) -> float:
+        """How far a logit or gate weight in float32 may be from this one's.
+
+        Twice the largest error of three draws of all roundings on 32 tokens, some 40,000 logits: as many as a test
+        looks at, of tokens that the model may magnify more.
+        """
+        draw = torch.Generator().manual_seed(0)
+        ids = dict.fromkeys(self.specialists, torch.randint(3, PIECES, (32,), generator=draw).tolist())
+        true, largest = self(ids, 32), 0.0
+        for seed in range(3):
+            roundings = Roundings(seed, torch.device("cpu"))
+            specialists = {name: replace(s, roundings=roundings) for name, s in self.specialists.items()}
+            for exact, lost in zip(true, replace(self, specialists=specialists)(ids, 32), strict=True):
+                largest = max(largest, (exact - lost).abs().max().item())
+        return 2 * largest
 
     def greedy(self, ids: Mapping[str, Sequence[int]], steps: int, eos: int | None = None) -> list[int]:
         """The response to each specialist's own prompt; ends behind EOS."""

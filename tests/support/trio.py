@@ -19,7 +19,7 @@ from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.toy import tiny_llama, tiny_tokenizer
 from ultrafuser_mega.toy.corpus import generate
 from ultrafuser_mega.training import optimizer
-from ultrafuser_mega.training.trainer import run
+from ultrafuser_mega.training.run import run
 
 PIECES = 400
 CPU = torch.device("cpu")

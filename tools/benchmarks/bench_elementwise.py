@@ -2,10 +2,10 @@
 
     python tools/benchmarks/bench_elementwise.py [--out FILE.json]
 
-Norm, SwiGLU and rotation, forward and backward, in bf16: the Triton kernels, the formulas that other devices run, the
-same compiled by torch.compile, PyTorch's own norm, and a copy of the same number of bytes take turns in one run;
-medians of 50 rounds. The bytes are those that an operation cannot do without: every input read and every result
-written once.
+Norm, SwiGLU and the heads of attention, forward and backward, in bf16: the Triton kernels, the formulas that other
+devices run, the same compiled by torch.compile, PyTorch's own norm, and a copy of the same number of bytes take turns
+in one run; medians of 50 rounds. The bytes are those that an operation cannot do without: every input read and every
+result written once.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench_elementwise: no CUDA device")
     records = []
-    print(f"{'shape':12} {'operation':18} {'variant':14} {'us':>9} {'GB/s':>8} {'of copy':>8}")
+    print(f"{'shape':12} {'operation':22} {'variant':14} {'us':>9} {'GB/s':>8} {'of copy':>8}")
     for name in SHAPES:
         for record in measure(name, compiled=not arguments.skip_compile):
             records.append(record)
             print(
-                f"{name:12} {record['operation']:18} {record['variant']:14} {record['median_us']:9.1f}"
+                f"{name:12} {record['operation']:22} {record['variant']:14} {record['median_us']:9.1f}"
                 f" {record['gb_per_s']:8.0f} {record['of_copy']:8.1%}"
             )
         if arguments.out:
@@ -52,8 +52,7 @@ def main() -> None:
 
 def measure(name: str, compiled: bool) -> Iterator[dict[str, Any]]:
     for operation, arguments in operations(*SHAPES[name]).items():
-        operator = operation.removesuffix("_back")
-        kernel, formula = getattr(elementwise, operator), elementwise.FORMULAS[operator]
+        kernel, formula = getattr(elementwise, operation), elementwise.FORMULAS[operation]
         results = kernel(*arguments)
         tensors = [*arguments, *(results if isinstance(results, tuple) else (results,))]
         size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
@@ -75,25 +74,24 @@ def measure(name: str, compiled: bool) -> Iterator[dict[str, Any]]:
 
 
 def operations(width: int, mlp: int, heads: int, groups: int, head: int) -> dict[str, tuple[Any, ...]]:
-    """The arguments of every operator, queries and keys as they lie in the fused projection."""
+    """The arguments of every operator."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    x, dy, weight = normal(TOKENS, 1, width), normal(TOKENS, 1, width), normal(width)
+    x, dy, weight = normal(TOKENS, width), normal(TOKENS, width), normal(width)
     _, rstd = elementwise.rms_norm_forward(x, weight, EPS)
-    both, upstream = normal(TOKENS, 1, 2 * mlp), normal(TOKENS, 1, mlp)
-    q, k, _ = normal(TOKENS, 1, groups, heads // groups + 2, head).split([heads // groups, 1, 1], dim=3)
-    q, k = q.reshape(TOKENS, 1, heads, head), k[:, :, :, 0]
-    dq, dk = normal(TOKENS, heads, head), normal(TOKENS, groups, head)
+    both, upstream = normal(TOKENS, 2 * mlp), normal(TOKENS, mlp)
+    mixed = normal(TOKENS, (heads + 2 * groups) * head)
+    dq, dk, dv = (normal(TOKENS, n, head) for n in (heads, groups, groups))
     cos, sin = normal(TOKENS, 1, 1, head // 2), normal(TOKENS, 1, 1, head // 2)
     return {
         "rms_norm_forward": (x, weight, EPS),
         "rms_norm_backward": (dy, x, weight, rstd),
         "swiglu_forward": (both,),
         "swiglu_backward": (upstream, both),
-        "rotate_both": (q, k, cos, sin, False),
-        "rotate_both_back": (dq, dk, cos, sin, True),
+        "rotated_heads_forward": (mixed, cos, sin, groups),
+        "rotated_heads_backward": (dq, dk, dv, cos, sin),
     }
 
 

@@ -174,15 +174,23 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
         {"BLOCK": block},
         4,
     )
-    strides = ("q_token_stride", "q_head_stride", "k_token_stride", "k_head_stride")
-    for width, back in ((128, False), (128, True), (80, False)):
-        heads, half = elementwise_triton.rotate_tile(40, width // 2)
+    sizes = dict.fromkeys(("groups", "each", "half"), "i32")
+    strides = [f"{which}_{of}_stride" for which in "qkv" for of in ("token", "head")]
+    for heads, width in ((15, 128), (48, 128), (120, 80)):  # of 13B at tp 8, Llama 3 8B, and with a mask
+        block, half = elementwise_triton.heads_tile(heads, width // 2)
+        tile = {"HEADS": block, "HALF": half}
         yield _Source(
-            f"layer: rotation {'back' if back else 'forward'}, {width}",
-            elementwise_triton.rotate_kernel,
-            dict.fromkeys(("q", "k", "cos", "sin", "to_q", "to_k"), x)
-            | dict.fromkeys(("heads", "groups", "half", *strides), "i32"),
-            {"BACK": back, "HEADS": heads, "HALF": half},
+            f"layer: heads forward, {heads} of {width}",
+            elementwise_triton.rotated_heads_forward_kernel,
+            dict.fromkeys(("mixed", "cos", "sin", "q", "k", "v"), x) | sizes | {"mixed_stride": "i32"},
+            tile,
+            4,
+        )
+        yield _Source(
+            f"layer: heads backward, {heads} of {width}",
+            elementwise_triton.rotated_heads_backward_kernel,
+            dict.fromkeys(("dq", "dk", "dv", "cos", "sin", "mixed"), x) | sizes | dict.fromkeys(strides, "i32"),
+            tile,
             4,
         )
 

@@ -35,14 +35,13 @@ CASES = (Case("tp 8 dp 2", {"tp": 8, "dp": 2}, 0), Case("tp 8 pp 4, last stage",
 def measure(case: Case) -> dict[str, Any]:
     """The case's row."""
     import torch
-    from predict_mfu import Case as Workload
-    from predict_mfu import plan_of
+    from trio_13b import plan_13b
 
     from ultrafuser_mega.dry_run.formula import predictions
     from ultrafuser_mega.dry_run.rehearse import rehearse
     from ultrafuser_mega.reporting.rehearsal import Part
 
-    plan = plan_of(Workload(case.title, dict(case.layout), 96, TOKENS, TOKENS - 1, TOKENS, None))
+    plan = plan_13b({"kind": "colocated", **case.layout}, microbatch_tokens=TOKENS)
     stages = case.layout.get("pp", 1)
     found: dict[tuple[int, int], Part] = {}
     row: dict[str, Any] = {"case": case.title}

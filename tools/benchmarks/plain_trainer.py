@@ -7,9 +7,9 @@ weights. Nothing of the trainer is in here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,36 @@ from transformers import LlamaForCausalLM
 
 from ultrafuser_mega.toy.training import Sample
 
-IGNORE = -100
-CLIP = 1.0
+
+class Tokens(NamedTuple):
+    """A sample as one specialist reads it: all its ids, and at which places those stand that carry the loss."""
+
+    ids: Sequence[int]
+    responses: Sequence[int]
+
+    @classmethod
+    def of(cls, sample: Sample) -> Tokens:
+        """Of a prompt and a response."""
+        ids = sample.prompt + sample.response
+        return cls(ids, range(len(sample.prompt), len(ids)))
+
+
+class AdamW(NamedTuple):
+    """The optimizer's settings; weight decay takes matrices."""
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
 
 
 class PlainFuser(nn.Module):
-    """n causal language models and the gate that weighs their logits."""
+    """n causal language models and the gate that weighs their logits, of ``units`` hidden units or a model's width."""
 
-    def __init__(self, folders: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, units: int | None = None
+    ) -> None:
         super().__init__()
         self.members: list[Any] = [
             LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)  # type: ignore[arg-type]
@@ -33,7 +55,8 @@ class PlainFuser(nn.Module):
         self.specialists = nn.ModuleList(self.members)
         width = int(self.members[0].config.hidden_size)
         self.device = device
-        self.gate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).to(device)
+        units = units or width
+        self.gate = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1, bias=False)).to(device)
 
     def inputs(self, ids: Sequence[Tensor], predicts: Sequence[Tensor], frozen: bool) -> tuple[list[Tensor], Tensor]:
         """ids, predicts: per specialist (B, T). n x (N, d) hidden states before response tokens; (N, n) gate logits."""
@@ -50,20 +73,44 @@ class PlainFuser(nn.Module):
 
 
 class PlainTrainer:
-    """Steps of one stage; ``loss``: of peers.py."""
+    """Steps of one stage.
 
-    def __init__(self, model: PlainFuser, stage: int, loss: Callable[..., Tensor], compute: torch.dtype) -> None:
+    Args:
+        model: is trained.
+        stage: 1 or 2.
+        loss: of peers.py.
+        compute: dtype of products.
+        options: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: PlainFuser,
+        stage: int,
+        loss: Callable[..., Tensor],
+        compute: torch.dtype,
+        options: AdamW = AdamW(),  # noqa: B008 - cannot change
+    ) -> None:
         self.model, self.frozen, self.loss, self.compute = model, stage == 1, loss, compute
         self.device = model.device
         if not self.frozen:
             model.specialists.float()  # what AdamW moves; autocast makes 16 bits of it
         model.specialists.requires_grad_(not self.frozen)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, betas=(0.9, 0.95), fused=True, weight_decay=0.0)
+        self.clip = options.clip
+        self.last_loss = torch.zeros((), device=self.device)
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
-    def step(self, microbatches: Sequence[Sequence[Sequence[Sample]]]) -> int:
-        """One optimizer step over (microbatch, specialist, sample); returns the number of response tokens."""
-        total = sum(len(sample.response) for microbatch in microbatches for sample in microbatch[0])
+    def step(self, microbatches: Sequence[Sequence[Sequence[Tokens]]], lr: float | None = None) -> int:
+        """One optimizer step over (microbatch, specialist, sample), at ``lr`` if given; returns the response tokens."""
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        self.last_loss = torch.zeros((), device=self.device)
+        total = sum(len(sample.responses) for microbatch in microbatches for sample in microbatch[0])
         for microbatch in microbatches:
             ids, predicts, target = collated(microbatch, self.device)
             with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
@@ -73,36 +120,36 @@ class PlainTrainer:
                 vocab = min(head.shape[0] for head in heads)
                 loss = self.loss(hidden, heads, gate_logits, target, vocab_size=vocab, reduction="sum") / total
             loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+            self.last_loss += loss.detach()
+        nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
 
 
-def collated(microbatch: Sequence[Sequence[Sample]], device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def collated(microbatch: Sequence[Sequence[Tokens]], device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Per specialist (B, T) ids and where the NEXT token is a response token; (N,) those tokens."""
     every_ids, every_mask = [], []
     for samples in microbatch:
-        lengths = [len(sample.prompt) + len(sample.response) for sample in samples]
-        ids = torch.zeros(len(samples), max(lengths), dtype=torch.long)
+        ids = torch.zeros(len(samples), max(len(sample.ids) for sample in samples), dtype=torch.long)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            ids[i, :length] = torch.tensor(sample.prompt + sample.response)
-            mask[i, len(sample.prompt) - 1 : length - 1] = True
+        for i, sample in enumerate(samples):
+            ids[i, : len(sample.ids)] = torch.tensor(sample.ids)
+            mask[i, torch.tensor(sample.responses) - 1] = True
         every_ids.append(ids.to(device))
         every_mask.append(mask.to(device))
-    target = torch.tensor([token for sample in microbatch[0] for token in sample.response], dtype=torch.long).to(device)
+    target = torch.tensor([sample.ids[place] for sample in microbatch[0] for place in sample.responses]).to(device)
     return every_ids, every_mask, target
 
 
 def batches(
     samples: dict[str, list[list[Sample]]], per_class: int, microbatch: int
-) -> Iterator[list[list[list[Sample]]]]:
+) -> Iterator[list[list[list[Tokens]]]]:
     """Endless steps of ``per_class`` samples of each class, as microbatches. samples: class -> specialist -> sample."""
     start = 0
     while True:
         picked = [
-            [of_specialist[(start + i) % len(of_specialist)] for of_specialist in by_specialist]
+            [Tokens.of(of_specialist[(start + i) % len(of_specialist)]) for of_specialist in by_specialist]
             for by_specialist in samples.values()
             for i in range(per_class)
         ]  # (sample of the batch, specialist)

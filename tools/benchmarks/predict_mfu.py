@@ -14,29 +14,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scripting import Parser, result_file, write_json
+from trio_13b import ROWS, plan_13b
 
-from ultrafuser_mega.config import FuserConfig
-from ultrafuser_mega.models.hf_folder import Architecture
 from ultrafuser_mega.planning.cost import Program
 from ultrafuser_mega.planning.hardware import GIB, GPUS, Cluster
 from ultrafuser_mega.planning.microbatch import GlobalBatch, Workload
-from ultrafuser_mega.planning.preflight import RunPlan, plan_layouts
+from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.step_time import StepEstimate, estimate
-
-NAMES = ("text", "code", "math")
-LLAMA_13B = Architecture(
-    hidden_size=5120,
-    ffn_size=13824,
-    heads=40,
-    kv_heads=40,
-    head_dim=128,
-    layers=40,
-    vocab_rows=32000,
-    max_positions=4096,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    tied=False,
-)
 
 
 @dataclass(frozen=True)
@@ -82,30 +66,13 @@ PROGRAMS = {
 def plan_of(case: Case) -> RunPlan:
     """The trio under the case's layout, in bf16 with sequence parallelism and the distributed optimizer."""
     stage = {"steps": 1, "samples_per_class": max(1, case.samples // 3), "lr": 2e-5}
-    tree = {
-        "dtype": "bf16",
-        "specialists": {name: {"path": name} for name in NAMES},
-        "layouts": [{"kind": "colocated", **case.layout}],
-        "parallel": {"sequence_parallel": True, "distributed_optimizer": True},
-        "data": {"classes": {name: {"train": [f"{name}.jsonl"]} for name in NAMES}},
-        "microbatch_tokens": case.microbatch_tokens,
-        "stage1": stage,
-        "stage2": stage,
-    }
-    config = FuserConfig.model_validate(tree)
-    return RunPlan(
-        config=config,
-        architectures=dict.fromkeys(NAMES, LLAMA_13B),
-        layout=plan_layouts(config)[0],
-        vocab_size=32000,
-        gate_units=5120,
-        resume=None,
-    )
+    layout = {"kind": "colocated", **case.layout}
+    return plan_13b(layout, microbatch_tokens=case.microbatch_tokens, stage1=stage, stage2=stage)
 
 
 def predict(case: Case, program: Program) -> StepEstimate:
     """A step of the case."""
-    lengths = dict.fromkeys(NAMES, np.full(case.samples, case.length))
+    lengths = dict.fromkeys(ROWS, np.full(case.samples, case.length))
     batch = GlobalBatch(lengths, np.full(case.samples, case.response))
     work = Workload((batch,), case.microbatch_tokens, "")
     return estimate(plan_of(case), work, Cluster(GPUS["h100-80g"]), program=program)

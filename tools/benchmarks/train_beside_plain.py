@@ -262,6 +262,7 @@ Done = Callable[[int, Watch], None]
 
 
 def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) -> None:
+    from ultrafuser_mega.checkpoint.checkpoint import Progress
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.planning.preflight import preflight
     from ultrafuser_mega.reporting.run_report import RunReport
@@ -279,7 +280,7 @@ def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) 
         for stage in (1, 2):
             watch = watched(stage)
             with contextlib.suppress(EnoughError):
-                trainer.train_stage(stage, 0, cast(RunReport, watch))
+                trainer.train_stage(Progress(stage, 0), cast(RunReport, watch))
             done(stage, watch)
 
 

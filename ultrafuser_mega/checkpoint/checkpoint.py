@@ -1,59 +1,77 @@
-"""Sharded checkpoints: write under a temporary name, rename when complete, read into any number of ranks.
+"""Sharded checkpoints: what a folder holds, where it stands in a run, and reading one into any number of ranks.
 
-A checkpoint is a folder ``stage<k>-step<s>`` holding Megatron's distributed checkpoint (torch_dist),
-``progress.json``: where the run stood, a description of the model that another model's checkpoint cannot match, and
-size and checksum of every other file; and what the specialists came with beside their weights (``sources``). Every
-tensor lies in model space under a layout-independent name:
-
-    specialists.<name>.<Megatron name>    heads.<name>    tails.<name>    gate.<...>
-    optimizer.<param|exp_avg|exp_avg_sq>.<name of the parameter>
+A checkpoint is a folder ``stage<k>-step<s>`` holding one file of tensors per rank and PyTorch's index of them
+(``chunks``, ``writer``); ``progress.json``: where the run stood, a description of the model that another model's
+checkpoint cannot match, and size and checksum of every other file; and what the specialists came with beside their
+weights (``sources``). It is written under a temporary name (``saver``).
 
 Nothing rank-specific is stored (no parameter groups, no flat buffers), so a plain and a distributed optimizer
-read each other's checkpoints too.
+read each other's checkpoints too. ``format`` in progress.json: 2; those without were written by Megatron, in the same
+form but for two files that nothing here reads.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ultrafuser_mega.checkpoint.integrity import HaveRead, record_files, verify_files, verify_files_here
-from ultrafuser_mega.checkpoint.optimizer_state import (
-    create_moments,
-    restore,
-    sharded,
-    states_to_read,
-    states_to_write,
+from ultrafuser_mega.checkpoint.chunks import Chunk, parameter_parts, states_to_read, weights_to_read
+from ultrafuser_mega.checkpoint.integrity import (
+    FileRecords,
+    HaveRead,
+    damage_of,
+    damage_of_here,
+    record_files,
 )
+from ultrafuser_mega.checkpoint.optimizer_state import create_moments
 from ultrafuser_mega.checkpoint.sources import SourceFiles
+from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
+from ultrafuser_mega.checkpoint.writer import write_chunks
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.runtime.groups import RankGroups
-from ultrafuser_mega.runtime.mcore import megatron_scope, use_plain_results_queue
+from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.trainable import Trainable
 
 _NAME = re.compile(r"stage(\d)-step(\d{7})$")
 PROGRESS = "progress.json"
+FORMAT = 2
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint is not as it was written, and what to do about it.
+
+    Args:
+        problem: which file, and how.
+        path: the checkpoint.
+    """
+
+    def __init__(self, problem: str, path: Path) -> None:
+        super().__init__(f"{problem}; {_advice(path)}")
+        self.problem, self.path = problem, path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem, self.path)
 
 
 @dataclass(frozen=True, order=True)
 class Progress:
-    """How far a run is: ``step`` steps of ``stage`` are done."""
+    """How far a run is: ``step`` steps of ``stage`` are done, ``skipped`` of which updated nothing."""
 
     stage: int
     step: int
+    skipped: int = field(default=0, compare=False)
 
     @property
     def folder(self) -> str:
@@ -82,7 +100,7 @@ def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
 
     Args:
         path: a checkpoint folder.
-        identity: description of the model that is to be loaded, as given to :func:`save_checkpoint`.
+        identity: description of the model that is to be loaded, as given to :func:`write_checkpoint`.
 
     Raises:
         InputError: not a complete checkpoint, one of another model (names the first difference), or renamed.
@@ -106,9 +124,10 @@ def verify_checkpoint(path: Path) -> None:
     One that notes none, as the first versions wrote them, passes.
 
     Raises:
-        InputError: a file is missing or damaged; the same message on every rank.
+        DamagedCheckpointError: a file is missing or damaged; the same message on every rank.
     """
-    verify_files(path, _read_record(path).get("files", {}), advice(path))
+    if problem := damage_of(path, _read_record(path).get("files", {})):
+        raise DamagedCheckpointError(problem, path)
 
 
 def verify_checkpoint_here(path: Path, have_read: HaveRead) -> None:
@@ -117,7 +136,8 @@ def verify_checkpoint_here(path: Path, have_read: HaveRead) -> None:
     Raises:
         InputError: as there.
     """
-    verify_files_here(path, _read_record(path).get("files", {}), advice(path), have_read)
+    if problem := damage_of_here(path, _read_record(path).get("files", {}), have_read):
+        raise DamagedCheckpointError(problem, path)
 
 
 def noted_bytes(path: Path) -> int:
@@ -133,50 +153,21 @@ def _read_record(path: Path) -> dict[str, Any]:
         if not isinstance(record["identity"], dict) or not isinstance(record.get("files", {}), dict):
             raise TypeError("identity or files is no object")
         Progress(**record["progress"]).folder  # noqa: B018 (raises unless both are whole numbers)
+        written = int(record.get("format", 1))
     except FileNotFoundError:
         raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged ({error!r}); {advice(path)}") from None
+        raise DamagedCheckpointError(f"{file}: damaged ({error!r})", path) from None
+    if written > FORMAT:
+        raise InputError(f"{file}: format {written} of a later version; this one reads {FORMAT} and earlier ones")
     return record
 
 
-def advice(path: Path) -> str:
+def _advice(path: Path) -> str:
     """What to do about damage of the checkpoint at ``path``; ends a message."""
     older = [other.name for _, other in list_checkpoints(path.parent) if other.name < path.name]
     instead = f"for --resume to go on from {older[-1]}" if older else "and start afresh: there is no older one"
     return f"copy the checkpoint again, or remove {path.name} {instead}"
-
-
-def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    model: FusedStage,
-    trainable: Trainable,
-    groups: RankGroups,
-    identity: Mapping[str, Any],
-    keep: int,
-    sources: SourceFiles | None,
-) -> Path:
-    """Write ``folder/stage<k>-step<s>``; collective over the job. Older checkpoints beyond ``keep`` are removed.
-
-    Raises:
-        InputError: it cannot be written; no checkpoint has the name then, and an earlier one of this name stays.
-    """
-    final, partial = folder / progress.folder, folder / f".{progress.folder}.partial"
-    with writing_checkpoint(final):
-        if groups.rank == 0:
-            for unfinished in folder.glob(".*.partial"):
-                shutil.rmtree(unfinished)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        write_checkpoint(partial, progress, model, trainable, groups, identity, sources)
-        if groups.rank == 0:
-            remove_checkpoint(final)
-            partial.rename(final)
-            for _, old in list_checkpoints(folder)[:-keep]:
-                remove_checkpoint(old)
-        dist.barrier()
-    return final
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -190,36 +181,60 @@ def remove_checkpoint(path: Path) -> None:
 
 def write_checkpoint(
     folder: Path,
+    final: Path,
     progress: Progress,
-    model: FusedStage,
-    trainable: Trainable | None,
-    groups: RankGroups,
+    chunks: Sequence[Chunk],
+    group: dist.ProcessGroup,
     identity: Mapping[str, Any],
     sources: SourceFiles | None,
 ) -> None:
-    """Write a checkpoint into ``folder``, its progress.json last; collective over the job.
+    """Write a checkpoint into ``folder``, its progress.json last; collective over ``group``.
 
     Args:
-        folder: empty; what it is called is up to the caller, who gives it its final name when this is done.
+        folder: empty.
+        final: the name that the caller gives it when this is done; that of messages.
         progress: where the run stands.
-        model: this rank's share.
-        trainable: whose optimizer to write too; None for weights alone, which belongs to step 0.
-        groups: this rank's process groups.
+        chunks: of :func:`ultrafuser_mega.checkpoint.chunks.chunks_to_write`.
+        group: all ranks, for objects.
         identity: description of the model, checked on reading.
         sources: where its specialists came from, written into the folder; rank 0's, others need none.
+
+    Raises:
+        InputError: it cannot be written; the same on every rank.
     """
-    state = rank_state(model, trainable, groups)
-    with megatron_scope(next(model.parameters()).device):
-        use_plain_results_queue()
-        dist_checkpointing.save(state, str(folder))
-    if groups.rank == 0:
-        assert sources is not None
-        sources.write(folder)
-    dist.barrier()
-    files = record_files(folder)
-    if groups.rank == 0:
-        record = {"progress": asdict(progress), "identity": identity, "files": files}
-        (folder / PROGRESS).write_text(json.dumps(record, indent=1))
+    is_first, files = dist.get_rank() == 0, FileRecords()
+    with same_everywhere(final, group):
+        if is_first:
+            assert sources is not None
+            sources.write(folder)
+            files = record_files(folder)
+    with same_everywhere(final, group):
+        files |= write_chunks(folder, chunks, group)
+    everyone: list[FileRecords] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, files, group=group)
+    with same_everywhere(final, group):
+        if is_first:
+            files = {name: record for records in everyone for name, record in records.items()}
+            record = {"format": FORMAT, "progress": asdict(progress), "identity": identity, "files": files}
+            with (folder / PROGRESS).open("w") as file:
+                file.write(json.dumps(record, indent=1))
+                file.flush()
+                os.fsync(file.fileno())  # older checkpoints are removed next
+
+
+@contextmanager
+def same_everywhere(final: Path, group: dist.ProcessGroup) -> Iterator[None]:
+    """What the system has against writing ``final``, on whichever rank, as an InputError on every rank; collective."""
+    problem = None
+    try:
+        with writing_checkpoint(final):
+            yield
+    except InputError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    for first in filter(None, problems):
+        raise InputError(first)
 
 
 @contextmanager
@@ -239,10 +254,17 @@ def writing_checkpoint(path: Path) -> Iterator[None]:
             raise OSError(reason) from None
 
 
-def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable: Trainable | None, steps: int) -> None:
+def load_checkpoint(
+    path: Path,
+    model: FusedStage,
+    groups: RankGroups,
+    trainable: Trainable | None,
+    steps: int,
+    skipped: int = 0,
+) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
-    The first replica reads the model, and the others receive it.
+    The first replica reads the model, and the others receive it. What an optimizer holds, its own rank reads.
 
     Args:
         path: a checkpoint folder.
@@ -250,55 +272,47 @@ def load_checkpoint(path: Path, model: FusedStage, groups: RankGroups, trainable
         groups: this rank's process groups; they may differ from those it was saved with.
         trainable: the stage's optimizer and schedule, advanced to ``steps``; None to read weights only.
         steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
+        skipped: of them, those that updated nothing.
+
+    Raises:
+        InputError: a tensor is missing, damaged or of another shape.
     """
-    device = next(model.parameters()).device
-    with megatron_scope(device), torch.no_grad():
-        state = _model_state(model, groups)
-        parameters = {key: shard.data for key, shard in state.items()}
-        moments, optimizer = trainable is not None and steps > 0, dict[str, Any]()
-        if trainable is not None and moments:
-            create_moments(trainable, steps)
-            optimizer = sharded(states_to_read(trainable), state)
-        loaded = dist_checkpointing.load((state if groups.reads else {}) | optimizer, str(path))
+    tensors = CheckpointTensors(path)
+    with torch.no_grad():
         if groups.reads:
-            for key, parameter in parameters.items():
-                parameter.copy_(loaded[key])
-        groups.receive(parameters.values())
-        if trainable is not None:
-            if not any(key.startswith("optimizer.param.") for key in loaded):
-                trainable.optimizer.reload_model_params()  # the model's own weights are the master weights
-            if moments:
-                restore(trainable, loaded, parameters)
+            _fill(weights_to_read(model, groups), tensors)
+        groups.receive(tensor for tensor, _ in parameter_parts(model, groups))
+        if trainable is None:
+            return
+        with megatron_scope(trainable.device):
+            trainable.optimizer.reload_model_params()  # where the checkpoint has no weights in float32
+            if steps > 0:
+                create_moments(trainable, steps - skipped)
+                _fill(states_to_read(model, trainable, groups), tensors)
             trainable.schedule.step(steps)
 
 
 def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
-    """Read the weights but for the gate's into a model of some of the checkpoint's specialists; collective."""
-    with megatron_scope(next(model.parameters()).device), torch.no_grad():
-        state = {key: shard for key, shard in _model_state(model, groups).items() if not key.startswith("gate.")}
-        parameters = {key: shard.data for key, shard in state.items()}
-        loaded = dist_checkpointing.load(state, str(path))
-        for key, parameter in parameters.items():
-            parameter.copy_(loaded[key])
+    """Read the weights but for the gate's into a model of some of the checkpoint's specialists."""
+    with torch.no_grad():
+        chunks = [chunk for chunk in weights_to_read(model, groups) if not chunk.key.startswith("gate.")]
+        _fill(chunks, CheckpointTensors(path))
 
 
-def rank_state(model: FusedStage, trainable: Trainable | None, groups: RankGroups) -> dict[str, Any]:
-    """Flat name -> ShardedTensor of all that this rank writes into a checkpoint; collective over the replicas."""
-    with megatron_scope(next(model.parameters()).device):
-        state = _model_state(model, groups)
-        return state if trainable is None else state | sharded(states_to_write(trainable, groups), state)
-
-
-def _model_state(model: FusedStage, groups: RankGroups) -> dict[str, Any]:
-    """Flat name -> ShardedTensor (or factory of several) of everything this rank holds of the model."""
-    state: dict[str, Any] = {}
-    metadata = {"dp_cp_group": groups.data}
-    for name, stage in model.stages.items():
-        shards = stage.sharded_state_dict(prefix=f"specialists.{name}.", metadata=metadata)
-        state |= {key: shard for key, shard in shards.items() if isinstance(getattr(shard, "data", None), Tensor)}
-    if model.fusion is not None:
-        state |= model.fusion.sharded_state_dict(groups.replica_index)
-    return state
+def _fill(chunks: Iterable[Chunk], tensors: CheckpointTensors) -> None:
+    for chunk in chunks:
+        saved = tensors.shape(chunk.key)
+        if saved[1:] != chunk.shape[1:] or (saved != chunk.shape and not chunk.padded):
+            raise InputError(
+                f"{tensors.folder}: {chunk.key} has the shape {list(saved)} there, {list(chunk.shape)} is needed"
+            )
+        spans = [slice(at, at + size) for at, size in zip(chunk.offsets, chunk.data.shape, strict=True)]
+        if saved != chunk.shape:  # rows beyond the vocabulary, more or fewer than here
+            spans[0] = slice(spans[0].start, max(spans[0].start, min(spans[0].stop, saved[0])))
+            chunk.data.zero_()
+        found = spans[0].stop - spans[0].start
+        if found:
+            chunk.data[:found].copy_(tensors.read(chunk.key, *spans))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

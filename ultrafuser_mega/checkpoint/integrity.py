@@ -1,12 +1,11 @@
 """Size and checksum of every file of a checkpoint: noted when it is written, compared before it is read.
 
-A rank sums up what it wrote itself, so no file server has to show one machine's new files to another at once. On
-reading the files are dealt over the ranks, however many there are now. CRC-32 finds damage, not forgery.
+A rank sums up what it writes while it writes (``writer``); what is small and rank 0's is read for it. On reading the
+files are dealt over the ranks, however many there are now. CRC-32 finds damage, not forgery.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,43 +13,29 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ultrafuser_mega.errors import InputError
-
 #: file, relative to the checkpoint -> {"bytes": its size, "crc32": its checksum as 8 hexadecimal digits}
 FileRecords = dict[str, dict[str, Any]]
 #: told the bytes of a piece of a file that was read
 HaveRead = Callable[[int], object]
 
-_OF_RANK = re.compile(r"__(\d+)_\d+\.distcp$")  # as Megatron's writer names them
 _READ_AT_ONCE = 1 << 24
 
 
 def record_files(folder: Path) -> FileRecords:
-    """Size and checksum of every file under ``folder``, the same on every rank; collective over the job.
-
-    Every rank reads its own ``__<rank>_<n>.distcp``, rank 0 also all that is no other rank's.
-    """
-    rank = dist.get_rank()
-    mine: FileRecords = {}
-    for path in sorted(folder.rglob("*")):
-        match = _OF_RANK.match(path.name)
-        if path.is_file() and rank == (int(match[1]) if match else 0):
-            mine[path.relative_to(folder).as_posix()] = _record(path)
-    everyone: list[FileRecords] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: record for records in everyone for name, record in records.items()}
+    """Size and checksum of every file under ``folder``, which are read."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _record(path) for path in files}
 
 
-def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:
+def damage_of(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Compare the files of ``folder`` with what was noted of them; collective over the job.
 
     Args:
         folder: a checkpoint.
-        files: of :func:`record_files`.
-        advice: what to do about damage; ends the message.
+        files: as they were noted.
 
-    Raises:
-        InputError: a file is missing or not what was written; the same one on every rank.
+    Returns:
+        Which file is missing or not what was written, and how; the same one on every rank; None if all are.
     """
     problem = None
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
@@ -58,19 +43,13 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: s
             break
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    for first in filter(None, problems):
-        raise InputError(f"{first}; {advice}")
+    return next(filter(None, problems), None)
 
 
-def verify_files_here(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str, have_read: HaveRead) -> None:
-    """The same as :func:`verify_files` by one process, without a job.
-
-    Raises:
-        InputError: as there.
-    """
-    for name in sorted(files):
-        if problem := _problem(folder / name, files[name], have_read):
-            raise InputError(f"{problem}; {advice}")
+def damage_of_here(folder: Path, files: Mapping[str, Mapping[str, Any]], have_read: HaveRead) -> str | None:
+    """The same as :func:`damage_of` by one process, without a job."""
+    problems = (_problem(folder / name, files[name], have_read) for name in sorted(files))
+    return next(filter(None, problems), None)
 
 
 def _problem(path: Path, noted: Mapping[str, Any], have_read: HaveRead | None = None) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, advice, flat
+from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, Progress, flat
 from ultrafuser_mega.checkpoint.sources import CONFIG, DATA
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.store import SPLITS, TokenStore, digest
@@ -127,7 +127,7 @@ def _data(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / DATA}: damaged ({error!r}); {advice(path)}") from None
+        raise DamagedCheckpointError(f"{path / DATA}: damaged ({error!r})", path) from None
     return record
 
 
@@ -164,5 +164,5 @@ def _settings(path: Path) -> dict[str, Any]:
             raise ValueError("no dtype or no stage1.steps")
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path / CONFIG}: damaged ({reason}); {advice(path)}") from None
+        raise DamagedCheckpointError(f"{path / CONFIG}: damaged ({reason})", path) from None
     return settings

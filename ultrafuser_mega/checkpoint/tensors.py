@@ -89,6 +89,10 @@ class CheckpointTensors:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return sorted(self._entries)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, vocabulary padding included."""
         return tuple(self._entry(key).size)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, slurm, train, verify
+from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, report, slurm, train, verify
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError, system_refusal
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
@@ -27,6 +27,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
   ultrafuser train --config my.yaml              both stages, evaluation, checkpoints: runs/<name>/
   ultrafuser slurm --config my.yaml --submit     the same on a cluster: writes a batch script, submits it
+  ultrafuser report RUN RUN                      runs beside each other: losses, speed, phases, settings
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
   ultrafuser import RELEASE CHECKPOINT           a fused model as one, to train further
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
@@ -63,6 +64,7 @@ app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("slurm")(slurm.slurm)
+app.command("report")(report.report)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
 app.command("verify")(verify.verify)

@@ -20,6 +20,12 @@ Ranks = Annotated[
     typer.Option(help="processes of the job; default: those of the first of layouts", min=1, show_default=False),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts", min=0, help="start all ranks again, from the newest checkpoint, so often when one has failed"
+    ),
+]
 Requeue = Annotated[bool, typer.Option("--requeue", help="--resume if the run has a checkpoint, else start afresh")]
 
 

@@ -85,11 +85,9 @@ def plan(
             raise InputError("--dry-run: reads no checkpoint; leave --resume out")
         _dry_run(laid_out(loaded, ranks), config, overrides or [])
         return
-    resolved = preflight(loaded, ranks, resume)
+    resolved, compared = _compared(preflight(loaded, ranks, resume))
     if (loaded.store_dir / MANIFEST).is_file():
         resolved = compared_with_data(resolved, TokenStore.open(loaded.store_dir, verify=False))
-    weights = resolved.resume or resolved.start
-    compared = _compare_files(weights[1]) if weights is not None else []
     console = wide_console()
     shares = rank_shares(resolved, device="cpu" if loaded.device == "cpu" else "cuda")
     console.print(plan_table(resolved.layout.describe(), shares))
@@ -140,6 +138,19 @@ def _rank_layouts(config: FuserConfig, gpus: int, gpu: str, gpus_per_node: int) 
     console.print(layout_table(f"{gpus} x {gpu}, {gpus_per_node} to a node", advice.rows, advice.more))
     for line in advice.lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _compared(plan: RunPlan) -> tuple[RunPlan, list[str]]:
+    """``plan``, from a checkpoint whose files were compared, and that in words."""
+    from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError
+    from ultrafuser_mega.planning.preflight import gone_back
+
+    while weights := plan.resume or plan.start:
+        try:
+            return plan, _compare_files(weights[1])
+        except DamagedCheckpointError as damage:
+            plan = gone_back(plan, damage)
+    return plan, []
 
 
 def _compare_files(checkpoint: Path) -> list[str]:

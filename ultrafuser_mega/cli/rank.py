@@ -44,7 +44,7 @@ def _train(
     from ultrafuser_mega.launch.rank import train_main
 
     context.obj.close()
-    train_main(config, overrides or [], resume, requeue, elastic)
+    raise typer.Exit(train_main(config, overrides or [], resume, requeue, elastic))
 
 
 def main() -> None:

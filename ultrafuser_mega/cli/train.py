@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ultrafuser_mega.cli.options import Config, Overrides, Ranks, Requeue, Resume
+from ultrafuser_mega.cli.options import Config, MaxRestarts, Overrides, Ranks, Requeue, Resume
 
 
 def train(
@@ -13,6 +13,7 @@ def train(
     ranks: Ranks = None,
     resume: Resume = False,
     requeue: Requeue = False,
+    max_restarts: MaxRestarts = 0,
 ) -> None:
     """Check everything, tokenise, then train on this machine.
 
@@ -39,4 +40,4 @@ def train(
     prepare_data(loaded, plan.vocab_size)
     compared_with_data(plan, TokenStore.open(loaded.store_dir, verify=False))
     program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config, overrides or [], resume)]
-    raise typer.Exit(launch_local(ranks, program, loaded.run_dir))
+    raise typer.Exit(launch_local(ranks, program, loaded.run_dir, max_restarts))

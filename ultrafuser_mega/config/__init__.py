@@ -13,6 +13,7 @@ from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import ColocatedLayout, DisjointLayout, Layout, Parallel, Sizes
 from ultrafuser_mega.config.load import default_config_text, dump_config, load_config
 from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.specialists import Specialist
 from ultrafuser_mega.config.stages import Optimizer, Stage
 
@@ -29,6 +30,8 @@ __all__ = [
     "Loss",
     "Optimizer",
     "Parallel",
+    "Profile",
+    "Report",
     "Sizes",
     "Specialist",
     "Stage",

@@ -14,6 +14,9 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")
+    keep_every: NonNegativeInt = Field(
+        0, description="those whose step of the stage is a multiple of it stay too; 0: none"
+    )
     start: Path | None = Field(
         None,
         description="begin with the weights of this checkpoint (an imported release, another run) instead of those in "

@@ -10,9 +10,11 @@ from pydantic import Field, PositiveInt, model_validator
 from ultrafuser_mega.config.checkpoint import Checkpoint
 from ultrafuser_mega.config.data import Data
 from ultrafuser_mega.config.evaluation import Evaluation
+from ultrafuser_mega.config.faults import Faults
 from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import DisjointLayout, Layout, Parallel
 from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.config.specialists import Specialist
 from ultrafuser_mega.config.stages import Optimizer, Stage
@@ -44,6 +46,9 @@ class FuserConfig(Section):
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    report: Report = Report()
+    profile: Profile = Profile()
+    faults: Faults = Faults()
 
     @property
     def run_dir(self) -> Path:

@@ -15,8 +15,11 @@ from ultrafuser_mega.config.problems import first_problem
 from ultrafuser_mega.errors import InputError
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, where PyYAML lets the last one win."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, where PyYAML lets the last one win; and 10:12 is no number.
+
+    YAML 1.1 counts 10:12 in sixties, as 612; YAML 1.2 does not.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -28,6 +31,16 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def default_config_text() -> str:
@@ -48,7 +61,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FuserConfig
     else:
         raise InputError(f"--config {path}: {'a folder; give a YAML file' if path.is_dir() else 'no such file'}")
     try:
-        tree = yaml.load(text, _UniqueKeys)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -71,7 +84,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise InputError(f"override {override!r}: expected key.sub=value, as in stage1.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
     node: Any = tree

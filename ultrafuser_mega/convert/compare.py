@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -168,7 +167,7 @@ class ExportCheck:
 
     def __init__(self, checkpoint: Path, part: str) -> None:
         self._checkpoint = ModelAddress(checkpoint, "checkpoint", part)
-        _check_loadable(self._checkpoint)
+        _parts(self._checkpoint)
         archs = _description(self._checkpoint)[1]
         needed, free = float32_bytes(archs) + _BESIDE_WEIGHTS, psutil.virtual_memory().available
         if needed > free:
@@ -229,7 +228,7 @@ def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
 def _compute(address: ModelAddress, batches: Sequence[Tensor], *, rounding: bool = False) -> Computed:
     """float32 logits of every batch (b, s), and on demand what rounding makes of them."""
     if address.kind == "checkpoint":
-        _check_loadable(address)
+        _parts(address)
         try:
             (result,) = run_ranks(_compute_checkpoint, 1, address, list(batches), rounding, timeout_s=3600.0)
         except RankFailure:
@@ -274,27 +273,6 @@ def _read_all(address: ModelAddress) -> None:
     trained = TrainedModel(address.path)
     for key in trained.gate_keys() if address.part == FUSED else ():
         trained.gate(key)
-
-
-def _check_loadable(address: ModelAddress) -> None:
-    """Refuse what Megatron would end in, in a process of its own: damage beside the chunks of tensors."""
-    _parts(address)
-    path = address.path / "metadata.json"
-    try:
-        if (format_ := maybe_load_config(str(address.path))) is None:
-            raise InputError(f"{path}: missing; copy the checkpoint again")
-        if format_.sharded_backend != "torch_dist":
-            raise ValueError(f"sharded_backend = {format_.sharded_backend!r}")
-        path = address.path / "common.pt"
-        if not path.is_file():
-            raise InputError(f"{path}: missing; copy the checkpoint again")
-        if not isinstance(torch.load(path, map_location="cpu", weights_only=True), dict):
-            raise ValueError("holds no dictionary")
-    except InputError:
-        raise
-    except Exception as error:  # whatever damaged JSON and pickles make of themselves
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise InputError(f"{path}: damaged ({reason}); copy the checkpoint again") from None
 
 
 def _compute_checkpoint(

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint, writing_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.released import ReleasedModel
@@ -202,5 +203,4 @@ def _import_rank(rank: int, plan: ImportPlan, folder: Path, out: Path, layout: L
         "specialists": {name: asdict(arch) for name, arch in plan.architectures.items()},
     }
     sources = plan.sources.read() if rank == 0 else None
-    with writing_checkpoint(out):
-        write_checkpoint(folder, Progress(1, 0), model, None, groups, identity, sources)
+    write_checkpoint(folder, out, Progress(1, 0), chunks_to_write(model, None, groups), groups.world, identity, sources)

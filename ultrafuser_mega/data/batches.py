@@ -56,16 +56,30 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """``microbatches`` of this rank; the counts are of the GLOBAL batch.
+    """``microbatches`` of this rank; everything else is of the GLOBAL batch of k samples.
 
-    ``processed_tokens``: of prompts and responses, for every specialist of the store; padding does not count.
+    ``lengths``: specialist of the store -> (k,) tokens of each sample; ``responses``: (k,) response tokens among them.
     """
 
     microbatches: list[MicroBatch]
-    response_tokens: int
-    samples: int
-    processed_tokens: int
+    lengths: Mapping[str, np.ndarray]
+    responses: np.ndarray
     packing: Packing
+
+    @property
+    def samples(self) -> int:
+        """k."""
+        return len(self.responses)
+
+    @property
+    def response_tokens(self) -> int:
+        """Of all samples."""
+        return int(self.responses.sum())
+
+    @property
+    def processed_tokens(self) -> int:
+        """Of prompts and responses, for every specialist; padding does not count."""
+        return sum(int(of_all.sum()) for of_all in self.lengths.values())
 
 
 class Steps(Protocol):
@@ -98,9 +112,8 @@ class TrainingBatches:
         filler = [picks[int(longest.argmin())]]
         return StepBatch(
             mine or [_microbatch(self.splits, filler, self.shard, filler_class=len(self.class_names))],
-            sum(int(self.splits[name].response_tokens(rows).sum()) for name, rows in self._rows(picks).items()),
-            len(picks),
-            sum(int(of_all.sum()) for of_all in lengths.values()),
+            lengths,
+            np.concatenate([self.splits[name].response_tokens(rows) for name, rows in self._rows(picks).items()]),
             packing_of(plan, lengths, self.shard),
         )
 

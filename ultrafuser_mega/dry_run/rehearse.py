@@ -7,6 +7,7 @@ and the second is reported, since the first makes the optimizer's moments.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from typing import cast
 
 import torch
 
-from ultrafuser_mega.checkpoint.checkpoint import rank_state
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.saver import copies_for
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
@@ -55,13 +57,24 @@ def rehearse(
         store: the run's data; None: samples of data.max_length, all of whose tokens but the first are responses.
         microbatches: of a step, at most; None: what fills the pipeline, and one.
     """
-    with joined_fake_job(plan.layout.world_size, rank):
+    with joined_fake_job(plan.layout.world_size, rank), _only_new_garbage():
         groups = make_groups(plan.layout)
         meter = Meter(device.type, group_names(groups))
         shard = make_shard(plan, groups, pad_id=0)
         with fake_tensors(meter, device):
             trainer = Trainer(plan, groups, store or _uniform_store(plan), device, shard)
             return Rehearsal(rank, list(run_parts(trainer, meter, microbatches)))
+
+
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """The meter has garbage collected before all that it measures: of what is made meanwhile, not of all imports."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def run_parts(trainer: Trainer, meter: Meter, microbatches: int | None = None) -> Iterator[Part]:
@@ -106,9 +119,13 @@ class _WatchedTrainable(Trainable):
 
     meter: Meter
 
-    def step(self) -> tuple[torch.Tensor, float]:
+    def clip_gradients(self) -> torch.Tensor:
         with self.meter.making("update"):
-            return super().step()
+            return super().clip_gradients()
+
+    def update(self, *, skip: bool) -> float:
+        with self.meter.making("update"):
+            return super().update(skip=skip)
 
 
 def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None) -> Iterator[Part]:
@@ -130,7 +147,7 @@ def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None
     yield _part(f"stage {number}", meter, trainer, batches.step(1).microbatches)
     if number == list(plan.config.stages)[-1]:
         with _measured(meter), meter.making("checkpoint"):
-            rank_state(trainer.model, trainable, trainer.groups)
+            copies_for(chunks_to_write(trainer.model, trainable, trainer.groups))
         yield _part("checkpoint", meter, trainer)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.planning.preflight import plan_layouts, preflight
@@ -20,11 +22,11 @@ from ultrafuser_mega.runtime.device import (
     launcher_store,
     start_kernels_in_order,
 )
-from ultrafuser_mega.runtime.failure import first_failure_ends_job
+from ultrafuser_mega.runtime.failure import first_failure_ends_job, leave_for_torchrun
 from ultrafuser_mega.runtime.layout import choose_plan, plan_that_fits
 from ultrafuser_mega.toy import make_toy
-from ultrafuser_mega.training.run_folder import refuse_running
-from ultrafuser_mega.training.trainer import run
+from ultrafuser_mega.training.run import run
+from ultrafuser_mega.training.run_folder import begun_by_this_launch, refuse_running
 
 _ENDED = "ended"  # what ranks without work wait for
 
@@ -41,7 +43,9 @@ def rank_arguments(
 def train_main(
     config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False, elastic: bool = False
 ) -> int:
-    """Run one rank of a training job; returns 0, or ends the process (exit code 2: bad input, said in one line).
+    """Run one rank of a training job; returns its exit code, or ends the process where it fails (2: bad input).
+
+    The code of a run that is not over is that of :class:`ultrafuser_mega.training.stopping.Stop`.
 
     Args:
         config_path: None: the embedded configuration.
@@ -62,12 +66,16 @@ def train_main(
             store.wait([_ENDED], timedelta(days=365))
             return 0
         ensure_toy(config, launched_ranks())
-        plan = preflight(config, launched_ranks(), resumes(config, resume, requeue or elastic))
+        plan = preflight(config, launched_ranks(), _all_resume(store, config, resume, requeue or elastic))
         with joined_job(device, store):
-            run(plan, device)
+            stop = run(plan, device, store)
         if launched_rank() == 0:
             store.set(_ENDED, "")
-    return 0
+    if stop is None:
+        return 0
+    if stop.code:
+        leave_for_torchrun(stop.why)
+    return stop.code
 
 
 def _is_needed(config: FuserConfig) -> bool:
@@ -81,8 +89,20 @@ def _is_needed(config: FuserConfig) -> bool:
 
 
 def resumes(config: FuserConfig, resume: bool, requeue: bool) -> bool:
-    """Whether the run goes on from a checkpoint: as told, or because it has one."""
-    return resume or (requeue and bool(list_checkpoints(config.run_dir / "checkpoints")))
+    """Whether the run goes on from a checkpoint: as told, or because it has one.
+
+    One that this launch has begun goes on whatever was told: its ranks were started again.
+    """
+    if resume or not list_checkpoints(config.run_dir / "checkpoints"):
+        return resume
+    return requeue or begun_by_this_launch(config.run_dir)
+
+
+def _all_resume(store: dist.Store, config: FuserConfig, resume: bool, requeue: bool) -> bool:
+    """The answer of rank 0, for all ranks: its file system may know of a checkpoint before another's does."""
+    if launched_rank() == 0:
+        store.set("resumes", str(resumes(config, resume, requeue)))
+    return store.get("resumes") == b"True"
 
 
 def check_launch(config: FuserConfig, ranks: int) -> None:

@@ -1,9 +1,8 @@
 """Causal attention within each of the sequences that are packed into one row, rotary embedding included.
 
-Megatron hands ``packed_seq_params`` through to the attention core unread as long as its format is not "thd", whose
-rotary path waits for the device in every layer. So :class:`SequenceInfo` travels that way with all that the core
-needs, made once per microbatch: where sequences begin, and the rotation of every position. Megatron itself gets no
-rotary embedding.
+Megatron hands ``packed_seq_params`` through to a layer's attention unread. So :class:`SequenceInfo` travels that way
+with all that attention needs, made once per microbatch: where sequences begin, and the rotation of every position.
+Megatron itself gets no rotary embedding; its own for packed sequences waits for the device in every layer.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from ultrafuser_mega.data.packing import PackedTokens
-from ultrafuser_mega.models.elementwise import rotate
+from ultrafuser_mega.models.elementwise import rotated_heads
 from ultrafuser_mega.models.families import LinearScaling, Llama3Scaling
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -66,30 +65,50 @@ def rotary_frequencies(
     return (1 - share) * inv_freq / scaling.factor + share * inv_freq
 
 
-class PackedAttention(nn.Module):
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention, its linear maps and their places in a checkpoint, with this project's between them."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None = None, *, packed_seq_params: SequenceInfo, **unused: object
+    ) -> tuple[Tensor, None]:
+        """(T, d), or (T / tp, d) under sequence parallelism, to the same, and no bias."""
+        info, groups = packed_seq_params, self.num_query_groups_per_partition
+        mixed, _ = self.linear_qkv(hidden_states)
+        if self.q_layernorm is not None:
+            mixed = self._normed(mixed.unflatten(1, (groups, -1, self.hidden_size_per_attention_head)))
+        q, k, v = rotated_heads(mixed, info.cos, info.sin, groups)
+        out: tuple[Tensor, None] = self.linear_proj(attend(q, k, v, info))
+        return out
+
+    def _normed(self, mixed: Tensor) -> Tensor:
+        """(T, groups, heads of a group, e) to (T, all heads * e), queries and keys normed head by head."""
+        q, k, v = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
+        return torch.cat([self.q_layernorm(q), self.k_layernorm(k), v], dim=2).flatten(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo) -> Tensor:
     """Grouped-query attention, causal within each sequence; no score of two sequences is ever computed.
 
     On CUDA flash attention over all sequences at once. Where that does not exist (CPU, float32) sequence by sequence.
+
+    Args:
+        q: (T, heads, e), rotated.
+        k: (T, groups, e), rotated.
+        v: (T, groups, e).
+        info: the sequences.
+
+    Returns:
+        (T, heads * e).
     """
-
-    def __init__(self, config: TransformerConfig, *args: object, **unused: object) -> None:
-        super().__init__()
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: None, *, packed_seq_params: SequenceInfo, **unused: object
-    ) -> Tensor:
-        """q (T, 1, heads, e), k and v (T, 1, groups, e) -> (T, 1, heads * e)."""
-        info = packed_seq_params
-        q, k = rotate(q, k, info.cos, info.sin)
-        v = v.squeeze(1)
-        grouped = q.shape[1] != k.shape[1]
-        if q.is_cuda and q.dtype in _FLASH_DTYPES:
-            starts, longest, causal = info.starts, max(info.lengths), (-1, 0)
-            out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=causal, enable_gqa=grouped)
-            assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
-            return out.view(len(out), 1, -1)
-        sequences = zip(*(x.transpose(0, 1)[None].split(info.lengths, dim=2) for x in (q, k, v)), strict=True)
-        attended = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in sequences
-        ]
-        return torch.cat(attended, dim=2).permute(2, 0, 1, 3).flatten(2)
+    grouped = q.shape[1] != k.shape[1]
+    if q.is_cuda and q.dtype in _FLASH_DTYPES:
+        starts, longest, causal = info.starts, max(info.lengths), (-1, 0)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=causal, enable_gqa=grouped)
+        assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
+        return out.flatten(1)
+    attended = []
+    for sequence in zip(*(x.split(info.lengths) for x in (q, k, v)), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in sequence)
+        one = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        attended.append(one[0].transpose(0, 1).flatten(1))
+    return torch.cat(attended)

@@ -130,45 +130,65 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-def _empty_turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty((*x.shape[:1], *(1,) * back, *x.shape[-2:])) for x in (q, k))
+def _empty_heads(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, ...]:
+    tokens, width = len(mixed), 2 * cos.shape[-1]
+    queries = mixed.shape[-1] // width - 2 * groups
+    return tuple(mixed.new_empty((tokens, heads, width)) for heads in (queries, groups, groups))
 
 
-@_operator("(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)", _empty_turned)
-def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """From (T, 1, heads, e) to (T, heads, e), each pair (x_i, x_{i + e / 2}) turned by its angle; or all that back."""
-    if back:
-        return _turned(q[:, None], cos, sin, -1.0), _turned(k[:, None], cos, sin, -1.0)
-    return _turned(q, cos, sin, 1.0).squeeze(1), _turned(k, cos, sin, 1.0).squeeze(1)
+@_operator("(Tensor mixed, Tensor cos, Tensor sin, int groups) -> (Tensor, Tensor, Tensor)", _empty_heads)
+def rotated_heads_forward(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with each pair (x_i, x_{i + e / 2}) turned by its angle, and values as they are."""
+    by_group = mixed.reshape(len(mixed), groups, -1, 2 * cos.shape[-1])
+    q, k, v = by_group.split_with_sizes([by_group.shape[2] - 2, 1, 1], 2)
+    q, k = (_turn(x, cos, sin, 1.0, x.new_empty(x.shape)).flatten(1, 2) for x in (q, k))
+    return q, k, v.squeeze(2).clone(memory_format=torch.contiguous_format)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    out = x.new_empty(x.shape)
+@_operator(
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
+    lambda dq, dk, dv, cos, sin: dq.new_empty((len(dq), sum(x.shape[1] for x in (dq, dk, dv)) * dq.shape[2])),
+)
+def rotated_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same pairs turned back, all at their places in the gradient of what they were taken from."""
+    (tokens, groups, width), each = dk.shape, dq.shape[1] // dk.shape[1]
+    mixed = dq.new_empty((tokens, groups, each + 2, width))
+    to_q, to_k, to_v = mixed.split_with_sizes([each, 1, 1], 2)
+    _turn(dq.unflatten(1, (groups, each)), cos, sin, -1.0, to_q)
+    _turn(dk[:, :, None], cos, sin, -1.0, to_k)
+    to_v.copy_(dv[:, :, None])
+    return mixed.flatten(1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> Tensor:
     (first, second), (to_first, to_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=sign)
     return out
 
 
-class _Rotate(torch.autograd.Function):
+class _RotatedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        turned: tuple[Tensor, Tensor] = rotate_both(q, k, cos, sin, False)
-        return turned
+        heads: tuple[Tensor, Tensor, Tensor] = rotated_heads_forward(mixed, cos, sin, groups)
+        return heads
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dq, dk = rotate_both(dq, dk, *ctx.saved_tensors, True)
-        return dq, dk, None, None
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:
+        return rotated_heads_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding by cos and sin (T, 1, 1, e / 2): the halves of a head are its pairs.
+def rotated_heads(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries (T, heads, e), rotated keys and values (T, groups, e), each of memory of its own.
 
-    q (T, 1, heads, e) and k (T, 1, groups, e) come out as (T, heads, e) and (T, groups, e). They are not written over:
-    before, they are views of what the projection made, and its other part is still to be read.
+    Args:
+        mixed: (T, (heads + 2 groups) e): group after group its heads / groups queries, its key and its value. It is not
+            needed afterwards.
+        cos: (T, 1, 1, e / 2) of every position's angles; the halves of a head are its pairs.
+        sin: the same.
+        groups: key/value heads.
     """
-    turned: tuple[Tensor, Tensor] = _Rotate.apply(q, k, cos, sin)
-    return turned
+    out: tuple[Tensor, Tensor, Tensor] = _RotatedHeads.apply(mixed, cos, sin, groups)
+    return out

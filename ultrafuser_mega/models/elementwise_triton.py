@@ -22,7 +22,7 @@ FORWARD, BACKWARD = (2048, 16), (8192, 32)
 PROGRAMS = 264  # that share the rows: two for each of an H100's 132 multiprocessors, each leaving one row of sums
 MAX_WARPS = 16
 SWIGLU_BLOCK = 1024  # columns per program; 8 per thread
-ROTATE_PAIRS = 1024  # per program; 8 per thread
+PAIRS = 1024  # of heads' numbers per program; 8 per thread
 
 
 @triton.jit
@@ -121,53 +121,104 @@ def swiglu_backward_kernel(dy, x, dx, width, dy_stride, x_stride, BLOCK: tl.cons
 
 
 @triton.jit
-def turn(
-    x, y, cos, sin, token, block, heads, half, token_stride, head_stride,
-    BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """HEADS heads of one token."""
-    pair = tl.arange(0, HALF)
-    c = wide(tl.load(cos + token * half + pair, mask=pair < half, other=0.0))[None, :]
-    s = wide(tl.load(sin + token * half + pair, mask=pair < half, other=0.0))[None, :]
-    if BACK:
-        s = -s
-    head = block * HEADS + tl.arange(0, HEADS)
-    inside = (head < heads)[:, None] & (pair < half)[None, :]
-    at = x + token * token_stride + head[:, None] * head_stride + pair[None, :]
-    first = wide(tl.load(at, mask=inside, other=0.0))
-    second = wide(tl.load(at + half, mask=inside, other=0.0))
-    narrow = y.dtype.element_ty
-    out = y + (token * heads + head)[:, None] * (2 * half) + pair[None, :]
-    tl.store(out, (wide((first * c).to(narrow)) - second * s).to(narrow), mask=inside)
-    tl.store(out + half, (wide((second * c).to(narrow)) + first * s).to(narrow), mask=inside)
+def turn_pair(first, second, c, s, narrow: tl.constexpr):
+    """(first, second) turned by the angle of cosine c and sine s, rounded to the type ``narrow``."""
+    to_first = (wide((first * c).to(narrow)) - second * s).to(narrow)
+    to_second = (wide((second * c).to(narrow)) + first * s).to(narrow)
+    return to_first, to_second
 
 
 @triton.jit
-def rotate_kernel(
-    q,  # (T, heads, 2 half)
-    k,  # (T, groups, 2 half)
+def store_pair(at, first, second, half, inside):
+    tl.store(at, first, mask=inside)
+    tl.store(at + half, second, mask=inside)
+
+
+@triton.jit
+def rotated_heads_forward_kernel(
+    mixed,  # (T, groups, each, 2 half): of every group its queries, its key, its value
     cos,  # (T, half)
     sin,  # (T, half)
-    to_q,  # out
-    to_k,  # out
-    heads,
+    q,  # (T, groups, each - 2, 2 half) out
+    k,  # (T, groups, 2 half) out
+    v,  # (T, groups, 2 half) out
     groups,
+    each,
+    half,
+    mixed_stride,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """HEADS of a token's heads, wherever they belong."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, HALF)
+    real, inside = pair < half, (head < groups * each)[:, None] & (pair < half)[None, :]
+    c = wide(tl.load(cos + token * half + pair, mask=real, other=0.0))[None, :]
+    s = wide(tl.load(sin + token * half + pair, mask=real, other=0.0))[None, :]
+    at = mixed + token * mixed_stride + head[:, None] * (2 * half) + pair[None, :]
+    first = wide(tl.load(at, mask=inside, other=0.0))
+    second = wide(tl.load(at + half, mask=inside, other=0.0))
+    narrow = q.dtype.element_ty
+    to_first, to_second = turn_pair(first, second, c, s, narrow)
+    group, queries = head // each, each - 2
+    place = head - group * each
+    row = token * groups + group
+    query = (row * queries + place)[:, None] * (2 * half) + pair[None, :]
+    one = row[:, None] * (2 * half) + pair[None, :]
+    store_pair(q + query, to_first, to_second, half, inside & (place < queries)[:, None])
+    store_pair(k + one, to_first, to_second, half, inside & (place == queries)[:, None])
+    store_pair(v + one, first.to(narrow), second.to(narrow), half, inside & (place > queries)[:, None])
+
+
+@triton.jit
+def load_half(dq, dk, dv, at_q, at_k, at_v, is_q, is_k, is_v):
+    """Of every head one half, from where it is; one of the three is."""
+    found = wide(tl.load(dq + at_q, mask=is_q, other=0.0))
+    found += wide(tl.load(dk + at_k, mask=is_k, other=0.0))
+    return found + wide(tl.load(dv + at_v, mask=is_v, other=0.0))
+
+
+@triton.jit
+def rotated_heads_backward_kernel(
+    dq,  # (T, groups (each - 2), 2 half)
+    dk,  # (T, groups, 2 half)
+    dv,  # (T, groups, 2 half)
+    cos,  # (T, half)
+    sin,  # (T, half)
+    mixed,  # (T, groups, each, 2 half) out
+    groups,
+    each,
     half,
     q_token_stride,
     q_head_stride,
     k_token_stride,
     k_head_stride,
-    BACK: tl.constexpr,
+    v_token_stride,
+    v_head_stride,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    blocks = tl.cdiv(heads, HEADS)
-    if block < blocks:
-        turn(q, to_q, cos, sin, token, block, heads, half, q_token_stride, q_head_stride, BACK, HEADS, HALF)
-    else:
-        turn(k, to_k, cos, sin, token, block - blocks, groups, half, k_token_stride, k_head_stride, BACK, HEADS, HALF)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, HALF)
+    real, inside = pair < half, (head < groups * each)[:, None] & (pair < half)[None, :]
+    c = wide(tl.load(cos + token * half + pair, mask=real, other=0.0))[None, :]
+    s = wide(tl.load(sin + token * half + pair, mask=real, other=0.0))[None, :]
+    group, queries = head // each, each - 2
+    place = head - group * each
+    at_q = token * q_token_stride + (group * queries + place)[:, None] * q_head_stride + pair[None, :]
+    at_k = token * k_token_stride + group[:, None] * k_head_stride + pair[None, :]
+    at_v = token * v_token_stride + group[:, None] * v_head_stride + pair[None, :]
+    is_v = (place > queries)[:, None]
+    of_q, of_k, of_v = inside & (place < queries)[:, None], inside & (place == queries)[:, None], inside & is_v
+    first = load_half(dq, dk, dv, at_q, at_k, at_v, of_q, of_k, of_v)
+    second = load_half(dq, dk, dv, at_q + half, at_k + half, at_v + half, of_q, of_k, of_v)
+    narrow = mixed.dtype.element_ty
+    to_first, to_second = turn_pair(first, second, c, -s, narrow)
+    out = mixed + (token * groups * each + head)[:, None] * (2 * half) + pair[None, :]
+    to_first, to_second = tl.where(is_v, first.to(narrow), to_first), tl.where(is_v, second.to(narrow), to_second)
+    store_pair(out, to_first, to_second, half, inside)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -228,24 +279,38 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    tokens, heads, groups, half = q.shape[0], q.shape[-2], k.shape[-2], q.shape[-1] // 2
-    batch = (1,) if back else ()
-    to_q, to_k = (x.new_empty((tokens, *batch, *x.shape[-2:])) for x in (q, k))
-    block, padded = rotate_tile(heads, half)
-    with torch.cuda.device_of(q):
-        rotate_kernel[(tokens, triton.cdiv(heads, block) + triton.cdiv(groups, block))](
-            q, k, cos.contiguous(), sin.contiguous(), to_q, to_k, heads, groups, half,
-            q.stride(0), q.stride(-2), k.stride(0), k.stride(-2), BACK=back, HEADS=block, HALF=padded,
+def rotated_heads_forward(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = _matrix(mixed)
+    tokens, half = len(matrix), cos.shape[-1]
+    heads = matrix.shape[1] // (2 * half)
+    q, k, v = (mixed.new_empty((tokens, part, 2 * half)) for part in (heads - 2 * groups, groups, groups))
+    block, padded = heads_tile(heads, half)
+    with torch.cuda.device_of(mixed):
+        rotated_heads_forward_kernel[(tokens, triton.cdiv(heads, block))](
+            matrix, cos.contiguous(), sin.contiguous(), q, k, v, groups, heads // groups, half, matrix.stride(0),
+            HEADS=block, HALF=padded,
         )  # fmt: skip
-    return to_q, to_k
+    return q, k, v
 
 
-def rotate_tile(heads: int, half: int) -> tuple[int, int]:
-    """(heads, pairs of each) of a program."""
+def rotated_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
+    (tokens, groups, width), heads = dk.shape, dq.shape[1] + 2 * dk.shape[1]
+    mixed = dq.new_empty((tokens, heads * width))
+    block, padded = heads_tile(heads, width // 2)
+    with torch.cuda.device_of(dq):
+        rotated_heads_backward_kernel[(tokens, triton.cdiv(heads, block))](
+            dq, dk, dv, cos.contiguous(), sin.contiguous(), mixed, groups, heads // groups, width // 2,
+            dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
+            HEADS=block, HALF=padded,
+        )  # fmt: skip
+    return mixed
+
+
+def heads_tile(heads: int, half: int) -> tuple[int, int]:
+    """(heads, pairs of each) of a program for a token's ``heads``: queries, keys and values."""
     padded = triton.next_power_of_2(half)
-    return min(triton.next_power_of_2(heads), max(1, ROTATE_PAIRS // padded)), padded
+    return min(triton.next_power_of_2(heads), max(1, PAIRS // padded)), padded
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ from ultrafuser_mega.models.specialist import SpecialistStage, transformer_confi
 from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients
 from ultrafuser_mega.runtime.exchange import HiddenExchange
 from ultrafuser_mega.runtime.groups import RankGroups
+from ultrafuser_mega.runtime.phases import Phases
 
 
 class FusedStage(MegatronModule):
@@ -32,10 +33,15 @@ class FusedStage(MegatronModule):
         stages: name -> this rank's stage of that specialist.
         fusion: heads and gate; None before the last stage.
         exchange: of hidden states over the fusion group; None before the last stage.
+        phases: of this rank; each specialist's forward is one.
     """
 
     def __init__(
-        self, stages: Mapping[str, SpecialistStage], fusion: FusionHead | None, exchange: HiddenExchange | None
+        self,
+        stages: Mapping[str, SpecialistStage],
+        fusion: FusionHead | None,
+        exchange: HiddenExchange | None,
+        phases: Phases,
     ) -> None:
         # Megatron's schedules read pipeline settings, which all local specialists share, from one config.
         super().__init__(config=next(iter(stages.values())).config)
@@ -45,6 +51,7 @@ class FusedStage(MegatronModule):
         self.specialists = nn.ModuleDict(stages)
         self.fusion = fusion
         self.exchange = exchange
+        self.phases = phases
         self._received: Tensor | None = None
 
     @property
@@ -69,9 +76,12 @@ class FusedStage(MegatronModule):
         """
         if self._received is not None:
             self._hand_over(self._received, tokens)
-        hidden = {name: stage(tokens[name]) for name, stage in self.stages.items()}
+        hidden = {}
+        for name, stage in self.stages.items():
+            with self.phases(f"forward of {name}"):
+                hidden[name] = stage(tokens[name])
         if self.fusion is not None:
-            return {name: h.flatten(0, 1).index_select(0, rows[name]) for name, h in hidden.items()}
+            return {name: h.index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
 
     def handed_over(self, tokens: Mapping[str, PackedTokens]) -> int:
@@ -87,7 +97,7 @@ class FusedStage(MegatronModule):
     def _hand_over(self, packed: Tensor, tokens: Mapping[str, PackedTokens]) -> None:
         sizes = [self._rows(name, tokens) * stage.arch.hidden_size for name, stage in self.stages.items()]
         for (name, stage), part in zip(self.stages.items(), packed.view(-1).split(sizes), strict=True):
-            stage.set_input_tensor(part.view(self._rows(name, tokens), 1, -1))
+            stage.set_input_tensor(part.view(self._rows(name, tokens), -1))
 
 
 def build_fused_stage(
@@ -102,8 +112,10 @@ def build_fused_stage(
     loss: LossOptions,
     seed: int,
     recompute_layers: int | Literal["all"] = 0,
+    phases: Phases | None = None,
 ) -> FusedStage:
     """This rank's share of the fused model, on ``device``; its weights are not loaded yet."""
+    phases = phases or Phases()
     stages = {}
     for name in groups.local_specialists:
         placement = groups.plan.placements[name]
@@ -124,8 +136,8 @@ def build_fused_stage(
         start = groups.replica_index * groups.plan.replica_size
         owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
         widths = {name: arch.hidden_size for name, arch in architectures.items()}
-        exchange = HiddenExchange(groups.fusion, groups.megatron.tp, owners, widths)
-    return FusedStage(stages, fusion, exchange)
+        exchange = HiddenExchange(groups.fusion, groups.megatron.tp, owners, widths, phases)
+    return FusedStage(stages, fusion, exchange, phases)
 
 
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path], groups: RankGroups) -> None:

@@ -138,6 +138,6 @@ class FusionHead(nn.Module):
             f"heads.{name}": shard_rows(f"heads.{name}", head, self.group, replica) for name, head in self.heads.items()
         }
         for name, tail in self.tails.items():
-            copy = replica * self.group.size() + self.group.rank()
+            copy = (self.group.rank(), replica)
             state[f"tails.{name}"] = ShardedTensor.from_rank_offsets(f"tails.{name}", tail, replica_id=copy)
         return state | self.gate.sharded_state_dict("gate.", replica)

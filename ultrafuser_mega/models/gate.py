@@ -100,5 +100,5 @@ def shard_rows(key: str, tensor: Tensor, group: dist.ProcessGroup, replica: int)
     The padding at the end depends on the group's size, so a checkpoint may be read with another one.
     """
     return ShardedTensor.from_rank_offsets(
-        key, tensor, (0, group.rank(), group.size()), replica_id=replica, allow_shape_mismatch=True
+        key, tensor, (0, group.rank(), group.size()), replica_id=(0, replica), allow_shape_mismatch=True
     )

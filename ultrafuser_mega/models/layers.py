@@ -1,14 +1,19 @@
-"""Megatron-core's decoder layer with the norm and the attention core that it lacks off CUDA."""
+"""Megatron-core's decoder layer with this project's norm, activation and attention between its linear maps.
+
+Hidden states are (T, d) where Megatron's own are (T, 1, d): its linear maps then call a product as it is, without views
+of its operands and results around it.
+"""
 
 from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from ultrafuser_mega.models.attention import PackedAttention
+from ultrafuser_mega.models.attention import PackedSelfAttention
 from ultrafuser_mega.models.elementwise import rms_norm, swiglu
 
 
@@ -34,12 +39,12 @@ class SwiGlu:
 
     def __init__(self, config: TransformerConfig) -> None: ...
 
-    def __call__(self, x: Tensor) -> Tensor:  # (T, 1, 2 f) -> (T, 1, f)
+    def __call__(self, x: Tensor) -> Tensor:  # (T, 2 f) -> (T, f)
         return swiglu(x)
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """Megatron-core's local decoder layer with this project's norm and attention core.
+    """Megatron-core's local decoder layer with this project's norm, activation and attention.
 
     Args:
         qk_norm: also norm every head's queries and keys.
@@ -47,9 +52,9 @@ def layer_spec(*, qk_norm: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.mlp.submodules.activation_func = SwiGlu
-    if qk_norm:
-        spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-        spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    spec.submodules.self_attention.module = PackedSelfAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = IdentityOp
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if qk_norm else None
     return spec

@@ -134,13 +134,13 @@ class SpecialistStage(GPTModel):
                     mark_shared(parameter, SharedRows(arch.heads // tp * arch.head_dim, copies))
 
     def forward(self, tokens: PackedTokens) -> Tensor:
-        """What leaves this stage: (T, 1, d), or (T / tp, 1, d) under sequence parallelism between stages.
+        """What leaves this stage: (T, d), or (T / tp, d) under sequence parallelism between stages.
 
         On the last stage after the final norm and over the whole row.
         """
         info = SequenceInfo.of(tokens, self.frequencies, self.config.params_dtype)
         hidden = self.decoder(
-            hidden_states=self.embedding(tokens.ids, position_ids=None) if self.pre_process else None,
+            hidden_states=self.embedding(tokens.ids, position_ids=None).squeeze(1) if self.pre_process else None,
             attention_mask=None,
             packed_seq_params=info,
         )

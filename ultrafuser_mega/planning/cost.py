@@ -53,6 +53,8 @@ class Traffic:
         nbytes: of the whole tensors, all calls together.
         passes: times that a tensor travels: 2 for an all-reduce.
         per_step: of a step; else of a microbatch.
+        beside: FLOPs of the products next to it, all calls together, that need it or make it.
+        under: of products that it travels under.
     """
 
     group: str
@@ -61,6 +63,8 @@ class Traffic:
     nbytes: float
     passes: int = 1
     per_step: bool = False
+    beside: float = 0.0
+    under: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class Program:
         fused_weight_gradients: products add a weight's gradient to the buffer.
         gradient_overlap: replicas' sums of gradients travel under the last microbatch's backward.
         weight_overlap: the distributed optimizer's weights are gathered under the first microbatch's forward.
-        tensor_overlap: tensor-parallel collectives travel under products, to six tenths.
+        tensor_overlap: tensor-parallel collectives that are waited for come in two parts, each under a part of the
+            product next to it.
     """
 
     fused_nodes: bool = True
@@ -180,10 +185,9 @@ def _traffic(plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, stage
         calls, nbytes = 0, 0.0
         for name in role.names:
             again = recomputed_layers(plan, role.layers[name]) if trains else 0
-            per_pass = 4 if sequence else 2
-            own = role.layers[name] * (per_pass * (1 + trains) + (2 if sequence and trains else 0)) + again * per_pass
+            found += _of_layers(plan, role, name, group, states[name], microbatch.tokens[name], again, trains)
             # The embedding's sum and, with sequence parallelism, its gradient's gather and the last hidden states'.
-            own += role.is_first * (1 + (sequence and trains)) + (role.is_last and sequence)
+            own = role.is_first * (1 + (sequence and trains)) + (role.is_last and sequence)
             calls, nbytes = calls + own, nbytes + own * states[name]
         found.append(Traffic("tp", group, calls, nbytes, 1 if sequence else 2))
         if role.is_last and trains:
@@ -218,6 +222,50 @@ def _traffic(plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, stage
     return found
 
 
+def _of_layers(
+    plan: RunPlan,
+    role: Role,
+    name: str,
+    group: tuple[int, ...],
+    state: float,
+    tokens: float,
+    again: int,
+    trains: bool,
+) -> list[Traffic]:
+    """Tensor-parallel traffic of a specialist's layers, ``again`` of which run forward twice.
+
+    With sequence parallelism every linear map has a collective before or behind it, forward, and in the backward those
+    to the hidden size a gather before both of their products. Those from the hidden size have two more, which Megatron
+    lets travel under products as large as their own: the input's gather under that for its gradient, this gradient's
+    scatter under that for the weight's. Without, a sum behind each map to the hidden size, and in the backward of those
+    from it the gradient's, under the product for the weight's.
+    """
+    arch, layers = plan.architectures[name], role.layers[name]
+    found = []
+    queries = arch.heads // role.tp * arch.head_dim
+    maps = (  # inputs or outputs of the hidden size; whether it is the input
+        (queries + 2 * arch.kv_heads_of_rank(role.tp) * arch.head_dim, True),
+        (queries, False),
+        (2 * arch.ffn_size / role.tp, True),
+        (arch.ffn_size / role.tp, False),
+    )
+    for width, gathers in maps:
+        product = 2 * tokens * arch.hidden_size * width
+        calls = layers + again
+        if not plan.config.parallel.sequence_parallel:
+            if not gathers:
+                found.append(Traffic("tp", group, calls, calls * state, 2, beside=calls * product))
+            elif trains:
+                found.append(Traffic("tp", group, layers, layers * state, 2, under=layers * product))
+            continue
+        found.append(Traffic("tp", group, calls, calls * state, beside=calls * product))
+        if trains and gathers:
+            found.append(Traffic("tp", group, 2 * layers, 2 * layers * state, under=2 * layers * product))
+        elif trains:
+            found.append(Traffic("tp", group, layers, layers * state, beside=2 * layers * product))
+    return found
+
+
 def _group_of(groups: Sequence[Sequence[int]], rank: int) -> tuple[int, ...]:
     return next(tuple(group) for group in groups if rank in group)
 
@@ -227,8 +275,9 @@ def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int, progra
 
     Per number of a hidden state's part, in bytes, each operation reading and writing once (norms go through float32):
     a norm 5 b + 8 forward and 4 b + 52 backward, fused 2 b and 4 b; both residual sums 12 b. Per number of the MLP:
-    activation 5 b and 11 b, fused 3 b and 5 b. Per rotated number 5 b and 5 b, fused 2 b and 2 b; per number of query,
-    key and value 2 b where their gradients are put together. A weight's gradient: read, and added in float32.
+    activation 5 b and 11 b, fused 3 b and 5 b. Per rotated number 5 b and 5 b, per number of query, key and value 2 b
+    where their gradients are put together; fused 2 b and 2 b of all three. A weight's gradient: read, and added in
+    float32.
     """
     width, total = NUMBER[plan.config.dtype], 0.0
     wide = 0 if program.fused_nodes else 1
@@ -237,13 +286,13 @@ def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int, progra
         arch, tokens = plan.architectures[name], microbatch.tokens[name]
         part = arch.hidden_size / (role.tp if plan.config.parallel.sequence_parallel else 1)
         groups = arch.kv_heads_of_rank(role.tp)
-        rotated = (arch.heads // role.tp + groups) * arch.head_dim
+        heads = (arch.heads // role.tp + 2 * groups) * arch.head_dim
+        rotated = heads - groups * arch.head_dim
         mlp = arch.ffn_size / role.tp
         once = 2 * part * (5 * width + 8 if wide else 2 * width) + 6 * width * part
-        once += mlp * width * (5 if wide else 3) + rotated * width * (5 if wide else 2)
+        once += mlp * width * (5 if wide else 3) + width * (5 * rotated if wide else 2 * heads)
         back = 2 * part * (4 * width + 52 * wide) + 6 * width * part
-        back += mlp * width * (11 if wide else 5) + rotated * width * (5 if wide else 2)
-        back += 2 * width * (rotated + groups * arch.head_dim)
+        back += mlp * width * (11 if wide else 5) + width * (5 * rotated * wide + 2 * heads)
         again = _runs(plan, role, name, stage) - _BACK_AND_FORTH if trains else 0.0
         total += tokens * role.layers[name] * (once * (1 + again) + (back if trains else 0.0))
     weights = sum(role.matrices.values())

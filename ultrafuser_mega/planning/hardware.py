@@ -52,6 +52,30 @@ GPUS: dict[str, Gpu] = {
 }
 
 
+#: What CUDA calls GPUs of these products; boards with fewer (H100 PCIe, H200 NVL, MIG slices) are not among them.
+_NAMES = {
+    "A100-SXM4-40GB": "a100-40g",
+    "A100-PCIE-40GB": "a100-40g",
+    "A100-SXM4-80GB": "a100-80g",
+    "A100 80GB PCIe": "a100-80g",
+    "H100 80GB HBM3": "h100-80g",
+    "GH200 480GB": "h100-80g",
+    "H200": "h200-141g",
+    "B200": "b200-180g",
+}
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """bf16 matrix products per second of a GPU, by the name that CUDA gives it; None where they are not known.
+
+    Args:
+        device_name: as in "NVIDIA H100 80GB HBM3".
+        dtype: of the run; only "bf16" is compared with them.
+    """
+    found = _NAMES.get(device_name.removeprefix("NVIDIA "))
+    return GPUS[found].flops if found is not None and dtype == "bf16" else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """How much of a GPU the program gets. BELIEVE RATIOS, NOT DIGITS: no step has been timed on a GPU yet.
@@ -63,6 +87,8 @@ class Assumptions:
         hbm: share of ``Gpu.bandwidth`` that everything else reaches.
         links: share of ``node_bandwidth`` that a collective's bytes reach; 340 of 450 GB/s on H100.
         network: the same of ``network_bandwidth``; 42 of 50 GB/s.
+        hidden: share of a collective that a product beside it hides at the most: both want multiprocessors and memory.
+        parts: time of two products of half the rows in parts of the whole's: more of a last wave of tiles idles.
         latency: seconds that a collective takes before its first byte.
         kernel: seconds that the shortest kernel takes.
         operation: seconds of host thread per dispatched operation; 5.4 us were measured over a training step.
@@ -75,6 +101,8 @@ class Assumptions:
     hbm: float = 0.80
     links: float = 0.75
     network: float = 0.84
+    hidden: float = 0.8
+    parts: float = 1.15
     latency: float = 15e-6
     kernel: float = 2.5e-6
     operation: float = 5.4e-6

@@ -11,8 +11,8 @@ Per token of a layer autograd keeps, by the operation that needs it:
 
     b d / s               the input of the first norm, which is the layer's; + 4 / s: its reciprocal root mean square
     b d / s               the norm's output, the query, key and value projection's input
-    b (h + 2 g) e / t     what that projects to: the values are a view of it (with query and key norms both are needed)
-    b (h + g) e / t       rotated queries and keys
+    b (h + 2 g) e / t     rotated queries, rotated keys, values
+    b (h + 2 g) e / t     what they were made of, where queries and keys are normed; + 4 (h + g) / t
     b h e / t             what attention gives, the output projection's input; + 4 h / t: log-sum-exp of every score row
     b h e / t             the same once more where attention runs sequence by sequence (CPU, float32)
     2 b d / s + 4 / s     as above, of the MLP's norm
@@ -165,22 +165,15 @@ def rank_memory(
         + _scratch(plan, role, microbatch),
         loss=_loss(plan, role, microbatch, device),
         workspace=_backward_workspace(plan, role, microbatch, device),
-        save=_gathered(plan, role, device) if sharded else 0.0,
+        save=_copied(plan, role, device),
     )
 
 
-def _gathered(plan: RunPlan, role: Role, device: Device) -> float:
-    """What the first replica takes to put the others' parts together: one at a time, or, on a CPU, all of them."""
-    if plan.layout.dp == 1:
+def _copied(plan: RunPlan, role: Role, device: Device) -> float:
+    """What a save copies to host memory, where that is the device's: this replica's share of what all ranks write."""
+    if device != "cpu":
         return 0.0
-    if device == "cpu":
-        return role.parameters * float(_OPTIMIZER[plan.config.dtype])
-    largest = 0.0
-    for name in role.names:
-        arch = plan.architectures[name]
-        table = -(-arch.vocab_rows // role.tp) if role.is_first else 0
-        largest = max(largest, arch.hidden_size * max(2 * arch.ffn_size / role.tp, role.vocab_rows, table))
-    return _WIDE * largest
+    return role.parameters * (NUMBER[plan.config.dtype] + float(_OPTIMIZER[plan.config.dtype])) / plan.layout.dp
 
 
 def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
@@ -207,12 +200,9 @@ def layer_bytes(plan: RunPlan, role: Role, arch: Architecture, device: Device) -
     queries, groups = arch.heads // tp, arch.kv_heads_of_rank(tp)
     numbers = 4 * arch.hidden_size / parts + 3 * arch.ffn_size / tp
     attended = 2 if device == "cpu" or plan.config.dtype == "fp32" else 1
-    numbers += (queries + 2 * groups + queries + groups + attended * queries) * arch.head_dim
-    statistics = 2 / parts + queries
-    if FAMILIES[arch.family].qk_norm:
-        statistics += queries + groups
-        if groups > 1 and queries > groups:  # the queries of several groups do not lie together
-            numbers += queries * arch.head_dim
+    normed = FAMILIES[arch.family].qk_norm
+    numbers += ((1 + normed) * (queries + 2 * groups) + attended * queries) * arch.head_dim
+    statistics = 2 / parts + queries + normed * (queries + groups)
     return width * numbers + _WIDE * statistics
 
 

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, Progress, list_checkpoints, read_progress
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
 from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
@@ -123,6 +124,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     _check_data_files(config)
     _check_microbatches(config)
     _check_run_dir(config.run_dir)
+    _check_reports(config, world_size, resume)
     plan = RunPlan(
         config=config,
         architectures=architectures,
@@ -141,9 +143,33 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         raise InputError(
             f"--resume: {config.run_dir / 'checkpoints'} holds no complete checkpoint; start without --resume"
         )
+    return _resumed(plan, checkpoints, ())
+
+
+def gone_back(plan: RunPlan, damage: DamagedCheckpointError) -> RunPlan:
+    """``plan``, whose run was to go on from a checkpoint that is damaged, from an older one; ``changes`` say so.
+
+    Raises:
+        DamagedCheckpointError: there is no older one.
+    """
+    checkpoints = list_checkpoints(plan.config.run_dir / "checkpoints")
+    older = [found for found in checkpoints if plan.resume is not None and found < plan.resume]
+    if not older:
+        raise damage
+    return _resumed(plan, older, (f"{damage.problem}; goes on from {older[-1][1].name}",))
+
+
+def _resumed(plan: RunPlan, checkpoints: list[tuple[Progress, Path]], told: tuple[str, ...]) -> RunPlan:
     path = checkpoints[-1][1]
-    progress = read_progress(path, plan.identity)
-    return replace(plan, resume=(progress, path), changes=changed_settings(path, progress, config))
+    try:
+        progress = read_progress(path, plan.identity)
+        changes = changed_settings(path, progress, plan.config)
+    except DamagedCheckpointError as damage:
+        if len(checkpoints) == 1:
+            raise
+        told = (*told, f"{damage.problem}; goes on from {checkpoints[-2][1].name}")
+        return _resumed(plan, checkpoints[:-1], told)
+    return replace(plan, resume=(progress, path), changes=(*told, *changes))
 
 
 def outline(config: FuserConfig) -> RunPlan:
@@ -219,6 +245,21 @@ def _check_run_dir(run_dir: Path) -> None:
             raise InputError(f"runs, name: {place} cannot be written by this user; choose another runs folder")
     except OSError as error:
         raise InputError(f"runs, name: {run_dir}: {error.strerror}; choose another runs folder or name") from None
+
+
+def _check_reports(config: FuserConfig, ranks: int, resume: bool) -> None:
+    """Whether what is asked for beside the run's folder can be had; a resumed run may have fewer ranks than before."""
+    profile, steps = config.profile, config.stage1.steps + config.stage2.steps
+    if profile.span and profile.span[-1] > steps:
+        raise InputError(f"profile.steps: {profile.steps}: the run has {steps} steps; give some of 1:{steps}")
+    for rank in profile.ranks if profile.span and not resume else ():
+        if rank >= ranks:
+            raise InputError(f"profile.ranks: {rank}: the job has ranks 0 to {ranks - 1}")
+    if config.report.wandb is not None and find_spec("wandb") is None:
+        raise InputError("report.wandb: wandb is not installed; pip install wandb, or leave report.wandb out")
+    folder = (config.report.prometheus or Path()).absolute().parent
+    if config.report.prometheus is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"report.prometheus: {folder}: not a folder that this user can write in; make it, or another")
 
 
 def _check_words(config: FuserConfig) -> None:

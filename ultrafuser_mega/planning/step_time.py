@@ -1,7 +1,8 @@
 """How long a step takes a cluster, predicted: the slowest rank's microbatch, times their number, and what comes once.
 
     microbatch = max(device, host)
-    device     = products + attention + elementwise + weights' gradients + tp, exchange and pipeline traffic
+    device     = products + attention + elementwise + weights' gradients + tp, exchange and pipeline traffic that no
+                 product hides
     products   = FLOPs at the share of the peak that is assumed, or the time to read the weights
     attention  = its whole squares at the same share: its kernels skip half of each, and reach half of what others do
     elementwise = bytes through memory, or the shortest kernel as often as there are kernels
@@ -26,14 +27,13 @@ from ultrafuser_mega.planning.microbatch import GlobalBatch, Share, Workload
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import distinct_ranks, layer_matrices, role_of
 
-#: Dispatched operations of a layer's forward and backward, and those that are kernels of their own beside products.
-#: Counted on the CPU (183 with views, 6 per parameter in a step); with one kernel a node, estimated.
-_OPERATIONS, _FUSED_OPERATIONS = 183, 110
-_KERNELS, _FUSED_KERNELS = 80, 25
+#: Dispatched operations of a layer's forward and backward, and those that are kernels of their own beside products:
+#: of Megatron's layer, counted on a CPU, and of today's, counted by the dry run (tools/benchmarks/measure_dry_run.py).
+_OPERATIONS, _FUSED_OPERATIONS = 183, 70
+_KERNELS, _FUSED_KERNELS = 80, 20
 _OTHER_OPERATIONS = 460  # of a microbatch beside its layers
 _STEP_OPERATIONS = 6  # per parameter, in clipping and updating
 _UNDER_BACKWARD, _UNDER_FORWARD = 0.6, 0.3  # of a microbatch: what gradients and weights can travel under
-_TENSOR_SHOWN = 0.4  # of tensor-parallel traffic where products hide the rest
 
 TP, EXCHANGE, PP, DP = "tp traffic", "exchange", "pp traffic", "dp traffic"
 
@@ -158,9 +158,8 @@ def _microbatch_parts(cost: RankCost, cluster: Cluster, program: Program) -> dic
         "weights' gradients": cost.moved["gradients"] / moved,
     }
     for name, group in ((TP, "tp"), (EXCHANGE, "fusion"), (PP, "pp")):
-        shown = _TENSOR_SHOWN if group == "tp" and program.tensor_overlap else 1.0
-        parts[name] = shown * sum(
-            _seconds(one, cluster) for one in cost.traffic if one.group == group and not one.per_step
+        parts[name] = sum(
+            _shown(one, cluster, program) for one in cost.traffic if one.group == group and not one.per_step
         )
     operations = cost.layers * (_FUSED_OPERATIONS if program.fused_nodes else _OPERATIONS) + _OTHER_OPERATIONS
     calls = sum(one.calls for one in cost.traffic if not one.per_step)
@@ -184,6 +183,20 @@ def _once(cost: RankCost, cluster: Cluster, program: Program, microbatch: float)
         "optimizer": cost.moved_per_step / (cluster.gpu.bandwidth * assumed.hbm) + norms,
         "step's host": assumed.step + _STEP_OPERATIONS * cost.tensors * assumed.operation,
     }
+
+
+def _shown(traffic: Traffic, cluster: Cluster, program: Program) -> float:
+    """Seconds that are waited for a collective; where products come in parts, what these take longer as well."""
+    assumed, whole = cluster.assumed, _seconds(traffic, cluster)
+    products = cluster.gpu.flops * assumed.gemm
+    if traffic.under:
+        return max(whole - traffic.under / products, (1 - assumed.hidden) * whole)
+    if not (traffic.beside and program.tensor_overlap):
+        return whole
+    half = (whole + traffic.calls * assumed.latency) / 2
+    product = assumed.parts * traffic.beside / products / 2
+    second = max(half - product, (1 - assumed.hidden) * half)
+    return min(whole, half + second + (1 - 1 / assumed.parts) * 2 * product)
 
 
 def _seconds(traffic: Traffic, cluster: Cluster) -> float:

@@ -1,4 +1,4 @@
-"""The PNG plots of a run: losses, gate weights per held-out sample, gate weights over training.
+"""The PNG plots of runs: losses, gate weights per held-out sample, gate weights over training, runs compared.
 
 matplotlib's object-oriented API alone: no pyplot, no global state, no display needed. Every function
 draws one file and returns its path. Colours: palette.py.
@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.reporting.palette import FAINT, INK, MUTED, specialist_colors
+from ultrafuser_mega.reporting.palette import COLORS, FAINT, INK, MUTED, specialist_colors
 from ultrafuser_mega.reporting.records import FUSED, EvalRecord, StepRecord
 
 _PANELS_PER_ROW = 3
@@ -177,6 +177,34 @@ def plot_gate_heatmap(
     return _save(figure, path)
 
 
+def plot_comparison(path: str | Path, runs: Mapping[str, tuple[Sequence[StepRecord], Sequence[EvalRecord]]]) -> Path:
+    """Runs in one colour each: training loss and speed over the steps (moving averages), held-out loss of the fused
+    model (mean over the classes).
+
+    Args:
+        path: of the PNG.
+        runs: name -> its steps, at least one, and evaluations.
+    """
+    figure, (training, held_out, speed) = _figure(1, 3, height_in=3.2)
+    for axes, title in ((training, "training loss"), (held_out, "held-out loss, fused"), (speed, "response tokens/s")):
+        _style(axes, title)
+        axes.set_xlabel("step", fontsize=9, color=MUTED)
+    averages, colors = [], {name: COLORS[place % len(COLORS)] for place, name in enumerate(runs)}
+    for name, (steps, evals) in runs.items():
+        x, window = [record.step for record in steps], max(1, len(steps) // 25)
+        averages.append(moving_average(np.array([record.loss for record in steps], dtype=float), window))
+        rates = moving_average(np.array([record.tokens_per_s for record in steps], dtype=float), window)
+        points = [(record.step, record.mean[FUSED]) for record in evals if FUSED in record.mean]
+        training.plot(x, averages[-1], color=colors[name], linewidth=1.6)
+        places, losses = [step for step, _ in points], [loss for _, loss in points]
+        held_out.plot(places, losses, "o-", color=colors[name], linewidth=1.2, markersize=4)
+        speed.plot(x, rates, color=colors[name], linewidth=1.6)
+    training.set_ylim(*_limits(averages))
+    speed.set_ylim(bottom=0)
+    _legend(figure, [Line2D([], [], color=color, linewidth=1.8, label=name) for name, color in colors.items()])
+    return _save(figure, path)
+
+
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the ``window`` values around every place (fewer at the ends), (S,) -> (S,); nan is left out."""
     finite = np.isfinite(values)
@@ -221,14 +249,19 @@ def _limits(series: Sequence[np.ndarray]) -> tuple[float, float]:
 def _panels(names: Sequence[str], height_in: float) -> tuple[Figure, dict[str, Axes]]:
     columns = min(_PANELS_PER_ROW, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(_WIDTH_IN, rows * height_in + 0.4), dpi=_DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, grid = _figure(rows, columns, height_in)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     panels = dict(zip(names, grid, strict=False))
     for name, axes in panels.items():
         _style(axes, f"{name} data")
     return figure, panels
+
+
+def _figure(rows: int, columns: int, height_in: float) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels, row by row."""
+    figure = Figure(figsize=(_WIDTH_IN, rows * height_in + 0.4), dpi=_DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def _style(axes: Axes, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run records, and the three places it is kept: metrics.jsonl, TensorBoard, summary.json.
+"""What a run records, and where it keeps it: metrics.jsonl, from which others have it (sinks.py), and summary.json.
 
 Losses are mean response-token cross-entropies in nats. A *class* is a kind of data ("text"), a
 *specialist* is a model ("text" as well, often), a *model* is "fused" or a specialist on its own.
@@ -17,23 +17,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.reporting.sinks import Sink, TensorBoard, scalars_of
 
 FUSED = "fused"
 MEAN = "mean"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 PER_TOKEN = "gate_per_token"  # in summary.json, beside gate_per_sample
-TENSORBOARD_FOLDER = "tensorboard"
 
+PhaseSeconds = Mapping[str, Mapping[str, float]]
 GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> average weight
 
 
@@ -58,6 +58,11 @@ class StepRecord:
     padding: float = math.nan  # share of all processed positions that are padding
     imbalance: float = math.nan  # tokens of the busiest replica, in parts of the mean
     fill: float = math.nan  # tokens of the mean microbatch, in parts of microbatch_tokens
+    skipped: bool = False  # nothing was updated, since the loss or a gradient is not finite
+    memory_bytes: float = math.nan  # held at the step's end, counted as peak_memory_bytes
+    mfu: float = math.nan  # FLOPs that the model needs for the step, in parts of all GPUs' peak; nan: peak not known
+    save_seconds: float = math.nan  # that training stood still for saves, since the process began
+    phases: PhaseSeconds = field(default_factory=dict)  # of the step BEFORE: phase -> seconds of "mean", "worst" rank
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ _KINDS: dict[str, type[StepRecord] | type[EvalRecord]] = {"step": StepRecord, "e
 
 
 class MetricsWriter:
-    """Appends records to ``run_dir/metrics.jsonl`` and to TensorBoard event files in ``run_dir/tensorboard``.
+    """Appends records to ``run_dir/metrics.jsonl``, and gives their numbers to TensorBoard and other sinks.
 
     metrics.jsonl holds one JSON object per line, each written at once, so that it can be followed
     while the run goes on. A number that is not finite is written as ``null``.
@@ -145,13 +150,14 @@ class MetricsWriter:
         resume_step: the step whose checkpoint the run goes on from: records up to and including it are kept, later
             ones (of the run that was cut off) are dropped, as is this step's own evaluation, which follows the
             checkpoint and is done again. None is a fresh run: it replaces the records of an earlier run.
+        sinks: that also take the numbers, beside event files in ``run_dir/tensorboard``; closed with the writer.
 
     Raises:
         InputError: a line of an existing metrics.jsonl is damaged (a last line that was cut off is not
             damage: it is dropped).
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None) -> None:
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None, sinks: Sequence[Sink] = ()) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -160,9 +166,7 @@ class MetricsWriter:
             kept = [line for line, data in _lines(path) if data["step"] < resume_step + (data["kind"] == "step")]
         _write_atomically(path, "".join(kept))
         self._lines = path.open("a", buffering=1, encoding="utf-8")
-        # TensorBoard hides the events of earlier files from purge_step on.
-        purge_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=purge_step, flush_secs=10)
+        self._sinks = [TensorBoard(run_dir, 0 if resume_step is None else resume_step + 1), *sinks]
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -172,30 +176,28 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._lines.close()
-        self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
     def write_step(self, record: StepRecord) -> None:
-        """Scalars: loss/train, loss/train/<class>, gate/<class>/<specialist>, lr, grad_norm, tokens_per_s, seconds,
-        data_seconds, peak_memory_bytes."""
-        self._append("step", record)
-        same = ("lr", "grad_norm", "tokens_per_s", "seconds", "data_seconds", "peak_memory_bytes")
-        scalars = {"loss/train": record.loss} | {name: getattr(record, name) for name in same}
-        scalars |= {f"loss/train/{name}": value for name, value in record.class_loss.items()}
-        scalars |= _flat("gate", record.gate)
-        self._scalars(scalars, record.step)
+        """A step was done."""
+        fields = self._append("step", record)
+        self._give({name: value for name, value in fields.items() if name != "step"}, record.step)
 
     def write_eval(self, record: EvalRecord) -> None:
-        """Scalars: loss/eval/<class>/<model>, loss/eval/mean/<model>, gate_eval/<class>/<specialist>."""
-        self._append("eval", record)
-        losses = {**record.loss, MEAN: record.mean}
-        self._scalars(_flat("loss/eval", losses) | _flat("gate_eval", record.gate), record.step)
+        """An evaluation was done; sinks get the mean over the classes as well."""
+        fields = self._append("eval", record)
+        self._give({"eval": {"loss": {**record.loss, MEAN: record.mean}, "gate": fields["gate"]}}, record.step)
 
-    def _append(self, kind: str, record: Record) -> None:
-        self._lines.write(_json({"kind": kind, **asdict(record)}) + "\n")
+    def _append(self, kind: str, record: Record) -> dict[str, Any]:
+        fields = asdict(record)
+        self._lines.write(_json({"kind": kind, **fields}) + "\n")
+        return fields
 
-    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        for tag, value in scalars.items():
-            self._tensorboard.add_scalar(tag, float(value), step)
+    def _give(self, fields: Mapping[str, Any], step: int) -> None:
+        scalars = scalars_of(fields)
+        for sink in self._sinks:
+            sink.write(scalars, step)
 
 
 def read_metrics(run_dir: str | Path) -> tuple[list[StepRecord], list[EvalRecord]]:
@@ -263,10 +265,6 @@ def _eval_summary(record: EvalRecord) -> dict[str, Any]:
     losses = {name: dict(models) for name, models in record.loss.items()}
     gate = {name: dict(weights) for name, weights in record.gate.items()}
     return {"eval": {**losses, MEAN: record.mean}, PER_TOKEN: gate}
-
-
-def _flat(prefix: str, nested: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {f"{prefix}/{outer}/{inner}": value for outer, row in nested.items() for inner, value in row.items()}
 
 
 def _json(data: object, indent: int | None = None) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import yaml
+
 from ultrafuser_mega.reporting.console import TrainConsole
 from ultrafuser_mega.reporting.records import (
     EvalRecord,
@@ -19,6 +21,7 @@ from ultrafuser_mega.reporting.records import (
     read_metrics,
     write_summary,
 )
+from ultrafuser_mega.reporting.sinks import Prometheus, Sink, Wandb
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, print_tables, to_markdown
 from ultrafuser_mega.reporting.token_view import TokenSample, write_token_view
 
@@ -35,6 +38,8 @@ class RunFacts:
     specialists: Sequence[str]
     stage_steps: tuple[int, int]
     resumed_from: Path | None = None  # a checkpoint
+    wandb: str | None = None  # project that also gets the numbers
+    prometheus: Path | None = None  # file that also gets them
 
 
 class RunReport:
@@ -59,7 +64,8 @@ class RunReport:
         if self.enabled:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(self.facts.config_text)
-            self._metrics = self._stack.enter_context(MetricsWriter(self.run_dir, resume_step=self._resumed_at))
+            writer = MetricsWriter(self.run_dir, resume_step=self._resumed_at, sinks=self._sinks())
+            self._metrics = self._stack.enter_context(writer)
             self.note(f"{self.facts.name}: {self.facts.layout} on {self.facts.device}")
             if self.facts.resumed_from:
                 self.note(f"resumed from {self.facts.resumed_from}")
@@ -69,6 +75,14 @@ class RunReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def _sinks(self) -> list[Sink]:
+        facts, found = self.facts, list[Sink]()
+        if facts.prometheus is not None:
+            found.append(Prometheus(facts.prometheus, facts.name, self.note))
+        if facts.wandb is not None:
+            found.append(Wandb(facts.wandb, facts.name, self.run_dir, yaml.safe_load(facts.config_text)))
+        return found
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -102,6 +116,11 @@ class RunReport:
         if step > first:
             return f"after stage 2 step {step - first} of {second}"
         return f"after stage 1 step {step} of {first}" if step else "before training"
+
+    def stopped(self, why: str) -> None:
+        """The run ends before its last step; the last line of all says why."""
+        self._console.end_stage()
+        self.note(why)
 
     def finish(self, final: EvaluationResult, views: Sequence[TokenSample]) -> None:
         """The run is over: tables, plots, the token view and summary.json.

@@ -6,11 +6,13 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +36,13 @@ def launched_rank() -> int:
 def launched_here() -> int:
     """Ranks of this job on this machine according to its launcher, as far as it tells; 1 when started by hand."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+
+
+def launch_name() -> str:
+    """A name that all attempts of one launch share on its rank 0, and no other launch has."""
+    launcher = psutil.Process(os.getppid())
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # which people may give, and give twice
+    return f"{run_id} {socket.gethostname()} {launcher.pid} {launcher.create_time()}"
 
 
 def end_with_launcher() -> None:
@@ -90,12 +99,22 @@ def kind_of_device(wanted: str, ranks: int) -> str:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """What CUDA calls the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far: allocated on its GPU; where it computes on the CPU, resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds now: allocated on its GPU; where it computes on the CPU, resident."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:

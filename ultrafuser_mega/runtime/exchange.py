@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultrafuser_mega.runtime.phases import Phases
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -48,6 +50,7 @@ class HiddenExchange:
         tensor_group: tensor-parallel group of this rank's specialist(s).
         owners: specialist name -> global ranks of its last stage in tensor-parallel order.
         widths: specialist name -> hidden size d_j.
+        phases: of this rank; both directions are of phase "exchange".
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class HiddenExchange:
         tensor_group: dist.ProcessGroup,
         owners: Mapping[str, Sequence[int]],
         widths: Mapping[str, int],
+        phases: Phases | None = None,
     ) -> None:
         members = dist.get_process_group_ranks(group)
         self.group = group
+        self.phases = phases or Phases()
         self.tensor_group = tensor_group
         self.names = list(owners)
         self.widths = dict(widths)
@@ -86,7 +91,8 @@ class HiddenExchange:
         """
         if len(self.pieces) == 1:
             return {name: local[name] for name in self.names}
-        gathered = _Exchange.apply(self, *(local[name] for name in self.local))
+        with self.phases("exchange"):
+            gathered = _Exchange.apply(self, *(local[name] for name in self.local))
         return dict(zip(self.names, gathered, strict=True))
 
     def _slot_numel(self, n: int) -> int:
@@ -149,7 +155,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *partial: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.exchange.reduce_to_owners(partial))
+        with ctx.exchange.phases("exchange"):
+            return (None, *ctx.exchange.reduce_to_owners(partial))
 
 
 class SumForward(torch.autograd.Function):

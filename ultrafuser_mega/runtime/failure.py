@@ -9,14 +9,16 @@ left where torchrun looks for it (``TORCHELASTIC_ERROR_FILE``), so that its repo
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -46,23 +48,36 @@ def first_failure_ends_job(store: dist.Store) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(dist.DistError):  # the store's host is gone: it has failed, and spoken, before
-            first = _claims_to_be_first(error, store)
-            if first:
-                message = _message(error)
-                _leave_for_torchrun(message)
-                print(message, file=sys.stderr, flush=True)
-                store.set(_SPOKEN, message)
-            elif _spoken(store):  # should torchrun's report be about this rank nevertheless
-                _leave_for_torchrun(store.get(_SPOKEN).decode())
-            store.add(_LEAVING, 1)
-            if launched_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                _stay_for_the_others(store)
-            if not first:
-                time.sleep(_LAUNCHER_S)
-        sys.stdout.flush()
-        # No orderly shutdown: collectives that peers still wait in would never end.
-        os._exit(_exit_code(error))
+        lost = lost_peer(error)
+        end_job(store, functools.partial(_message, error), _exit_code(error), lost=lost)
+
+
+def end_job(store: dist.Store, message: Callable[[], str], code: int, *, lost: bool = False) -> NoReturn:
+    """End this rank with exit code ``code``, and with it the job.
+
+    Args:
+        store: as for :func:`first_failure_ends_job`.
+        message: what to say, if no other rank has failed before.
+        code: of this rank.
+        lost: a peer's end is the reason: it speaks first.
+    """
+    with contextlib.suppress(dist.DistError):  # the store's host is gone: it has failed, and spoken, before
+        first = not (lost and _spoken(store)) and store.add(_FAILED, 1) == 1
+        if first:
+            said = message()
+            leave_for_torchrun(said)
+            print(said, file=sys.stderr, flush=True)
+            store.set(_SPOKEN, said)
+        elif _spoken(store):  # should torchrun's report be about this rank nevertheless
+            leave_for_torchrun(store.get(_SPOKEN).decode())
+        store.add(_LEAVING, 1)
+        if launched_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _stay_for_the_others(store)
+        if not first:
+            time.sleep(_LAUNCHER_S)
+    sys.stdout.flush()
+    # No orderly shutdown: collectives that peers still wait in would never end.
+    os._exit(code)
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -77,11 +92,6 @@ def _exit_code(error: BaseException) -> int:
         return EXIT_BAD_INPUT if system_refusal(error) else 1
     codes = {InputError: EXIT_BAD_INPUT, DivergedError: EXIT_DIVERGED}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
-
-
-def _claims_to_be_first(error: BaseException, store: dist.Store) -> bool:
-    """Whether this rank may speak: nobody else has claimed it, nor, where a peer was lost, does so for a while."""
-    return not (lost_peer(error) and _spoken(store)) and store.add(_FAILED, 1) == 1
 
 
 def _spoken(store: dist.Store) -> bool:
@@ -109,7 +119,7 @@ def _message(error: BaseException) -> str:
     return message
 
 
-def _leave_for_torchrun(message: str) -> None:
+def leave_for_torchrun(message: str) -> None:
     """Write the file that torchrun's report quotes, in its form; it gives every rank a name for it.
 
     The report has a part for every rank, so this is one line: of a traceback, which has been printed, the error's own.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Literal
 
@@ -50,7 +51,7 @@ class LayoutPlan:
     placements: Mapping[str, Placement]
     dp: int
 
-    @property
+    @cached_property
     def replica_size(self) -> int:
         """Ranks of one replica."""
         return max(p.ranks.stop for p in self.placements.values())
@@ -65,7 +66,7 @@ class LayoutPlan:
         """Ranks of one fusion group."""
         return len(self._fusion_in_replica)
 
-    @property
+    @cached_property
     def _fusion_in_replica(self) -> list[int]:
         return sorted({rank for p in self.placements.values() for rank in p.last_stage})
 
@@ -91,7 +92,7 @@ class LayoutPlan:
 
     def data_groups(self) -> list[list[int]]:
         """Data-parallel groups: the ranks at the same place of every replica."""
-        return [[r * self.replica_size + local for r in range(self.dp)] for local in range(self.replica_size)]
+        return [list(range(local, self.world_size, self.replica_size)) for local in range(self.replica_size)]
 
     def replica_groups(self) -> list[list[int]]:
         """All ranks of each replica."""
@@ -102,7 +103,8 @@ class LayoutPlan:
         return self._in_every_replica([self._fusion_in_replica])
 
     def _in_every_replica(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-        return [[r * self.replica_size + rank for rank in ranks] for r in range(self.dp) for ranks in groups]
+        firsts = range(0, self.world_size, self.replica_size)
+        return [[first + rank for rank in ranks] for first in firsts for ranks in groups]
 
     def describe(self) -> str:
         """One line for people: ``disjoint: text tp=2 (0-1), code tp=2 (2-3), math tp=2 pp=2 (4-7)``."""

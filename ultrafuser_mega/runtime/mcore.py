@@ -8,13 +8,11 @@ it is open: same classes, same schedules, same collectives.
 from __future__ import annotations
 
 import contextlib
-import queue
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
@@ -35,15 +33,6 @@ def megatron_scope(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             stack.enter_context(_CudaNamesMeanCpu())
         yield
-
-
-def use_plain_results_queue() -> None:
-    """Before a synchronous checkpoint save: collect its results in a queue of this process.
-
-    Megatron-core would start a manager process for them (0.35 GB, seconds), for the sake of its asynchronous saves.
-    That process outlives a rank that fails or is killed, and holds the job's terminal or pipe open.
-    """
-    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):

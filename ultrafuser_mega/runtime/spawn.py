@@ -6,6 +6,7 @@ launched with torchrun instead.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -91,6 +92,7 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
 
 
 def _rank_main(work: bytes, rank: int, world_size: int, meeting: str, timeout_s: float, sender: Connection) -> None:
+    gc.freeze()  # what is imported is no garbage: a collection need not walk through it, nor copy its pages
     quiet_dependencies()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}

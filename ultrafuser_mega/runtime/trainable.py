@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import counted_again
 
 
@@ -21,6 +22,7 @@ class Trainable:
     """A module being trained on this rank: gradients over replicas, one optimizer, one schedule.
 
     clip_grad: bound on the gradient norm; 0 for none.
+    phases: of this rank; sums of gradients over replicas are one, the wait for all ranks' norms another.
     """
 
     wrapped: DistributedDataParallel
@@ -28,6 +30,7 @@ class Trainable:
     schedule: OptimizerParamScheduler
     clip_grad: float
     device: torch.device
+    phases: Phases
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -51,17 +54,12 @@ class Trainable:
 
     def reduce_gradients(self) -> None:
         """Sum gradients over replicas, for a backward that ran outside Megatron's schedule."""
-        with megatron_scope(self.device):
+        with self.phases("gradients"), megatron_scope(self.device):
             self.wrapped.finish_grad_sync()
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, float]:
-        """Clip by the one global norm, update, advance the schedule.
-
-        Returns:
-            The gradient norm before clipping, () on the device, so that nobody has to wait for it; the rate used.
-        """
-        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+    def clip_gradients(self) -> Tensor:
+        """Clip by the one global norm; returns it as it was, () on the device, so that nobody has to wait for it."""
         with megatron_scope(self.device):
             self.optimizer.prepare_grads()
             norm = self._gradient_norm()
@@ -69,9 +67,17 @@ class Trainable:
                 gradients = [p.grad for p in self.optimizer.get_parameters() if p.grad is not None]
                 if gradients:
                     torch._foreach_mul_(gradients, (self.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-            self.optimizer.step_with_ready_grads()
+        return norm
+
+    @torch.no_grad()
+    def update(self, *, skip: bool) -> float:
+        """Take the step with the clipped gradients, or ``skip`` it: the schedule goes on; returns the step's rate."""
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        if not skip:
+            with megatron_scope(self.device):
+                self.optimizer.step_with_ready_grads()
         self.schedule.step(1)
-        return norm, float(lr)
+        return float(lr)
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole model. Megatron's own waits for the device once per parameter where apex is missing."""
@@ -80,5 +86,6 @@ class Trainable:
             if gradients := part.get_main_grads_for_grad_norm():
                 squared += torch.stack(torch._foreach_norm(gradients)).square().sum()
         squared -= counted_again(self.parameters, self.owned)
-        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        with self.phases("gradient norm"):
+            dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared.sqrt()

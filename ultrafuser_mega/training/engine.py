@@ -23,6 +23,7 @@ from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.phases import Phases
 
 
 class Batch(Protocol):
@@ -82,10 +83,15 @@ class KnownShapes(P2PCommunicator):
     stage belongs to its next microbatch, and the gradient that comes back to the oldest tensor sent and not answered.
     """
 
-    def __init__(self, group: dist.ProcessGroup, config: TransformerConfig) -> None:
+    def __init__(self, group: dist.ProcessGroup, config: TransformerConfig, phases: Phases) -> None:
         super().__init__(group, config)
+        self._phases = phases
         self.next_size: Callable[[], int] = lambda: 0  # numbers of the next tensor from the previous stage
         self._sent: deque[Sequence[int]] = deque()
+
+    def _communicate(self, **transfer: Any) -> Any:
+        with self._phases("pipeline transfer"):
+            return super()._communicate(**transfer)
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
@@ -108,15 +114,19 @@ class Engine:
         model: this rank's share of the fused model.
         groups: its process groups.
         device: where it computes.
+        phases: of this rank.
     """
 
-    def __init__(self, model: FusedStage, groups: RankGroups, device: torch.device) -> None:
+    def __init__(
+        self, model: FusedStage, groups: RankGroups, device: torch.device, phases: Phases | None = None
+    ) -> None:
         self.model = model
+        self.phases = phases or Phases()
         self.groups = groups
         self.device = device
         config = model.config
         pipelined = groups.megatron.pp.size() > 1
-        self._p2p = KnownShapes(groups.megatron.pp, config) if pipelined else None
+        self._p2p = KnownShapes(groups.megatron.pp, config, self.phases) if pipelined else None
         self._schedule = (
             schedules.forward_backward_pipelining_without_interleaving
             if pipelined
@@ -128,7 +138,8 @@ class Engine:
 
         ``loss`` must return its microbatch's share of the global batch's loss: gradients are only summed.
         """
-        self._run(wrapped, microbatches, loss, forward_only=False)
+        with self.phases("backward"):  # but for the phases inside it
+            self._run(wrapped, microbatches, loss, forward_only=False)
 
     def forward(self, microbatches: Batches[B], loss: LossFunction[B]) -> None:
         """Forward only, with the specialists under no_grad; ``loss`` may run a backward of its own."""

@@ -12,7 +12,7 @@ from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.reporting.records import FUSED, EvaluationResult, SampleGate
 from ultrafuser_mega.training.engine import Engine
-from ultrafuser_mega.training.totals import ClassTotals
+from ultrafuser_mega.training.totals import ClassTotals, gate_column
 
 
 def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluation) -> EvaluationResult:
@@ -26,7 +26,7 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
     """
     specialists = list(engine.groups.plan.placements)
     models = [FUSED, *specialists]
-    totals = ClassTotals(store.class_names, [*models, *(f"gate {name}" for name in specialists)], engine.device)
+    totals = ClassTotals(store.class_names, [*models, *map(gate_column, specialists)], engine.device)
     batches = EvaluationBatches(store, shard, options.samples_per_class)
     counts: list[int] = []
     gates: list[Tensor] = []  # per microbatch (N, n + 1): the gate's weights and the fused model's loss of every row
@@ -57,6 +57,6 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
     order = {name: i for i, name in enumerate(store.class_names)}
     return EvaluationResult(
         loss={name: {model: row[model] for model in models} for name, row in means.items()},
-        gate={name: {other: row[f"gate {other}"] for other in specialists} for name, row in means.items()},
+        gate={name: {other: row[gate_column(other)] for other in specialists} for name, row in means.items()},
         samples=sorted(collected, key=lambda sample: (order[sample.class_name], sample.index)),
     )

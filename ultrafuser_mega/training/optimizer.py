@@ -16,6 +16,7 @@ fused AdamW does the update, on CPUs as on GPUs: one kernel without temporaries.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch import nn
 from ultrafuser_mega.config import Optimizer as OptimizerOptions
 from ultrafuser_mega.config import Stage
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import sum_shared_gradients
 from ultrafuser_mega.runtime.trainable import Trainable
 
@@ -52,6 +54,7 @@ def make_trainable(
     distributed_optimizer: bool,
     overlap_gradients: bool,
     device: torch.device,
+    phases: Phases | None = None,
 ) -> Trainable:
     """Wrap ``module`` for training its parameters that require gradients.
 
@@ -64,7 +67,9 @@ def make_trainable(
         distributed_optimizer: shard optimizer state over ``groups.dp``.
         overlap_gradients: sum gradients over ``groups.dp`` bucket by bucket, while the last microbatch's backward goes
             on; every parameter must get one then, through Megatron's schedule.
+        phases: of this rank.
     """
+    phases = phases or Phases()
     _fresh_parameters(module)
     with megatron_scope(device):
         ddp_config = DistributedDataParallelConfig(
@@ -75,7 +80,7 @@ def make_trainable(
         )
         wrapped = DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
         config.no_sync_func = wrapped.no_sync
-        config.finalize_model_grads_func = _finalize_gradients
+        config.finalize_model_grads_func = partial(_finalize_gradients, phases)
         optimizer_config = OptimizerConfig(
             optimizer="adam",
             lr=stage.lr,
@@ -101,16 +106,22 @@ def make_trainable(
                 for group in part.optimizer.param_groups:
                     group.update(fused=True, foreach=False)
     schedule = make_schedule(optimizer, stage, options.weight_decay)
-    return Trainable(wrapped, optimizer, schedule, options.clip_grad, device)
+    return Trainable(wrapped, optimizer, schedule, options.clip_grad, device, phases)
 
 
 def _finalize_gradients(
-    model: list[nn.Module], num_tokens: object = None, *, pg_collection: ProcessGroupCollection, **options: Any
+    phases: Phases,
+    model: list[nn.Module],
+    num_tokens: object = None,
+    *,
+    pg_collection: ProcessGroupCollection,
+    **options: Any,
 ) -> None:
     """Megatron's sums over replicas and ranks, without its division by a number of tokens, and those of shared rows."""
-    finalize_model_grads(model, None, pg_collection=pg_collection, **options)
-    for chunk in model:
-        sum_shared_gradients((p for p in chunk.parameters() if p.requires_grad), pg_collection.tp)
+    with phases("gradients"):
+        finalize_model_grads(model, None, pg_collection=pg_collection, **options)
+        for chunk in model:
+            sum_shared_gradients((p for p in chunk.parameters() if p.requires_grad), pg_collection.tp)
 
 
 def make_schedule(optimizer: MegatronOptimizer, stage: Stage, weight_decay: float) -> OptimizerParamScheduler:

@@ -1,4 +1,4 @@
-"""The run's token store: made by one rank when it is missing, opened by all."""
+"""What a run begins with: its token store, made by one rank and opened by all; a checkpoint that is whole."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, verify_checkpoint
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.sampler import passes
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.planning.preflight import RunPlan
+from ultrafuser_mega.planning.preflight import RunPlan, gone_back
 from ultrafuser_mega.runtime.groups import RankGroups
 
 
@@ -74,3 +75,20 @@ def open_store(plan: RunPlan, groups: RankGroups) -> TokenStore:
     # Not a barrier: tokenising a large corpus outlasts the time that a collective may take.
     shared.wait([ready], timedelta(days=7))
     return TokenStore.open(plan.config.store_dir, verify=False)
+
+
+def intact(plan: RunPlan) -> RunPlan:
+    """``plan``, from the newest of the run's checkpoints that is not damaged; collective over the job.
+
+    Raises:
+        DamagedCheckpointError: none is, or the one that weights are to begin with.
+    """
+    while plan.resume is not None:
+        try:
+            verify_checkpoint(plan.resume[1])
+            return plan
+        except DamagedCheckpointError as damage:
+            plan = gone_back(plan, damage)
+    if plan.start is not None:
+        verify_checkpoint(plan.start[1])
+    return plan

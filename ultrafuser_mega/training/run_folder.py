@@ -9,8 +9,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.device import launch_name
 
 _LOCK = ".lock"
+_LAUNCH = ".launch"  # the launch that trains or trained last here
 
 
 @contextmanager
@@ -41,6 +43,28 @@ def refuse_running(run_dir: Path) -> None:
     if (run_dir / _LOCK).is_file():
         with locked_run(run_dir, enabled=True):
             pass
+
+
+def begun_by_this_launch(run_dir: Path) -> bool:
+    """Whether an earlier attempt of this launch began what lies in ``run_dir``; asked by one rank, always the same."""
+    try:
+        return (run_dir / _LAUNCH).read_text() == launch_name()
+    except OSError:
+        return False
+
+
+def begin_run(run_dir: Path, *, fresh: bool) -> Path | None:
+    """The run begins, or goes on; done by the rank that :func:`begun_by_this_launch` is asked by.
+
+    Args:
+        run_dir: locked.
+        fresh: begins anew, for which an earlier run is set aside; not what an attempt of the same launch left.
+
+    Returns where an earlier run went, None if nothing was set aside.
+    """
+    kept = set_aside(run_dir) if fresh and not begun_by_this_launch(run_dir) else None
+    (run_dir / _LAUNCH).write_text(launch_name())
+    return kept
 
 
 def set_aside(run_dir: Path) -> Path | None:

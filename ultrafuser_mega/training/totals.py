@@ -1,10 +1,11 @@
-"""Numbers of the whole job: averages per class over its response tokens, and the largest of its ranks'."""
+"""Numbers of the whole job: averages per class over its response tokens, and what every rank has to say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,13 +13,18 @@ from torch import Tensor
 from ultrafuser_mega.runtime.groups import RankGroups
 
 
+def gate_column(specialist: str) -> str:
+    """The column of a specialist's gate weights."""
+    return f"gate {specialist}"
+
+
 @dataclass(frozen=True)
 class Totals:
-    """means: class -> column -> mean over the job's rows; counts: class -> rows; largest: as asked for."""
+    """means: class -> column -> mean over the job's rows; counts: class -> rows; ranks: (ranks, k), what each said."""
 
     means: dict[str, dict[str, float]]
     counts: dict[str, int]
-    largest: list[float]
+    ranks: np.ndarray
 
 
 class ClassTotals:
@@ -40,21 +46,23 @@ class ClassTotals:
         with_count = torch.cat([values.double(), values.new_ones((values.shape[0], 1), dtype=torch.float64)], dim=1)
         self._sums.index_add_(0, row_class, with_count)
 
-    def reduce(self, groups: RankGroups, largest: Tensor | None = None) -> Totals:
+    def reduce(self, groups: RankGroups, own: Tensor | None = None) -> Totals:
         """What all ranks have together; collective over the job. The host waits for the device once.
 
         Every rank of a fusion group sees the same rows, so one rank per replica contributes.
 
         Args:
             groups: of this rank.
-            largest: (k,) numbers of this rank of which the largest on any rank is wanted.
+            own: (k,) numbers of this rank for all to see; None: none.
         """
         if not groups.is_reporter:
             self._sums.zero_()
-        dist.all_reduce(self._sums, group=groups.world)
-        largest = self._sums.new_zeros(0) if largest is None else largest.to(self._sums.dtype)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.world)
-        numbers = torch.cat([self._sums[:-1].flatten(), largest]).tolist()
+        said = self._sums.new_zeros(groups.world.size(), 0 if own is None else len(own))
+        if own is not None:
+            said[groups.world.rank()] = own
+        everything = torch.cat([self._sums[:-1].flatten(), said.flatten()])
+        dist.all_reduce(everything, group=groups.world)
+        numbers = everything.tolist()
         width = len(self.columns) + 1
         rows = [numbers[place * width : (place + 1) * width] for place in range(len(self.classes))]
         return Totals(
@@ -63,5 +71,5 @@ class ClassTotals:
                 for name, row in zip(self.classes, rows, strict=True)
             },
             counts={name: int(row[-1]) for name, row in zip(self.classes, rows, strict=True)},
-            largest=numbers[len(self.classes) * width :],
+            ranks=np.array(numbers[len(self.classes) * width :]).reshape(said.shape),
         )

@@ -1,106 +1,52 @@
-"""The whole run: prepare, stage 1 (gate only), stage 2 (everything), evaluate, checkpoint, report.
-
-Algorithm 1 of the paper. Read :func:`run` first: it is the table of contents.
-"""
+"""One rank's model and data, a step, a stage with its evaluations and checkpoints. What a run is made of: ``run``."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.resume import data_record
+from ultrafuser_mega.checkpoint.saver import Saver
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
-from ultrafuser_mega.config import Stage, dump_config
+from ultrafuser_mega.config import Stage
 from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
-from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.tokenizer import TextEncoder
-from ultrafuser_mega.errors import DivergedError
+from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
-from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
+from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
-from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
-from ultrafuser_mega.runtime.device import peak_memory, to_device
-from ultrafuser_mega.runtime.groups import RankGroups, make_groups
+from ultrafuser_mega.reporting.run_report import RunReport
+from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
+from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
+from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.prepare import data_notes, open_store
-from ultrafuser_mega.training.run_folder import locked_run, set_aside
-from ultrafuser_mega.training.token_samples import token_samples
-from ultrafuser_mega.training.totals import ClassTotals
+from ultrafuser_mega.training.profiling import StepProfiler
+from ultrafuser_mega.training.skipping import RollBack, Skips, write_down
+from ultrafuser_mega.training.stopping import Stop, Stopping
+from ultrafuser_mega.training.totals import ClassTotals, gate_column
 
 STAGE_TITLES = {1: "gate only", 2: "everything"}
-
-
-def run(plan: RunPlan, device: torch.device) -> None:
-    """Train and report as ``plan`` says; collective over the job, which must be joined already."""
-    begun = time.monotonic()
-    groups = make_groups(plan.layout)
-    with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
-        if (weights := plan.resume or plan.start) is not None:
-            verify_checkpoint(weights[1])
-        store = open_store(plan, groups)
-        plan = compared_with_data(plan, store)
-        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun)
-        trainer.load()
-        _run(plan, groups, trainer)
-
-
-def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> None:
-    done = plan.resume[0] if plan.resume else Progress(1, 0)
-    # Only now: what could be wrong with the input has been seen, and the earlier run was where it was until here.
-    kept = set_aside(plan.config.run_dir) if groups.rank == 0 and plan.resume is None else None
-    begun = trainer.global_step(done)
-    with RunReport(run_facts(plan, trainer.device), enabled=groups.rank == 0, done_steps=begun) as report:
-        if kept:
-            report.note(f"an earlier run of this name is kept as {kept}")
-        for line in plan.changes if plan.resume else plan.notices:
-            report.note(line)
-        store = trainer.store
-        for line in data_notes(plan.config, PrepareReport(store.folder, store.manifest, reused=True)):
-            report.note(line)
-        if plan.start and not plan.resume:
-            report.note(f"begins with the weights of {plan.start[1]}")
-        if plan.resume is not None and done == Progress(1, 0):  # weights that were imported, nothing trained yet
-            load_checkpoint(plan.resume[1], trainer.model, groups, None, 0)
-        if done == Progress(1, 0):
-            report.evaluated(trainer.evaluate(trained=False), done.stage, 0)
-        for stage in plan.config.stages:
-            if done.stage <= stage and not trainer.train_stage(stage, done.step if done.stage == stage else 0, report):
-                report.note("time is up (checkpoint.stop_after_minutes); --resume goes on")
-                return
-        final = trainer.evaluate()
-        report.finish(final, token_samples(plan.config, trainer.store, final) if groups.rank == 0 else [])
-
-
-def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
-    """What the report says of the run that ``plan`` describes."""
-    config = plan.config
-    return RunFacts(
-        name=config.name,
-        run_dir=config.run_dir,
-        config_text=dump_config(config),
-        layout=plan.layout.describe(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        specialists=list(config.specialists),
-        stage_steps=(config.stage1.steps, config.stage2.steps),
-        resumed_from=plan.resume[1] if plan.resume else None,
-    )
 
 
 class Trainer:
@@ -115,6 +61,7 @@ class Trainer:
         device: where this rank computes.
         shard: this rank's part of the data-parallel work.
         begun: when the run began, by ``time.monotonic``; None: now.
+        peak_flops: of each GPU; None: not known.
     """
 
     def __init__(
@@ -125,18 +72,26 @@ class Trainer:
         device: torch.device,
         shard: Shard,
         begun: float | None = None,
+        peak_flops: float | None = None,
     ) -> None:
-        self._begun = time.monotonic() if begun is None else begun
+        begun = time.monotonic() if begun is None else begun
+        self.stopping = Stopping(begun, plan.config.checkpoint.stop_after_minutes)
+        self.watching: Callable[[], AbstractContextManager[None]] = nullcontext  # while steps are done
+        self.at = (0, "before the first step")  # steps through both stages, and that for people
+        self._went_back_to: Path | None = None
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
-        self.sources: SourceFiles | None = None  # what checkpoints keep of the specialists; rank 0's
-        self.model = build_model(plan, groups, device)
-        self.engine = Engine(self.model, groups, device)
+        self.saver: Saver | None = None
+        self.phases = Phases(device)
+        self.measures = Measures(plan, device, self.phases, peak_flops)
+        self.profiler = StepProfiler(plan.config, groups.rank, device)
+        self.model = build_model(plan, groups, device, self.phases)
+        self.engine = Engine(self.model, groups, device, self.phases)
 
     def load(self) -> None:
         """Read the weights that the run begins with; those of the checkpoint that it resumes from, its stage reads."""
-        plan, groups = self.plan, self.groups
-        if groups.rank == 0:
-            self.sources = run_sources(plan).with_data(data_record(self.store))
+        plan, groups, options = self.plan, self.groups, self.plan.config.checkpoint
+        sources = run_sources(plan).with_data(data_record(self.store)) if groups.rank == 0 else None
+        self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
         if plan.resume is None and plan.start is not None:
             load_checkpoint(plan.start[1], self.model, groups, None, 0)
         elif plan.resume is None:
@@ -161,69 +116,91 @@ class Trainer:
 
     def evaluate(self, *, trained: bool = True) -> EvaluationResult:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
-        result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
+        with self.phases("evaluation", whole=True):
+            result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
-                    advice = remedy(self.checkpoints) if trained else "look at its weights"
+                    advice = self._remedy() if trained else "look at its weights"
                     raise DivergedError(f"held-out loss of {model} on {class_name} is {losses[model]}; {advice}")
         return result
 
-    def train_stage(self, number: int, done: int, report: RunReport) -> bool:
-        """Stage ``number`` from its step ``done`` to its end, with evaluations and checkpoints on the way.
+    def train_stage(self, begin: Progress, report: RunReport) -> Stop | RollBack | None:
+        """A stage from ``begin`` to its end, with evaluations and checkpoints on the way.
 
-        Returns False if the run is out of time: then a checkpoint was written, after which an evaluation may be due.
+        Returns why it ends before: behind a checkpoint, after which an evaluation may be due, or in order to go back to
+        one. None: the stage is over.
 
         Raises:
             DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
-        config, stage = self.plan.config, self.stage(number)
+        number, done, config, stage = begin.stage, begin.step, self.plan.config, self.stage(begin.stage)
         batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
         trainable = self.make_trainable(number)
-        if self.plan.resume is not None and self.plan.resume[0] == Progress(number, done):
-            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done)
+        if self.plan.resume is not None and self.plan.resume[0] == begin:
+            load_checkpoint(self.plan.resume[1], self.model, self.groups, trainable, done, begin.skipped)
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
         report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
         if done == stage.steps:
-            return True
+            return None
         judge, overdue = Judge(self._measured_loss(batches)), False
+        skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
-        with StepsAhead(batches, done, stage.steps, self.device) as ahead:
+        self.phases.restart()  # what came before belongs to no step
+        steps = StepsAhead(batches, done, stage.steps, self.device)
+        with self.watching(), steps as ahead:
             for step in range(done, stage.steps):
-                record = self.step(number, trainable, ahead, step, begun)
+                with self.profiler.step(first + step + 1):
+                    record, stop = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
                 begun = time.perf_counter()
                 report.step(record)
-                progress, time_is_up = Progress(number, step + 1), self._time_is_up()
-                is_last = time_is_up or step + 1 == stage.steps
+                self._tell_saved(report)
+                for line in filter(None, (self.measures.straggler, self.profiler.written(record.step))):
+                    report.note(line)
+                skips.count(record.skipped)
+                progress = Progress(number, step + 1, skips.total)
+                if record.skipped:
+                    report.note(f"{self.place(progress)}: {_not_finite(record)}; skipped")
+                    if self.groups.rank == 0:
+                        write_down(config.run_dir, record, batches.sampler.batch(step))
+                if skips.too_many:
+                    return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
+                is_last = stop is not None or step + 1 == stage.steps
                 if is_last or overdue or _due(step + 1, config.checkpoint.every):
-                    problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
+                    with self.phases("save", whole=True):
+                        problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:
-                        raise DivergedError(f"{problem}; {remedy(self.checkpoints)}")
+                        raise DivergedError(f"{problem}; {self._remedy()}")
                     if problem and not overdue:
                         report.note(f"{problem}; no checkpoint until that has passed")
                     overdue = problem is not None
                     begun = time.perf_counter()
-                if time_is_up:
-                    return False
+                if stop is not None:
+                    self._settle(report, must=True)
+                    return replace(stop, why=f"{stop.why} behind {self.place(progress)}; --resume goes on from there")
                 if self._evaluation_due(number, step + 1):
                     report.evaluated(self.evaluate(), number, first + step + 1)
                     begun = time.perf_counter()
-        return True
+            self._settle(report, must=number == list(config.stages)[-1])
+        return None
+
+    def _roll_back(self, problem: str) -> RollBack:
+        """To the newest checkpoint, which rank 0 chooses; DivergedError where there is none, or it did not help."""
+        assert self.saver is not None
+        self.saver.wait()  # what is being written is the newest then
+        found = [list_checkpoints(self.checkpoints)[-1:]]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0] or found[0][0][1] == self._went_back_to:
+            again = " again" if found[0] else ""
+            raise DivergedError(f"{problem}{again}; {self._remedy()}")
+        self._went_back_to = found[0][0][1]
+        return RollBack(read_progress(self._went_back_to, self.plan.identity), self._went_back_to)
 
     def _measured_loss(self, batches: TrainingBatches) -> float:
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
-
-    def _time_is_up(self) -> bool:
-        """By the clock of rank 0, for all ranks."""
-        limit = self.plan.config.checkpoint.stop_after_minutes
-        if limit is None:
-            return False
-        left = torch.tensor([self._begun + 60 * limit - time.monotonic()], dtype=torch.float64, device=self.device)
-        dist.broadcast(left, src=0)
-        return left.item() <= 0
 
     def _evaluation_due(self, number: int, step: int) -> bool:
         """After this step of the stage; the end of stage 2 is evaluated by ``run``."""
@@ -249,27 +226,36 @@ class Trainer:
             distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
             overlap_gradients=number == 2,
             device=self.device,
+            phases=self.phases,
         )
 
-    def step(self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float) -> StepRecord:
-        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``."""
+    def step(
+        self, number: int, trainable: Trainable, batches: Steps, step: int, begun: float
+    ) -> tuple[StepRecord, Stop | None]:
+        """Step ``step`` (from 0) of a stage, which began at ``begun`` by ``time.perf_counter``.
+
+        Nothing is updated where the loss or a gradient is not finite. Returns why the run is to stop, too.
+        """
         asked = time.perf_counter()
-        batch = batches.step(step)
-        data_seconds = time.perf_counter() - asked
         progress, config = Progress(number, step + 1), self.plan.config
-        specialists = list(config.specialists)
-        gates = {name: f"gate {name}" for name in specialists}
-        totals = ClassTotals(self.store.class_names, ["loss", *gates.values()], self.device)
+        self.at = (self.global_step(progress), self.place(progress))
+        with self.phases("data"):
+            batch = batches.step(step)
+        data_seconds = time.perf_counter() - asked
+        totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.specialists)], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
 
         def loss_of(hidden: dict[str, Tensor], microbatch: MicroBatch) -> Tensor:
             fusion, exchange = self.model.fusion, self.model.exchange
             assert fusion is not None and exchange is not None
             with torch.enable_grad():
-                loss, rows, weights = fusion.loss(exchange(hidden), microbatch.targets)
-                loss = loss / terms
+                everyone = exchange(hidden)
+                with self.phases("loss"):
+                    loss, rows, weights = fusion.loss(everyone, microbatch.targets)
+                    loss = loss / terms
             if number == 1:
-                loss.backward()
+                with self.phases("backward"):
+                    loss.backward()
             totals.add(microbatch.row_class, torch.cat([rows[:, None].to(weights.dtype), weights], dim=1))
             return loss
 
@@ -279,34 +265,22 @@ class Trainer:
             trainable.reduce_gradients()
         else:
             self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
-        norm, lr = trainable.step()
-        costs = torch.tensor([data_seconds, float(peak_memory(self.device))], dtype=torch.float64)
-        reduced = totals.reduce(self.groups, torch.cat([norm.double()[None], to_device(costs, self.device)]))
-        means, (grad_norm, worst_data, worst_memory) = reduced.means, reduced.largest
-        loss = sum(means[name]["loss"] * reduced.counts[name] for name in means) / terms
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"{self.place(progress)}: loss is {loss:.6g}, gradient norm {grad_norm:.6g}; {remedy(self.checkpoints)}"
-            )
-        seconds = time.perf_counter() - begun
-        return StepRecord(
-            stage=number,
-            step=self.global_step(progress),
-            loss=loss,
-            class_loss={name: row["loss"] for name, row in means.items()},
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens=batch.response_tokens,
-            tokens_per_s=batch.response_tokens / seconds,
-            gate={name: {other: row[gates[other]] for other in specialists} for name, row in means.items()},
-            seconds=seconds,
-            processed_tokens=batch.processed_tokens,
-            padding=batch.packing.padding,
-            imbalance=batch.packing.imbalance,
-            fill=batch.packing.fill,
-            data_seconds=worst_data,
-            peak_memory_bytes=int(worst_memory),
+        with self.phases("optimizer"):
+            norm = trainable.clip_gradients()
+        own = self.measures.own(norm, data_seconds, self.stopping.wanted)
+        with self.phases("end of step"):
+            reduced = totals.reduce(self.groups, own)
+        measured = self.measures.read(reduced.ranks, batch)
+        loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
+        skipped = not (math.isfinite(loss) and math.isfinite(measured.grad_norm))
+        with self.phases("optimizer"):
+            lr = trainable.update(skip=skipped)
+        self.phases.end_step()
+        done, seconds = self.global_step(progress), time.perf_counter() - begun
+        record = self.measures.record(
+            measured, reduced, batch, stage=number, step=done, loss=loss, lr=lr, seconds=seconds, skipped=skipped
         )
+        return record, self.stopping.agreed(measured.wanted)
 
     def _publish(
         self, progress: Progress, trainable: Trainable, judge: Judge, loss: float, report: RunReport
@@ -317,27 +291,38 @@ class Trainer:
             loss: of the weights as they are, measured.
         """
         where = self.place(progress)
+        if progress.step == progress.skipped:
+            return f"{where}: nothing has been updated yet"
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
-            raise DivergedError(f"{where}: weights are not finite; {remedy(self.checkpoints)}")
+            raise DivergedError(f"{where}: weights are not finite; {self._remedy()}")
         if not judge.accepts(loss):
             return (
                 f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
-        path = save_checkpoint(
-            self.checkpoints,
-            progress,
-            self.model,
-            trainable,
-            self.groups,
-            self.plan.identity,
-            self.plan.config.checkpoint.keep,
-            self.sources,
-        )
-        report.note(f"checkpoint {path}")
+        assert self.saver is not None
+        self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
         return None
+
+    def _tell_saved(self, report: RunReport) -> None:
+        assert self.saver is not None
+        for line in self.saver.news():
+            report.note(line)
+
+    def _settle(self, report: RunReport, *, must: bool) -> None:
+        """Wait for the checkpoint that is being written; InputError where it cannot be but ``must``."""
+        assert self.saver is not None
+        problem = self.saver.wait()
+        if problem is not None and must:
+            raise InputError(problem)
+        self._tell_saved(report)
+
+    def _remedy(self) -> str:
+        if self.saver is not None:
+            self.saver.wait()  # what is being written is good, and the newest then
+        return remedy(self.checkpoints)
 
 
 def run_sources(plan: RunPlan) -> SourceFiles:
@@ -349,7 +334,7 @@ def run_sources(plan: RunPlan) -> SourceFiles:
     return SourceFiles.of_checkpoint(plan.start[1], plan.config, trained=plan.start[0].trained)
 
 
-def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> FusedStage:
+def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases: Phases | None = None) -> FusedStage:
     """This rank's share of the fused model of ``plan``, weights not loaded."""
     config = plan.config
     with megatron_scope(device):
@@ -364,6 +349,7 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device) -> Fuse
             loss=LossOptions(config.loss.backend, config.loss.label_smoothing, config.loss.z_loss),
             seed=config.seed,
             recompute_layers=config.parallel.recompute_layers,
+            phases=phases,
         )
 
 
@@ -379,6 +365,10 @@ def make_shard(plan: RunPlan, groups: RankGroups, pad_id: int | None = None) -> 
         multiples={name: placement.tp if sequence_parallel else 1 for name, placement in placements.items()},
         pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id if pad_id is None else pad_id,
     )
+
+
+def _not_finite(record: StepRecord) -> str:
+    return f"loss is {record.loss:.6g}, gradient norm {record.grad_norm:.6g}"
 
 
 def _due(step: int, every: int) -> bool:

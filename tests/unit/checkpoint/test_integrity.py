@@ -13,7 +13,7 @@ import pytest
 from ultrafuser_mega.checkpoint.checkpoint import noted_bytes, verify_checkpoint_here
 from ultrafuser_mega.errors import InputError
 
-FILES = {"__0_0.distcp": b"weights", "common.pt": b"", "sources/text/config.json": b"{}"}
+FILES = {"__0_0.distcp": b"weights", ".metadata": b"", "sources/text/config.json": b"{}"}
 
 
 @pytest.fixture

@@ -91,10 +91,27 @@ def value_at(config: FuserConfig, key: str) -> Any:
         ("data.classes.code.train=[a.json, b.json]", [Path("a.json"), Path("b.json")]),
         ("optimizer.weight_decay=0.1", 0.1),  # the default file has no such section: it is made
         ("vocab_size=null", None),
+        ("profile.steps=10:12", "10:12"),  # 612 to YAML 1.1, which counts in sixties
+        ("profile.steps=7", "7"),
     ],
 )
 def test_override(override: str, expected: Any) -> None:
     assert value_at(load_config(None, [override]), override.partition("=")[0]) == expected
+
+
+@pytest.mark.parametrize(("steps", "span"), [("10:12", [10, 11, 12]), ("3", [3]), ("null", [])])
+def test_profiled_steps_include_the_last(steps: str, span: list[int]) -> None:
+    assert list(load_config(None, [f"profile.steps={steps}"]).profile.span) == span
+
+
+@pytest.mark.parametrize("steps", ["12:10", "0:3", "some", "1:2:3", "true", "1.5"])
+def test_steps_to_profile_that_are_none_are_refused(steps: str) -> None:
+    assert refusal(f"profile.steps={steps}").startswith("profile.steps: ")
+
+
+def test_a_file_that_prometheus_would_not_see_is_refused() -> None:
+    message = "report.prometheus: node_exporter reads files that end in .prom alone; name it so"
+    assert refusal("report.prometheus=/var/lib/run.txt").startswith(message)
 
 
 def test_later_override_wins() -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from support.families import write_family
 from support.trio import ONE, config_tree
 
@@ -158,57 +156,6 @@ def test_a_place_without_permission_is_refused_in_one_line(
 @pytest.mark.parametrize("out", [".", "/"])
 def test_a_place_without_a_name_exists_already(intact: Path, out: str) -> None:
     assert "exists already" in refusal(lambda: export(intact / "checkpoint", Path(out), WHAT))
-
-
-class Payload:
-    """What a hostile pickle does when it is loaded."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, ("executed",))
-
-
-def hostile_pickle(path: Path) -> None:
-    path.write_bytes(pickle.dumps(Payload()))
-
-
-def hostile_archive(path: Path) -> None:
-    torch.save({"state": Payload()}, path)
-
-
-@pytest.mark.parametrize(
-    ("file", "spoil", "named"),
-    [
-        ("common.pt", Path.unlink, "missing; copy the checkpoint again"),
-        ("common.pt", lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged ("),
-        ("common.pt", lambda path: path.write_bytes(b""), "damaged ("),
-        ("common.pt", lambda path: torch.save([1], path), "damaged (holds no dictionary)"),
-        ("common.pt", hostile_pickle, "damaged ("),
-        ("common.pt", hostile_archive, "damaged ("),
-        ("metadata.json", Path.unlink, "missing; copy the checkpoint again"),
-        ("metadata.json", lambda path: path.write_text("{"), "damaged ("),
-        ("metadata.json", lambda path: path.write_text("[]"), "damaged ("),
-        ("metadata.json", lambda path: path.write_text("{}"), "damaged ("),
-        (
-            "metadata.json",
-            lambda path: path.write_text('{"sharded_backend": "zarr"}'),
-            "damaged (sharded_backend = 'zarr')",
-        ),
-    ],
-)
-def test_damage_beside_the_tensors_is_refused_before_anything_is_written(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    file: str,
-    spoil: Spoil,
-    named: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    spoil(checkpoint / file)
-    address = f"{checkpoint}@{WHAT}"
-    for use in (lambda: export(checkpoint, tmp_path / "out", WHAT), lambda: compare(address, address, "a b", 0.0)):
-        assert refusal(use).startswith(f"{checkpoint / file}: {named}")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from ultrafuser_mega.convert import shards
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_config, plan_folders
 
-FEW, MANY = 6, 40  # kills: of a quick test, and of a slow one with more of the same
+FEW, MANY = 3, 40  # kills: of a quick test, and of a slow one with more of the same
 PIECE = 4096
 KILLS = pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 OPERATIONS = {"open", "write", "sendfile", "fsync", "mkdir", "rename", "replace", "unlink"}

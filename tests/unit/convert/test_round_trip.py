@@ -24,6 +24,8 @@ from ultrafuser_mega.runtime.layout import plan_colocated, plan_disjoint
 # bf16 and fp32 in turn: what came as bf16 must leave as bf16 though the checkpoint beside an fp32 model is fp32.
 DTYPES = {case: (torch.bfloat16, torch.float32)[i % 2] for i, case in enumerate(FAMILY_CASES)}
 
+SLOW_SIZES = ((2, 2), (4, 1), (4, 2))
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -61,14 +63,16 @@ def test_all_families_come_back_from_a_colocated_checkpoint(
         assert_same_folder(tmp_path / case, source)
 
 
-@pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tp", "pp"), [(1, 1), (1, 2), (2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in SLOW_SIZES)]
+)
 def test_all_families_come_back_from_disjoint_checkpoints(
     folders: dict[str, Path], tmp_path: Path, tp: int, pp: int
 ) -> None:
     """As many beside each other as eight ranks take, and one of another tp: their heads lie on all last stages.
 
-    A tp of 4 needs a job for every family or two; the colocated checkpoints above have it for all of them in one.
+    Four ranks and more to a family need a job for every one or two; the colocated checkpoints above have these sizes
+    for all families in one.
     """
     cases = list(folders)
     at_once = 8 // (tp * pp)

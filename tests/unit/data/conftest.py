@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from support.rows import write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ultrafuser_mega.data.prepare import prepare_store
 
 WORDS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
@@ -141,3 +144,34 @@ def altered(first: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def specialists(first: Any, prepend: Any, with_pad: Any) -> dict[str, tuple[Path, str]]:
     return {"text": (first, "ultralm"), "code": (prepend, "codellama"), "math": (with_pad, "wizardmath")}
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, list[Path]]:
+    text = [{"instruction": f"Name city {i}.", "input": "", "output": f"Paris {i}"} for i in range(7)]
+    code = [{"prompt": f"add {i}", "completion": f"return {i}"} for i in range(5)]
+    math = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} + 1?"},
+                {"role": "assistant", "content": str(i + 1)},
+                {"role": "user", "content": "And twice that?"},
+                {"role": "assistant", "content": str(2 * i + 2)},
+            ]
+        }
+        for i in range(6)
+    ]
+    return {
+        "text": [write_rows(tmp_path / "text.json", text, as_array=True)],
+        "code": [write_rows(tmp_path / "code.jsonl", code)],
+        "math": [write_rows(tmp_path / "math.jsonl", math)],
+    }
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, sources: Any, specialists: Any, vocab_size: Any) -> Any:
+    def call(**changes: Any) -> Any:
+        arguments = {"sources": sources, "specialists": specialists, "vocab_size": vocab_size, "max_length": 400}
+        return prepare_store(tmp_path / "store", **{**arguments, **changes})
+
+    return call

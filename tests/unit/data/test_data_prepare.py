@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,47 +12,11 @@ from unittest.mock import patch
 
 import pytest
 from rich.console import Console
+from support.rows import write_rows
 
 from ultrafuser_mega.data import build
-from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
-
-
-def write_rows(path: Path, rows: list[Any], *, as_array: bool = False) -> Path:
-    path.write_text(json.dumps(rows, indent=1) if as_array else "".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> dict[str, list[Path]]:
-    text = [{"instruction": f"Name city {i}.", "input": "", "output": f"Paris {i}"} for i in range(7)]
-    code = [{"prompt": f"add {i}", "completion": f"return {i}"} for i in range(5)]
-    math = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{i} + 1?"},
-                {"role": "assistant", "content": str(i + 1)},
-                {"role": "user", "content": "And twice that?"},
-                {"role": "assistant", "content": str(2 * i + 2)},
-            ]
-        }
-        for i in range(6)
-    ]
-    return {
-        "text": [write_rows(tmp_path / "text.json", text, as_array=True)],
-        "code": [write_rows(tmp_path / "code.jsonl", code)],
-        "math": [write_rows(tmp_path / "math.jsonl", math)],
-    }
-
-
-@pytest.fixture
-def prepare(tmp_path: Path, sources: Any, specialists: Any, vocab_size: Any) -> Any:
-    def call(**changes: Any) -> Any:
-        arguments = {"sources": sources, "specialists": specialists, "vocab_size": vocab_size, "max_length": 400}
-        return prepare_store(tmp_path / "store", **{**arguments, **changes})
-
-    return call
 
 
 def decode(store: TokenStore, folder: Path, ids: Any) -> str:
@@ -174,19 +136,6 @@ def test_batches_smaller_than_the_data_change_nothing(prepare: Any, tmp_path: Pa
     assert TokenStore.open(tmp_path / "store").manifest == whole
 
 
-def test_a_finished_store_of_the_same_inputs_is_used_again_even_if_files_were_renamed(
-    prepare: Any, sources: Any, tmp_path: Path
-) -> None:
-    prepare()
-    written = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
-    moved = sources["code"][0].rename(tmp_path / "renamed.jsonl")
-    before = TokenStore.open(tmp_path / "store").fingerprint
-    report = prepare(sources={**sources, "code": [moved]})
-    assert TokenStore.open(tmp_path / "store").fingerprint == before
-    assert report.reused and report.counts("code", "train")["kept"] == 5
-    assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == written
-
-
 def test_the_malformed_rows_of_all_classes_are_told_at_once(prepare: Any, sources: Any, tmp_path: Path) -> None:
     code, math = sources["code"][0], sources["math"][0]
     heldout = write_rows(tmp_path / "heldout.jsonl", [{"prompt": "a"}])
@@ -291,56 +240,6 @@ def test_only_the_trained_turns_of_a_row_are_responses(prepare: Any, sources: An
     assert "bad</s>" in decode(store, first, prompt) and decode(store, first, prompt).endswith("c\nAssistant:")
 
 
-@pytest.mark.parametrize("change", ["max_length", "content", "template", "holdout"])
-def test_a_store_of_other_inputs_is_refused_unless_overwritten(
-    prepare: Any, sources: Any, specialists: Any, tmp_path: Path, change: str
-) -> None:
-    prepare()
-    changes: dict[str, Any] = {}
-    if change == "max_length":
-        changes["max_length"] = 300
-    elif change == "holdout":
-        changes["holdout_rows"] = {sources["text"][0]: 3}
-    elif change == "template":
-        changes["specialists"] = {**specialists, "math": (specialists["math"][0], "ultralm")}
-    else:
-        with sources["text"][0].open("a") as file:
-            file.write("\n")
-    word = {"max_length": "max_length", "template": "specialists", "content": "sources", "holdout": "sources"}[change]
-    with pytest.raises(InputError, match=rf"holds a store made from other inputs \({word}\)"):
-        prepare(**changes)
-    before = TokenStore.open(tmp_path / "store").fingerprint
-    assert not prepare(**changes, overwrite=True).reused
-    assert TokenStore.open(tmp_path / "store").fingerprint != before
-    assert prepare(**changes).reused
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_a_damaged_store_is_rebuilt_only_when_it_may_be_overwritten(prepare: Any, tmp_path: Path) -> None:
-    prepare()
-    (tmp_path / "store" / "text" / "train" / "responses.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"responses.bin: damaged: 0 bytes.*--overwrite"):
-        prepare()
-    assert not prepare(overwrite=True).reused
-    TokenStore.open(tmp_path / "store")
-
-
-def test_a_folder_that_is_no_store_is_left_alone(prepare: Any, tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="exists and is no token store; it is left alone"):
-        prepare(overwrite=True)
-    assert (tmp_path / "store" / "thesis.txt").read_text() == "precious"
-
-
-def test_nothing_is_left_behind_when_preparing_fails_half_way(prepare: Any, sources: Any, tmp_path: Path) -> None:
-    sources["math"][0].write_text('[{"question": "a", "answer": "b"}, {oops}]')
-    before = set(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"math.jsonl:1: row 2: bad JSON"):
-        prepare()
-    assert set(tmp_path.iterdir()) == before
-
-
 def test_an_empty_class_is_refused_with_the_reason(prepare: Any, sources: Any, tmp_path: Path) -> None:
     write_rows(sources["code"][0], [{"prompt": "a"}])
     with pytest.raises(InputError, match='class "code" is left without train rows: 1 read, dropped: 1 malformed'):
@@ -393,18 +292,3 @@ def test_a_progress_bar_goes_to_stderr_only_when_asked_for(
     prepare(progress=True, max_length=300, overwrite=True)
     captured = capfd.readouterr()
     assert captured.out == "" and "tokenising" in captured.err
-
-
-def test_what_a_killed_preparation_left_is_removed_unless_its_process_lives(prepare: Any, tmp_path: Path) -> None:
-    left, held, other = (tmp_path / name for name in (".store.partial-a", ".store.partial-b", ".store2.partial-c"))
-    for folder in (left, held, other):
-        folder.mkdir()
-        (folder / "tokens").write_bytes(b"half")
-    process = os.open(held, os.O_RDONLY)  # as it holds its own
-    try:
-        fcntl.flock(process, fcntl.LOCK_EX)
-        prepare()
-    finally:
-        os.close(process)
-    assert [folder.exists() for folder in (left, held, other)] == [False, True, True]
-    assert [path.name for path in tmp_path.glob(".store.partial-*")] == [held.name]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ class Recorded:
             self.change.notify_all()
         if step == self.failing:
             raise ValueError(f"step {step} cannot be made")
-        return StepBatch([], 10 * step, 1, 1, Packing(0.0, 1.0, 1.0))
+        return StepBatch([], {}, np.array([10 * step]), Packing(0.0, 1.0, 1.0))
 
     def wait_for(self, steps: list[int]) -> None:
         with self.change:
@@ -92,7 +93,7 @@ def test_batches_for_a_gpu_are_pinned_in_the_thread(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     # Ids 2, positions 2, starts 2 and rows 1 of a specialist's one sequence of two tokens; a target and its class.
     microbatch = MicroBatch(torch.arange(9), {"text": (2,)}, [1])
-    batches: Any = SimpleNamespace(step=lambda step: StepBatch([microbatch], 1, 1, 1, Packing(0.0, 1.0, 1.0)))
+    batches: Any = SimpleNamespace(step=lambda step: StepBatch([microbatch], {}, np.ones(1), Packing(0.0, 1.0, 1.0)))
     with StepsAhead(batches, 0, 1, torch.device("cuda")) as ahead:
         (found,) = ahead.step(0).microbatches
     assert torch.equal(found.targets, microbatch.targets) and found.tokens["text"].lengths == (2,)

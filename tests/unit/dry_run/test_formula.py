@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.fake_cuda_worker import on_fake_cuda
-from support.trio_13b import two_layers
+from trio_13b import two_layers
 
 from ultrafuser_mega.dry_run.formula import predictions
 from ultrafuser_mega.reporting.rehearsal import Rehearsal

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.release_folder import ROUNDING
 from support.release_prompts import STEPS, batch, of_row, response
 
 from ultrafuser_mega.errors import InputError
@@ -42,13 +41,13 @@ def test_the_text_is_that_of_generate(model: Any) -> None:
     assert list(decode(Decoder(model), ROWS).values()) == response(sequences, inputs)
 
 
-def test_gate_weights_are_those_behind_each_token(model: Any, reference: Any) -> None:
+def test_gate_weights_are_those_behind_each_token(model: Any, reference: Any, close: Any) -> None:
     decoding = Decoder(model).decode([ROWS[1]], max_new_tokens=4, sampling=GREEDY, eos=())
     steps = list(decoding)
     answer = [step.tokens[0] for step in steps]
     whole = {name: [*prompt, *answer[:-1]] for name, prompt in ROWS[1].items()}
     expected = reference(whole, 4)[1]
-    torch.testing.assert_close(torch.cat([step.weights for step in steps]).double(), expected, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(torch.cat([step.weights for step in steps]).double(), expected, **close)
 
 
 def test_rows_leave_the_batch_at_eos_and_the_others_go_on_unchanged(model: Any, reference: Any) -> None:

@@ -21,7 +21,12 @@ EXAMPLE = PROJECT / "examples" / "slurm" / "pretrain_fuser.sbatch"
 
 
 def script(**changes: Any) -> str:
-    job = {"name": "run", "python": "python3", "config_path": Path("my run.yaml"), "overrides": ["a.b=it's"]}
+    job: dict[str, Any] = {
+        "name": "run",
+        "python": "python3",
+        "config_path": Path("my run.yaml"),
+        "overrides": ["a.b=it's"],
+    }
     return batch_script(
         SlurmJob(**(job | {"nodes": [2], "ranks_per_node": 2, "gpus": False, "cpus_per_rank": 1} | changes))
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrafuser_mega.models import elementwise
-from ultrafuser_mega.models.elementwise import rms_norm, rotate, swiglu
+from ultrafuser_mega.models.elementwise import rms_norm, rotated_heads, swiglu
 
 EPS = 1e-5
 
@@ -42,11 +42,18 @@ def test_swiglu_is_silu_of_one_half_times_the_other() -> None:
     torch.testing.assert_close(swiglu(x), F.silu(x[..., :6]) * x[..., 6:], rtol=1e-14, atol=1e-15)
 
 
-def test_rotation_is_multiplication_by_a_complex_number() -> None:
-    q, k, (cos, sin) = normal(6, 1, 3, 8), normal(6, 1, 2, 8, seed=1), angles(6, 4)
-    for x, turned in zip((q, k), rotate(q, k, cos, sin), strict=True):
-        expected = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
-        torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1)[:, 0])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (4, 1)])
+def test_heads_come_apart_and_rotation_is_multiplication_by_a_complex_number(heads: int, groups: int) -> None:
+    each, (cos, sin) = heads // groups, angles(6, 4)
+    whole = normal(6, heads + 2 * groups, 8)
+    q, k, v = rotated_heads(whole.flatten(1), cos, sin, groups)
+    queries = [g * (each + 2) + i for g in range(groups) for i in range(each)]
+    keys = [g * (each + 2) + each for g in range(groups)]
+    for turned, places in ((q, queries), (k, keys)):
+        x = whole[:, places]
+        expected = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, 0]
+        torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1))
+    assert torch.equal(v, whole[:, [place + 1 for place in keys]])
 
 
 def test_gradients_are_those_of_small_differences() -> None:
@@ -54,8 +61,8 @@ def test_gradients_are_those_of_small_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS), (x, weight))
     assert torch.autograd.gradcheck(swiglu, (normal(4, 1, 6).requires_grad_(),))
     cos, sin = angles(4, 3)
-    q, k = normal(4, 1, 2, 6).requires_grad_(), normal(4, 1, 1, 6, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), (q, k))
+    mixed = normal(4, 2 * (2 + 2) * 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda mixed: rotated_heads(mixed, cos, sin, 2), (mixed,))
 
 
 class Operators(TorchDispatchMode):
@@ -75,7 +82,7 @@ def calls() -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
     return {
         "rms_norm": (lambda x, weight: rms_norm(x, weight, EPS), (normal(4, 1, 6), normal(6))),
         "swiglu": (swiglu, (normal(4, 1, 6),)),
-        "rotate": (lambda q, k: rotate(q, k, cos, sin), (normal(4, 1, 2, 6), normal(4, 1, 1, 6))),
+        "rotated_heads": (lambda mixed: rotated_heads(mixed, cos, sin, 2), (normal(4, 2 * (2 + 2) * 6),)),
     }
 
 
@@ -89,22 +96,21 @@ def test_forward_and_backward_are_one_operator_each(name: str) -> None:
     upstream = [torch.ones_like(y) for y in out] if isinstance(out, tuple) else torch.ones_like(out)
     with Operators() as backward:
         torch.autograd.grad(out, inputs, upstream)
-    names = {"rotate": ("rotate_both", "rotate_both")}.get(name, (f"{name}_forward", f"{name}_backward"))
-    assert (forward.seen, backward.seen) == tuple([f"ultrafuser::{one}"] for one in names)
+    assert (forward.seen, backward.seen) == ([f"ultrafuser::{name}_forward"], [f"ultrafuser::{name}_backward"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fake_tensors_have_the_shapes_and_types_of_real_ones(dtype: torch.dtype) -> None:
     x, weight, rstd = normal(4, 1, 6, dtype=dtype), normal(6, dtype=dtype), torch.ones(4, 1, 1)
-    q, k = normal(4, 1, 2, 6, dtype=dtype), normal(4, 1, 1, 6, dtype=dtype)
+    mixed, q, k = (normal(4, *shape, dtype=dtype) for shape in ((48,), (4, 6), (2, 6)))
     cos, sin = (x.to(dtype) for x in angles(4, 3))
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (elementwise.rms_norm_forward, (x, weight, EPS)),
         (elementwise.rms_norm_backward, (x, x, weight, rstd)),
         (elementwise.swiglu_forward, (x,)),
         (elementwise.swiglu_backward, (x[..., :3], x)),
-        (elementwise.rotate_both, (q, k, cos, sin, False)),
-        (elementwise.rotate_both, (q[:, 0], k[:, 0], cos, sin, True)),
+        (elementwise.rotated_heads_forward, (mixed, cos, sin, 2)),
+        (elementwise.rotated_heads_backward, (q, k, k, cos, sin)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

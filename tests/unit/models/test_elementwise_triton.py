@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.layer_operations import Case, differing, norm_cases, rotation_cases, swiglu_cases, violations
+from support.layer_operations import Case, differing, heads_cases, norm_cases, swiglu_cases, violations
 from torch import Tensor
 
 from ultrafuser_mega.models import elementwise
@@ -61,41 +61,50 @@ def test_swiglu_is_right_in_any_width(rows: int, width: int, dtype: Any, interpr
     check(swiglu_cases(x, normal(rows, 1, width, seed=1, dtype=dtype)), interpreted)
 
 
-def rotated(q: Tensor, k: Tensor) -> list[Case]:
-    tokens, dtype, half = q.shape[0], q.dtype, q.shape[-1] // 2
+def rotated(mixed: Tensor, heads: int, groups: int, width: int) -> list[Case]:
+    tokens, dtype, half = len(mixed), mixed.dtype, width // 2
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] / 100.0 ** (torch.arange(half) / half)
     cos, sin = (part.to(dtype)[:, None, None] for part in (angle.cos(), angle.sin()))
-    dq, dk = (normal(tokens, *x.shape[2:], seed=5, dtype=dtype) for x in (q, k))
-    return rotation_cases(q, k, dq, dk, cos, sin)
+    # As attention gives them: by token, by head, and one that is only a part of what lies in memory.
+    dq = normal(tokens, heads, width, seed=5, dtype=dtype)
+    dk = normal(groups, tokens, width, seed=6, dtype=dtype).transpose(0, 1)
+    dv = normal(tokens, groups, 2 * width, seed=7, dtype=dtype)[..., width:]
+    return heads_cases(mixed, (dq, dk, dv), cos, sin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "groups", "width"), [(40, 40, 128), (8, 2, 64), (3, 1, 80), (17, 5, 2)])
-def test_rotation_is_right_in_any_number_of_heads(
-    heads: int, groups: int, width: int, dtype: Any, interpreted: Any
-) -> None:
-    q, k = (normal(5, 1, n, width, seed=n, dtype=dtype) for n in (heads, groups))
-    check(rotated(q, k), interpreted)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(40, 40, 128), (8, 2, 64), (3, 1, 80), (15, 5, 2)])
+def test_heads_are_right_in_any_number(heads: int, groups: int, width: int, dtype: Any, interpreted: Any) -> None:
+    check(rotated(normal(5, (heads + 2 * groups) * width, seed=1, dtype=dtype), heads, groups, width), interpreted)
+
+
+def test_a_value_that_is_not_finite_stays_where_it_is(interpreted: Any) -> None:
+    heads, groups, width = 4, 2, 16
+    mixed = normal(5, (heads + 2 * groups) * width, seed=1, dtype=torch.float32)
+    mixed[2, 3 * width + 1] = torch.inf  # the first group's value
+    forward, backward = rotated(mixed, heads, groups, width)
+    backward.arguments[2][2, 0, 1] = torch.inf
+    (_, _, v), gradient = interpreted(answers, [forward, backward], 2)
+    for found in (v[2, 0], gradient[2, 3 * width : 4 * width]):
+        assert found.isinf().sum() == 1 and not found.isnan().any()
 
 
 @pytest.mark.parametrize("per_group", [1, 3])
-def test_rows_may_lie_in_the_fused_projection(per_group: int, interpreted: Any) -> None:
-    """As Megatron cuts queries and keys out of it, head by head or group by group."""
+def test_rows_of_a_norm_may_lie_in_the_fused_projection(per_group: int, interpreted: Any) -> None:
+    """As queries and keys are cut out of it, group by group."""
     groups, width, dtype = 3, 80, torch.bfloat16
-    mixed = normal(5, 1, groups, (per_group + 2) * width, seed=0, dtype=dtype)
-    q, k, _ = mixed.split([per_group * width, width, width], dim=3)
-    q = q.reshape(5, 1, -1, width)
-    assert not k.is_contiguous() and (per_group > 1 or not q.is_contiguous())
-    check(rotated(q, k), interpreted)
+    mixed = normal(5, groups, per_group + 2, width, seed=0, dtype=dtype)
+    q, k, _ = mixed.split([per_group, 1, 1], dim=2)
     for x in (q, k):
+        assert not x.is_contiguous()
         check(norm_cases(x, normal(width, seed=1, dtype=dtype), normal(*x.shape, seed=2, dtype=dtype)), interpreted)
 
 
 def test_rows_may_lie_anywhere(interpreted: Any) -> None:
     dtype = torch.float32
-    x = normal(6, 2, 50, seed=0, dtype=dtype)
+    x = normal(6, 2, 20, seed=0, dtype=dtype)
     one = torch.ones((), dtype=dtype)
-    for strided in (x[:, :, 3:47], x[::2], x.transpose(0, 1), x.transpose(0, 2)[:44]):
+    for strided in (x[:, :, 3:17], x[::2], x.transpose(0, 1), x.transpose(0, 2)[:14]):
         width = strided.shape[-1]
         for dy in (one.expand(strided.shape), normal(*strided.shape, seed=1, dtype=dtype).flip(-1)):
             check(norm_cases(strided, normal(width, seed=2, dtype=dtype), dy), interpreted)
@@ -124,13 +133,13 @@ def launches(tokens: int, width: int, dtype: torch.dtype) -> tuple[list[Any], in
     gpu.launches.clear()
     gpu.stand_in()
     x, half = torch.zeros(tokens, 1, width, dtype=dtype), torch.zeros(tokens, 1, width // 2, dtype=dtype)
-    q, cos = torch.zeros(tokens, 1, 4, 16, dtype=dtype), torch.zeros(tokens, 1, 1, 8, dtype=dtype)
+    q, cos = torch.zeros(tokens, 4, 16, dtype=dtype), torch.zeros(tokens, 1, 1, 8, dtype=dtype)
     elementwise_triton.rms_norm_forward(x, x[0, 0].clone(), 1e-5)
     elementwise_triton.rms_norm_backward(x, x, x[0, 0].clone(), x[..., :1].float())
     elementwise_triton.swiglu_forward(x)
     elementwise_triton.swiglu_backward(half, x)
-    elementwise_triton.rotate_both(q, q, cos, cos, False)
-    elementwise_triton.rotate_both(q[:, 0], q[:, 0], cos, cos, True)
+    elementwise_triton.rotated_heads_forward(torch.zeros(tokens, 8 * 16, dtype=dtype), cos, cos, 2)
+    elementwise_triton.rotated_heads_backward(q, q[:, :2], q[:, :2], cos, cos)
     kernels = [kernel for name, kernel in vars(elementwise_triton).items() if name.endswith("_kernel")]
     return gpu.launches, sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
@@ -142,8 +151,8 @@ def test_every_operator_is_one_launch(compiling: Any) -> None:
         "rms_norm_backward_kernel",
         "swiglu_forward_kernel",
         "swiglu_backward_kernel",
-        "rotate_kernel",
-        "rotate_kernel",
+        "rotated_heads_forward_kernel",
+        "rotated_heads_backward_kernel",
     ]
 
 

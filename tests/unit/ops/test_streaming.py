@@ -16,7 +16,9 @@ from ultrafuser_mega.ops import mixture_cross_entropy
 EVERYTHING, GATE = (True, True, True), (True, False, False)
 
 
-def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: Any) -> Any:
+def streamed(
+    case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, workspace_bytes: int = 8 << 10, **tile: Any
+) -> Any:
     from ultrafuser_mega.ops import streaming, streaming_tiles
     from ultrafuser_mega.ops.problem import checked_problem
 
@@ -26,7 +28,7 @@ def streamed(case: Case, needs: tuple[bool, bool, bool] = EVERYTHING, **tile: An
         return streaming.mixture_loss(checked_problem(hidden, heads, gate_logits, target, **(defaults | options)))[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        small = {"SPLIT_COLUMNS": 256, "TILE_COLUMNS": 100, "MULTIPLE": 8, "WORKSPACE_BYTES": 8 << 10}
+        small = {"SPLIT_COLUMNS": 256, "TILE_COLUMNS": 100, "MULTIPLE": 8, "WORKSPACE_BYTES": workspace_bytes}
         for name, value in small.items():
             patch.setattr(streaming, name, value)
         for name, entries in streaming_tiles.TILES.items():
@@ -127,10 +129,14 @@ def test_a_small_vocabulary_is_cut_so_that_programs_are_many_and_a_large_one_int
     assert [compiling(splits_of, columns) for columns in (1, 4000, 16032, 32000, 128256)] == [1, 8, 8, 8, 32]
 
 
+def in_one_workspace(case: Case, needs: tuple[bool, bool, bool]) -> Any:
+    return streamed(case, needs, workspace_bytes=1 << 20)
+
+
 def test_every_block_has_its_program_where_they_come_in_groups(interpreted: Any) -> None:
-    """19 blocks of rows: a whole group of 16, and one of 3."""
+    """19 blocks of rows, forward and backward: a whole group of 16, and one of 3."""
     case = make_case(79, rows=600, vocab=100, widths=(4, 3))
-    assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
+    assert rule_violations(interpreted(in_one_workspace, case, EVERYTHING), case) == []
 
 
 def test_what_an_ignored_row_holds_does_not_matter(interpreted: Any) -> None:

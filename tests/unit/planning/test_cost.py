@@ -7,7 +7,7 @@ counts them, and operands of collectives. They do not depend on how the elementw
 from __future__ import annotations
 
 import pytest
-from support.trio_13b import plan_13b
+from trio_13b import plan_13b
 
 from ultrafuser_mega.planning.cost import rank_cost
 from ultrafuser_mega.planning.memory import rank_memory
@@ -49,16 +49,11 @@ def test_parameters_of_a_rank_are_exact() -> None:
     assert role_of(plan_13b(TP8_DP2), 0).parameters == 4_885_331_200
 
 
-def test_saving_takes_one_part_of_the_optimizer_at_a_time() -> None:
+def test_saving_takes_nothing_of_a_gpu_and_a_copy_of_the_rank_s_part_on_a_cpu() -> None:
     plan = plan_13b(TP8_DP2)
-    memory = rank_memory(plan, 0, one(plan, 2048))
-    assert memory.save == 32016 / 8 * 5120 * 4  # of the largest tensor, code's embedding, in float32
-    assert memory.phase == "backward"
-
-
-def test_a_plain_optimizer_gathers_nothing() -> None:
-    plan = plan_13b(TP8_DP2, parallel={"sequence_parallel": True})
-    assert rank_memory(plan, 0, one(plan, 2048)).save == 0
+    on_gpu, on_cpu = (rank_memory(plan, 0, one(plan, 2048), device=device) for device in ("cuda", "cpu"))
+    assert (on_gpu.save, on_gpu.phase) == (0, "backward")
+    assert on_cpu.save == (2 + 12) * 4_885_331_200 / 2  # weights, their float32 masters and both moments, of half
 
 
 def test_products_of_a_microbatch() -> None:

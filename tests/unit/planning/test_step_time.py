@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.trio_13b import ROWS, plan_13b
+from trio_13b import ROWS, plan_13b
 
 from ultrafuser_mega.planning.cost import Program, rank_cost
 from ultrafuser_mega.planning.hardware import GPUS, Assumptions, Cluster

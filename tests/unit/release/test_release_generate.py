@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.release_folder import ROUNDING
 from support.release_prompts import PROMPTS, STEPS, batch, of_row, response
 from transformers import StoppingCriteria
 
@@ -120,7 +119,7 @@ def test_stopping_criteria_see_the_growing_sequence(model: Any) -> None:
     assert len(response(sequences, inputs)[0]) == 3
 
 
-def test_scores_that_generate_returns_are_the_reference_logits(model: Any, reference: Any) -> None:
+def test_scores_that_generate_returns_are_the_reference_logits(model: Any, reference: Any, close: Any) -> None:
     inputs = batch(rows=(0,))
     output = model.generate(
         **inputs, max_new_tokens=4, eos_token_id=None, output_logits=True, return_dict_in_generate=True
@@ -128,7 +127,7 @@ def test_scores_that_generate_returns_are_the_reference_logits(model: Any, refer
     tokens = response(output.sequences, inputs)[0]
     for step, logits in enumerate(output.logits):
         expected, _ = reference({name: prompt + tokens[:step] for name, prompt in of_row(0).items()}, 1)
-        torch.testing.assert_close(logits[0].double(), expected[0], atol=ROUNDING, rtol=0.0)
+        torch.testing.assert_close(logits[0].double(), expected[0], **close)
 
 
 @pytest.mark.parametrize(

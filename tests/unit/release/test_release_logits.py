@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.release_folder import PIECES, ROUNDING
+from support.release_folder import PIECES
 
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
-
-CLOSE: dict[str, Any] = {"atol": ROUNDING, "rtol": 0.0}
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,14 +23,16 @@ def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_ids_alone_go_to_all_specialists_and_every_position_has_fused_logits(model: Any, reference: Any) -> None:
+def test_ids_alone_go_to_all_specialists_and_every_position_has_fused_logits(
+    model: Any, reference: Any, close: Any
+) -> None:
     ids = random_ids(3, 17)
     output = model(ids, return_gate_weights=True)
     assert output.logits.shape == (3, 17, PIECES) and output.logits.dtype == torch.float32
     for row, logits, weights in zip(ids, output.logits, output.gate_weights, strict=True):
         expected, expected_weights = reference(dict.fromkeys(model.names, row.tolist()), 17)
-        torch.testing.assert_close(logits.double(), expected, **CLOSE)
-        torch.testing.assert_close(weights.double(), expected_weights, **CLOSE)
+        torch.testing.assert_close(logits.double(), expected, **close)
+        torch.testing.assert_close(weights.double(), expected_weights, **close)
     torch.testing.assert_close(output.gate_weights.sum(-1), torch.ones(3, 17))
     assert output.gate_weights.std(dim=(0, 1)).min() > 0.01, "the test's gate must tell positions apart"
 
@@ -44,7 +44,7 @@ def test_specialists_of_one_width_share_a_gate_layer_and_keep_their_order(models
 
 
 @torch.no_grad()
-def test_prompts_of_different_lengths_are_aligned_at_their_ends(model: Any, reference: Any) -> None:
+def test_prompts_of_different_lengths_are_aligned_at_their_ends(model: Any, reference: Any, close: Any) -> None:
     response = [random_ids(6, seed=row).tolist() for row in range(2)]
     prompts = {
         name: [random_ids(length, seed=10 + row).tolist() for row, length in enumerate(lengths)]
@@ -59,8 +59,8 @@ def test_prompts_of_different_lengths_are_aligned_at_their_ends(model: Any, refe
     )
     for row in range(2):
         expected, weights = reference({name: whole[name][row] for name in model.names}, 7)
-        torch.testing.assert_close(output.logits[row].double(), expected, **CLOSE)
-        torch.testing.assert_close(output.gate_weights[row].double(), weights, **CLOSE)
+        torch.testing.assert_close(output.logits[row].double(), expected, **close)
+        torch.testing.assert_close(output.gate_weights[row].double(), weights, **close)
 
 
 @torch.no_grad()
@@ -71,32 +71,32 @@ def test_without_logits_to_keep_specialist_prompts_give_as_many_positions_as_the
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing_but_the_padding(model: Any) -> None:
+def test_left_padding_changes_nothing_but_the_padding(model: Any, close: Any) -> None:
     rows = [random_ids(5).tolist(), random_ids(11, seed=1).tolist()]
     ids, mask = pad_left(rows)
     batched = model(ids, attention_mask=mask).logits
     for row, logits in zip(rows, batched, strict=True):
-        torch.testing.assert_close(logits[-len(row) :], model(torch.tensor([row])).logits[0], **CLOSE)
+        torch.testing.assert_close(logits[-len(row) :], model(torch.tensor([row])).logits[0], **close)
 
 
 @torch.no_grad()
-def test_a_cache_gives_the_same_logits_as_the_whole_sequence(model: Any) -> None:
+def test_a_cache_gives_the_same_logits_as_the_whole_sequence(model: Any, close: Any) -> None:
     ids = random_ids(2, 14)
     whole = model(ids, use_cache=False)
     assert whole.past_key_values is None
     first = model(ids[:, :9])
     second = model(ids[:, 9:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole.logits, **CLOSE)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole.logits, **close)
 
 
 @torch.no_grad()
-def test_logits_to_keep_takes_the_last_positions(model: Any) -> None:
+def test_logits_to_keep_takes_the_last_positions(model: Any, close: Any) -> None:
     ids = random_ids(2, 8)
-    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:], **CLOSE)
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:], **close)
 
 
 def test_the_loss_is_that_of_the_next_token_and_reaches_the_gate_and_every_head_row(
-    release: Any, reference: Any
+    release: Any, reference: Any, close: Any
 ) -> None:
     model: Any = UltraFuserForCausalLM.from_pretrained(release)
     ids = random_ids(1, 12)
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_the_next_token_and_reaches_the_gate_and_every_head_
     output = model(ids, labels=labels)
     logits, _ = reference(dict.fromkeys(model.names, ids[0].tolist()), 12)
     expected = torch.nn.functional.cross_entropy(logits[4:-1], ids[0, 5:])
-    torch.testing.assert_close(output.loss.double(), expected, **CLOSE)
+    torch.testing.assert_close(output.loss.double(), expected, **close)
     summed = model(ids, labels=labels, num_items_in_batch=2).loss
     torch.testing.assert_close(summed.double(), expected * 7 / 2, atol=1e-4, rtol=0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -186,16 +187,39 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def contending(arguments: list[str]) -> None:
+    """The script in a process of its own, which the trainer's process groups need."""
+    sys.argv = ["train_beside_plain.py", *arguments]
+    script("train_beside_plain").main()
+
+
 @pytest.mark.timeout(280)
 def test_the_trainer_contends(models: Any, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    command = [sys.executable, str(TOOLS / "benchmarks" / "train_beside_plain.py"), "--contender", "trainer"]
-    command += ["--models", str(models), "--device", "cpu", "--warm-steps", "1", "--steps", "1"]
-    subprocess.run([*command, "--out", str(tmp_path / "out.json")], check=True, timeout=250)
+    arguments = ["--contender", "trainer", "--models", str(models), "--device", "cpu"]
+    arguments += ["--warm-steps", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]
+    process = multiprocessing.get_context("forkserver").Process(target=contending, args=(arguments,))
+    process.start()
+    process.join(250)
+    assert process.exitcode == 0
     result = json.loads((tmp_path / "out.json").read_text())
     for stage in ("stage1", "stage2"):
         assert len(result[stage]["seconds"]) == 1 and result[stage]["median_s"] > 0
         assert result[stage]["response_tokens_per_s"] > 0 and result[stage]["operators"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_plain_script_that_takes_the_same_steps_in_turn_has_the_same_losses(models: Any, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    command = [sys.executable, str(TOOLS / "benchmarks" / "steps_beside_plain.py"), str(models / "run.yaml")]
+    command += ["--device", "cpu", "--warm-rounds", "1", "--rounds", "2", "--microbatch", "2"]
+    subprocess.run([*command, "--out", str(tmp_path / "out.json")], check=True, timeout=250)  # fails if losses differ
+    stages = json.loads((tmp_path / "out.json").read_text())["stages"]
+    assert list(stages) == ["1", "2"]
+    for stage in stages.values():
+        assert len(stage["contenders"]) == 3
+        assert all(len(one["seconds"]) == 2 and len(one["losses"]) == 3 for one in stage["contenders"].values())
 
 
 @pytest.mark.parametrize("name", ["plain PyTorch", "one GEMM"])
@@ -219,7 +243,8 @@ def test_the_plain_script_trains_the_gate_alone_then_everything_and_its_losses_f
     samples = {n: beside.cut([encode(models / o, o, rows[n]) for o in CLASSES], 256) for n in CLASSES}
     step = next(plain.batches(samples, 1, 2))
     assert [len(microbatch[0]) for microbatch in step] == [2, 1]  # three samples in microbatches of two
-    assert all([s.response for s in m[0]] == [s.response for s in other] for m in step for other in m[1:])
+    responses = [[[[s.ids[at] for at in s.responses] for s in samples] for samples in m] for m in step]
+    assert all(m[0] == other for m in responses for other in m[1:])
     losses: list[float] = []
 
     def watched(*arguments: object, **options: object) -> torch.Tensor:
@@ -232,7 +257,7 @@ def test_the_plain_script_trains_the_gate_alone_then_everything_and_its_losses_f
     for stage, moved in ((1, {"gate"}), (2, {"gate", "specialists"})):
         trainer = plain.PlainTrainer(model, stage, watched, torch.float32)
         for _ in range(3):
-            assert trainer.step(step) == sum(len(s.response) for m in step for s in m[0])
+            assert trainer.step(step) == sum(len(s.responses) for m in step for s in m[0])
         changed = {n.split(".")[0] for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
         assert changed == moved
     assert sum(losses[-2:]) < sum(losses[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     assert not (tmp_path / "toy").exists()
 
 
-def test_a_failing_worker_is_named_with_what_it_said(tmp_path: Path) -> None:
+def test_a_failing_worker_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell in place of the Python that would first import all that training needs."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such file: math.train.jsonl >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     job = Job("math", str(tmp_path), str(tmp_path / "nothing"), SMALL.shape("math"), 1, 1, 1e-3, 0, "cpu")
     with pytest.raises(RuntimeError, match=r"(?s)toy specialist 'math' ended with code 1.*math\.train\.jsonl"):
         run_jobs([job], build.Console(quiet=True))

@@ -36,7 +36,7 @@ def check(plan: LayoutPlan) -> None:
         assert totals.means["code"] == {"loss": 3.0, "negated": -3.0}
         assert totals.means["law"] == {"loss": 0.0, "negated": 0.0}
         assert totals.counts == {"text": 2, "code": 3, "law": 0}
-        assert totals.largest == [plan.world_size - 1, 0.0]
+        assert totals.ranks.tolist() == [[rank, -rank] for rank in range(plan.world_size)]
 
 
 def test_every_replica_counts_once_however_many_ranks_share_its_rows() -> None:
