@@ -106,7 +106,7 @@ def test_a_run_that_slurm_preempts_and_stops_ends_where_an_undisturbed_one_does(
     job = submitted(cluster, tree, tmp_path, monkeypatch, capsys)
 
     job.wait("first steps", lambda: len(job.steps()) >= 4)
-    urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--wrap=true")
+    urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--wrap=:")
     job.wait("requeue behind a preemption", lambda: cluster.facts(job.number)["Restarts"] == "1")
     preempted = job.steps()[-1]
     assert preempted < sum(STEPS)
