@@ -6,6 +6,8 @@ while: preemption by a job of a higher partition, a rank that is killed, the tim
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,15 +67,18 @@ class Job:
     def said(self) -> str:
         return self.log.read_text() if self.log.is_file() else ""
 
+    def is_requeued(self, times: int) -> bool:
+        facts = self.cluster.facts(self.number)
+        return facts["Restarts"] == str(times) and facts["JobState"] == "PENDING"
+
     def wait(self, what: str, condition: Callable[[], bool]) -> float:
         """Until ``condition``; how many seconds that took."""
         began = time.monotonic()
         while not condition():
-            state = self.cluster.facts(self.number)["JobState"]
-            alive = state in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED") or condition()
-            assert alive, f"no {what}: {state}\n{self.said()}\n{self.cluster.last_words()}"
-            late = time.monotonic() - began > DEADLINE_S
-            assert not late, f"no {what} in time\n{self.said()}\n{self.cluster.last_words()}"
+            facts = self.cluster.facts(self.number)
+            alive = facts["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
+            in_time = time.monotonic() - began < DEADLINE_S
+            assert (alive and in_time) or condition(), f"no {what}: {facts}\n{self.said()}\n{self.cluster.last_words()}"
             time.sleep(0.2)
         return time.monotonic() - began
 
@@ -84,10 +89,21 @@ class Job:
         }
 
 
+def running_minutes(job: Job) -> int:
+    hours, minutes, _ = job.cluster.facts(job.number)["RunTime"].split(":")
+    return 60 * int(hours) + int(minutes)
+
+
+def is_asked_to_stop(rank: psutil.Process) -> bool:
+    """Whether a process that is suspended has SIGUSR1 to answer."""
+    (pending,) = re.findall(r"ShdPnd:\s+(\w+)", Path(f"/proc/{rank.pid}/status").read_text())
+    return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
 def submitted(cluster: Cluster, tree: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, said: Any) -> Job:
     (folder / "c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     monkeypatch.chdir(folder)
-    asked = ["--nodes", "1-2", "--time", "2:00:00", "--partition", "main", "--grace", 3600]
+    asked = ["--nodes", "1-2", "--ranks-per-node", 2, "--time", "2:00:00", "--partition", "main", "--grace", 3600]
     own = ["--cache", folder / "node" / "store", "--python", sys.executable, "--sbatch=--nodes=2"]  # one may be lost
     assert ultrafuser(monkeypatch, "slurm", "--config", "c.yaml", "--submit", *asked, *own) == 0, said.readouterr().err
     number = said.readouterr().out.split()[-1]
@@ -107,7 +123,7 @@ def test_a_run_that_slurm_preempts_stops_and_takes_a_node_from_ends_where_an_und
 
     urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--wrap=:")
     took = job.wait("end of the ranks", lambda: not job.ranks())
-    job.wait("requeue behind a preemption", lambda: cluster.facts(job.number)["Restarts"] == "1")
+    job.wait("requeue behind a preemption", lambda: job.is_requeued(1))
     preempted = job.step
     assert 0 < preempted < LAST
     story += [f"preempted behind step {preempted}: all ranks gone {took:.1f} s behind the other job's submission"]
@@ -115,26 +131,28 @@ def test_a_run_that_slurm_preempts_stops_and_takes_a_node_from_ends_where_an_und
     assert cluster.facts(urgent)["JobState"] == "COMPLETED"
     story += [f"first step of the second start {took:.1f} s behind that"]
 
-    killed = job.step
+    killed, began = job.step, time.monotonic()
     job.ranks()["3"].kill()
     job.wait("restart within the job", lambda: "restart 1: going on from the newest checkpoint" in job.said())
-    took = job.wait("first rank of the restart", lambda: "3" in job.ranks())
     job.wait("steps behind the restart", lambda: job.said().count("resumed from ") == 2 and job.step > killed)
+    story += [f"rank 3 killed in step {killed + 1}: {time.monotonic() - began:.1f} s until a step behind that"]
     assert cluster.facts(job.number)["Restarts"] == "1"
 
     for rank in job.ranks().values():  # so that the run is not over before Slurm looks at its time
         rank.suspend()
-    cluster.update(JobId=job.number, TimeLimit="+0")
+    cluster.update(JobId=job.number, TimeLimit=running_minutes(job) + 30)
     undisturbed = train(tree | {"name": "undisturbed"}, 4)
-    job.wait("word of the time limit", lambda: "Warning signal 10" in cluster.log())
+    job.wait("word of the time limit", lambda: all(is_asked_to_stop(rank) for rank in job.ranks().values()))
+    began = time.monotonic()
     for rank in job.ranks().values():
         rank.resume()
-    job.wait("requeue at the time limit", lambda: cluster.facts(job.number)["Restarts"] == "2")
+    job.wait("requeue at the time limit", lambda: job.is_requeued(2))
+    story += [f"{time.monotonic() - began:.1f} s from the time limit's signal until the job is in the queue again"]
     stopped = job.step
     assert stopped < LAST, "the run was over before its time"
 
     cluster.update(NodeName=NODES[1], State="DRAIN", Reason="taken from the test")
-    cluster.update(JobId=job.number, NumNodes="1-2", TimeLimit="2:00:00")
+    cluster.update(JobId=job.number, NumNodes="1-2", NumCPUs=2, TimeLimit="2:00:00")
     job.wait("end", lambda: cluster.facts(job.number)["JobState"] == "COMPLETED")
 
     mine, theirs = read_steps(job.run_dir), read_steps(undisturbed)

@@ -40,7 +40,6 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd%n.pid
-SlurmctldDebug=debug
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd%n.log
 ProctrackType=proctrack/linuxproc
@@ -99,10 +98,6 @@ class Cluster:
                 of_a_job = process.info["name"] == "slurmstepd" or "SLURM_JOB_ID" in environment
                 if of_a_job and environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
                     yield process, environment
-
-    def log(self) -> str:
-        """What slurmctld has logged."""
-        return (self.folder / "slurmctld.log").read_text()
 
     def last_words(self) -> str:
         """Of all daemons."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,7 +25,7 @@ def _train(
     resume: Resume = False,
     requeue: Requeue = False,
     elastic: Annotated[
-        bool, typer.Option("--elastic", help="--requeue, on as many of the ranks as a layout fits; the others wait")
+        bool, typer.Option("--elastic", help="--requeue, on as many of the ranks as a layout is for; the others wait")
     ] = False,
 ) -> None:
     """Fuse specialists into one model: stage 1 trains the gate, stage 2 everything.
@@ -44,7 +45,10 @@ def _train(
     from ultrafuser_mega.launch.rank import train_main
 
     context.obj.close()
-    raise typer.Exit(train_main(config, overrides or [], resume, requeue, elastic))
+    code = train_main(config, overrides or [], resume, requeue, elastic)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking the interpreter down takes seconds, in which a launcher loses patience
 
 
 def main() -> None:
