@@ -168,7 +168,7 @@ def _compare(rank: int, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         plan.config.stage2,
         plan.config.optimizer,
         distributed_optimizer=False,
-        overlap_gradients=True,
+        overlap=True,
         device=CPU,
     )
     _, batches = _global_batch(plan, groups)

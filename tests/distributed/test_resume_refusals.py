@@ -231,10 +231,18 @@ def test_renamed_checkpoint_is_refused_with_its_right_name(copied: dict[str, Any
         resume(copied)
 
 
-def test_damaged_configuration_in_the_checkpoint_is_named(copied: dict[str, Any]) -> None:
+@pytest.mark.parametrize("text", ["a: [", "just words", json.dumps({"dtype": "fp32"})])
+def test_a_damaged_configuration_in_a_checkpoint_is_named_and_the_older_one_taken(
+    copied: dict[str, Any], text: str
+) -> None:
     path = checkpoints(copied) / STAGE2 / "sources" / "config.yaml"
-    message = rf"^{re.escape(str(path))}: damaged \(.*\); copy the checkpoint again, or remove {STAGE2} for --resume"
-    for text in ("a: [", "just words", json.dumps({"dtype": "fp32"})):
-        path.write_text(text)
-        with pytest.raises(InputError, match=message):
-            resume(copied)
+    problem = rf"^{re.escape(str(path))}: damaged \(.*\)"
+    path.write_text(text)
+    plan = resume(copied)
+    assert plan.resume == (Progress(1, 2), checkpoints(copied) / STAGE1)
+    assert re.search(rf"{problem}; goes on from {STAGE1}$", plan.changes[0])
+    shutil.rmtree(checkpoints(copied) / STAGE1)
+    with pytest.raises(
+        InputError, match=rf"{problem}; copy the checkpoint again, or remove {STAGE2} and start afresh: "
+    ):
+        resume(copied)

@@ -163,7 +163,7 @@ def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -
         config.stage2,
         config.optimizer,
         distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_gradients=True,
+        overlap=True,
         device=CPU,
     )
     progress = Progress(2, config.stage2.steps)

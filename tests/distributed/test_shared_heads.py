@@ -154,7 +154,7 @@ def _write_again(rank: int, tree: dict[str, Any], written: Path, folder: Path) -
         config.stage2,
         config.optimizer,
         distributed_optimizer=False,
-        overlap_gradients=True,
+        overlap=True,
         device=CPU,
     )
     progress = Progress(2, config.stage2.steps)

@@ -48,18 +48,20 @@ CASES = (
     Case("16 GPUs in pipelines, 96 samples of 2048", {"tp": 8, "pp": 2}, 96, 2048, 1536, 8192, None),
 )
 
-TODAY = "+ replicas' gradients summed under the backward (today)"
+TODAY = "+ weights gathered under the forward (today)"
 
 #: Each on top of those before it.
 PROGRAMS = {
     "packing, known shapes, fused AdamW": Program(
-        fused_nodes=False, fused_weight_gradients=False, gradient_overlap=False
+        fused_nodes=False, fused_weight_gradients=False, gradient_overlap=False, weight_overlap=False
     ),
-    "+ one kernel per elementwise node": Program(fused_weight_gradients=False, gradient_overlap=False),
-    "+ weight gradients added by their products": Program(gradient_overlap=False),
+    "+ one kernel per elementwise node": Program(
+        fused_weight_gradients=False, gradient_overlap=False, weight_overlap=False
+    ),
+    "+ weight gradients added by their products": Program(gradient_overlap=False, weight_overlap=False),
+    "+ replicas' gradients summed under the backward": Program(weight_overlap=False),
     TODAY: Program(),
-    "+ weights gathered under the forward": Program(weight_overlap=True),
-    "+ tensor-parallel traffic under products": Program(weight_overlap=True, tensor_overlap=True),
+    "+ tensor-parallel traffic under products": Program(tensor_overlap=True),
 }
 
 

@@ -111,6 +111,8 @@ def chunks_to_write(model: FusedStage, trainable: Trainable | None, groups: Rank
         trainable: whose optimizer to write too; None for weights alone.
         groups: this rank's process groups.
     """
+    if trainable is not None:
+        trainable.settle()
     found: list[Chunk] = []
     states = {} if trainable is None else own_states(trainable)
     replica, replicas = groups.replica_index, groups.plan.dp

@@ -123,8 +123,9 @@ class Meter(TorchDispatchMode):
             self.operations[str(packet)] += 1
         if flops := _flops(packet, args, kwargs, out):
             self.flops["attention" if "attention" in str(packet) or "attn" in str(packet) else "products"] += flops
-        for leaf in tree_leaves(out):
-            self._hold(leaf)
+        if not func.is_view:  # one of an unknown storage looks at what a backend keeps for a collective it lacks
+            for leaf in tree_leaves(out):
+                self._hold(leaf)
         return out
 
     # ---- memory

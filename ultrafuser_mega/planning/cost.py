@@ -113,7 +113,7 @@ class Program:
     fused_nodes: bool = True
     fused_weight_gradients: bool = True
     gradient_overlap: bool = True
-    weight_overlap: bool = False
+    weight_overlap: bool = True
     tensor_overlap: bool = False
 
 

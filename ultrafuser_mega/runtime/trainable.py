@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import counted_again
+from ultrafuser_mega.runtime.weight_gather import WeightGather
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Trainable:
 
     clip_grad: bound on the gradient norm; 0 for none.
     phases: of this rank; sums of gradients over replicas are one, the wait for all ranks' norms another.
+    gather: of updated weights from replicas, where the forward hides it.
     """
 
     wrapped: DistributedDataParallel
@@ -31,6 +33,7 @@ class Trainable:
     clip_grad: float
     device: torch.device
     phases: Phases
+    gather: WeightGather | None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -76,8 +79,15 @@ class Trainable:
         if not skip:
             with megatron_scope(self.device):
                 self.optimizer.step_with_ready_grads()
+                if self.gather is not None:
+                    self.gather.start()
         self.schedule.step(1)
         return float(lr)
+
+    def settle(self) -> None:
+        """Until this rank's weights are all as the last update left them, for who reads them without a forward."""
+        if self.gather is not None:
+            self.gather.wait()
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole model. Megatron's own waits for the device once per parameter where apex is missing."""

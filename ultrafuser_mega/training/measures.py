@@ -59,7 +59,8 @@ class Measures:
         self._plan, self._device, self._phases, self._peak_flops = plan, device, phases, peak_flops
         forward = [f"forward of {name}" for name in plan.config.specialists]
         self._computes = ["data", *forward, "loss", "backward", "optimizer"]
-        self._meetings = {"exchange": plan.layout.fusion_groups(), "gradients": plan.layout.data_groups()}
+        replicas = plan.layout.data_groups()
+        self._meetings = {"exchange": plan.layout.fusion_groups(), "gradients": replicas, "weights": replicas}
         self._names = [*self._computes, *self._meetings, *WAITS, "save", "evaluation", OTHER]
         self._stragglers = Stragglers(plan)
         self._tokens: dict[str, int] = {}  # specialist -> its tokens in the step before

@@ -37,6 +37,7 @@ from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import sum_shared_gradients
 from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.runtime.weight_gather import WeightGather
 
 #: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
 NOT_DECAYED = ("*.bias", "*.b1", "*layernorm.weight")
@@ -52,7 +53,7 @@ def make_trainable(
     options: OptimizerOptions,
     *,
     distributed_optimizer: bool,
-    overlap_gradients: bool,
+    overlap: bool,
     device: torch.device,
     phases: Phases | None = None,
 ) -> Trainable:
@@ -65,17 +66,20 @@ def make_trainable(
         stage: steps and learning rate, with a schedule that was checked.
         options: AdamW's.
         distributed_optimizer: shard optimizer state over ``groups.dp``.
-        overlap_gradients: sum gradients over ``groups.dp`` bucket by bucket, while the last microbatch's backward goes
-            on; every parameter must get one then, through Megatron's schedule.
+        overlap: sum gradients over ``groups.dp`` bucket by bucket, while the last microbatch's backward goes on; every
+            parameter must get one then, through Megatron's schedule. With ``distributed_optimizer`` weights are
+            gathered under the next forward.
         phases: of this rank.
     """
     phases = phases or Phases()
+    overlap = overlap and groups.dp.size() > 1
     _fresh_parameters(module)
     with megatron_scope(device):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=distributed_optimizer,
-            overlap_grad_reduce=overlap_gradients and groups.dp.size() > 1,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and distributed_optimizer,
             bucket_size=BUCKET_PARAMETERS,
         )
         wrapped = DistributedDataParallel(config, ddp_config, module, pg_collection=groups)
@@ -93,6 +97,7 @@ def make_trainable(
             bf16=config.params_dtype == torch.bfloat16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
         )
         optimizer = get_megatron_optimizer(
             optimizer_config,
@@ -106,7 +111,8 @@ def make_trainable(
                 for group in part.optimizer.param_groups:
                     group.update(fused=True, foreach=False)
     schedule = make_schedule(optimizer, stage, options.weight_decay)
-    return Trainable(wrapped, optimizer, schedule, options.clip_grad, device, phases)
+    gather = WeightGather(wrapped, phases) if ddp_config.overlap_param_gather else None
+    return Trainable(wrapped, optimizer, schedule, options.clip_grad, device, phases, gather)
 
 
 def _finalize_gradients(

@@ -224,7 +224,7 @@ class Trainer:
             self.stage(number),
             config.optimizer,
             distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
-            overlap_gradients=number == 2,
+            overlap=number == 2,
             device=self.device,
             phases=self.phases,
         )
@@ -291,6 +291,7 @@ class Trainer:
             loss: of the weights as they are, measured.
         """
         where = self.place(progress)
+        trainable.settle()
         if progress.step == progress.skipped:
             return f"{where}: nothing has been updated yet"
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all().float()

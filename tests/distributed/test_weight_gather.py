@@ -1,0 +1,96 @@
+"""The distributed optimizer's weights come under the forward, and nothing ever reads one that has not come yet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Bucket
+from support.trio import CPU, ONE, config_tree, draw_nothing, gradients_in_many_buckets, read_steps
+
+from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.planning.preflight import preflight
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training.prepare import prepare
+from ultrafuser_mega.training.run import run
+
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dp 2": (ONE | {"dp": 2}, {"dtype": "bf16"}),
+    "pp 2, dp 2, recomputed": (ONE | {"pp": 2, "dp": 2}, {"parallel": {"recompute_layers": 1}}),
+}
+
+
+@pytest.mark.parametrize(("layout", "more"), LAYOUTS.values(), ids=LAYOUTS)
+def test_late_weights_are_waited_for_in_training_evaluation_and_checkpoints(
+    trio: Path, tmp_path: Path, layout: dict[str, Any], more: dict[str, Any]
+) -> None:
+    tree = config_tree(trio, tmp_path, layout) | more
+    tree["parallel"] = tree.get("parallel", {}) | {"distributed_optimizer": True}
+    tree["evaluation"] |= {"every": 2}
+    tree["checkpoint"] = {"every": 1, "keep": 9}
+    ranks = 2 * layout.get("pp", 1)
+    for name in ("at-once", "late"):  # in a job ranks wait for rank 0's store once
+        plan = preflight(FuserConfig.model_validate(tree | {"name": name}), ranks, resume=False)
+        prepare(plan.config, plan.vocab_size)
+    waited = run_ranks(_train_twice, ranks, tree)
+    at_once, late = (tmp_path / name for name in ("at-once", "late"))
+    results = [[(step["loss"], step["grad_norm"]) for step in read_steps(folder)] for folder in (at_once, late)]
+    assert results[0] == results[1] and len(results[0]) == 5
+    assert max(waited) > 3  # buckets; Megatron makes one where a stage is not the first
+    written = sorted((late / "checkpoints").iterdir())
+    assert len(written) == 5
+    for folder in written:
+        mine, theirs = CheckpointTensors(folder), CheckpointTensors(at_once / "checkpoints" / folder.name)
+        assert mine.names() == theirs.names()
+        for key in mine.names():
+            rows = slice(mine.shape(key)[0])
+            assert torch.equal(mine.read(key, rows), theirs.read(key, rows)), (folder.name, key)
+
+
+def _train_twice(rank: int, tree: dict[str, Any]) -> int:
+    """Trains with weights that are gathered at once, and with such as come in the last moment; counts late buckets."""
+    draw_nothing()
+    gradients_in_many_buckets()
+    make = trainer.make_trainable
+    trainer.make_trainable = lambda *of, **options: make(*of, **options | {"overlap": False})
+    _train(tree | {"name": "at-once"})
+    trainer.make_trainable = make
+    started = _poison_until_waited_for()
+    _train(tree | {"name": "late"})
+    return len(started)
+
+
+def _train(tree: dict[str, Any]) -> None:
+    run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
+
+
+def _poison_until_waited_for() -> set[int]:
+    """From now on a gather begins with NaN in all that replicas have to bring, and brings it when it is waited for."""
+    gather, started = Bucket.start_param_sync, set[int]()
+
+    class Late:
+        def __init__(self, bucket: Bucket) -> None:
+            self.bucket = bucket
+
+        def wait(self) -> None:
+            self.bucket.param_gather_handle = None
+            gather(self.bucket, force_sync=True)
+
+    def start(bucket: Bucket, force_sync: bool = False) -> None:
+        assert bucket.param_gather_handle is None and not force_sync
+        replicas = bucket.intra_distributed_optimizer_instance_size
+        for part in bucket.buckets:
+            for replica, shard in enumerate(part.param_data.chunk(replicas)):
+                if replica != bucket.intra_distributed_optimizer_instance_rank:
+                    shard.fill_(math.nan)
+        started.add(id(bucket))
+        bucket.param_gather_handle, bucket.param_gather_dispatched = Late(bucket), True
+
+    Bucket.start_param_sync = start
+    return started
