@@ -1,5 +1,5 @@
 # make demo   fuse three toy specialists on 8 processes and show the result
-# make test   all tests that need no GPU but the slow ones; make test-slow runs those
+# make test   all tests that need no GPU but the slow ones; make test-slow runs those, make slurm-test the batch script
 # make lint   style, types, import rules
 # Each makes the environment it needs in .venv (Python 3.11+ and a C++ compiler are enough).
 
@@ -15,17 +15,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow slurm-test lint clean
 
 demo: $(READY)
 	$(BIN)/python tools/make_toy_specialists.py --out toy
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain_fuser.py $(ARGS)
 
 test: $(READY)
-	$(PYTEST) -m "not slow and not gpu" tests
+	$(PYTEST) -m "not slow and not gpu and not slurm" tests
 
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not gpu" tests
+
+# Under a Slurm of its own: apt-get install slurm-wlm munge. Not in parallel: it starts four ranks several times.
+slurm-test: $(READY)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ultrafuser_mega.cli.options import Config, Overrides, wide_console
+
+if TYPE_CHECKING:
+    from ultrafuser_mega.config import FuserConfig
 
 
 def prepare(
@@ -16,7 +19,10 @@ def prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="rebuild a store made from other inputs")] = False,
     copy_to: Annotated[
         Path | None,
-        typer.Option(help="also copy the store to this folder, checked, as to a node's own disk", show_default=False),
+        typer.Option(
+            help="copy the store, which is made if there is none yet, to this folder, checked, as to a node's own disk",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Tokenise the data; tell what was dropped and why.
@@ -27,21 +33,28 @@ def prepare(
     from ultrafuser_mega.config import load_config
 
     loaded = load_config(config, overrides or [])
-    # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
+    # Behind the configuration, which a misspelt key need not wait for.
+    from ultrafuser_mega.data.store import MANIFEST
     from ultrafuser_mega.data.store_copy import copy_store
+
+    if overwrite or copy_to is None or not (loaded.store_dir / MANIFEST).is_file():
+        _prepare(loaded, overwrite)
+    if copy_to is not None:  # by every node of a job: what has been made is not compared with all data again
+        print("copied to" if copy_store(loaded.store_dir, copy_to) else "already in", copy_to)
+
+
+def _prepare(config: FuserConfig, overwrite: bool) -> None:
+    # Not for a copy: torch and Megatron take seconds.
     from ultrafuser_mega.planning.preflight import shared_vocabulary
     from ultrafuser_mega.toy import make_toy
     from ultrafuser_mega.training.prepare import data_notes
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
-    if loaded.toy is not None:
-        make_toy(loaded.toy, progress=True)
-    report = prepare_data(loaded, shared_vocabulary(loaded), overwrite=overwrite)
+    if config.toy is not None:
+        make_toy(config.toy, progress=True)
+    report = prepare_data(config, shared_vocabulary(config), overwrite=overwrite)
     console = wide_console()
     console.print(report.table())
     console.print(report.endings(), markup=False, highlight=False, soft_wrap=True)
-    for line in [*report.problems(), *data_notes(loaded, report)]:
+    for line in [*report.problems(), *data_notes(config, report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if copy_to is not None:
-        done = "copied to" if copy_store(loaded.store_dir, copy_to) else "already in"
-        console.print(f"{done} {copy_to}", markup=False, highlight=False, soft_wrap=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -22,6 +24,9 @@ def _train(
     config: Config = None,
     resume: Resume = False,
     requeue: Requeue = False,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="--requeue, on as many of the ranks as a layout is for; the others wait")
+    ] = False,
 ) -> None:
     """Fuse specialists into one model: stage 1 trains the gate, stage 2 everything.
 
@@ -40,7 +45,10 @@ def _train(
     from ultrafuser_mega.launch.rank import train_main
 
     context.obj.close()
-    raise typer.Exit(train_main(config, overrides or [], resume, requeue))
+    code = train_main(config, overrides or [], resume, requeue, elastic)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking the interpreter down takes seconds, in which a launcher loses patience
 
 
 def main() -> None:

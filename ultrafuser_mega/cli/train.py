@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import typer
 
 from ultrafuser_mega.cli.options import Config, MaxRestarts, Overrides, Ranks, Requeue, Resume
@@ -28,8 +30,9 @@ def train(
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import TokenStore
     from ultrafuser_mega.launch.local import launch_local
-    from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, resumes
+    from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, ranks_left, resumes
     from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
+    from ultrafuser_mega.runtime.device import kind_of_device
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     ranks = ranks or first_layouts_ranks(loaded)
@@ -40,4 +43,6 @@ def train(
     prepare_data(loaded, plan.vocab_size)
     compared_with_data(plan, TokenStore.open(loaded.store_dir, verify=False))
     program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config, overrides or [], resume)]
-    raise typer.Exit(launch_local(ranks, program, loaded.run_dir, max_restarts))
+    on_gpus = kind_of_device(loaded.device, ranks) == "cuda"
+    left = partial(ranks_left, loaded, ranks) if on_gpus else None
+    raise typer.Exit(launch_local(ranks, program, loaded.run_dir, max_restarts, left))

@@ -7,14 +7,8 @@ from the same inputs is used again.
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +16,7 @@ from ultrafuser_mega.data.align import Aligner
 from ultrafuser_mega.data.build import Source, write_splits
 from ultrafuser_mega.data.columns import check_columns
 from ultrafuser_mega.data.files import expand_files, find_format
+from ultrafuser_mega.data.folders import move_into_place, work_folder
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import FORMAT_VERSION, MANIFEST, TokenStore, digest, hash_file, read_manifest
 from ultrafuser_mega.data.store_writer import token_dtype, write_manifest
@@ -254,47 +249,3 @@ def _refuse_empty(splits: dict[str, Any], planned: Sequence[Source]) -> None:
                     f'class "{class_name}" is left without {split} rows: {of_class[split]["rows"]} read, '
                     f"dropped: {dropped or 'none'}{f', as {examples[0]}' if examples else ''}"
                 )
-
-
-@contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """A new hidden folder beside ``out``, gone in the end; those that killed processes left are removed first.
-
-    Its process holds a lock on it, which ends with the process, however that ends.
-    """
-    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        with suppress(OSError), _opened(left) as handle:  # another process is at it, or it is someone else's
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if any(left.iterdir()):  # an empty one may be about to be locked
-                shutil.rmtree(left)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        with _opened(work) as handle:
-            with suppress(OSError):  # network folders that lock no folders: nobody removes anything there
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            work.chmod(0o755)  # mkdtemp is for private files; a store is for a team
-            yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def move_into_place(work: Path, out: Path) -> None:
-    """Rename the finished store; an older one steps aside first and is deleted last."""
-    if not out.exists():
-        work.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    try:
-        out.rename(old / "store")
-        work.rename(out)
-    finally:
-        shutil.rmtree(old)

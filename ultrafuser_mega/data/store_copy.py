@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ultrafuser_mega.data.prepare import move_into_place, work_folder
+from ultrafuser_mega.data.folders import move_into_place, work_folder
 from ultrafuser_mega.data.store import MANIFEST, TokenStore
 from ultrafuser_mega.errors import InputError, writing
 

@@ -6,7 +6,7 @@ checkpoint and end with a code of their own (see training/stopping.py); a second
 and then the code is 128 + its number.
 
 A rank that was killed, ran into a defect or hung may be started again with all others: the run goes on from its newest
-checkpoint. What would only come again (bad input, divergence) is not.
+checkpoint, with fewer ranks where the machine has lost some. What would only come again (bad input, divergence) is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,13 @@ _HINTS: dict[int, str] = {
 _UNTIL_KILLED_S = 3.0  # of ranks that SIGTERM does not end: one that hangs, or waits for one
 
 
-def launch_local(ranks: int, program: Sequence[str], run_dir: Path, max_restarts: int = 0) -> int:
+def launch_local(
+    ranks: int,
+    program: Sequence[str],
+    run_dir: Path,
+    max_restarts: int = 0,
+    ranks_left: Callable[[], int] | None = None,
+) -> int:
     """Run ``ranks`` processes of ``python program...``; returns the job's exit code when all are gone.
 
     Args:
@@ -56,6 +62,10 @@ def launch_local(ranks: int, program: Sequence[str], run_dir: Path, max_restarts
             launch has begun (:func:`ultrafuser_mega.launch.rank.resumes`).
         run_dir: of the run, whose newest checkpoint the last line names.
         max_restarts: how often all ranks are started anew when one has failed.
+        ranks_left: how many of them a restart may have; None: all.
+
+    Raises:
+        InputError: there are too few left to go on with.
     """
     sys.stdout.flush()
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # hosted here: it outlives any rank
@@ -77,7 +87,9 @@ def launch_local(ranks: int, program: Sequence[str], run_dir: Path, max_restarts
             if again and not heard:
                 attempt += 1
                 what = "" if said else f"failed: {job.what_became_of(failed)}; "
-                _say(f"{what}restart {attempt} of {max_restarts}: {_way_on(run_dir, 'going on')}")
+                before, ranks = ranks, ranks if ranks_left is None else ranks_left()
+                fewer = f" on {ranks} of {before} ranks" if ranks < before else ""
+                _say(f"{what}restart {attempt} of {max_restarts}{fewer}: {_way_on(run_dir, 'going on')}")
                 continue
             if not said:
                 _say(f"failed: {job.what_became_of(failed)}; {_way_on(run_dir)}")

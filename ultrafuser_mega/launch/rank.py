@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
@@ -21,10 +25,13 @@ from ultrafuser_mega.runtime.device import (
     start_kernels_in_order,
 )
 from ultrafuser_mega.runtime.failure import first_failure_ends_job, leave_for_torchrun
-from ultrafuser_mega.runtime.layout import choose_plan
+from ultrafuser_mega.runtime.layout import choose_plan, plan_that_fits
 from ultrafuser_mega.toy import make_toy
 from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import begun_by_this_launch, refuse_running
+
+_ENDED = "ended"  # what ranks without work wait for, and answer
+_ANSWER_S = 30.0
 
 
 def rank_arguments(
@@ -36,10 +43,19 @@ def rank_arguments(
     return [*arguments, *flags, "--", *overrides]
 
 
-def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False) -> int:
+def train_main(
+    config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False, elastic: bool = False
+) -> int:
     """Run one rank of a training job; returns its exit code, or ends the process where it fails (2: bad input).
 
     The code of a run that is not over is that of :class:`ultrafuser_mega.training.stopping.Stop`.
+
+    Args:
+        config_path: None: the embedded configuration.
+        overrides: of it.
+        resume: go on from the run's newest checkpoint.
+        requeue: the same, if there is one.
+        elastic: the same, on as many of the launched ranks as a layout fits; the others wait for its end.
     """
     end_with_launcher()
     start_kernels_in_order()
@@ -49,15 +65,46 @@ def train_main(config_path: Path | None, overrides: Sequence[str], resume: bool,
         device = choose_device(config.device)
         if launched_rank() == 0:
             refuse_running(config.run_dir)
+        idle = _without_work(config) if elastic else range(0)
+        if launched_rank() in idle:
+            store.wait([_ENDED], timedelta(days=3650))
+            store.set(f"{_ENDED}/{launched_rank()}", "")
+            return 0
         ensure_toy(config, launched_ranks())
-        plan = preflight(config, launched_ranks(), _all_resume(store, config, resume, requeue))
+        plan = preflight(config, launched_ranks(), _all_resume(store, config, resume, requeue or elastic))
         with joined_job(device, store):
             stop = run(plan, device, store)
+        if launched_rank() == 0 and idle:
+            store.set(_ENDED, "")
+            with contextlib.suppress(dist.DistError):  # who may host the store does not go before all have asked it
+                store.wait([f"{_ENDED}/{rank}" for rank in idle], timedelta(seconds=_ANSWER_S))
     if stop is None:
         return 0
     if stop.code:
         leave_for_torchrun(stop.why)
     return stop.code
+
+
+def _without_work(config: FuserConfig) -> range:
+    """The launched ranks that no layout fits; to the others the job looks as if there were none."""
+    launched = launched_ranks()
+    plan = plan_that_fits(plan_layouts(config), launched)
+    idle = range(plan.world_size, launched)
+    if idle and launched_rank() == 0:
+        print(f"of {launched} ranks {len(idle)} wait, since no layout takes them: {plan.describe()}", flush=True)
+    if launched_rank() not in idle:
+        os.environ["WORLD_SIZE"] = str(plan.world_size)
+    return idle
+
+
+def ranks_left(config: FuserConfig, ranks: int) -> int:
+    """Of ``ranks`` processes on this machine, each with a GPU, those that a restart may have: GPUs may have been lost.
+
+    Raises:
+        InputError: no layout is for so few.
+    """
+    gpus = torch.cuda.device_count()
+    return ranks if gpus >= ranks else plan_that_fits(plan_layouts(config), gpus).world_size
 
 
 def resumes(config: FuserConfig, resume: bool, requeue: bool) -> bool:

@@ -176,14 +176,14 @@ def batch_script(job: SlurmJob) -> str:
     ]
     rank = [job.python, "-m", "ultrafuser_mega.cli.rank"]
     program = shlex.join([*rank, *rank_arguments(job.config_path, job.overrides, requeue=True)])
-    inside = _into_container(job)
+    inside, cores = _into_container(job), job.ranks_per_node * job.cpus_per_rank
     if job.cache is not None:
         prepare = shlex.join([job.python, "-m", "ultrafuser_mega", "prepare"])
         settings = shlex.join(rank_arguments(job.config_path, job.overrides))
         lines += [
             "# The token store is made once; every node reads a copy on its own disk, which is compared with it.",
             f'store="{job.cache}"',
-            f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {inside}{prepare} {settings} || ended $?",
+            f"srun --nodes=1 --ntasks=1 --cpus-per-task={cores} {inside}{prepare} {settings} || ended $?",
             'srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \\',
             f'    {inside}{prepare} --copy-to "$store" {settings} || ended $?',
             "",
@@ -226,8 +226,8 @@ def _options(job: SlurmJob) -> list[str]:
     options = [
         f"--job-name={job.name}",
         f"--nodes={most if least == most else f'{least}-{most}'}",
-        f"--ntasks-per-node={job.ranks_per_node}",
-        f"--cpus-per-task={job.cpus_per_rank}",
+        # A node's cores as one task's: of a requeued job Slurm asks for as many tasks as it had, on fewer nodes too.
+        f"--cpus-per-task={job.ranks_per_node * job.cpus_per_rank}",
         *([f"--gpus-per-node={job.ranks_per_node}"] if job.gpus else []),
         *([f"--time={job.time}"] if job.time else []),
         *([f"--partition={job.partition}"] if job.partition else []),

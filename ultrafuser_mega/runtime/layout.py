@@ -159,6 +159,21 @@ def plan_colocated(names: Sequence[str], tp: int, pp: int, dp: int) -> LayoutPla
     return LayoutPlan("colocated", dict.fromkeys(names, Placement(tp, pp, 0)), dp)
 
 
+def plan_that_fits(plans: Sequence[LayoutPlan], ranks: int) -> LayoutPlan:
+    """The first plan that needs exactly ``ranks``, else the first that leaves some of them without work.
+
+    Raises:
+        InputError: all need more.
+    """
+    if fitting := [plan for plan in plans if plan.world_size <= ranks]:
+        return max(fitting, key=lambda plan: plan.world_size == ranks)
+    least = min(plan.world_size for plan in plans)
+    raise InputError(
+        f"layouts: {ranks} rank(s) are left, and all of the layouts use more; add one for {ranks} or fewer, "
+        f"or wait for {least}"
+    )
+
+
 def choose_plan(plans: Sequence[LayoutPlan], world_size: int) -> LayoutPlan:
     """The first plan that needs exactly ``world_size`` ranks.
 

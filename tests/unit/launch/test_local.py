@@ -140,6 +140,15 @@ def test_a_signal_that_ranks_do_not_listen_to_ends_every_one(
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_a_restart_has_the_ranks_that_are_left(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = f"os.environ['WORLD_SIZE'] == '2' and sys.exit(0); rank == 1 and os.kill(os.getpid(), 9); {WAIT}"
+    assert launch_local(3, ["-c", RANK + program], run_dir, 2, lambda: 2) == 0
+    assert capfd.readouterr().err == (
+        "failed: rank 1 of 3 was killed by SIGKILL (by the system, when memory runs out); restart 1 of 2 on 2 of 3 "
+        f"ranks: going on from {run_dir}/checkpoints/stage1-step0000006\n"
+    )
+
+
 def test_processes_that_a_killed_rank_had_started_are_ended_too(run_dir: Path, tmp_path: Path) -> None:
     child = f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
     assert launch(run_dir, f"rank == 1 or {WAIT}; {child}; os.kill(os.getpid(), signal.SIGKILL)") == 1

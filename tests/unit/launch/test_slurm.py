@@ -108,8 +108,10 @@ def test_ranks_start_in_a_container(container: Container, said: str) -> None:
 
 
 def test_options_of_the_job_and_of_sbatch_stand_on_top() -> None:
-    top = script(partition="gpu", gpus=True, sbatch=["--account=me"], nodes=[4, 2], time="8:00:00", grace_s=120)
-    wanted = ["nodes=2-4", "ntasks-per-node=2", "gpus-per-node=2", "partition=gpu", "open-mode=append", "requeue"]
+    top = script(
+        partition="gpu", gpus=True, sbatch=["--account=me"], nodes=[4, 2], time="8:00:00", grace_s=120, cpus_per_rank=3
+    )
+    wanted = ["nodes=2-4", "cpus-per-task=6", "gpus-per-node=2", "partition=gpu", "open-mode=append", "requeue"]
     for option in [*wanted, "signal=USR1@120", "account=me", "time=8:00:00"]:
         assert f"\n#SBATCH --{option}\n" in top.split("set ")[0]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
+from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint, plan_that_fits
 
 
 def disjoint(dp: int = 1, **sizes: tuple[int, int]) -> LayoutPlan:
@@ -125,3 +125,10 @@ def test_fusion_groups_are_the_last_stages_of_one_replica_each(plan: LayoutPlan)
 def flat(groups: list[list[int]]) -> list[int]:
     """All members in order; a rank that is in two groups shows up twice."""
     return sorted(itertools.chain.from_iterable(groups))
+
+
+def test_of_the_ranks_that_are_left_a_layout_takes_what_it_fits() -> None:
+    plans = [plan_colocated(["text"], size, 1, 1) for size in (8, 4, 6)]
+    assert [plan_that_fits(plans, ranks).world_size for ranks in (8, 7, 6, 5, 4)] == [8, 4, 6, 4, 4]
+    with pytest.raises(InputError, match=r"layouts: 3 rank\(s\) are left, and all of the layouts use more"):
+        plan_that_fits(plans, 3)
