@@ -83,7 +83,7 @@ def test_restarts_that_are_used_up_end_with_the_last_cause(run_dir: Path, capfd:
 @pytest.mark.parametrize("code", [2, 3, 75, 130])
 def test_what_would_come_again_and_what_was_asked_for_is_not_started_again(run_dir: Path, code: int) -> None:
     put = "pathlib.Path('starts').open('a').write('x')"
-    program = f"os.chdir({str(run_dir)!r}); rank == 0 and {put}; sys.exit({code})"
+    program = f"os.chdir({str(run_dir)!r}); rank == 0 or sys.exit(0); {put}; sys.exit({code})"
     assert launch_local(2, ["-c", RANK + program], run_dir, max_restarts=2) == code
     assert (run_dir / "starts").read_text() == "x"
 
@@ -126,18 +126,24 @@ def test_a_signal_that_ranks_do_not_listen_to_ends_every_one(
             os.kill(os.getpid(), number)
             time.sleep(0.01)
 
-    before = signal.getsignal(signal.SIGINT)
+    def late(*_: object) -> None:
+        """What is sent when the job is over."""
+
+    before = signal.signal(signal.SIGINT, late)
     sender = threading.Thread(target=send)
     sender.start()
     # What answers SIGTERM slowly is killed in the end; this one answers after a second signal would have come.
     slow = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(1)))"
     slow += "; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # no traceback
     put = f"pathlib.Path({str(tmp_path)!r}, str(rank)).write_text(str(os.getpid()))"
-    assert launch(run_dir, f"{slow}; {put}; {WAIT}") == code
-    sender.join()
+    try:
+        assert launch(run_dir, f"{slow}; {put}; {WAIT}") == code
+        sender.join()
+        assert signal.getsignal(signal.SIGINT) is late
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().err == f"{line}{run_dir}/checkpoints/stage1-step0000006\n"
     assert all(is_gone(int((tmp_path / f"{rank}").read_text())) for rank in range(3))
-    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_restart_has_the_ranks_that_are_left(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
