@@ -66,7 +66,9 @@ def whole_1(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(DISJOINT_8, 8, {}, "fp32", Progress(1, 2), id="disjoint_8_fp32"),
         pytest.param(COLOCATED_TP2_PP2, 4, {"sequence_parallel": True}, "bf16", Progress(1, 1), id="colocated_4_bf16"),
-        pytest.param(COLOCATED_TP4, 4, {}, "bf16", Progress(2, 1), id="shared_key_value_heads_bf16"),
+        pytest.param(
+            *(COLOCATED_TP4, 4, {}, "bf16", Progress(2, 1)), id="shared_key_value_heads_bf16", marks=pytest.mark.slow
+        ),
         pytest.param(
             {**DISJOINT_3, "dp": 2}, 6, {"distributed_optimizer": True}, "bf16", Progress(2, 1), id="dp2_distributed"
         ),

@@ -30,8 +30,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp 2, sharded optimizer": (ONE | {"dp": 2}, {"parallel": {"distributed_optimizer": True}, "dtype": "bf16"}),
 }
 
+SLOW = ("one rank", "disjoint")  # others have what is in them
 
-@pytest.mark.parametrize(("layout", "more"), LAYOUTS.values(), ids=LAYOUTS)
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [pytest.param(*LAYOUTS[name], id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS],
+)
 def test_fake_rank_holds_and_does_what_the_real_one_does(
     trio: Path, tmp_path: Path, layout: dict[str, Any], more: dict[str, Any]
 ) -> None:

@@ -84,7 +84,9 @@ def test_window_that_is_switched_off_limits_nothing(tmp_path: Path) -> None:
     ("cases", "sequence_parallel"),
     [
         pytest.param(("llama", "llama", "qwen3"), False, id="norms of queries and keys in the last only"),
-        pytest.param(("llama", "llama", "qwen3"), True, id="norms of queries and keys, sequence parallel"),
+        pytest.param(
+            ("llama", "llama", "qwen3"), True, id="norms of queries and keys, sequence parallel", marks=pytest.mark.slow
+        ),
         pytest.param(("qwen2", "qwen2_tied", "qwen2"), True, id="biases, sequence parallel"),
     ],
 )

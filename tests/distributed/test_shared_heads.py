@@ -79,7 +79,11 @@ def tree_of(trio: Path, runs: Path, layout: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("cases", "layout", "distributed"),
     [
-        pytest.param(("qwen2", "qwen2_tied", "qwen2"), {**COLOCATED_TP4, "pp": 2}, False, id="biases_pp2"),
+        pytest.param(
+            *(("qwen2", "qwen2_tied", "qwen2"), {**COLOCATED_TP4, "pp": 2}, False),
+            id="biases_pp2",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("llama", "llama", "qwen3"), {**COLOCATED_TP4, "dp": 2}, True, id="norms_distributed_optimizer"),
     ],
 )

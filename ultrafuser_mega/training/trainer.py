@@ -174,9 +174,8 @@ class Trainer:
                     return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
                 is_last = stop is not None or step + 1 == stage.steps
                 owed |= _due(step + 1, config.checkpoint.every)
-                if is_last or (
-                    owed and not record.skipped
-                ):  # else the run might go back into the midst of skipped steps
+                # Not in the midst of skipped steps, which the run might go back into.
+                if is_last or (owed and not record.skipped):
                     with self.phases("save", whole=True):
                         problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
                     if problem and is_last:

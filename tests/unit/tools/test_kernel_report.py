@@ -36,7 +36,8 @@ def test_kernels_compile_spill_nothing_and_use_the_tensor_cores(
             assert (kernel.tma_loads > 0) == (capability >= 90), kernel
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.slow
 def test_kernels_of_fp32_spill_nothing(capability: int, compiling: Any) -> None:
     for kernel in compiling(resources, capability, "fp32", 3):
         assert kernel.local_bytes == 0, kernel
