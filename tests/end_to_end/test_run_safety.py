@@ -284,8 +284,7 @@ def test_what_there_is_to_say_about_the_command_line_is_said_once(flag: str, cod
     assert (result.stdout + result.stderr).count("Usage: ") == 1
 
 
-@pytest.mark.slow  # the short run of chaos.py asks for it as well
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_train_ended_by_a_signal_leaves_no_process_behind(
     tree: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -42,7 +42,12 @@ class Limits:
 
 
 def start_in_sandbox(
-    source: str, descriptors: Sequence[int], limits: Limits, stdin: IO[bytes] | int, stdout: IO[bytes] | int
+    source: str,
+    descriptors: Sequence[int],
+    limits: Limits,
+    stdin: IO[bytes] | int,
+    stdout: IO[bytes] | int,
+    stderr: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start this Python on ``source`` (a program's text), with the standard library and nothing else.
 
@@ -53,9 +58,28 @@ def start_in_sandbox(
         descriptors: open files that it gets, too; their numbers are its sys.argv[1:].
         limits: its.
         stdin: where it reads.
-        stdout: where it writes; what it says on stderr is dropped.
+        stdout: where it writes.
+        stderr: where it complains.
     """
-    return _start(_LIMITING + source, descriptors, limits, stdin, stdout)
+    # The interpreter behind a virtual environment, whose own folder is not to be seen.
+    program = [str(Path(sys.executable).resolve()), "-I", "-S", "-c", _LIMITING + source]
+    given = [f"{limits.cpu_seconds},{limits.memory_bytes},{limits.file_bytes}", *map(str, descriptors)]
+    rules = program_filter()
+    with tempfile.TemporaryFile() as filter_file:
+        guarded: list[str] = []
+        if rules is not None:
+            filter_file.write(rules)
+            filter_file.seek(0)
+            guarded = ["--seccomp", str(filter_file.fileno())]
+        return subprocess.Popen(
+            ["bwrap", *_isolation(limits), *guarded, "--", *program, *given],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=[filter_file.fileno(), *descriptors],
+            start_new_session=True,
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+        )
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -72,7 +96,7 @@ def check_sandbox() -> None:
     if shutil.which("bwrap") is None:
         raise InputError(f"code sandbox: no bwrap on the PATH; {_HELP}")
     with tempfile.TemporaryFile() as said:
-        process = _start(_LIMITING + "print('ready')", (), Limits(), subprocess.DEVNULL, said, stderr=subprocess.PIPE)
+        process = start_in_sandbox("print('ready')", (), Limits(), subprocess.DEVNULL, said, stderr=subprocess.PIPE)
         try:
             _, problem = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -95,35 +119,6 @@ del _r, _s, _cpu, _memory, _file, _what, _most
 """
 
 
-def _start(
-    source: str,
-    descriptors: Sequence[int],
-    limits: Limits,
-    stdin: IO[bytes] | int,
-    stdout: IO[bytes] | int,
-    stderr: int = subprocess.DEVNULL,
-) -> subprocess.Popen[bytes]:
-    program = [*_python(), "-I", "-S", "-c", source]
-    given = [f"{limits.cpu_seconds},{limits.memory_bytes},{limits.file_bytes}", *map(str, descriptors)]
-    rules = program_filter()
-    with tempfile.TemporaryFile() as filter_file:
-        guarded: list[str] = []
-        if rules is not None:
-            filter_file.write(rules)
-            filter_file.seek(0)
-            guarded = ["--seccomp", str(filter_file.fileno())]
-        command = ["bwrap", *_isolation(limits), *guarded, "--", *program, *given]
-        return subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=[filter_file.fileno(), *descriptors],
-            start_new_session=True,
-            env={"PATH": os.environ.get("PATH", os.defpath)},
-        )
-
-
 def _isolation(limits: Limits) -> list[str]:
     options = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
     options += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"]
@@ -138,11 +133,6 @@ def _isolation(limits: Limits) -> list[str]:
         options += ["--ro-bind", folder, folder]
     options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     return [*options, "--size", str(limits.file_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
-
-
-def _python() -> list[str]:
-    """The interpreter behind a virtual environment, whose own folder is not to be seen."""
-    return [str(Path(sys.executable).resolve())]
 
 
 def _python_folders() -> list[str]:

@@ -48,15 +48,12 @@ _MACHINES: dict[str, tuple[int, dict[str, int]]] = {
 }  # fmt: skip
 
 
-def program_filter(machine: str | None = None) -> bytes | None:
+def program_filter() -> bytes | None:
     """The filter as the array of ``struct sock_filter`` that bubblewrap's ``--seccomp`` reads.
 
-    Args:
-        machine: as ``platform.machine()`` names it; None: this one.
-
-    Returns None for a machine whose numbers are not known here.
+    Returns None on a machine whose numbers are not known here.
     """
-    known = _MACHINES.get(machine or platform.machine())
+    known = _MACHINES.get(platform.machine())
     if known is None:
         return None
     architecture, calls = known
