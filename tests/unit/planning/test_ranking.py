@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,8 @@ def test_entries_are_what_the_configuration_reads(gpus: int) -> None:
         assert plan_layouts(FuserConfig.model_validate(tree)) == [layout]
 
 
-def test_advice_says_where_token_counts_are_from_and_what_was_not_checked() -> None:
-    advice = advise(plan_13b(ANY), H100, 24)
+def test_advice_says_where_token_counts_are_from_and_what_was_not_checked(tmp_path: Path) -> None:
+    advice = advise(plan_13b(ANY, runs=str(tmp_path)), H100, 24)
     text = "\n".join(advice.lines)
     assert "assumed, no data prepared: every sample has data.max_length = 2048 tokens" in text
     assert "not checked: weights, tokenizers, data" in text
