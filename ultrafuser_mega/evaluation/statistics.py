@@ -102,14 +102,19 @@ def interval(parts: Sequence[Scores], seed: int = 0) -> Interval:
 
 
 def paired_test(first: Scores, second: Scores, seed: int = 0) -> PairedTest:
-    """Two models on the same items: whose scores have the same groups, in the same order, with the same counts."""
-    if first.groups != second.groups or not np.array_equal(first.counts, second.counts):
-        raise ValueError("a paired test needs the same items for both models")
-    difference = Scores(first.groups, first.sums - second.sums, first.counts)
+    """Two models on the same items; see :func:`less`."""
+    difference = less(first, second)
     units = np.rint(difference.sums * _UNIT)
     exact = bool(np.abs(difference.sums * _UNIT - units).max() < 1e-6)
     p = _exact_p(units.astype(np.int64)) if exact else _random_p(difference.sums, np.random.default_rng(seed))
     return PairedTest(difference.mean, interval([difference], seed), p, exact)
+
+
+def less(first: Scores, second: Scores) -> Scores:
+    """The differences of two models on the same items: whose scores have the same groups, in the same order."""
+    if first.groups != second.groups or not np.array_equal(first.counts, second.counts):
+        raise ValueError("two models are compared on the same items")
+    return Scores(first.groups, first.sums - second.sums, first.counts)
 
 
 def holm(p: Mapping[Any, float]) -> dict[Any, float]:
@@ -124,14 +129,11 @@ def holm(p: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def _draws(part: Scores, random: np.random.Generator) -> np.ndarray:
-    """(DRAWS,) means over resampled groups."""
-    groups = len(part.groups)
-    rows = max(1, _AT_ONCE // groups)
-    means = []
-    for begin in range(0, DRAWS, rows):
-        drawn = random.integers(0, groups, size=(min(rows, DRAWS - begin), groups))
-        means.append(part.sums[drawn].sum(axis=1) / part.counts[drawn].sum(axis=1))
-    return np.concatenate(means)
+    """(DRAWS,) means over resampled groups; how often each of the few kinds of groups is drawn is multinomial."""
+    kinds, times = np.unique(np.stack([part.sums, part.counts], axis=1), axis=0, return_counts=True)  # (K, 2), (K,)
+    drawn = random.multinomial(len(part.groups), times / times.sum(), size=DRAWS)  # (DRAWS, K)
+    sums, counts = (drawn @ kinds).T
+    return sums / counts
 
 
 def _without_spread(estimate: float, groups: int) -> Interval:

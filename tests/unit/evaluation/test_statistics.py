@@ -150,7 +150,7 @@ def test_uneven_scores_are_tested_by_random_flips() -> None:
 
 
 def test_models_with_other_items_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="same items"):
+    with pytest.raises(ValueError, match="on the same items"):
         paired_test(Scores.of([1.0], ["a"]), Scores.of([1.0], ["b"]))
 
 
