@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal
 
 Domain = Literal["text", "code", "math"]
 
+#: A sample's rule where a judge was asked and none of its replies says anything.
+NO_VERDICT = "no verdict"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -99,7 +102,7 @@ class Sample:
         category: of the item.
         turns: as asked, before any template.
         replies: as given.
-        score: None until a judge has said.
+        score: None until a judge has said, or where the judge says nothing (the rule is NO_VERDICT then).
         extracted, rule: see :class:`Score`.
         tokens: of all replies together.
         finish: per reply, why it ended ("eos", "stop", "length").
