@@ -29,7 +29,7 @@ def train(
     loaded = load_config(config, overrides or [])
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import TokenStore
-    from ultrafuser_mega.launch.local import launch_local
+    from ultrafuser_mega.launch.local import from_checkpoints, launch_local
     from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, ranks_left, resumes
     from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
     from ultrafuser_mega.runtime.device import kind_of_device
@@ -45,4 +45,4 @@ def train(
     program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config, overrides or [], resume)]
     on_gpus = kind_of_device(loaded.device, ranks) == "cuda"
     left = partial(ranks_left, loaded, ranks) if on_gpus else None
-    raise typer.Exit(launch_local(ranks, program, loaded.run_dir, max_restarts, left))
+    raise typer.Exit(launch_local(ranks, program, from_checkpoints(loaded.run_dir), max_restarts, left))
