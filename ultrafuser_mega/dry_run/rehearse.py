@@ -27,7 +27,7 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import distinct_ranks, role_of
 from ultrafuser_mega.reporting.rehearsal import Microbatch, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
-from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.runtime.trainable import Rates, Trainable
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.trainer import Trainer, make_shard
 
@@ -123,7 +123,7 @@ class _WatchedTrainable(Trainable):
         with self.meter.making("update"):
             return super().clip_gradients()
 
-    def update(self, *, skip: bool) -> float:
+    def update(self, *, skip: bool) -> Rates:
         with self.meter.making("update"):
             return super().update(skip=skip)
 

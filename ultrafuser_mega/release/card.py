@@ -193,12 +193,14 @@ def _training(config: FuserConfig) -> str:
         for name, data in config.data.classes.items()
     ]
     count = len(config.data.classes)
+    gate_lr = config.stage2.gate_lr
+    own_rate = {1: "", 2: "" if gate_lr is None else f", gate {gate_lr:g}"}
     stages = [
         (
             _STAGES[number],
             stage.steps,
             f"{stage.samples_per_class} x {count}",
-            f"{stage.lr:g}",
+            f"{stage.lr:g}" + own_rate[number],
             stage.schedule,
             stage.warmup_steps,
         )

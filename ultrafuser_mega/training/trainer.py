@@ -232,6 +232,7 @@ class Trainer:
             distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
             overlap=number == 2,
             device=self.device,
+            gate_lr=config.stage2.gate_lr if number == 2 else None,
             phases=self.phases,
         )
 
@@ -280,11 +281,11 @@ class Trainer:
         loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
         skipped = not (math.isfinite(loss) and math.isfinite(measured.grad_norm))
         with self.phases("optimizer"):
-            lr = trainable.update(skip=skipped)
+            rates = trainable.update(skip=skipped)
         self.phases.end_step()
         done, seconds = self.global_step(progress), time.perf_counter() - begun
         record = self.measures.record(
-            measured, reduced, batch, stage=number, step=done, loss=loss, lr=lr, seconds=seconds, skipped=skipped
+            measured, reduced, batch, stage=number, step=done, loss=loss, rates=rates, seconds=seconds, skipped=skipped
         )
         return record, self.stopping.agreed(measured.wanted)
 

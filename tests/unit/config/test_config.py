@@ -128,6 +128,7 @@ def test_later_override_wins() -> None:
         ),
         ("layouts.0.specialists.text.ttp=2", "unknown key layouts.0.specialists.text.ttp; did you mean layouts.0."),
         ("lr=1e-3", "unknown key lr; did you mean stage1.lr or stage2.lr?"),
+        ("stage1.gate_lr=1e-3", "unknown key stage1.gate_lr; stage1 is of a kind that has none"),
         ("nothing_like_it=1", "unknown key nothing_like_it"),
         ("layouts.5.specialists={}", "unknown key layouts.5.specialists; layouts.5 is of a kind that has none"),
     ],
