@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint
 from ultrafuser_mega.config import FuserConfig
-from ultrafuser_mega.data.sampler import ClassBalanceSampler
+from ultrafuser_mega.data.sampler import Sampler, make_sampler
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
@@ -87,9 +87,9 @@ def reference(trio: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference
     for number, weights in ((1, gate), (2, gate | everything)):
         stage = tree[f"stage{number}"]
         counts = {name: len(store.split(name, "train")) for name in store.class_names}
-        sampler = ClassBalanceSampler(counts, stage["samples_per_class"], plan.config.seed + number)
+        sampler = make_sampler("balanced", counts, {}, stage["samples_per_class"], plan.config.seed + number)
 
-        def loss_of_step(step: int, sampler: ClassBalanceSampler = sampler) -> Tensor:
+        def loss_of_step(step: int, sampler: Sampler = sampler) -> Tensor:
             sequences = sequences_of(store, sampler.batch(step), list(specialists))
             return fused_loss(specialists, gate, sequences, plan.vocab_size)
 

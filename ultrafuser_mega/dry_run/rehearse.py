@@ -131,9 +131,7 @@ class _WatchedTrainable(Trainable):
 def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None) -> Iterator[Part]:
     plan = trainer.plan
     placement = plan.layout.placements[trainer.groups.local_specialists[0]]
-    samples = trainer.stage(number).samples_per_class
-    every = TrainingBatches(trainer.store, samples, plan.config.seed + number, trainer.shard)
-    batches = _FirstMicrobatches(every, microbatches or placement.pp + 1)
+    batches = _FirstMicrobatches(trainer.batches(number), microbatches or placement.pp + 1)
     with meter.making("gradients"):
         made = trainer.make_trainable(number)
         trainable = _WatchedTrainable(**vars(made), meter=meter)

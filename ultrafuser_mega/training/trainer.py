@@ -138,7 +138,7 @@ class Trainer:
             DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
         number, done, config, stage = begin.stage, begin.step, self.plan.config, self.stage(begin.stage)
-        batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
+        batches = self.batches(number)
         trainable = self.make_trainable(number)
         if self.plan.resume is not None and self.plan.resume[0] == begin:
             path = self.plan.resume[1]
@@ -213,6 +213,12 @@ class Trainer:
         if step == self.stage(number).steps:
             return number == 1
         return _due(step, self.plan.config.evaluation.every)
+
+    def batches(self, number: int) -> TrainingBatches:
+        """What the stage trains on."""
+        config = self.plan.config
+        samples = self.stage(number).samples_per_class
+        return TrainingBatches(self.store, samples, config.seed + number, self.shard, config.data.sampling)
 
     def make_trainable(self, number: int) -> Trainable:
         """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""

@@ -88,6 +88,16 @@ def test_a_stage_without_steps_is_not_on_the_card(specialists: Any, tmp_path: Pa
     assert [line.split(" | ")[0] for line in training.splitlines() if "|" in line][2:] == [f"| {kept}"]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [("iid", "drawn from all rows alike."), ("{text: 10, code: 1, math: 1}", "by weights: text 10, code 1, math 1.")],
+)
+def test_the_card_says_how_samples_were_drawn(specialists: Any, tmp_path: Path, sampling: str, words: str) -> None:
+    config = load_config(None, [f"data.sampling={sampling}"])
+    card = card_of(CardFacts("x", config, None), specialists["llamas"], tmp_path / "out")
+    assert f"Two stages, every global batch {words}" in card
+
+
 def test_no_path_of_the_machine_it_was_made_on_reaches_the_card(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
     assert str(tmp_path) not in card and "/tmp" not in card
