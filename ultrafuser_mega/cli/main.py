@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ultrafuser_mega.cli import (
+    baseline,
     chat,
     doctor,
     evaluate,
@@ -44,6 +45,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
   ultrafuser import RELEASE CHECKPOINT           a fused model as one, to train further
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
+  ultrafuser baseline average --out DIR          what one would do instead: merged, further tuned, ... models
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
   ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it
   ultrafuser chat OUT                            a conversation
@@ -82,6 +84,7 @@ app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
+app.add_typer(baseline.app, name="baseline")
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
