@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ultrafuser_mega.errors import InputError
 
@@ -185,11 +185,11 @@ class Endpoint:
     def _ask(self, messages: Messages, max_new_tokens: int) -> Reply:
         import openai
 
-        client: openai.OpenAI = self._client  # type: ignore[assignment]
+        client: Any = self._client
         try:
             completion = client.chat.completions.create(
                 model=self._model,
-                messages=list(messages),  # type: ignore[arg-type]
+                messages=list(messages),
                 max_tokens=max_new_tokens,
                 temperature=0.0,
             )

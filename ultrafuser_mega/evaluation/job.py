@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.evaluation.benchmark import Sample
 from ultrafuser_mega.evaluation.benchmarks import SUITES, Suite, benchmark, chosen
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
+from ultrafuser_mega.evaluation.results import results, write_results
+from ultrafuser_mega.evaluation.results_page import scores_table, write_page
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
 
 
@@ -55,12 +58,26 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
     _refuse_twice(contestants)
     groups = suite.groups if job.limit is None else job.limit
     tasks = []
-    with ExitStack():
-        for name in suite.benchmarks:
-            found = benchmark(name)
-            tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed)))
+    for name in suite.benchmarks:
+        found = benchmark(name)
+        tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed)))
     settings = settings_of(contestants, tasks, job.data, job.seed, "bwrap", job.computing.dtype)
-    run_evaluation(contestants, tasks, settings, job.out, share, console)
+    samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
+    if share.rank == 0:
+        _write(job, [one.name for one in contestants], tasks, settings, samples)
+
+
+def _write(
+    job: Job, models: Sequence[str], tasks: Sequence[Task], settings: dict[str, Any], samples: Sequence[Sample]
+) -> None:
+    """Tables of the models and items that were asked for; the folder may hold more."""
+    asked = {(task.benchmark.name, item.id) for task in tasks for item in task.items}
+    kept = [s for s in samples if s.model in models and (s.benchmark, s.item) in asked]
+    kept.sort(key=lambda sample: models.index(sample.model))
+    found = results(kept, [task.benchmark for task in tasks], settings, job.data)
+    write_results(job.out, found)
+    print(scores_table(found))
+    print(f"\nwrote {write_page(job.out, found)}")
 
 
 def _suite(text: str) -> Suite:

@@ -9,14 +9,12 @@ setting that would make its answers incomparable is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,10 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.answering import answer_items
 from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
 from ultrafuser_mega.evaluation.contestants import Contestant
+from ultrafuser_mega.evaluation.results import sha256
 from ultrafuser_mega.evaluation.samples import Key, append_sample, gather_samples, rank_file, read_samples
 
 SETTINGS = "settings.json"
-_PACKAGES = ("ultrafuser_mega", "torch", "transformers", "math-verify", "openai", "lm-eval")
 _UNTIL_DONE = timedelta(days=365)
 
 
@@ -88,13 +86,12 @@ def settings_of(
         "benchmarks": {
             task.benchmark.name: {
                 "file": task.benchmark.source,
-                "sha256": hashlib.sha256((data / task.benchmark.source).read_bytes()).hexdigest(),
+                "sha256": sha256(data / task.benchmark.source),
                 "max_new_tokens": task.benchmark.max_new_tokens,
                 "items": len(task.items),
             }
             for task in tasks
         },
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
     }
 
 
@@ -211,10 +208,3 @@ def _progress(console: Console, rank: int) -> Progress:
 
 def _speed(tokens: int, began: float) -> str:
     return f"{tokens / max(time.perf_counter() - began, 1e-9):,.0f} tokens/s"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

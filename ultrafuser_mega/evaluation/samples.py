@@ -74,5 +74,7 @@ def append_sample(file: IO[str], sample: Sample) -> None:
 
 def _sample(row: dict[str, Any]) -> Sample:
     known = {field.name for field in fields(Sample)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in known}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in known
+    }
     return Sample(**values)
