@@ -32,6 +32,7 @@ _Mergekit = Annotated[
     Path | None,
     typer.Option(help="python of an environment that has mergekit; default: this one", show_default=False),
 ]
+_ResumeState = Annotated[bool, typer.Option("--resume", help="go on from the run's newest state")]
 _NoLosses = Annotated[
     bool, typer.Option("--no-losses", help="do not evaluate on the held-out data, which loads the whole model")
 ]
@@ -47,6 +48,8 @@ def baseline() -> None:
       ties, dare         the same, trimmed or thinned before (by mergekit)
       further-tuned      one specialist, trained alone on the same data
       llamafuser         the fused structure over copies of a model that was not specialised
+      btx                the specialists' feed-forward parts as a mixture of experts, trained
+      fusechat           one specialist that learns from the others, merged
 
     Every one writes a Hugging Face folder with tokenizer and chat template, a card, baseline.json (what was done),
     config.yaml (the configuration) and summary.json (held-out losses). evaluate and generate take it as they take a
@@ -224,6 +227,67 @@ def llamafuser(
     from ultrafuser_mega.baselines.derived import llamafuser as derive
 
     _train(derive(loaded, base), out, ranks, resume, requeue, max_restarts)
+
+
+@app.command()
+def btx(
+    out: _Out,
+    overrides: Overrides = None,
+    config: Config = None,
+    of: _Of = None,
+    resume: _ResumeState = False,
+) -> None:
+    """Make the specialists' feed-forward parts a mixture of experts with a router of tokens, and train it.
+
+    Branch-Train-MiX (Sukhbaatar et al. 2024): top 2 of n, the published loss that balances experts, everything else
+    averaged. Specialists have equal shapes (Llama or Mistral); the result is a MixtralForCausalLM. Trained on the fused
+    model's data, sampler and batches at stage 2's rates, for as many samples as both of its stages take, in one process
+    (on the GPU if there is one; weights, gradients and AdamW's state in float32). The run is <name>-btx; a signal ends
+    it behind a saved state, and --resume goes on.
+
+    \b
+      ultrafuser baseline btx --config my.yaml --out btx
+      ultrafuser baseline btx --config my.yaml --out btx stage2.lr=5e-5 checkpoint.every=100
+    """
+    _tune("btx", out, overrides, config, of, resume)
+
+
+@app.command()
+def fusechat(
+    out: _Out,
+    overrides: Overrides = None,
+    config: Config = None,
+    of: _Of = None,
+    resume: _ResumeState = False,
+) -> None:
+    """Let one specialist learn from each of the others, and merge what comes of it.
+
+    FuseChat (Wan et al. 2024): for every other specialist a copy of the first one of --of, the pivot, learns the
+    fused model's data and, with a tenth of the weight, the better of both models' predictions of each response; the
+    copies are merged by the size of their changes (VaRM). Only tokenizers must agree, not shapes. Trained as `btx` is,
+    once per pair: runs <name>-fusechat-<pivot>-<other>, each with three models in memory.
+
+    \b
+      ultrafuser baseline fusechat --config my.yaml --out fusechat
+      ultrafuser baseline fusechat --config my.yaml --out fusechat --of math,text,code
+    """
+    _tune("fusechat", out, overrides, config, of, resume)
+
+
+def _tune(
+    method: str, out: Path, overrides: list[str] | None, config: Path | None, of: str | None, resume: bool
+) -> None:
+    from ultrafuser_mega.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from ultrafuser_mega.baselines.btx import btx
+    from ultrafuser_mega.baselines.fusechat import fusechat
+    from ultrafuser_mega.baselines.merge import parse_parts
+
+    train = {"btx": btx, "fusechat": fusechat}[method]
+    if stop := train(loaded, out, list(parse_parts(loaded, of)), resume=resume):
+        raise typer.Exit(stop.code)
+    print(f"wrote {out}")
 
 
 def _train(run: DerivedRun, out: Path, ranks: int | None, resume: bool, requeue: bool, max_restarts: int) -> None:
