@@ -43,7 +43,7 @@ TIMES = ("seconds", "tokens_per_s", "data_seconds", "memory_bytes", "peak_memory
 def _tree(trio: Path, runs: Path, layout: dict[str, Any], parallel: dict[str, bool], dtype: str) -> dict[str, Any]:
     tree = config_tree(trio, runs, layout) | {"parallel": parallel, "dtype": dtype}
     tree["stage1"] |= {"steps": 2, "warmup_steps": 2}  # a cut after its first step falls into the warm-up
-    tree["stage2"] |= {"steps": 2, "warmup_steps": 1}
+    tree["stage2"] |= {"steps": 2, "warmup_steps": 1, "gate_lr": 5e-3}
     tree["checkpoint"] = {"every": 1, "keep": 20}
     return tree
 

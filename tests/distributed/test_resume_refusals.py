@@ -106,10 +106,12 @@ def test_stage_1_may_become_longer_while_it_lasts(copied: dict[str, Any]) -> Non
 def test_every_changed_setting_that_matters_is_remarked_on(copied: dict[str, Any]) -> None:
     shutil.rmtree(checkpoints(copied) / STAGE2)
     changed = copied | stage(copied, 2, lr=1e-4, schedule="constant") | stage(copied, 1, lr=1e-3)
+    changed["data"] = changed["data"] | {"sampling": {"text": 2, "code": 1, "math": 0.5}}
     changed |= {"seed": 5, "loss": {"z_loss": 1e-3}, "optimizer": {"beta2": 0.99}}
     changed |= {"name": "run", "layouts": [{"kind": "colocated"}], "checkpoint": {"every": 7}}
     assert set(resume(changed).changes) == {
         "note: seed is 5, the run had 1234",
+        "note: data.sampling is {code: 1, math: 0.5, text: 2}, the run had balanced",
         "note: loss.z_loss is 0.001, the run had 0.0",
         "note: optimizer.beta2 is 0.99, the run had 0.95",
         "note: stage1.lr is 0.001, the run had 0.005",

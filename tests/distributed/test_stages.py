@@ -73,9 +73,11 @@ def test_loss_per_sample_is_the_sum_over_its_tokens(trio: Path, tmp_path: Path) 
         tree["stage1"] |= {"steps": 1}
         tree["stage2"] |= {"steps": 1}
         tree["optimizer"] = {"clip_grad": 0.0}
+        tree["data"]["sampling"] = {"text": 2, "code": 1, "math": 0}
         first[normalize] = read_steps(train(tree, 2))
     for token, sample in zip(first["token"], first["sample"], strict=True):
-        ratio = token["tokens"] / 6  # 3 classes of 2 samples
+        assert token["class_loss"].keys() == token["gate"].keys() == {"text", "code"}  # what no batch holds has no loss
+        ratio = token["tokens"] / 6  # 2 samples for each of 3 classes
         assert sample["loss"] == pytest.approx(token["loss"] * ratio, rel=1e-6)
         assert sample["grad_norm"] == pytest.approx(token["grad_norm"] * ratio, rel=1e-4)
 

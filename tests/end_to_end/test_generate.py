@@ -56,8 +56,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_checkpoint_opens_as_the_model_that_its_export_is(models: Any) -> None:
     with (
-        opened_model(models["checkpoint"], "cpu", None) as ours,
-        opened_model(models["release"], "cpu", None) as theirs,
+        opened_model(str(models["checkpoint"]), "cpu", None) as ours,
+        opened_model(str(models["release"]), "cpu", None) as theirs,
     ):
         before, after = ours.model.state_dict(), theirs.model.state_dict()
         assert before.keys() == after.keys()
@@ -119,8 +119,8 @@ def test_chat_reads_lines_until_they_end(models: Any, transformers_model: Any, r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", "hi"), "nowhere: no such folder; expected a release folder or a checkpoint"),
-        (("{trio}/text", "hi"), "text: expected what ultrafuser export wrote, a checkpoint, or the folder of a run"),
+        (("nowhere", "hi"), "nowhere: no such folder; expected a release, a checkpoint"),
+        (("{trio}/data", "hi"), "data: no config.json; expected what ultrafuser export wrote, a checkpoint"),
         (("{release}", " "), "the prompt is empty"),
         (("{release}", "hi", "--raw", "--system", "x"), "--system: --raw uses no templates"),
         (("{release}", "hi", "--gate-trace", "{trio}"), "exists already; nothing is overwritten"),

@@ -18,7 +18,7 @@ from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import DivergedError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.runtime.trainable import Rates, Trainable
 from ultrafuser_mega.training.run import run
 
 
@@ -90,15 +90,15 @@ def _weights_around_a_skipped_step(rank: int, tree: dict[str, Any]) -> tuple[flo
     seen: list[float] = []
     real = Trainable.update
 
-    def update(self: Trainable, *, skip: bool) -> float:
-        rate = real(self, skip=skip)
+    def update(self: Trainable, *, skip: bool) -> Rates:
+        rates = real(self, skip=skip)
         held = [
             tensor
             for state in self.optimizer.chained_optimizers[0].optimizer.state.values()
             for tensor in state.values()
         ]
         seen.append(sum(float(torch.hash_tensor(tensor.detach())) for tensor in [*self.parameters, *held]))
-        return rate
+        return rates
 
     Trainable.update = update  # type: ignore[method-assign]
     assert _train(rank, tree, (3,)) is None

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+GATE = ("w1", "b1", "w2")
+
 
 @dataclass
 class ReferenceAdamW:
@@ -24,7 +26,7 @@ class ReferenceAdamW:
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
 
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, gate_rate: float) -> float:
         """Clip by the norm of all gradients, decay, update; returns the norm before clipping."""
         o = self.options
         gradients = {name: w.grad if w.grad is not None else torch.zeros_like(w) for name, w in self.weights.items()}
@@ -37,7 +39,7 @@ class ReferenceAdamW:
             v = self.second[name] = o["beta2"] * self.second.get(name, 0.0) + (1 - o["beta2"]) * g * g
             m, v = m / (1 - o["beta1"] ** self.steps), v / (1 - o["beta2"] ** self.steps)
             decay = o["weight_decay"] if is_matrix(name) else 0.0
-            weight.data -= rate * (m / (v.sqrt() + o["eps"]) + decay * weight.data)
+            weight.data -= (gate_rate if name in GATE else rate) * (m / (v.sqrt() + o["eps"]) + decay * weight.data)
             weight.grad = None
         return norm
 
@@ -63,10 +65,12 @@ def reference_stage(
     options: Mapping[str, Any],
     loss_of_step: Callable[[int], Tensor],
 ) -> list[dict[str, float]]:
-    """Train ``weights`` for one stage; every step's loss before it, rate, and gradient norm."""
+    """Train ``weights`` for one stage; every step's loss before it, rates, and gradient norm."""
     adam, records = ReferenceAdamW(weights, options), []
     for k in range(1, stage["steps"] + 1):
         loss = loss_of_step(k - 1)
         loss.backward()
-        records.append({"loss": loss.item(), "lr": rate(stage, k), "grad_norm": adam.step(rate(stage, k))})
+        lr = rate(stage, k)
+        gate_lr = lr * stage.get("gate_lr", stage["lr"]) / stage["lr"]
+        records.append({"loss": loss.item(), "lr": lr, "gate_lr": gate_lr, "grad_norm": adam.step(lr, gate_lr)})
     return records

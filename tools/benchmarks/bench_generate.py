@@ -32,7 +32,8 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.decoder import Decoder, Prompt
+from ultrafuser_mega.inference.decoder import Decoder
+from ultrafuser_mega.inference.lanes import Prompt
 from ultrafuser_mega.inference.model import opened_model
 from ultrafuser_mega.inference.sampling import Sampling
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    with opened_model(arguments.model, arguments.device, arguments.dtype) as opened, torch.inference_mode():
+    with opened_model(str(arguments.model), arguments.device, arguments.dtype) as opened, torch.inference_mode():
         runs = [measure(opened.model, b, arguments) for b in arguments.batch_sizes]
         places = {name: str(next(opened.model.specialists[name].parameters()).device) for name in opened.model.names}
     show(runs)

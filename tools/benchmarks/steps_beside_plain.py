@@ -172,7 +172,7 @@ def plain_steps(
     o = config.optimizer
     options = AdamW(stage.lr, (o.beta1, o.beta2), o.eps, o.weight_decay, o.clip_grad)
     script = PlainTrainer(model, number, loss, DTYPES[config.dtype], options)
-    batches = TrainingBatches(trainer.store, stage.samples_per_class, config.seed + number, trainer.shard)
+    batches = trainer.batches(number)
 
     def step(i: int) -> float:
         samples = tokens_of(trainer.store, batches.sampler.batch(i), list(config.specialists))

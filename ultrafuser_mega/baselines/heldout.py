@@ -20,7 +20,7 @@ Model = Any  # a causal language model of transformers
 
 def load_model(folder: Path, device: torch.device) -> Model:
     """The model in ``folder``, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
     return model.to(device)

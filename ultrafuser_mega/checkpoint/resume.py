@@ -23,7 +23,10 @@ from ultrafuser_mega.data.store import SPLITS, TokenStore, digest
 from ultrafuser_mega.errors import InputError
 
 # Settings under which other numbers come out. Layouts, paths and how often something is evaluated or saved do not.
-_MATTERS = ("seed", "specialists.", "loss.", "data.max_length", "data.classes.", "data.on_malformed", "optimizer.")
+_MATTERS = (
+    *("seed", "specialists.", "loss.", "optimizer."),
+    *("data.sampling", "data.max_length", "data.classes.", "data.on_malformed"),
+)
 
 _AGAIN = "all models are evaluated anew"
 
@@ -38,7 +41,7 @@ def changed_settings(path: Path, progress: Progress, config: FuserConfig) -> tup
     """
     if progress.step == 0 or not (path / CONFIG).is_file():
         return ()
-    before, now = _settings(path), flat(config.model_dump(mode="json"))
+    before, now = _settings(path), _flat(config.model_dump(mode="json"))
     _refuse_other_dtype(path, before, now)
     _refuse_other_steps(path, progress, before, now)
     left = (f"stage{stage}." for stage in (1, 2) if stage >= progress.stage)
@@ -159,10 +162,18 @@ def _refuse_other_steps(path: Path, progress: Progress, before: dict[str, Any], 
 def _settings(path: Path) -> dict[str, Any]:
     """The flat settings that the checkpoint at ``path`` keeps."""
     try:
-        settings = flat(yaml.safe_load((path / CONFIG).read_text()))
+        settings = _flat(yaml.safe_load((path / CONFIG).read_text()))
         if not {"dtype", "stage1.steps"} <= settings.keys():
             raise ValueError("no dtype or no stage1.steps")
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DamagedCheckpointError(f"{path / CONFIG}: damaged ({reason})", path) from None
     return settings
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Settings by key; weights of classes are one setting, and the first versions knew none but balanced."""
+    settings = flat(tree)
+    weights = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.sampling.")}
+    words = ", ".join(f"{key.rpartition('.')[2]}: {weight:g}" for key, weight in weights.items())
+    return {"data.sampling": f"{{{words}}}" if words else "balanced"} | settings

@@ -16,6 +16,7 @@ from ultrafuser_mega.cli import (
     baseline,
     chat,
     doctor,
+    evaluate,
     export,
     generate,
     import_,
@@ -48,6 +49,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
   ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it
   ultrafuser chat OUT                            a conversation
+  ultrafuser evaluate OUT RUN@math --data DIR    benchmarks, models beside each other
 
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
 layouts.0.dp=2. Its layouts are alternatives: a job takes the first that uses exactly its ranks.
@@ -79,6 +81,7 @@ app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("slurm")(slurm.slurm)
 app.command("report")(report.report)
+app.command("evaluate")(evaluate.evaluate)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
 app.add_typer(baseline.app, name="baseline")

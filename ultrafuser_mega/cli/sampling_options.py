@@ -16,7 +16,12 @@ if TYPE_CHECKING:  # importing them for a --help would take seconds
     from ultrafuser_mega.inference.sampling import Sampling
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="release folder, checkpoint or run (runs/<name>)", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="release, checkpoint, run (runs/<name>) or model folder; @NAME: one specialist; +RULE: mixed otherwise",
+        show_default=False,
+    ),
 ]
 System = Annotated[str | None, typer.Option(help="system text before the conversation", show_default=False)]
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answer, Answerer, Limits
 from ultrafuser_mega.inference.batch import TraceFile
-from ultrafuser_mega.inference.decoder import Prompt
+from ultrafuser_mega.inference.lanes import Prompt
 from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.reporting.palette import specialist_colors
 

@@ -15,7 +15,7 @@ from ultrafuser_mega.config.load import default_config_text, dump_config, load_c
 from ultrafuser_mega.config.loss import Loss
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.specialists import Specialist
-from ultrafuser_mega.config.stages import Optimizer, Stage
+from ultrafuser_mega.config.stages import Optimizer, Stage, Stage2
 
 __all__ = [
     "Checkpoint",
@@ -35,6 +35,7 @@ __all__ = [
     "Sizes",
     "Specialist",
     "Stage",
+    "Stage2",
     "default_config_text",
     "dump_config",
     "load_config",

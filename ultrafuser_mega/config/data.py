@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from ultrafuser_mega.config.section import Section
 
@@ -33,7 +34,34 @@ class Data(Section):
     root: Path = Field(Path(), description="relative files below are taken from here")
     classes: dict[str, DataClass] = Field(min_length=1)
     store: Path | None = Field(None, description="where the token store is; default: <run folder>/store")
+    sampling: Literal["balanced", "iid", "tokens"] | dict[str, NonNegativeFloat] = Field(
+        "balanced",
+        description="of a batch's samples: balanced: as many of each class; tokens: as many response tokens of each "
+        "class, on the average; iid: all rows alike; or {class: weight, ..}: of each class by its weight",
+    )
     max_length: int = Field(2048, ge=2, description="tokens of the longest specialist's sequence")
     on_malformed: Literal["skip", "fail"] = Field(
         "fail", description="a row that is no conversation: fail ends the run, skip leaves it out and counts it"
     )
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _word_or_weights(cls, value: Any) -> Any:
+        words = ("balanced", "iid", "tokens")
+        if not isinstance(value, dict):
+            if value not in words:
+                raise ValueError(f"use {', '.join(words)}, or the classes' weights, as in {{text: 10, code: 1}}")
+            return value
+        for name, weight in value.items():
+            if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(f"{name} has the weight {weight!r}; use a number, at least 0")
+        if not any(value.values()):
+            raise ValueError("no class has a weight; give one of them more than 0")
+        return value
+
+    @model_validator(mode="after")
+    def _weights_of_all_classes(self) -> Data:
+        if isinstance(self.sampling, dict) and set(self.sampling) != set(self.classes):
+            weighed, classes = ", ".join(map(str, self.sampling)), ", ".join(self.classes)
+            raise ValueError(f"sampling weighs {weighed}; it must weigh exactly {classes}")
+        return self

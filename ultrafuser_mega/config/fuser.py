@@ -17,7 +17,7 @@ from ultrafuser_mega.config.loss import Loss
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.config.specialists import Specialist
-from ultrafuser_mega.config.stages import Optimizer, Stage
+from ultrafuser_mega.config.stages import Optimizer, Stage, Stage2
 
 
 class FuserConfig(Section):
@@ -42,7 +42,7 @@ class FuserConfig(Section):
         description="most tokens of a microbatch, into which whole samples are packed; a step takes as many as needed",
     )
     stage1: Stage
-    stage2: Stage
+    stage2: Stage2
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

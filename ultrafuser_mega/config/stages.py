@@ -43,6 +43,14 @@ class Stage(Section):
             )
 
 
+class Stage2(Stage):
+    """Everything together; the gate, which begins far from where it ends, may have a rate of its own."""
+
+    gate_lr: PositiveFloat | None = Field(
+        None, description="the gate's highest rate, and its min_lr is in the same proportion; default: lr"
+    )
+
+
 class Optimizer(Section):
     """AdamW."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ultrafuser_mega.data.collate import MicroBatch, collate
 from ultrafuser_mega.data.packing import spread
-from ultrafuser_mega.data.sampler import ClassBalanceSampler, Pick
+from ultrafuser_mega.data.sampler import Pick, Sampler, Sampling, make_sampler
 from ultrafuser_mega.data.store import Split, TokenStore
 from ultrafuser_mega.errors import InputError
 
@@ -90,12 +90,17 @@ class Steps(Protocol):
 
 
 class TrainingBatches:
-    """The training split of every class of a store, balanced; ``step(i)`` is a pure function of i."""
+    """The training split of every class of a store; ``step(i)`` is a pure function of i.
 
-    def __init__(self, store: TokenStore, samples_per_class: int, seed: int, shard: Shard) -> None:
+    ``samples_per_class``, ``seed``, ``sampling``: which samples a step takes (sampler.py).
+    """
+
+    def __init__(
+        self, store: TokenStore, samples_per_class: int, seed: int, shard: Shard, sampling: Sampling = "balanced"
+    ) -> None:
         self.class_names, self.specialists = store.class_names, store.specialists
         self.splits = {name: store.split(name, "train") for name in self.class_names}
-        self.sampler = ClassBalanceSampler({n: len(s) for n, s in self.splits.items()}, samples_per_class, seed)
+        self.sampler = sampler_of(self.splits, sampling, samples_per_class, seed)
         self.shard = shard
 
     def step(self, step: int) -> StepBatch:
@@ -127,6 +132,13 @@ class TrainingBatches:
 
     def _rows(self, picks: Sequence[Pick]) -> dict[str, list[int]]:
         return {name: [index for other, index in picks if other == name] for name in self.class_names}
+
+
+def sampler_of(splits: Mapping[str, Split], sampling: Sampling, samples_per_class: int, seed: int) -> Sampler:
+    """What draws from these training splits; raises as :func:`~ultrafuser_mega.data.sampler.make_sampler`."""
+    sizes = {name: len(split) for name, split in splits.items()}
+    responses = {name: split.all_response_tokens for name, split in splits.items()}
+    return make_sampler(sampling, sizes, responses, samples_per_class, seed)
 
 
 def _microbatch(

@@ -1,71 +1,183 @@
-"""Which samples a step trains on: the class-balance sampler (section 2.2, algorithm 1).
+"""Which samples a step trains on (section 2.2, algorithm 1): a pure function of (seed, step).
 
-Every GLOBAL batch holds the same number of samples of each class. Each class is shuffled anew every
-time it has been gone through, and wraps around on its own. The batch of a step is a pure function of
-(seed, step): resuming needs no replay, and neither the number of ranks nor the other classes play a
-part. ``packing.spread`` then places a global batch on data-parallel replicas and in microbatches.
+Every GLOBAL batch holds ``samples_per_class`` samples for each class there is. Which, ``data.sampling`` says:
+
+    balanced         as many of every class: the paper's
+    {text: 10, ..}   of every class by its weight
+    tokens           so that every class gives as many response tokens, by their mean in its rows
+    iid              of all rows alike, whatever their class: the paper's run without balance
+
+The first three give every class a share of the samples (``ClassSampler``), the last draws from the union of the classes
+(``UnionSampler``). What is drawn from is shuffled anew every time it has been gone through, and wraps around. Resuming
+needs no replay, and the number of ranks plays no part. ``packing.spread`` then places a global batch on data-parallel
+replicas and in microbatches.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 from ultrafuser_mega.errors import InputError
 
 Pick = tuple[str, int]  # class name, index of the sample in the class's split
+Sampling = str | Mapping[str, float]  # as the module's docstring has it
 
 
-class ClassBalanceSampler:
-    """``sizes``: class name -> number of its training samples; the batch lists classes in this order."""
+class Sampler(Protocol):
+    """Global batches, and in words what one is."""
 
-    def __init__(self, sizes: Mapping[str, int], samples_per_class: int, seed: int) -> None:
-        if samples_per_class < 1:
-            raise InputError(f"samples_per_class is {samples_per_class}; expected at least 1")
-        for name, size in sizes.items():
-            if size < 1:
-                raise InputError(f'class "{name}" has no training samples; the sampler needs at least 1 of each class')
-        self.sizes = dict(sizes)
-        self.samples_per_class = samples_per_class
-        self.seed = seed
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the last epoch's order of each class
+    @property
+    def words(self) -> str:
+        """For people: how many samples of what."""
 
     def batch(self, step: int) -> list[Pick]:
-        """The global batch of a step (from 0): ``samples_per_class`` of every class."""
-        first = step * self.samples_per_class
+        """The global batch of a step (from 0), class by class."""
+
+    def taken(self, steps: int) -> dict[str, float]:
+        """Class -> its samples in the first ``steps`` batches; where they are drawn alike, their expected number."""
+
+
+def make_sampler(
+    sampling: Sampling, sizes: Mapping[str, int], responses: Mapping[str, int], samples_per_class: int, seed: int
+) -> Sampler:
+    """The sampler that ``sampling`` asks for.
+
+    Args:
+        sampling: one of the module's words, or class -> weight, at least 0.
+        sizes: class name -> number of its training samples; batches list classes in this order.
+        responses: class name -> response tokens of all its training samples.
+        samples_per_class: of a global batch, times the number of classes.
+        seed: of the order.
+
+    Raises:
+        InputError: a class has no samples, or a batch would have none.
+    """
+    if samples_per_class < 1:
+        raise InputError(f"samples_per_class is {samples_per_class}; expected at least 1")
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f'class "{name}" has no training samples; the sampler needs at least 1 of each class')
+    batch_size = samples_per_class * len(sizes)
+    if sampling == "iid":
+        return UnionSampler(sizes, batch_size, seed)
+    if isinstance(sampling, Mapping):
+        weights = {name: sampling[name] for name in sizes}
+    elif sampling == "tokens":
+        weights = {name: size / responses[name] for name, size in sizes.items()}
+    else:
+        weights = dict.fromkeys(sizes, 1.0)
+    return ClassSampler(sizes, weights, batch_size, seed)
+
+
+class ClassSampler:
+    """Every class has a share of the samples, and goes through its rows on its own.
+
+    The k-th sample of a class (from 0) is due at (k + 1/2) / share, and batches take the samples as they are due
+    (Sainte-Lague's method): after any H of them each of C classes has had share x H, but for 1/2 + C share / 2 at most.
+    Equal shares make every batch hold as many of every class.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], batch_size: int, seed: int) -> None:
+        whole = math.fsum(weights.values())
+        self.batch_size = batch_size
+        self.shares = {name: weights[name] / whole for name in sizes if weights[name] > 0}
+        self._rows = {name: _Shuffled(sizes[name], seed, name) for name in self.shares}
+        self._classes = list(sizes)
+
+    @property
+    def words(self) -> str:
+        if len(self.shares) == len(self._classes) and len(set(self.shares.values())) == 1:
+            return f"{self.batch_size // len(self.shares)} samples of each class"
+        parts = ", ".join(f"{name} {self.shares.get(name, 0.0):.1%}" for name in self._classes)
+        return f"{self.batch_size} samples ({parts})"
+
+    def batch(self, step: int) -> list[Pick]:
+        """The global batch of a step (from 0), class by class."""
+        before, after = (self._first(steps * self.batch_size) for steps in (step, step + 1))
         return [
-            (name, self._at(name, position))
-            for name in self.sizes
-            for position in range(first, first + self.samples_per_class)
+            (name, rows.at(position))
+            for name, rows in self._rows.items()
+            for position in range(before[name], after[name])
         ]
 
-    def _at(self, name: str, position: int) -> int:
-        epoch, place = divmod(position, self.sizes[name])
-        known = self._orders.get(name)
-        if known is None or known[0] != epoch:
-            known = (epoch, shuffled(self.sizes[name], self.seed, name, epoch))
-            self._orders[name] = known
-        return int(known[1][place])
+    def taken(self, steps: int) -> dict[str, float]:
+        """Class -> its samples in the first ``steps`` batches."""
+        return dict.fromkeys(self._classes, 0.0) | {**self._first(steps * self.batch_size)}
+
+    def _first(self, total: int) -> dict[str, int]:
+        """Class -> how many of the first ``total`` samples are its own."""
+        # By the bound above, less one: none of these is due behind the last of them.
+        slack = len(self.shares) / 2
+        found = {name: max(0, math.floor(share * (total - slack)) - 1) for name, share in self.shares.items()}
+        for _ in range(total - sum(found.values())):
+            found[min(found, key=lambda name: (found[name] + 0.5) / self.shares[name])] += 1
+        return found
 
 
-def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, int]]) -> list[str]:
+class UnionSampler:
+    """All rows alike, whatever their class."""
+
+    def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int) -> None:
+        self.sizes, self.batch_size = dict(sizes), batch_size
+        self._names = list(sizes)
+        self._ends = np.cumsum(list(sizes.values()))
+        self._rows = _Shuffled(int(self._ends[-1]), seed, "*")  # which names no class
+
+    @property
+    def words(self) -> str:
+        return f"{self.batch_size} samples of all rows alike"
+
+    def batch(self, step: int) -> list[Pick]:
+        """The global batch of a step (from 0), class by class."""
+        first = step * self.batch_size
+        rows = [self._rows.at(position) for position in range(first, first + self.batch_size)]
+        classes = np.searchsorted(self._ends, rows, side="right")  # (k,)
+        picks = [
+            (self._names[at], row - int(self._ends[at]) + self.sizes[self._names[at]])
+            for at, row in zip(classes.tolist(), rows, strict=True)
+        ]
+        return [picks[place] for place in np.argsort(classes, kind="stable")]
+
+    def taken(self, steps: int) -> dict[str, float]:
+        """Class -> the expected number of its samples in the first ``steps`` batches."""
+        return {name: steps * self.batch_size * size / int(self._ends[-1]) for name, size in self.sizes.items()}
+
+
+class _Shuffled:
+    """Rows in an order that is another one each time they have been gone through."""
+
+    def __init__(self, size: int, seed: int, name: str) -> None:
+        self._size, self._seed, self._name = size, seed, name
+        self._epoch, self._order = -1, np.empty(0, np.int64)  # the last that was asked for
+
+    def at(self, position: int) -> int:
+        epoch, place = divmod(position, self._size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, shuffled(self._size, self._seed, self._name, epoch)
+        return int(self._order[place])
+
+
+def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, Sampler]]) -> list[str]:
     """How often training passes each class's rows, for people: a line per stage and per class too small for a batch.
 
-    ``sizes``: class name -> number of its training samples; ``stages``: title -> (steps, samples_per_class).
+    ``sizes``: class name -> number of its training samples; ``stages``: title -> (steps, what draws them).
     """
     lines = []
-    for title, (steps, samples_per_class) in stages.items():
+    for title, (steps, sampler) in stages.items():
         if not steps:
             continue
-        taken = steps * samples_per_class
-        often = ", ".join(f"{name} {_often(taken / size)} times" for name, size in sizes.items())
-        lines.append(f"{title} takes {steps:,} x {samples_per_class} samples of each class: {often} through its rows")
+        taken = sampler.taken(steps)
+        often = ", ".join(f"{name} {_often(taken[name] / size)} times" for name, size in sizes.items())
+        lines.append(f"{title} takes {steps:,} x {sampler.words}: {often} through its rows")
         for name, size in sizes.items():
-            if size < samples_per_class:
+            if size < taken[name] / steps:
                 lines.append(
-                    f"{title}: {name} has {size} training rows and every batch takes {samples_per_class}: "
+                    f"{title}: {name} has {size} training rows and every batch takes {math.ceil(taken[name] / steps)}: "
                     "a batch holds the same row more than once"
                 )
     return lines
@@ -73,7 +185,7 @@ def passes(sizes: Mapping[str, int], stages: Mapping[str, tuple[int, int]]) -> l
 
 def _often(times: float) -> str:
     """Two decimals, or two digits where those would be zeros."""
-    return f"{times:.2f}" if times >= 0.1 else f"{times:.1g}"
+    return f"{times:.2f}" if times >= 0.1 or not times else f"{times:.1g}"
 
 
 def shuffled(size: int, seed: int, name: str, epoch: int) -> np.ndarray:

@@ -94,6 +94,11 @@ class Split(Sequence[Sample]):
         """(k,) int64: response tokens of each of k samples, all turns together."""
         return self._spans(self.response_offsets, indexes)
 
+    @property
+    def all_response_tokens(self) -> int:
+        """Of all samples together."""
+        return int(self.response_offsets[self.turns[-1]] - self.response_offsets[self.turns[0]])
+
     def lengths(self, specialist: str, indexes: Sequence[int] | np.ndarray) -> np.ndarray:
         """(k,) int64: tokens of the specialist's whole sequence, for each of k samples."""
         return self._spans(self.prompt_offsets[specialist], indexes) + self.response_tokens(indexes)

@@ -27,7 +27,7 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import distinct_ranks, role_of
 from ultrafuser_mega.reporting.rehearsal import Microbatch, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
-from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.runtime.trainable import Rates, Trainable
 from ultrafuser_mega.training.evaluation import evaluate
 from ultrafuser_mega.training.trainer import Trainer, make_shard
 
@@ -123,7 +123,7 @@ class _WatchedTrainable(Trainable):
         with self.meter.making("update"):
             return super().clip_gradients()
 
-    def update(self, *, skip: bool) -> float:
+    def update(self, *, skip: bool) -> Rates:
         with self.meter.making("update"):
             return super().update(skip=skip)
 
@@ -131,9 +131,7 @@ class _WatchedTrainable(Trainable):
 def _stage(trainer: Trainer, meter: Meter, number: int, microbatches: int | None) -> Iterator[Part]:
     plan = trainer.plan
     placement = plan.layout.placements[trainer.groups.local_specialists[0]]
-    samples = trainer.stage(number).samples_per_class
-    every = TrainingBatches(trainer.store, samples, plan.config.seed + number, trainer.shard)
-    batches = _FirstMicrobatches(every, microbatches or placement.pp + 1)
+    batches = _FirstMicrobatches(trainer.batches(number), microbatches or placement.pp + 1)
     with meter.making("gradients"):
         made = trainer.make_trainable(number)
         trainable = _WatchedTrainable(**vars(made), meter=meter)

@@ -58,6 +58,7 @@ class Benchmark(ABC):
         origin: where that file is published, for whoever lacks it.
         max_new_tokens: of a reply.
         judged: whether a judge scores it.
+        scale: what a score is multiplied with in tables: 100, per cent; 10, a rating.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Benchmark(ABC):
     origin: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     judged: ClassVar[bool] = False
+    scale: ClassVar[float] = 100.0
 
     @abstractmethod
     def items(self, data: Path) -> list[Item]:

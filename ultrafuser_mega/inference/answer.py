@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.decoder import Decoder, Prompt
+from ultrafuser_mega.inference.decoder import Decoder
+from ultrafuser_mega.inference.lanes import Prompt
 from ultrafuser_mega.inference.model import OpenedModel
 from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.inference.text import Piece, TextStream
@@ -89,7 +90,7 @@ class Answerer:
     def __init__(self, opened: OpenedModel) -> None:
         self.names = opened.model.names
         self._opened = opened
-        self._decoder = Decoder(opened.model)
+        self._decoder = Decoder(opened.model, opened.rule)
 
     def encode(self, conversation: Messages) -> Prompt:
         """A conversation that ends with a user message, each specialist's in its own template.

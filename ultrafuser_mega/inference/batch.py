@@ -18,7 +18,7 @@ from ultrafuser_mega.data.conversation import MalformedRowError, to_prompt
 from ultrafuser_mega.data.readers import read_rows
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answer, Answerer, Limits
-from ultrafuser_mega.inference.decoder import Prompt
+from ultrafuser_mega.inference.lanes import Prompt
 from ultrafuser_mega.inference.sampling import Sampling
 
 ANSWER, FINISH = "generated", "finish_reason"

@@ -64,6 +64,15 @@ class BufferedLayer(DynamicLayer):
         self._buffers = keys, values
         self.keys, self.values = keys[..., :stop, :], values[..., :stop, :]
 
+    def repeat_row(self, source: BufferedLayer, rows: int) -> None:
+        """Hold what ``source`` holds of its only row, ``rows`` times; nothing was held before."""
+        stop = source.get_seq_length()
+        if not stop or source.keys is None or source.values is None:
+            return
+        self.lazy_initialization(source.keys, source.values)
+        keys, values = (part.expand(rows, -1, -1, -1) for part in (source.keys, source.values))
+        self.update(keys, values)
+
 
 def buffered_cache(model: UltraFuserForCausalLM, room: Mapping[str, int]) -> FusedCache:
     """An empty cache for ``model`` with room for ``room[name]`` tokens of each specialist."""
@@ -72,3 +81,12 @@ def buffered_cache(model: UltraFuserForCausalLM, room: Mapping[str, int]) -> Fus
         layers = model.config.specialist_config(name).num_hidden_layers
         caches[name] = Cache(layers=[BufferedLayer(room[name]) for _ in range(layers)])
     return FusedCache(caches)
+
+
+def repeated(model: UltraFuserForCausalLM, cache: FusedCache, rows: int, room: Mapping[str, int]) -> FusedCache:
+    """A cache of ``rows`` rows, each of which holds what the only row of ``cache`` holds."""
+    made = buffered_cache(model, room)
+    for new, old in zip(made.layers, cache.layers, strict=True):
+        assert isinstance(new, BufferedLayer) and isinstance(old, BufferedLayer)
+        new.repeat_row(old, rows)
+    return made

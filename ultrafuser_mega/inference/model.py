@@ -1,12 +1,10 @@
-"""A fused model in memory, from a release folder or straight from a checkpoint."""
+"""A model in memory, ready to answer: fused, one of its specialists, or any single one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,9 +12,10 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.address import Address
+from ultrafuser_mega.inference.mixing import GATE, RULES, Rule
 from ultrafuser_mega.models.dtypes import parse_dtype
-from ultrafuser_mega.models.hf_folder import TensorFolder
-from ultrafuser_mega.release.check import check_release, is_release, loading
+from ultrafuser_mega.release.check import loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
 
@@ -28,61 +27,42 @@ class OpenedModel:
         model: its specialists are on their devices; the gate is where the first one is.
         tokenizer: of the answers.
         eos: tokens that end an answer.
+        rule: how the specialists are mixed.
     """
 
     model: UltraFuserForCausalLM
     tokenizer: Any
     eos: frozenset[int]
+    rule: Rule = RULES[GATE]
 
 
 @contextmanager
-def opened_model(folder: Path, devices: str, dtype: str | None) -> Iterator[OpenedModel]:
-    """Load ``folder`` for as long as the context lasts.
+def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[OpenedModel]:
+    """Load a model for as long as the context lasts.
 
     Args:
-        folder: what ``ultrafuser export`` wrote, or a checkpoint of ``ultrafuser train`` (or of ``import`` of a
-            configuration or a release); a run's folder stands for its newest checkpoint.
+        model: see ``address``.
         devices: "auto" (a GPU for each specialist where there are enough, else one for all, else the CPU), or one
             device for all, or one for each, as in "cuda:0,cuda:1,cuda:1".
         dtype: fp32, bf16 or fp16; None: the element type of the stored weights.
 
     Raises:
-        InputError: the folder is neither, or is damaged; a device or dtype is not there; a value is beyond the dtype.
+        InputError: there is no such model, or it is damaged; a device or dtype is not there; a value is beyond the
+            dtype.
     """
     wanted = parse_dtype(dtype)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a release folder or a checkpoint")
+    address = Address.parse(model)
     with ExitStack() as stack:
-        if is_release(folder):
-            described = folder
-            places = choose_devices(devices, check_release(folder).names)
-            with loading(folder):
-                model = UltraFuserForCausalLM.from_pretrained(
-                    folder, dtype=wanted or "auto", local_files_only=True, use_safetensors=True
-                )
-            if wanted is not None:
-                _refuse_overflow(model, folder, wanted)
-        else:
-            from ultrafuser_mega.inference.restored import RestoredModel  # brings Megatron: seconds
-
-            described = Path(stack.enter_context(TemporaryDirectory(prefix="ultrafuser-")))
-            restored = RestoredModel(folder, described)
-            places = choose_devices(devices, restored.config.names)
-            model = restored.load(wanted)
+        stored = address.stored(stack)
+        places = choose_devices(devices, stored.config.names)
+        with loading(address.path):
+            loaded = stored.load(wanted)
         for name, device in places.items():
-            model.specialists[name].to(device)
-        model.gate.to(places[model.names[0]])
-        ends = GenerationConfig.from_pretrained(described).eos_token_id
+            loaded.specialists[name].to(device)
+        loaded.gate.to(places[loaded.names[0]])
+        ends = GenerationConfig.from_pretrained(stored.described).eos_token_id
         eos = frozenset(ends if isinstance(ends, list) else [ends])
-        yield OpenedModel(model, FastTokenizer.from_pretrained(described), eos)
-
-
-def _refuse_overflow(model: UltraFuserForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """Refuse what transformers made infinite on loading ``folder`` in ``dtype``; what is so by itself is left alone."""
-    tensors = TensorFolder(folder)
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            tensors.read(name, dtype=dtype)
+        yield OpenedModel(loaded, FastTokenizer.from_pretrained(stored.described), eos, RULES[address.rule])
 
 
 def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.store import TokenStore
-from ultrafuser_mega.launch.local import launch_local
+from ultrafuser_mega.launch.local import from_checkpoints, launch_local
 from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, ranks_left, resumes
 from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
 from ultrafuser_mega.runtime.device import kind_of_device
@@ -49,4 +49,4 @@ def train_here(
     program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config_path, overrides, resume)]
     on_gpus = kind_of_device(config.device, ranks) == "cuda"
     left = partial(ranks_left, config, ranks) if on_gpus else None
-    return launch_local(ranks, program, config.run_dir, max_restarts, left)
+    return launch_local(ranks, program, from_checkpoints(config.run_dir), max_restarts, left)

@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.data.batches import sampler_of
 from ultrafuser_mega.data.packing import spread
-from ultrafuser_mega.data.sampler import ClassBalanceSampler
 from ultrafuser_mega.data.store import MANIFEST, TokenStore
 
 RESPONSE_SHARE = 0.75  # of a sample's tokens, where no store says it
@@ -167,7 +167,7 @@ def prepared_store(config: FuserConfig) -> TokenStore | None:
 
 def _of_store(store: TokenStore, samples_per_class: int, config: FuserConfig) -> Workload:
     splits = {name: store.split(name, "train") for name in store.class_names}
-    sampler = ClassBalanceSampler({name: len(split) for name, split in splits.items()}, samples_per_class, config.seed)
+    sampler = sampler_of(splits, config.data.sampling, samples_per_class, config.seed)
     steps = []
     for step in range(_STEPS):
         picks = sampler.batch(step)

@@ -193,12 +193,14 @@ def _training(config: FuserConfig) -> str:
         for name, data in config.data.classes.items()
     ]
     count = len(config.data.classes)
+    gate_lr = config.stage2.gate_lr
+    own_rate = {1: "", 2: "" if gate_lr is None else f", gate {gate_lr:g}"}
     stages = [
         (
             _STAGES[number],
             stage.steps,
             f"{stage.samples_per_class} x {count}",
-            f"{stage.lr:g}",
+            f"{stage.lr:g}" + own_rate[number],
             stage.schedule,
             stage.warmup_steps,
         )
@@ -209,13 +211,23 @@ def _training(config: FuserConfig) -> str:
     return (
         "## Training\n\nData, one class per kind of instruction:\n\n"
         f"{_markdown(('class', 'trained on', 'held out'), classes)}\n"
-        f"{how_many}, every global batch with the same number of samples of each class.{begun}\n\n"
+        f"{how_many}, every global batch {_sampling(config.data.sampling)}.{begun}\n\n"
         f"{_markdown(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
         f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
         f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
         f"{loss.normalize}, label smoothing {loss.label_smoothing:g}, z-loss {loss.z_loss:g}, {config.dtype}, "
         f"seed {config.seed}.\n"
     )
+
+
+def _sampling(sampling: str | Mapping[str, float]) -> str:
+    if isinstance(sampling, Mapping):
+        return "by weights: " + ", ".join(f"{name} {weight:g}" for name, weight in sampling.items())
+    return {
+        "balanced": "with the same number of samples of each class",
+        "tokens": "with as many response tokens of each class, on the average",
+        "iid": "drawn from all rows alike",
+    }[sampling]
 
 
 def _heldout(files: Iterable[Path], heads: Mapping[Path, int]) -> list[str]:

@@ -10,6 +10,7 @@ There is no refresh thread (``step`` redraws), so nothing here can hold a lock a
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -207,9 +208,11 @@ class TrainConsole:
 
 
 def _facts(record: StepRecord) -> list[tuple[str, str]]:
+    own = not math.isnan(record.gate_lr) and record.gate_lr != record.lr
     return [
         ("loss", f"{record.loss:.4f}"),
         ("lr", f"{record.lr:.2e}"),
+        *([("gate lr", f"{record.gate_lr:.2e}")] if own else []),
         ("grad norm", f"{record.grad_norm:.3g}"),
         ("response tokens/s", _count(record.tokens_per_s)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,13 @@ from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import counted_again
 from ultrafuser_mega.runtime.weight_gather import WeightGather
+
+
+class Rates(NamedTuple):
+    """Learning rates of a step: of everything, and the gate's, which may be another."""
+
+    lr: float
+    gate_lr: float
 
 
 @dataclass(frozen=True)
@@ -73,16 +81,22 @@ class Trainable:
         return norm
 
     @torch.no_grad()
-    def update(self, *, skip: bool) -> float:
-        """Take the step with the clipped gradients, or ``skip`` it: the schedule goes on; returns the step's rate."""
-        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+    def update(self, *, skip: bool) -> Rates:
+        """Take the step with the clipped gradients, or ``skip`` it: the schedule goes on; returns the step's rates."""
+        rates = self._rates()
         if not skip:
             with megatron_scope(self.device):
                 self.optimizer.step_with_ready_grads()
                 if self.gather is not None:
                     self.gather.start()
         self.schedule.step(1)
-        return float(lr)
+        return rates
+
+    def _rates(self) -> Rates:
+        # Every rank has all groups, those without parameters of its own too; only a gate's rate is not the default.
+        found = {group["default_config"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        lr = found.get(True, 0.0)
+        return Rates(lr, found.get(False, lr))
 
     def settle(self) -> None:
         """Until this rank's weights are all as the last update left them, for who reads them without a forward."""

@@ -21,6 +21,7 @@ from ultrafuser_mega.planning.step_time import useful_flops
 from ultrafuser_mega.reporting.records import StepRecord
 from ultrafuser_mega.runtime.device import held_memory, peak_memory, to_device
 from ultrafuser_mega.runtime.phases import OTHER, Phases
+from ultrafuser_mega.runtime.trainable import Rates
 from ultrafuser_mega.training.stragglers import Stragglers
 from ultrafuser_mega.training.totals import Totals, gate_column
 
@@ -101,7 +102,7 @@ class Measures:
         stage: int,
         step: int,
         loss: float,
-        lr: float,
+        rates: Rates,
         seconds: float,
         skipped: bool,
     ) -> StepRecord:
@@ -112,7 +113,8 @@ class Measures:
             step=step,
             loss=loss,
             class_loss={name: row["loss"] for name, row in means.items()},
-            lr=lr,
+            lr=rates.lr,
+            gate_lr=rates.gate_lr,
             grad_norm=measured.grad_norm,
             tokens=batch.response_tokens,
             tokens_per_s=batch.response_tokens / seconds,

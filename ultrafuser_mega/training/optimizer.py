@@ -6,7 +6,8 @@ The rate of step k = 1 .. S of a stage, with a warm-up of n steps and m = max(n,
     k >= m, cosine      min_lr + (lr - min_lr) (1 + cos(pi (k - m) / (S - m + 1))) / 2
     k >= m, constant    lr
 
-Step m has lr; the cosine would reach min_lr at step S + 1, so that no step is spent on a rate of zero.
+Step m has lr; the cosine would reach min_lr at step S + 1, so that no step is spent on a rate of zero. A gate with a
+rate of its own, gate_lr, has gate_lr / lr times all that.
 
 The optimizer is AdamW. Weight decay takes matrices: those of linear layers, the embeddings, the output heads, and both
 layers of the gate (its second, ``w2``, is a 1 x m matrix that is kept as a vector). Biases and norms do not decay.
@@ -41,6 +42,8 @@ from ultrafuser_mega.runtime.weight_gather import WeightGather
 
 #: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
 NOT_DECAYED = ("*.bias", "*.b1", "*layernorm.weight")
+#: Names of the gate's parameters where everything trains.
+GATE = "*fusion.gate.*"
 #: Parameters whose gradients are summed together where that overlaps with the backward; None: Megatron's number.
 BUCKET_PARAMETERS: int | None = None
 
@@ -55,6 +58,7 @@ def make_trainable(
     distributed_optimizer: bool,
     overlap: bool,
     device: torch.device,
+    gate_lr: float | None = None,
     phases: Phases | None = None,
 ) -> Trainable:
     """Wrap ``module`` for training its parameters that require gradients.
@@ -69,6 +73,7 @@ def make_trainable(
         overlap: sum gradients over ``groups.dp`` bucket by bucket, while the last microbatch's backward goes on; every
             parameter must get one then, through Megatron's schedule. With ``distributed_optimizer`` weights are
             gathered under the next forward.
+        gate_lr: the gate's highest rate; None: that of everything else.
         phases: of this rank.
     """
     phases = phases or Phases()
@@ -99,10 +104,13 @@ def make_trainable(
             use_distributed_optimizer=distributed_optimizer,
             overlap_param_gather=ddp_config.overlap_param_gather,
         )
+        overrides: dict[ParamKey, Any] = {ParamKey(name=NOT_DECAYED): {"wd_mult": 0.0}}
+        if gate_lr is not None:
+            overrides[ParamKey(name=GATE)] = {"max_lr": gate_lr, "min_lr": stage.min_lr * gate_lr / stage.lr}
         optimizer = get_megatron_optimizer(
             optimizer_config,
             [wrapped],
-            config_overrides={ParamKey(name=NOT_DECAYED): {"wd_mult": 0.0}},
+            config_overrides=overrides,
             use_gloo_process_groups=False,
             pg_collection=groups,
         )
@@ -131,22 +139,23 @@ def _finalize_gradients(
 
 
 def make_schedule(optimizer: MegatronOptimizer, stage: Stage, weight_decay: float) -> OptimizerParamScheduler:
-    """The stage's rates as this module describes them, into the groups of ``optimizer``."""
-    # Megatron counts from 0 and gives its first step the initial rate: that of step 1 here, lr / n.
-    warmup = max(stage.warmup_steps, 1)
-    return OptimizerParamScheduler(
+    """The stage's rates as this module describes them, into the groups of ``optimizer``; those of step 1 at once."""
+    peak = max(stage.warmup_steps, 1)
+    schedule = OptimizerParamScheduler(
         optimizer,
-        init_lr=stage.lr / warmup,
+        init_lr=0.0,  # of a step 0, from which groups of any rate warm up in proportion
         max_lr=stage.lr,
         min_lr=stage.min_lr,
-        lr_warmup_steps=warmup - 1,
-        lr_decay_steps=max(stage.steps, warmup),
+        lr_warmup_steps=peak,
+        lr_decay_steps=max(stage.steps, peak) + 1,
         lr_decay_style=stage.schedule,
         start_wd=weight_decay,
         end_wd=weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    schedule.step(1)
+    return schedule
 
 
 def _fresh_parameters(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, verify
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
-from ultrafuser_mega.data.sampler import passes
+from ultrafuser_mega.data.sampler import make_sampler, passes
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import RunPlan, gone_back
@@ -57,10 +57,15 @@ def _prepare(config: FuserConfig, vocab_size: int, overwrite: bool) -> PrepareRe
 
 def data_notes(config: FuserConfig, report: PrepareReport) -> list[str]:
     """How often each stage passes the rows of each class, then what ``report`` found odd; for people, a line each."""
-    sizes = {name: int(report.counts(name, "train")["samples"]) for name in config.data.classes}
+    counts = {name: report.counts(name, "train") for name in config.data.classes}
+    sizes = {name: int(of_class["samples"]) for name, of_class in counts.items()}
+    responses = {name: int(of_class["response_tokens"]) for name, of_class in counts.items()}
     stages = {
-        title: (stage.steps, stage.samples_per_class)
-        for title, stage in (("stage 1", config.stage1), ("stage 2", config.stage2))
+        f"stage {number}": (
+            stage.steps,
+            make_sampler(config.data.sampling, sizes, responses, stage.samples_per_class, config.seed + number),
+        )
+        for number, stage in config.stages.items()
     }
     return [*passes(sizes, stages), *report.notices()]
 

@@ -20,7 +20,10 @@ def gate_column(specialist: str) -> str:
 
 @dataclass(frozen=True)
 class Totals:
-    """means: class -> column -> mean over the job's rows; counts: class -> rows; ranks: (ranks, k), what each said."""
+    """Of classes that have rows. means: class -> column -> mean over the job's rows; counts: class -> rows.
+
+    ranks: (ranks, k), what each said.
+    """
 
     means: dict[str, dict[str, float]]
     counts: dict[str, int]
@@ -64,12 +67,13 @@ class ClassTotals:
         dist.all_reduce(everything, group=groups.world)
         numbers = everything.tolist()
         width = len(self.columns) + 1
-        rows = [numbers[place * width : (place + 1) * width] for place in range(len(self.classes))]
+        rows = {name: numbers[place * width : (place + 1) * width] for place, name in enumerate(self.classes)}
+        rows = {name: row for name, row in rows.items() if row[-1]}
         return Totals(
             means={
-                name: {column: value / max(row[-1], 1.0) for column, value in zip(self.columns, row, strict=False)}
-                for name, row in zip(self.classes, rows, strict=True)
+                name: {column: value / row[-1] for column, value in zip(self.columns, row, strict=False)}
+                for name, row in rows.items()
             },
-            counts={name: int(row[-1]) for name, row in zip(self.classes, rows, strict=True)},
+            counts={name: int(row[-1]) for name, row in rows.items()},
             ranks=np.array(numbers[len(self.classes) * width :]).reshape(said.shape),
         )

@@ -138,7 +138,7 @@ class Trainer:
             DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
         number, done, config, stage = begin.stage, begin.step, self.plan.config, self.stage(begin.stage)
-        batches = TrainingBatches(self.store, stage.samples_per_class, config.seed + number, self.shard)
+        batches = self.batches(number)
         trainable = self.make_trainable(number)
         if self.plan.resume is not None and self.plan.resume[0] == begin:
             path = self.plan.resume[1]
@@ -214,6 +214,12 @@ class Trainer:
             return number == 1
         return _due(step, self.plan.config.evaluation.every)
 
+    def batches(self, number: int) -> TrainingBatches:
+        """What the stage trains on."""
+        config = self.plan.config
+        samples = self.stage(number).samples_per_class
+        return TrainingBatches(self.store, samples, config.seed + number, self.shard, config.data.sampling)
+
     def make_trainable(self, number: int) -> Trainable:
         """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""
         gc.collect()  # the last stage's optimizer and gradient buffers, which hold each other
@@ -232,6 +238,7 @@ class Trainer:
             distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
             overlap=number == 2,
             device=self.device,
+            gate_lr=config.stage2.gate_lr if number == 2 else None,
             phases=self.phases,
         )
 
@@ -280,11 +287,11 @@ class Trainer:
         loss = sum(row["loss"] * reduced.counts[name] for name, row in reduced.means.items()) / terms
         skipped = not (math.isfinite(loss) and math.isfinite(measured.grad_norm))
         with self.phases("optimizer"):
-            lr = trainable.update(skip=skipped)
+            rates = trainable.update(skip=skipped)
         self.phases.end_step()
         done, seconds = self.global_step(progress), time.perf_counter() - begun
         record = self.measures.record(
-            measured, reduced, batch, stage=number, step=done, loss=loss, lr=lr, seconds=seconds, skipped=skipped
+            measured, reduced, batch, stage=number, step=done, loss=loss, rates=rates, seconds=seconds, skipped=skipped
         )
         return record, self.stopping.agreed(measured.wanted)
 

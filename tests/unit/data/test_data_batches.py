@@ -112,11 +112,12 @@ def shard(rank: int, dp: int, microbatch_tokens: int = 64) -> Shard:
 
 @pytest.mark.parametrize(("dp", "microbatch_tokens"), [(1, 4096), (1, 64), (2, 100), (3, 64), (5, 64), (16, 64)])
 @pytest.mark.parametrize("step", [0, 1, 17])
+@pytest.mark.parametrize("sampling", ["balanced", "iid", "tokens", {"text": 3, "code": 0, "math": 1}])
 def test_the_global_batch_is_the_same_however_it_is_spread(
-    store: Any, dp: Any, microbatch_tokens: Any, step: int
+    store: Any, dp: Any, microbatch_tokens: Any, step: int, sampling: Any
 ) -> None:
-    work = [TrainingBatches(store, 4, 5, shard(rank, dp, microbatch_tokens)).step(step) for rank in range(dp)]
-    reference = TrainingBatches(store, 4, 5, shard(0, 1, 4096)).step(step)
+    work = [TrainingBatches(store, 4, 5, shard(rank, dp, microbatch_tokens), sampling).step(step) for rank in range(dp)]
+    reference = TrainingBatches(store, 4, 5, shard(0, 1, 4096), sampling).step(step)
     assert len(reference.microbatches) == 1
     microbatches = [m for one in work for m in one.microbatches]
     targets = torch.cat([m.targets for m in microbatches])
@@ -126,7 +127,9 @@ def test_the_global_batch_is_the_same_however_it_is_spread(
     assert {one.processed_tokens for one in work} == {reference.processed_tokens}
     assert all(sum(m.tokens[name].lengths) <= microbatch_tokens for m in microbatches for name in NAMES)
     classes = [int(rows[0]) for m in microbatches for rows in m.row_class.split(m.row_counts)]
-    assert np.bincount(classes, minlength=4)[:3].tolist() == [4, 4, 4]
+    expected = {"balanced": [4, 4, 4], str({"text": 3, "code": 0, "math": 1}): [9, 0, 3]}
+    found = np.bincount(classes, minlength=4)[:3].tolist()
+    assert found == expected.get(str(sampling), found) and sum(found) == 12
 
 
 def test_a_replica_that_gets_no_sample_runs_a_filler_that_counts_nowhere(store: Any) -> None:

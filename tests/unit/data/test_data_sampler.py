@@ -1,53 +1,123 @@
-"""The class-balance sampler and the split of a global batch: pure functions in which no sample is lost."""
+"""The samplers: pure functions of seed and step in which no sample is lost and every class has its share."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultrafuser_mega.data.sampler import ClassBalanceSampler, passes, shuffled
+from ultrafuser_mega.data.sampler import Pick, Sampler, Sampling, make_sampler, passes, shuffled
 from ultrafuser_mega.errors import InputError
 
-SIZES = st.dictionaries(st.sampled_from(["text", "code", "math", "law"]), st.integers(1, 40), min_size=1)
+CLASSES = ["text", "code", "math", "law"]
+SIZES = st.dictionaries(st.sampled_from(CLASSES), st.integers(1, 40), min_size=1)
+WEIGHTS = st.fixed_dictionaries({name: st.floats(0.01, 100.0) for name in CLASSES})
+SAMPLINGS = st.sampled_from(["balanced", "iid", "tokens"]) | WEIGHTS
+
+
+def sampler_of(sampling: Sampling, sizes: dict[str, int], n: int, seed: int = 0) -> Sampler:
+    """Over classes whose samples have 1, 2, 3, .. response tokens each."""
+    responses = {name: size * (1 + place) for place, (name, size) in enumerate(sizes.items())}
+    return make_sampler(sampling, sizes, responses, n, seed)
+
+
+def counts(batch: list[Pick]) -> Counter[str]:
+    return Counter(name for name, _ in batch)
 
 
 @settings(deadline=None, derandomize=True)
 @given(SIZES, st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 10**6))
-def test_every_global_batch_holds_the_same_number_of_each_class_in_order(
+def test_every_balanced_batch_holds_the_same_number_of_each_class_in_order(
     sizes: Any, n: Any, seed: int, step: Any
 ) -> None:
-    batch = ClassBalanceSampler(sizes, n, seed).batch(step)
+    batch = sampler_of("balanced", sizes, n, seed).batch(step)
     assert [name for name, _ in batch] == [name for name in sizes for _ in range(n)]
     assert all(0 <= index < sizes[name] for name, index in batch)
 
 
 @settings(deadline=None, derandomize=True)
-@given(SIZES, st.integers(1, 12), st.integers(0, 100), st.permutations(range(8)))
-def test_a_batch_depends_on_seed_and_step_alone_not_on_what_was_asked_before(
-    sizes: Any, n: Any, seed: int, order: Any
+@given(SAMPLINGS, SIZES, st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 10**6))
+def test_every_batch_holds_as_many_samples_class_by_class(
+    sampling: Any, sizes: Any, n: Any, seed: int, step: Any
 ) -> None:
-    used = ClassBalanceSampler(sizes, n, seed)
-    for step in order:
-        assert used.batch(step) == ClassBalanceSampler(sizes, n, seed).batch(step)
+    batch = sampler_of(sampling, sizes, n, seed).batch(step)
+    assert len(batch) == n * len(sizes)
+    assert [name for name, _ in batch] == [name for name in sizes for _ in range(counts(batch)[name])]
+    assert all(0 <= index < sizes[name] for name, index in batch)
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 100), st.integers(1, 3))
-def test_each_class_is_gone_through_once_before_it_starts_again(size: Any, n: Any, seed: int, epochs: Any) -> None:
-    sampler = ClassBalanceSampler({"text": 7, "code": size}, n, seed)
-    steps = -(-size * epochs // n)
-    drawn = [index for step in range(steps) for name, index in sampler.batch(step) if name == "code"]
-    for epoch in range(epochs):
+@given(SAMPLINGS, SIZES, st.integers(1, 12), st.integers(0, 100), st.permutations(range(8)))
+def test_a_batch_depends_on_seed_and_step_alone_not_on_what_was_asked_before(
+    sampling: Any, sizes: Any, n: Any, seed: int, order: Any
+) -> None:
+    used = sampler_of(sampling, sizes, n, seed)
+    for step in order:
+        assert used.batch(step) == sampler_of(sampling, sizes, n, seed).batch(step)
+
+
+@settings(deadline=None, derandomize=True)
+@given(WEIGHTS | st.just("tokens"), SIZES, st.integers(1, 12), st.integers(0, 10**6))
+def test_a_class_has_had_its_share_of_the_samples_at_every_time(sampling: Any, sizes: Any, n: Any, first: Any) -> None:
+    sampler, total = sampler_of(sampling, sizes, n), n * len(sizes)
+    weights = sampling if isinstance(sampling, dict) else {name: 1 / (1 + k) for k, name in enumerate(sizes)}
+    shares = {name: weights[name] / sum(weights[name] for name in sizes) for name in sizes}
+    for steps in range(first, first + 5):
+        for name, taken in sampler.taken(steps).items():
+            assert abs(taken - shares[name] * total * steps) <= 0.5 + shares[name] * len(sizes) / 2 + 1e-6
+        gained = {name: taken - sampler.taken(steps)[name] for name, taken in sampler.taken(steps + 1).items()}
+        assert counts(sampler.batch(steps)) == Counter({name: int(number) for name, number in gained.items() if number})
+
+
+@settings(deadline=None, derandomize=True)
+@given(WEIGHTS | st.just("balanced"), st.integers(1, 30), st.integers(1, 30), st.integers(0, 100))
+def test_each_class_is_gone_through_once_before_it_starts_again(sampling: Any, size: Any, n: Any, seed: int) -> None:
+    sampler = sampler_of(sampling, {"text": 7, "code": size}, n, seed)
+    drawn = [index for step in range(60) for name, index in sampler.batch(step) if name == "code"]
+    for epoch in range(len(drawn) // size):
         assert sorted(drawn[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-def test_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ() -> None:
-    alone = ClassBalanceSampler({"text": 100}, 10, 3)
-    joined = ClassBalanceSampler({"code": 5, "text": 100}, 10, 3)
+@settings(deadline=None, derandomize=True)
+@given(SIZES, st.integers(1, 30), st.integers(0, 100))
+def test_without_balance_all_rows_are_gone_through_once_before_any_comes_again(sizes: Any, n: Any, seed: int) -> None:
+    sampler, rows = sampler_of("iid", sizes, n, seed), sum(sizes.values())
+    ends = list(accumulate(len(sampler.batch(step)) for step in range(100)))
+    for step, end in enumerate(ends):
+        if end % rows == 0:
+            seen = Counter(pick for before in range(step + 1) for pick in sampler.batch(before))
+            assert seen == Counter({(name, k): end // rows for name, size in sizes.items() for k in range(size)})
+            break
+        if end < rows:
+            assert max(Counter(pick for before in range(step + 1) for pick in sampler.batch(before)).values()) == 1
+
+
+def test_without_balance_a_batch_holds_of_every_class_what_chance_gives_it() -> None:
+    sampler = sampler_of("iid", {"text": 8000, "code": 2000}, 50)
+    found = [counts(sampler.batch(step))["text"] for step in range(100)]
+    # hypergeometric, 100 of 10,000: 80 with a standard deviation of 4
+    assert len(set(found)) > 5 and all(abs(number - 80) < 5 * 4 for number in found)
+    assert sum(found) == 8000
+
+
+def test_response_tokens_are_balanced_where_samples_are_not() -> None:
+    sampler = make_sampler("tokens", {"text": 100, "code": 50}, {"text": 30_000, "code": 5_000}, 8, 0)
+    assert sampler.taken(250) == {"text": 1000, "code": 3000}  # 300 and 100 tokens a sample
+
+
+def test_a_class_without_a_weight_is_left_out() -> None:
+    sampler = sampler_of({"text": 0, "code": 2.0, "math": 1.0}, {"text": 5, "code": 5, "math": 5}, 4)
+    assert counts(sampler.batch(3)) == {"code": 8, "math": 4}
+    assert sampler.taken(2) == {"text": 0, "code": 16, "math": 8}
+
+
+def test_balanced_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ() -> None:
+    alone = sampler_of("balanced", {"text": 100}, 10, 3)
+    joined = sampler_of("balanced", {"code": 5, "text": 100}, 10, 3)
     assert alone.batch(7) == joined.batch(7)[10:]
     orders = {tuple(shuffled(100, seed, name, epoch)) for seed in range(3) for name in "ab" for epoch in range(3)}
     assert len(orders) == 18
@@ -56,6 +126,8 @@ def test_classes_do_not_disturb_each_other_and_epochs_and_seeds_differ() -> None
 def test_the_order_is_the_same_in_every_version() -> None:
     """Golden: a resumed run must go on in the order it began with, after any upgrade."""
     assert shuffled(8, 1234, "text", 0).tolist() == [7, 0, 3, 5, 2, 1, 4, 6]
+    sizes = {"text": 8, "code": 3}
+    assert sampler_of("balanced", sizes, 2, 1234).batch(1)[:2] == [("text", 3), ("text", 5)]
 
 
 def test_shuffling_is_uniform() -> None:
@@ -66,18 +138,33 @@ def test_shuffling_is_uniform() -> None:
 
 def test_empty_classes_and_batches_are_refused() -> None:
     with pytest.raises(InputError, match='class "code" has no training samples'):
-        ClassBalanceSampler({"text": 3, "code": 0}, 2, 0)
+        sampler_of("balanced", {"text": 3, "code": 0}, 2)
     with pytest.raises(InputError, match="samples_per_class is 0; expected at least 1"):
-        ClassBalanceSampler({"text": 3}, 0, 0)
+        sampler_of("iid", {"text": 3}, 0)
 
 
 def test_passes_say_how_often_each_class_is_gone_through_and_which_is_too_small_for_a_batch() -> None:
-    lines = passes({"text": 800, "code": 3}, {"stage 1": (100, 4), "stage 2": (0, 4)})
+    sampler = sampler_of("balanced", {"text": 800, "code": 3}, 4, seed=1)
+    lines = passes({"text": 800, "code": 3}, {"stage 1": (100, sampler), "stage 2": (0, sampler)})
     assert lines == [
         "stage 1 takes 100 x 4 samples of each class: text 0.50 times, code 133.33 times through its rows",
         "stage 1: code has 3 training rows and every batch takes 4: a batch holds the same row more than once",
     ]
-    sampler = ClassBalanceSampler({"text": 800, "code": 3}, 4, seed=1)
     seen = [pick for step in range(100) for pick in sampler.batch(step)]
     assert len([1 for name, _ in seen if name == "text"]) == 0.5 * 800
     assert len([1 for name, _ in seen if name == "code"]) == 400
+
+
+@pytest.mark.parametrize(
+    ("sampling", "line"),
+    [
+        ("iid", "8 samples of all rows alike: text 0.80 times, code 0.80 times through its rows"),
+        ("tokens", "8 samples (text 66.7%, code 33.3%): text 0.67 times, code 1.33 times through its rows"),
+        ({"text": 1, "code": 0}, "8 samples (text 100.0%, code 0.0%): text 1.00 times, code 0.00 times"),
+        ({"text": 2, "code": 2}, "4 samples of each class: text 0.50 times, code 2.00 times through its rows"),
+    ],
+)
+def test_passes_say_what_a_batch_is_made_of(sampling: Any, line: str) -> None:
+    sizes = {"text": 800, "code": 200}
+    (found,) = passes(sizes, {"stage 1": (100, sampler_of(sampling, sizes, 4))})
+    assert found.startswith(f"stage 1 takes 100 x {line}")

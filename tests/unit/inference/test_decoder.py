@@ -78,13 +78,13 @@ class FedTokens:
 
     def __init__(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: list[dict[str, int]] = []
-        forward = decoder.forward
+        forward = decoder.lanes.forward
 
-        def counted(ids: Any, masks: Any, cache: Any) -> Any:
-            self.counts.append({name: part.shape[1] for name, part in ids.items()})
-            return forward(ids, masks, cache)
+        def counted(rows: Any) -> Any:
+            self.counts.append({name: part.shape[1] for name, part in rows.next.items()})
+            return forward(rows)
 
-        monkeypatch.setattr(decoder, "forward", counted)
+        monkeypatch.setattr(decoder.lanes, "forward", counted)
 
 
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,13 +30,16 @@ def test_without_data_every_sample_is_as_long_as_it_may_be(trio: Path, tmp_path:
     assert work.fullest(1).squares == dict.fromkeys(NAMES, 3 * 160**2)
 
 
-def test_a_prepared_store_gives_its_own_counts(trio: Path, tmp_path: Path) -> None:
-    config = FuserConfig.model_validate(config_tree(trio, tmp_path, ONE))
+@pytest.mark.parametrize("sampling", ["balanced", "iid", {"text": 5, "code": 1, "math": 0}])
+def test_a_prepared_store_gives_its_own_counts(trio: Path, tmp_path: Path, sampling: Any) -> None:
+    tree = config_tree(trio, tmp_path, ONE)
+    tree["data"]["sampling"] = sampling
+    config = FuserConfig.model_validate(tree)
     prepare(config, 400)
     work = workload_of(config, samples_per_class=4)
     assert work.source == f"token counts of {config.store_dir}"
     shard = Shard(0, 2, config.microbatch_tokens, NAMES, dict.fromkeys(NAMES, 1), pad_id=2)
-    batches = TrainingBatches(TokenStore.open(config.store_dir), 4, config.seed, shard)
+    batches = TrainingBatches(TokenStore.open(config.store_dir), 4, config.seed, shard, sampling)
     for index, step in enumerate(work.steps):
         trained = batches.step(index)
         assert sum(step.tokens.values()) == trained.processed_tokens

@@ -30,7 +30,7 @@ def evaluation(stage: int, step: int, fused: float) -> EvalRecord:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    config = load_config(None, ["stage1.steps=40", "stage2.lr=2e-5", "data.max_length=2048"])
+    config = load_config(None, ["stage1.steps=40", "stage2.lr=2e-5", "stage2.gate_lr=1e-3", "data.max_length=2048"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
     facts: dict[str, Any] = {"tokens_per_s": 1.0, "steps": 190, "layout": "colocated", "device": "cpu", "wall_s": 1.0}
@@ -74,7 +74,7 @@ def test_a_summary_of_the_first_version_is_read_as_well(run_dir: Path, specialis
 def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
     assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5"]
-    assert cells(card, "2: everything") == ["150", "8 x 3", "2e-05", "cosine", "5"]
+    assert cells(card, "2: everything") == ["150", "8 x 3", "2e-05, gate 0.001", "cosine", "5"]
     assert "sequences of at most 2048 tokens, loss per token" in card
     data = card[card.index("Data, one class") : card.index("Two stages")]
     assert cells(data, "text") == ["text.train.jsonl", "text.heldout.jsonl"]
@@ -86,6 +86,16 @@ def test_a_stage_without_steps_is_not_on_the_card(specialists: Any, tmp_path: Pa
     card = card_of(CardFacts("x", config, None), specialists["llamas"], tmp_path / "out")
     training = card[card.index("One stage, every global batch") : card.index("AdamW")]
     assert [line.split(" | ")[0] for line in training.splitlines() if "|" in line][2:] == [f"| {kept}"]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [("iid", "drawn from all rows alike."), ("{text: 10, code: 1, math: 1}", "by weights: text 10, code 1, math 1.")],
+)
+def test_the_card_says_how_samples_were_drawn(specialists: Any, tmp_path: Path, sampling: str, words: str) -> None:
+    config = load_config(None, [f"data.sampling={sampling}"])
+    card = card_of(CardFacts("x", config, None), specialists["llamas"], tmp_path / "out")
+    assert f"Two stages, every global batch {words}" in card
 
 
 def test_no_path_of_the_machine_it_was_made_on_reaches_the_card(run_dir: Any, specialists: Any, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_damaged_release_is_neither_answered_from_nor_compared(
     folder: Path, spoil: Callable[[Path], object], named: str
 ) -> None:
     spoil(folder)
-    for use in (lambda: ModelAddress.parse(str(folder)), lambda: opened_model(folder, "cpu", None).__enter__()):
+    for use in (lambda: ModelAddress.parse(str(folder)), lambda: opened_model(str(folder), "cpu", None).__enter__()):
         with pytest.raises(InputError, match=named) as caught:
             use()
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
@@ -187,7 +187,7 @@ def test_a_damaged_release_is_neither_answered_from_nor_compared(
 def test_what_transformers_itself_refuses_is_one_line(folder: Path) -> None:
     member(0, pad_token_id=10**6)(folder)
     with pytest.raises(InputError, match=r"release: cannot be loaded \(Padding_idx") as caught:
-        opened_model(folder, "cpu", None).__enter__()
+        opened_model(str(folder), "cpu", None).__enter__()
     assert "\n" not in str(caught.value)
 
 

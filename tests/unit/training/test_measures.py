@@ -13,6 +13,7 @@ from ultrafuser_mega.data.batches import Packing, StepBatch
 from ultrafuser_mega.planning.hardware import peak_flops
 from ultrafuser_mega.reporting.records import StepRecord
 from ultrafuser_mega.runtime.phases import Phases
+from ultrafuser_mega.runtime.trainable import Rates
 from ultrafuser_mega.training.measures import Measured, Measures
 from ultrafuser_mega.training.totals import Totals
 
@@ -89,8 +90,9 @@ def test_only_a_gpu_whose_products_are_known_has_a_peak(name: str, dtype: str, p
 
 def record_of(peak: float | None) -> StepRecord:
     none = Measured(1.0, 0.0, 1, 1, 0.0, {})
+    totals, rates = Totals({}, {}, np.zeros(0)), Rates(1.0, 1.0)
     return Measures(plan_13b(DISJOINT), CPU, Phases(), peak).record(
-        none, Totals({}, {}, np.zeros(0)), BATCH, stage=2, step=1, loss=1.0, lr=1.0, seconds=2.0, skipped=False
+        none, totals, BATCH, stage=2, step=1, loss=1.0, rates=rates, seconds=2.0, skipped=False
     )
 
 

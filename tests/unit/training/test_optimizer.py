@@ -15,8 +15,13 @@ from ultrafuser_mega.training.optimizer import NOT_DECAYED, make_schedule
 
 def rates(**stage: Any) -> list[float]:
     """The rate that each step of the stage is done with."""
+    return rates_of(stage, {})
+
+
+def rates_of(stage: dict[str, Any], override: dict[str, float]) -> list[float]:
+    """The same, of a group that has something else than the stage."""
     options = Stage.model_validate({"samples_per_class": 1} | stage)
-    group = {"lr": None, "max_lr": options.lr, "min_lr": options.min_lr}  # as Megatron fills them
+    group = {"lr": None, "max_lr": options.lr, "min_lr": options.min_lr} | override  # as Megatron fills them
     schedule = make_schedule(SimpleNamespace(param_groups=[group]), options, 0.0)
     found = []
     for _ in range(options.steps):
@@ -46,6 +51,13 @@ def test_the_cosine_falls_from_the_rate_to_one_step_short_of_the_lowest() -> Non
     assert found[2:] == pytest.approx(expected)
     assert found[2:] == sorted(found[2:], reverse=True)
     assert found[-1] > 1e-4
+
+
+def test_a_group_of_another_rate_has_the_same_schedule_in_proportion() -> None:
+    for schedule, min_lr in (("cosine", 1e-4), ("constant", 0.0)):
+        stage = {"steps": 10, "lr": 1e-3, "min_lr": min_lr, "warmup_steps": 3, "schedule": schedule}
+        fast = rates_of(stage, {"max_lr": 3e-2, "min_lr": 30 * min_lr})
+        assert fast == pytest.approx([30 * lr for lr in rates_of(stage, {})])
 
 
 def test_no_step_is_spent_on_a_rate_of_zero() -> None:

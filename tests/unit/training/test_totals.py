@@ -34,8 +34,8 @@ def check(plan: LayoutPlan) -> None:
     for totals in run_ranks(reduce_rows, plan.world_size, plan):  # the same on every rank
         assert totals.means["text"] == {"loss": 3.0, "negated": -3.0}
         assert totals.means["code"] == {"loss": 3.0, "negated": -3.0}
-        assert totals.means["law"] == {"loss": 0.0, "negated": 0.0}
-        assert totals.counts == {"text": 2, "code": 3, "law": 0}
+        assert totals.means.keys() == {"text", "code"}
+        assert totals.counts == {"text": 2, "code": 3}
         assert totals.ranks.tolist() == [[rank, -rank] for rank in range(plan.world_size)]
 
 

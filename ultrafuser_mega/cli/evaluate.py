@@ -1,0 +1,85 @@
+"""``ultrafuser evaluate``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_HELP_MODELS = """models of the table, [NAME=]ADDRESS: a release, a checkpoint, a run, runs/demo@math (one specialist),
+runs/demo+uniform (mixed by another rule), a model's folder (@TEMPLATE), openai:MODEL@URL"""
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=_HELP_MODELS, show_default=False)],
+    data: Annotated[Path, typer.Option(help="folder of the benchmarks' files as published", show_default=False)],
+    suite: Annotated[str, typer.Option(help="paper, quick, toy, or benchmarks: gsm8k,math")] = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results; default: evaluations/SUITE", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="so many questions of each benchmark, drawn by --seed", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the draw of --limit and of the intervals")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts that are answered at once")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16; default: as stored", show_default=False)] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="processes, one GPU each where there are GPUs, that share the questions")
+    ] = 1,
+) -> None:
+    """Benchmarks of the paper's table 1, models beside each other.
+
+    \b
+      ultrafuser evaluate runs/demo runs/demo@text runs/demo@code runs/demo@math --suite toy --data toy/data
+      ultrafuser evaluate my_release base=/models/Llama-2-13b-chat-hf --suite paper --data benchmarks
+      torchrun --nproc-per-node 8 -m ultrafuser_mega evaluate my_release --suite paper --data benchmarks
+
+    Zero-shot, greedy, the prompts of the paper's table 10 in each specialist's own template. OUT receives every answer
+    (samples.jsonl), the table with intervals (results.md), all settings (results.json) and plots. Interrupted, the same
+    command goes on where it was; more models or benchmarks can be added to a folder later.
+    """
+    out = out or Path("evaluations") / suite.replace(",", "-")
+    again = f"what was answered is in {out}; the same command goes on"
+    if ranks > 1 and "RANK" not in os.environ:
+        from ultrafuser_mega.launch.local import launch_local
+
+        program = ["-m", "ultrafuser_mega", *_without_ranks(sys.argv[1:])]
+        raise typer.Exit(launch_local(ranks, program, lambda _: again))
+
+    from rich.console import Console
+
+    from ultrafuser_mega.evaluation.contestants import Computing
+    from ultrafuser_mega.evaluation.job import Job, evaluate_share
+
+    job = Job(
+        models=models,
+        suite=suite,
+        data=data,
+        out=out,
+        limit=limit,
+        seed=seed,
+        computing=Computing(batch_size, device, dtype),
+    )
+    try:
+        evaluate_share(job, Console(stderr=True))
+    except KeyboardInterrupt:
+        if "RANK" not in os.environ:
+            print(f"interrupted; {again}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)  # threads may still wait for an endpoint
+
+
+def _without_ranks(arguments: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--ranks":
+            skip = True
+        elif not argument.startswith("--ranks="):
+            kept.append(argument)
+    return kept

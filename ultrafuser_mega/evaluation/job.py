@@ -1,0 +1,100 @@
+"""One process of ``ultrafuser evaluate``, from what the user asked for to the tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.evaluation.benchmark import Sample
+from ultrafuser_mega.evaluation.benchmarks import SUITES, Suite, benchmark, chosen
+from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
+from ultrafuser_mega.evaluation.results import results, write_results
+from ultrafuser_mega.evaluation.results_page import scores_table, write_page
+from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`."""
+
+    models: Sequence[str]
+    suite: str
+    data: Path
+    out: Path
+    limit: int | None
+    seed: int
+    computing: Computing
+
+
+def evaluate_share(job: Job, console: Console) -> None:
+    """Answer this rank's share; on rank 0 wait for the others' and write the results.
+
+    Raises:
+        InputError: a model, a benchmark or a file is not there, or the folder holds answers under other settings.
+    """
+    if "RANK" not in os.environ:
+        _evaluate(job, Share(), console)
+        return
+    from ultrafuser_mega.runtime.device import end_with_launcher, launched_rank, launched_ranks, launcher_store
+    from ultrafuser_mega.runtime.failure import first_failure_ends_job
+
+    end_with_launcher()
+    store = launcher_store()
+    with first_failure_ends_job(store):
+        computing = replace(job.computing, device=_device_of_rank(job.computing.device))
+        share = Share(launched_rank(), launched_ranks(), store)
+        _evaluate(replace(job, computing=computing), share, console)
+
+
+def _evaluate(job: Job, share: Share, console: Console) -> None:
+    suite = _suite(job.suite)
+    contestants = [contestant(text, job.computing) for text in job.models]
+    _refuse_twice(contestants)
+    groups = suite.groups if job.limit is None else job.limit
+    tasks = []
+    for name in suite.benchmarks:
+        found = benchmark(name)
+        tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed)))
+    settings = settings_of(contestants, tasks, job.data, job.seed, "bwrap", job.computing.dtype)
+    samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
+    if share.rank == 0:
+        _write(job, [one.name for one in contestants], tasks, settings, samples)
+
+
+def _write(
+    job: Job, models: Sequence[str], tasks: Sequence[Task], settings: dict[str, Any], samples: Sequence[Sample]
+) -> None:
+    """Tables of the models and items that were asked for; the folder may hold more."""
+    asked = {(task.benchmark.name, item.id) for task in tasks for item in task.items}
+    kept = [s for s in samples if s.model in models and (s.benchmark, s.item) in asked]
+    kept.sort(key=lambda sample: models.index(sample.model))
+    found = results(kept, [task.benchmark for task in tasks], settings, job.data)
+    write_results(job.out, found)
+    print(scores_table(found))
+    print(f"\nwrote {write_page(job.out, found)}")
+
+
+def _suite(text: str) -> Suite:
+    return SUITES[text] if text in SUITES else Suite(tuple(text.split(",")))
+
+
+def _refuse_twice(contestants: Sequence[Contestant]) -> None:
+    seen = set()
+    for one in contestants:
+        if one.name in seen:
+            raise InputError(f"MODEL {one.name}: stands twice; give the second another name, as in NAME={one.address}")
+        seen.add(one.name)
+
+
+def _device_of_rank(device: str) -> str:
+    if device != "auto":
+        return device
+    from ultrafuser_mega.runtime.device import choose_device
+
+    return str(choose_device("auto"))

@@ -1,0 +1,168 @@
+"""Weights that lie somewhere, as the released model class: a release, a checkpoint, a model's folder, or a part of one.
+
+Whatever it is becomes a fused model of n specialists, n = 1 included: the gate's weight of a single one is 1. Tensors
+are read one at a time, as an export reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.initialization import no_init_weights
+
+from ultrafuser_mega.data.templates import TEMPLATE_NAMES
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.dtypes import narrowed
+from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD, TensorFolder, read_architecture
+from ultrafuser_mega.release import CardFacts, assemble_release
+from ultrafuser_mega.release.check import check_release
+from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
+
+#: The name of a model that is no specialist of anything.
+ALONE = "model"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model's description, and where its weights are read.
+
+    Attributes:
+        origin: what it was made of, for messages.
+        described: a release folder but for the weights.
+        config: of the model.
+        dtype: element type of the stored weights.
+        read: name of a parameter -> its value.
+    """
+
+    origin: Path
+    described: Path
+    config: UltraFuserConfig
+    dtype: torch.dtype
+    read: Callable[[str], Tensor]
+
+    @torch.no_grad()
+    def load(self, dtype: torch.dtype | None) -> UltraFuserForCausalLM:
+        """The model on the CPU, in ``dtype`` or in that of the weights.
+
+        Raises:
+            InputError: the weights are damaged, or hold a value that is beyond ``dtype``.
+        """
+        dtype = dtype or self.dtype
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with no_init_weights():
+                model = UltraFuserForCausalLM(self.config)
+        finally:
+            torch.set_default_dtype(before)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(narrowed(self.read(name), dtype, f"{self.origin}: tensor {name}"))
+        return model
+
+
+def stored_release(folder: Path, part: str | None) -> StoredModel:
+    """What ``ultrafuser export`` wrote, or one specialist of it.
+
+    Raises:
+        InputError: the folder is damaged.
+    """
+    config = check_release(folder)
+    tensors = TensorFolder(folder)
+    if part is not None:
+        shared = config.gate_shared
+        config.specialists = [config.entry(part)]
+        config = UltraFuserConfig.from_dict(config.to_dict())
+        config.gate_shared, config.name_or_path = shared, str(folder)
+    first = f"specialists.{config.names[0]}.{EMBEDDING}"
+    return StoredModel(folder, folder, config, getattr(config, "dtype", None) or tensors.dtype(first), tensors.read)
+
+
+def stored_checkpoint(folder: Path, part: str | None, described: Path) -> StoredModel:
+    """A checkpoint, or one specialist of it.
+
+    Args:
+        folder: the checkpoint.
+        part: the specialist's name; None: the fused model.
+        described: an empty folder, which gets everything of a release folder but the weights.
+
+    Raises:
+        InputError: it has no fused model.
+    """
+    from ultrafuser_mega.convert.restore import TrainedModel  # brings Megatron: seconds
+
+    trained = TrainedModel(folder)
+    if part is None and not trained.fused:
+        raise InputError(f"{folder}: was imported from single folders; a fused model needs a configuration")
+    names = list(trained.sources) if part is None else [part]
+    specialists = {name: trained.specialist(name) for name in names}
+    keys = trained.gate_keys() if trained.fused else []
+    shared = not keys or "gate.w1.shared" in keys
+    dtype = trained.tensors.dtype(f"heads.{names[0]}")
+    config = _describe(
+        described,
+        {name: (trained.sources[name].folder, trained.sources[name].template) for name in names},
+        trained.vocab_size,
+        trained.gate_units if keys else 1,
+        shared,
+        dtype,
+        folder.name,
+    )
+
+    def read(name: str) -> Tensor:
+        if name.startswith("gate."):
+            return trained.gate(name) if keys else torch.zeros(_gate_shape(config, name))
+        _, specialist, tensor = name.split(".", 2)
+        return specialists[specialist].read(tensor)
+
+    return StoredModel(folder, described, config, dtype, read)
+
+
+def stored_folder(folder: Path, template: str, described: Path) -> StoredModel:
+    """A Hugging Face folder of one model.
+
+    Args:
+        folder: the model's.
+        template: the name of the template that it reads prompts in.
+        described: as for :func:`stored_checkpoint`.
+
+    Raises:
+        InputError: it is none that the trainer could fuse, or has no such template.
+    """
+    if template not in TEMPLATE_NAMES:
+        raise InputError(f"{folder}@{template}: expected a template, one of {', '.join(TEMPLATE_NAMES)}")
+    architecture = read_architecture(folder)
+    tensors = TensorFolder(folder)
+    dtype = tensors.dtype(EMBEDDING) if EMBEDDING in tensors else torch.float32
+    config = _describe(described, {ALONE: (folder, template)}, architecture.vocab_rows, 1, True, dtype, folder.name)
+
+    def read(name: str) -> Tensor:
+        if name.startswith("gate."):
+            return torch.zeros(_gate_shape(config, name))
+        tensor = name.removeprefix(f"specialists.{ALONE}.")
+        return tensors.read(EMBEDDING if tensor == HEAD and architecture.tied and HEAD not in tensors else tensor)
+
+    return StoredModel(folder, described, config, dtype, read)
+
+
+def _describe(
+    described: Path,
+    specialists: dict[str, tuple[Path, str]],
+    vocab_size: int,
+    gate_units: int,
+    gate_shared: bool,
+    dtype: torch.dtype,
+    name: str,
+) -> UltraFuserConfig:
+    card = CardFacts(name=name, config=None, summary=None)
+    config = assemble_release(described, specialists, vocab_size, gate_units, gate_shared, dtype, card)
+    config.name_or_path = str(described)  # where chat_ids looks for tokenizers of single specialists
+    return config
+
+
+def _gate_shape(config: UltraFuserConfig, name: str) -> tuple[int, ...]:
+    return (config.gate_units, config.hidden_size) if name.startswith("gate.w1") else (config.gate_units,)
