@@ -101,6 +101,8 @@ def further_tuned(config: FuserConfig, specialist: str, classes: Sequence[str] =
     tree["specialists"] = {specialist: tree["specialists"][specialist]}
     tree["layouts"] = [_alone(layout, specialist) for layout in config.layouts]
     tree["data"]["classes"] = {name: tree["data"]["classes"][name] for name in chosen}
+    if isinstance(config.data.sampling, dict):
+        tree["data"]["sampling"] = {name: config.data.sampling[name] for name in chosen}
     tree["stage1"]["steps"] = 0
     tree["stage2"] |= {"steps": steps, "samples_per_class": per_class}
     derived = FuserConfig.model_validate(tree)

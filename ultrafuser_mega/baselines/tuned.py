@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ultrafuser_mega.baselines.derived import begin_derived, steps_of_both_stages
 from ultrafuser_mega.baselines.folder import Account, new_folder, write_beside_weights, write_card
@@ -52,7 +51,6 @@ def save_weights(model: Model, folder: Path, config: FuserConfig) -> torch.dtype
 
 def write_tuned(out: Path, model: Model, account: Account, summary: Mapping[str, Any], vocab_size: int) -> None:
     """The folder of a model that was trained, with its card, its losses and what it was made of."""
-    assert isinstance(model, nn.Module)
     with new_folder(out) as folder:
         dtype = save_weights(model, folder, account.config)
         write_beside_weights(folder, account, model.config.to_diff_dict(), vocab_size, dtype)

@@ -93,7 +93,12 @@ class Tuning:
     def whole_identity(self) -> dict[str, Any]:
         """What a state must have been written by to go on from."""
         stage, optimizer = self.config.stage2, self.config.optimizer
-        own = {"steps": stage.steps, "samples_per_class": stage.samples_per_class, "seed": self.config.seed}
+        own: dict[str, Any] = {
+            "steps": stage.steps,
+            "samples_per_class": stage.samples_per_class,
+            "seed": self.config.seed,
+        }
+        own["sampling"] = self.config.data.sampling
         return {**own, "data": self.store.fingerprint, "weight_decay": optimizer.weight_decay, **self.identity}
 
 
@@ -122,7 +127,7 @@ def tune(model: Model, run: Tuning, loss_of: LossOf, *, resume: bool = False) ->
         state = read_state(run) if resume else None
         kept = set_aside(config.run_dir) if state is None else None
         optimizer = _optimizer(model, config)
-        schedule = make_schedule(optimizer, config.stage2, config.optimizer.weight_decay)  # type: ignore[arg-type]
+        schedule = make_schedule(optimizer, config.stage2, config.optimizer.weight_decay)
         if state is not None:
             done = state["step"]
             model.load_state_dict(state["model"])
@@ -144,7 +149,8 @@ def tune(model: Model, run: Tuning, loss_of: LossOf, *, resume: bool = False) ->
         stack.enter_context(stopping.listening())
         if done < steps:
             shard = whole_shard(config, run.store, *run.forms)
-            batches = TrainingBatches(run.store, config.stage2.samples_per_class, config.seed + _STAGE, shard)
+            samples, seed = config.stage2.samples_per_class, config.seed + _STAGE
+            batches = TrainingBatches(run.store, samples, seed, shard, config.data.sampling)
             ahead = stack.enter_context(StepsAhead(batches, done, steps, loop.device))
             for step in range(done, steps):
                 loop.step(step, ahead.step(step))
@@ -215,7 +221,7 @@ class _Loop:
             stage=_STAGE,
             step=step + 1,
             loss=objective,
-            class_loss=dict(zip(names, means, strict=True)),
+            class_loss={name: mean for name, mean in zip(names, means, strict=True) if not math.isnan(mean)},
             lr=lr,
             grad_norm=norm,
             tokens=batch.response_tokens,
