@@ -73,9 +73,12 @@ def btx(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool = Fal
     plan, store = opened(run_config)
     ingredients = Ingredients.of({name: run_config.folders[name] for name in of}, plan.vocab_size)
     like, experts = of[0], len(of)
+    if experts < 2:
+        raise InputError(f"--of {like}: a mixture needs two experts at least")
     identity = {"experts": list(of), "top_k": min(TOP_K, experts), "alpha": ALPHA}
     run = Tuning(run_config, store, (like,), identity, f"mixture of {experts} experts")
     device = choose_device(run_config.device)
+    run_config.runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run_config.runs, prefix=f".{run_config.name}-") as start:
         write_mixture(Path(start), ingredients, run_config.seed)
         model = load_model(Path(start), device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ultrafuser_mega.cli.options import Config, MaxRestarts, Overrides, Ranks, Requeue, Resume
+from ultrafuser_mega.errors import InputError
 
 if TYPE_CHECKING:
     from ultrafuser_mega.baselines.derived import DerivedRun
@@ -284,8 +285,11 @@ def _tune(
     from ultrafuser_mega.baselines.fusechat import fusechat
     from ultrafuser_mega.baselines.merge import parse_parts
 
+    parts = parse_parts(loaded, of)
+    if set(parts.values()) != {1.0}:
+        raise InputError(f"--of {of}: {method} takes names alone, no weights")
     train = {"btx": btx, "fusechat": fusechat}[method]
-    if stop := train(loaded, out, list(parse_parts(loaded, of)), resume=resume):
+    if stop := train(loaded, out, list(parts), resume=resume):
         raise typer.Exit(stop.code)
     print(f"wrote {out}")
 
