@@ -75,7 +75,7 @@ def btx(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool = Fal
     like, experts = of[0], len(of)
     if experts < 2:
         raise InputError(f"--of {like}: a mixture needs two experts at least")
-    identity = {"experts": list(of), "top_k": min(TOP_K, experts), "alpha": ALPHA}
+    identity = {"experts": list(of), "top_k": TOP_K, "alpha": ALPHA}
     run = Tuning(run_config, store, (like,), identity, f"mixture of {experts} experts")
     device = choose_device(run_config.device)
     run_config.runs.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def btx(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool = Fal
     def loss_of(model: Model, batch: MicroBatch) -> MicroLoss:
         output = response_logits(model, batch, like, plan.vocab_size, output_router_logits=True)
         rows = row_losses(output.logits[0].float(), batch.targets, run_config.loss)
-        return MicroLoss(rows, ALPHA * balance(output.router_logits, min(TOP_K, experts)))
+        return MicroLoss(rows, ALPHA * balance(output.router_logits, TOP_K))
 
     if stop := tune(model, run, loss_of, resume=resume):
         return stop
@@ -132,7 +132,7 @@ def mixtral_config(ingredients: Ingredients) -> MixtralConfig:
         vocab_size=ingredients.architecture.vocab_rows,
         tie_word_embeddings=ingredients.tied,
         num_local_experts=experts,
-        num_experts_per_tok=min(TOP_K, experts),
+        num_experts_per_tok=TOP_K,
         router_aux_loss_coef=ALPHA,
         architectures=["MixtralForCausalLM"],
     )
