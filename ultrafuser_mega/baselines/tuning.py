@@ -133,12 +133,13 @@ def tune(model: Model, run: Tuning, loss_of: LossOf, *, resume: bool = False) ->
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.step(done)
+        resumed, state = state is not None, None  # it is as large as all that is trained
         with writing(config.run_dir):
             (config.run_dir / "config.yaml").write_text(dump_config(config))
         begun = time.monotonic()
         stopping = Stopping(begun, config.checkpoint.stop_after_minutes)
         console = stack.enter_context(TrainConsole(enabled=True))
-        writer = stack.enter_context(MetricsWriter(config.run_dir, resume_step=done if state else None))
+        writer = stack.enter_context(MetricsWriter(config.run_dir, resume_step=done if resumed else None))
         if kept:
             console.note(f"an earlier run of this name is kept as {kept}")
         loop = _Loop(model, run, loss_of, optimizer, schedule, writer, console)

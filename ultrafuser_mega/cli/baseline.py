@@ -66,9 +66,9 @@ def average(
     of: _Of = None,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Average the specialists' weights (Wortsman et al. 2022).
+    """Average the specialists' weights.
 
-    Tensor by tensor, in float64, rounded once; memory for one tensor, and for the whole model to evaluate it.
+    As Wortsman et al. (2022) do. Tensor by tensor, in float64, rounded once; memory for one tensor, and for the whole model to evaluate it.
     Specialists must have equal shapes, and to mean anything one base model: weights of independent trainings do not
     lie where an average of them is a model. Vocabulary rows are cropped to those that all have.
 
@@ -89,9 +89,9 @@ def task_arithmetic(
     scale: _Scale = 1.0,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Add what each specialist learned beyond the base model to it (Ilharco et al. 2023).
+    """Add what each specialist learned to the base.
 
-    base + scale * sum of weight * (specialist - base); otherwise as `average`. Weights are not divided by their sum.
+    Task arithmetic (Ilharco et al. 2023): base + scale * sum of weight * (specialist - base); otherwise as `average`. Weights are not divided by their sum.
 
     \b
       ultrafuser baseline task-arithmetic --config my.yaml --base Llama-2-13b-hf --out merged
@@ -112,9 +112,9 @@ def ties(
     mergekit: _Mergekit = None,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Task arithmetic over the largest changes whose signs agree (TIES, Yadav et al. 2023), by mergekit.
+    """Task arithmetic over the largest changes.
 
-    --density of each specialist's change is kept, the largest (0.2). mergekit is no part of this program's environment:
+    Those whose signs agree (TIES, Yadav et al. 2023), computed by mergekit. --density of each specialist's change is kept, the largest (0.2). mergekit is no part of this program's environment:
 
     \b
       python -m venv mk && mk/bin/pip install mergekit==0.1.5
@@ -136,9 +136,9 @@ def dare(
     mergekit: _Mergekit = None,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Task arithmetic over a random part of the changes, scaled up (DARE, Yu et al. 2024), by mergekit.
+    """Task arithmetic over a part of the changes.
 
-    --density of each specialist's change is kept (0.1: a drop rate of 0.9) and divided by it; drawn by the
+    A random one, scaled up (DARE, Yu et al. 2024), computed by mergekit. --density of each specialist's change is kept (0.1: a drop rate of 0.9) and divided by it; drawn by the
     configuration's seed. For changes as small as fine-tuning's; larger ones need a higher density. mergekit as in
     `ties`.
     """
@@ -181,7 +181,7 @@ def further_tuned(
     requeue: Requeue = False,
     max_restarts: MaxRestarts = 0,
 ) -> None:
-    """Train one specialist alone on the same data, then export it.
+    """Train one specialist alone, then export it.
 
     The same classes, sampler, batches and optimizer, stage 2's rates, and as many samples as both stages of the fused
     model take; with --classes as many samples of fewer classes. A run like any other, named
@@ -213,9 +213,9 @@ def llamafuser(
     requeue: Requeue = False,
     max_restarts: MaxRestarts = 0,
 ) -> None:
-    """Train the fused structure over copies of one model that was not specialised, then export it.
+    """Train the fused structure over one base model.
 
-    Every specialist's place, name and template stay, and all of the training. Copies under one template would read the
+    Copies of a model that was not specialised stand in for the specialists; the result is exported. Every specialist's place, name and template stay, and all of the training. Copies under one template would read the
     same and stay the same: give each its own, as in specialists.code.template=codellama. A base that brings no chat
     template needs one of those as well.
 
@@ -238,10 +238,10 @@ def btx(
     of: _Of = None,
     resume: _ResumeState = False,
 ) -> None:
-    """Make the specialists' feed-forward parts a mixture of experts with a router of tokens, and train it.
+    """Make the specialists a mixture of experts.
 
-    Branch-Train-MiX (Sukhbaatar et al. 2024): top 2 of n, the published loss that balances experts, everything else
-    averaged. Specialists have equal shapes (Llama or Mistral); the result is a MixtralForCausalLM. Trained on the fused
+    Branch-Train-MiX (Sukhbaatar et al. 2024): a router sends every token to 2 of the specialists' feed-forward parts in
+    each layer, everything else is averaged; trained with the published loss that balances experts. Specialists have equal shapes (Llama or Mistral); the result is a MixtralForCausalLM. Trained on the fused
     model's data, sampler and batches at stage 2's rates, for as many samples as both of its stages take, in one process
     (on the GPU if there is one; weights, gradients and AdamW's state in float32). The run is <name>-btx; a signal ends
     it behind a saved state, and --resume goes on.
@@ -261,11 +261,11 @@ def fusechat(
     of: _Of = None,
     resume: _ResumeState = False,
 ) -> None:
-    """Let one specialist learn from each of the others, and merge what comes of it.
+    """Let one specialist learn from the others.
 
     FuseChat (Wan et al. 2024): for every other specialist a copy of the first one of --of, the pivot, learns the
     fused model's data and, with a tenth of the weight, the better of both models' predictions of each response; the
-    copies are merged by the size of their changes (VaRM). Only tokenizers must agree, not shapes. Trained as `btx` is,
+    copies are then merged by the size of their changes (VaRM). Only tokenizers must agree, not shapes. Trained as `btx` is,
     once per pair: runs <name>-fusechat-<pivot>-<other>, each with three models in memory.
 
     \b
