@@ -68,9 +68,10 @@ def average(
 ) -> None:
     """Average the specialists' weights.
 
-    As Wortsman et al. (2022) do. Tensor by tensor, in float64, rounded once; memory for one tensor, and for the whole model to evaluate it.
-    Specialists must have equal shapes, and to mean anything one base model: weights of independent trainings do not
-    lie where an average of them is a model. Vocabulary rows are cropped to those that all have.
+    As Wortsman et al. (2022) do. Tensor by tensor, in float64, rounded once; memory for one tensor, and for the
+    whole model to evaluate it. Specialists must have equal shapes, and to mean anything one base model: weights of
+    independent trainings do not lie where an average of them is a model. Vocabulary rows are cropped to those that
+    all have.
 
     \b
       ultrafuser baseline average --config my.yaml --out merged
@@ -91,7 +92,8 @@ def task_arithmetic(
 ) -> None:
     """Add what each specialist learned to the base.
 
-    Task arithmetic (Ilharco et al. 2023): base + scale * sum of weight * (specialist - base); otherwise as `average`. Weights are not divided by their sum.
+    Task arithmetic (Ilharco et al. 2023): base + scale * sum of weight * (specialist - base); otherwise as
+    `average`. Weights are not divided by their sum.
 
     \b
       ultrafuser baseline task-arithmetic --config my.yaml --base Llama-2-13b-hf --out merged
@@ -114,7 +116,8 @@ def ties(
 ) -> None:
     """Task arithmetic over the largest changes.
 
-    Those whose signs agree (TIES, Yadav et al. 2023), computed by mergekit. --density of each specialist's change is kept, the largest (0.2). mergekit is no part of this program's environment:
+    Those whose signs agree (TIES, Yadav et al. 2023), computed by mergekit. --density of each specialist's change
+    is kept, the largest (0.2). mergekit is no part of this program's environment:
 
     \b
       python -m venv mk && mk/bin/pip install mergekit==0.1.5
@@ -138,9 +141,9 @@ def dare(
 ) -> None:
     """Task arithmetic over a part of the changes.
 
-    A random one, scaled up (DARE, Yu et al. 2024), computed by mergekit. --density of each specialist's change is kept (0.1: a drop rate of 0.9) and divided by it; drawn by the
-    configuration's seed. For changes as small as fine-tuning's; larger ones need a higher density. mergekit as in
-    `ties`.
+    A random one, scaled up (DARE, Yu et al. 2024), computed by mergekit. --density of each specialist's change is
+    kept (0.1: a drop rate of 0.9) and divided by it; drawn by the configuration's seed. For changes as small as
+    fine-tuning's; larger ones need a higher density. mergekit as in `ties`.
     """
     more = {"base": base, "scale": scale, "density": density, "mergekit": mergekit}
     _merge("dare", out, overrides, config, of, no_losses, **more)
@@ -215,7 +218,8 @@ def llamafuser(
 ) -> None:
     """Train the fused structure over one base model.
 
-    Copies of a model that was not specialised stand in for the specialists; the result is exported. Every specialist's place, name and template stay, and all of the training. Copies under one template would read the
+    Copies of a model that was not specialised stand in for the specialists; the result is exported. Every
+    specialist's place, name and template stay, and all of the training. Copies under one template would read the
     same and stay the same: give each its own, as in specialists.code.template=codellama. A base that brings no chat
     template needs one of those as well.
 
@@ -240,11 +244,12 @@ def btx(
 ) -> None:
     """Make the specialists a mixture of experts.
 
-    Branch-Train-MiX (Sukhbaatar et al. 2024): a router sends every token to 2 of the specialists' feed-forward parts in
-    each layer, everything else is averaged; trained with the published loss that balances experts. Specialists have equal shapes (Llama or Mistral); the result is a MixtralForCausalLM. Trained on the fused
-    model's data, sampler and batches at stage 2's rates, for as many samples as both of its stages take, in one process
-    (on the GPU if there is one; weights, gradients and AdamW's state in float32). The run is <name>-btx; a signal ends
-    it behind a saved state, and --resume goes on.
+    Branch-Train-MiX (Sukhbaatar et al. 2024): a router sends every token to 2 of the specialists' feed-forward
+    parts in each layer, everything else is averaged; trained with the published loss that balances experts.
+    Specialists have equal shapes (Llama or Mistral); the result is a MixtralForCausalLM. Trained on the fused
+    model's data, sampler and batches at stage 2's rates, for as many samples as both of its stages take, in one
+    process (on the GPU if there is one; weights, gradients and AdamW's state in float32). The run is <name>-btx; a
+    signal ends it behind a saved state, and --resume goes on.
 
     \b
       ultrafuser baseline btx --config my.yaml --out btx
@@ -265,8 +270,8 @@ def fusechat(
 
     FuseChat (Wan et al. 2024): for every other specialist a copy of the first one of --of, the pivot, learns the
     fused model's data and, with a tenth of the weight, the better of both models' predictions of each response; the
-    copies are then merged by the size of their changes (VaRM). Only tokenizers must agree, not shapes. Trained as `btx` is,
-    once per pair: runs <name>-fusechat-<pivot>-<other>, each with three models in memory.
+    copies are then merged by the size of their changes (VaRM). Only tokenizers must agree, not shapes. Trained as
+    `btx` is, once per pair: runs <name>-fusechat-<pivot>-<other>, each with three models in memory.
 
     \b
       ultrafuser baseline fusechat --config my.yaml --out fusechat
