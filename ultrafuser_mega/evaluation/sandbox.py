@@ -111,10 +111,17 @@ class Unsandboxed(Sandbox):
     def start(
         self, source: str, limits: Limits, stdin: IO[bytes] | int, stdout: IO[bytes] | int, stderr: IO[bytes] | int
     ) -> Running:
-        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
         with tempfile.TemporaryDirectory() as empty:  # gone when the program runs: what it writes beside itself fails
             command = python_command(sys.executable, source, limits)
-            process = subprocess.Popen(command, **streams, start_new_session=True, cwd=empty, env=plain_environment())
+            process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                cwd=empty,
+                env=plain_environment(),
+            )
 
         def stop() -> None:
             with suppress(ProcessLookupError):
