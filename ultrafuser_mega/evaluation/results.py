@@ -2,8 +2,8 @@
 
 An average counts every benchmark once, whatever its number of items; what is no percentage (MT-Bench's grades) stays
 out of averages, and is reported by its items' categories. Averages of exact and of judged scores are never one number
-without saying so: "all exact" is over the benchmarks that no judge scores, "all" over all, and every number that holds a
-judged score has ``judged: true``. An item for which a judge has said nothing of one model is left out for all.
+without saying so: "all exact" is over the benchmarks that no judge scores, "all" over all, and whatever holds a judged
+score has ``judged: true``. An item for which a judge has said nothing of one model is left out for all.
 """
 
 from __future__ import annotations
