@@ -92,16 +92,17 @@ def further_tuned(config: FuserConfig, specialist: str, classes: Sequence[str] =
     _among("--specialist", specialist, config.specialists)
     for name in classes:
         _among("--classes", name, config.data.classes)
-    tree = _begin(config)
+    tree = begin_derived(config)
     chosen = [name for name in config.data.classes if name in classes] or list(config.data.classes)
     per_class = -(-config.stage2.samples_per_class * len(config.data.classes) // len(chosen))
-    taken = sum(stage.steps * stage.samples_per_class for stage in config.stages.values())
-    steps = -(-taken // config.stage2.samples_per_class)
+    steps = steps_of_both_stages(config)
     on = "" if len(chosen) == len(config.data.classes) else f"-on-{'-'.join(chosen)}"
     tree["name"] = f"{config.name}-further-tuned-{specialist}{on}"
     tree["specialists"] = {specialist: tree["specialists"][specialist]}
     tree["layouts"] = [_alone(layout, specialist) for layout in config.layouts]
     tree["data"]["classes"] = {name: tree["data"]["classes"][name] for name in chosen}
+    if isinstance(config.data.sampling, dict):
+        tree["data"]["sampling"] = {name: config.data.sampling[name] for name in chosen}
     tree["stage1"]["steps"] = 0
     tree["stage2"] |= {"steps": steps, "samples_per_class": per_class}
     derived = FuserConfig.model_validate(tree)
@@ -124,7 +125,7 @@ def llamafuser(config: FuserConfig, base: Path) -> DerivedRun:
     Raises:
         InputError: the run cannot begin with the folder.
     """
-    tree = _begin(config)
+    tree = begin_derived(config)
     tree["name"] = f"{config.name}-llamafuser"
     for specialist in tree["specialists"].values():
         specialist["path"] = str(base.absolute())
@@ -143,7 +144,13 @@ def llamafuser(config: FuserConfig, base: Path) -> DerivedRun:
     return DerivedRun(derived, FUSED, account)
 
 
-def _begin(config: FuserConfig) -> dict[str, Any]:
+def steps_of_both_stages(config: FuserConfig) -> int:
+    """Steps with stage 2's batches in which as many samples are taken as in both stages."""
+    taken = sum(stage.steps * stage.samples_per_class for stage in config.stages.values())
+    return -(-taken // config.stage2.samples_per_class)
+
+
+def begin_derived(config: FuserConfig) -> dict[str, Any]:
     """The tree of a configuration whose run has a token store of its own and begins with folders."""
     if config.checkpoint.start is not None:
         raise InputError(

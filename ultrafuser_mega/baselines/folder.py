@@ -22,7 +22,6 @@ from transformers import AutoConfig
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.config import FuserConfig, dump_config
 from ultrafuser_mega.errors import writing
-from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.release.assemble import assemble_single
 from ultrafuser_mega.release.card import SpecialistFacts
 from ultrafuser_mega.reporting.records import FUSED, EvalRecord, write_summary
@@ -75,23 +74,20 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_beside_weights(
-    folder: Path, account: Account, fields: Mapping[str, Any], vocab_size: int, dtype: torch.dtype
+    folder: Path, account: Account, config_json: Mapping[str, Any], vocab_size: int, dtype: torch.dtype
 ) -> None:
     """Configuration, tokenizer, template, licences, and how the model was made; the card comes last.
 
     Args:
         folder: with the weights.
         account: of the baseline.
-        fields: of config.json, in the place of what the folder of ``account.like`` has there.
+        config_json: what the model's config.json says, but for vocabulary and element type.
         vocab_size: rows of the model.
         dtype: of the weights.
     """
-    config = account.config
     write_conversation(folder, account, vocab_size)
-    own = read_json_object(config.folders[account.like] / "config.json")
-    name = str(dtype).removeprefix("torch.")
-    own = {key: value for key, value in own.items() if key != "torch_dtype"}
-    written = own | {"vocab_size": vocab_size, "dtype": name} | dict(fields)
+    kept = {key: value for key, value in config_json.items() if key != "torch_dtype"}
+    written = kept | {"vocab_size": vocab_size, "dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     write_record(folder, account)
 

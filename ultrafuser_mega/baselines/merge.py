@@ -17,7 +17,7 @@ from ultrafuser_mega.baselines.merging import BASE, average_coefficients, task_c
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.models.hf_folder import EMBEDDING
+from ultrafuser_mega.models.hf_folder import EMBEDDING, read_json_object
 from ultrafuser_mega.planning.preflight import RunPlan, first_layouts_ranks, preflight
 from ultrafuser_mega.runtime.device import choose_device
 from ultrafuser_mega.toy import make_toy
@@ -117,8 +117,9 @@ def merge(config: FuserConfig, out: Path, how: Merge, *, losses: bool = True) ->
             density = {"density": dict.fromkeys(how.weights, settings["density"])}
             write_merge(folder, ingredients, how.method, how.weights, density, how.scale, config.seed, python)
         else:
-            write_combination(folder, ingredients, coefficients)
-        fields = {"tie_word_embeddings": ingredients.tied}
+            write_combination(folder, ingredients, lambda tensor: coefficients)
+        fields = read_json_object(config.folders[account.like] / "config.json")
+        fields["tie_word_embeddings"] = ingredients.tied
         write_beside_weights(folder, account, fields, plan.vocab_size, ingredients.dtype(EMBEDDING))
         measured = evaluated(folder, config, plan, account.like) if losses else None
         if measured is not None:

@@ -111,6 +111,6 @@ def _cropped(place: Path, ingredients: Ingredients, name: str) -> Path:
     if all(fields.get(key, False) == value for key, value in wanted.items()):
         return source.absolute()
     place.mkdir(parents=True)
-    write_combination(place, ingredients, {name: 1.0})
+    write_combination(place, ingredients, lambda tensor: {name: 1.0})
     (place / "config.json").write_text(json.dumps(fields | wanted))
     return place.absolute()

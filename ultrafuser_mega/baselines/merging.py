@@ -10,7 +10,7 @@ the widest of the models' element types; written tensor by tensor in shards, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -56,8 +56,11 @@ def combined(ingredients: Ingredients, coefficients: Mapping[str, float], tensor
 
 
 def write_combination(
-    folder: Path, ingredients: Ingredients, coefficients: Mapping[str, float], shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    ingredients: Ingredients,
+    coefficients: Callable[[str], Mapping[str, float]],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the sum's safetensors into ``folder``, which exists and holds none."""
+    """Write the sum's safetensors into ``folder``, which exists and holds none; ``coefficients`` are each tensor's."""
     planned = {name: Planned(shape, ingredients.dtype(name)) for name, shape in ingredients.shapes.items()}
-    write_shards(folder, planned, lambda name: combined(ingredients, coefficients, name), "merge", shard_bytes)
+    write_shards(folder, planned, lambda name: combined(ingredients, coefficients(name), name), "merge", shard_bytes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ultrafuser_mega.cli.options import Config, MaxRestarts, Overrides, Ranks, Requeue, Resume
+from ultrafuser_mega.errors import InputError
 
 if TYPE_CHECKING:
     from ultrafuser_mega.baselines.derived import DerivedRun
@@ -32,6 +33,7 @@ _Mergekit = Annotated[
     Path | None,
     typer.Option(help="python of an environment that has mergekit; default: this one", show_default=False),
 ]
+_ResumeState = Annotated[bool, typer.Option("--resume", help="go on from the run's newest state")]
 _NoLosses = Annotated[
     bool, typer.Option("--no-losses", help="do not evaluate on the held-out data, which loads the whole model")
 ]
@@ -47,6 +49,8 @@ def baseline() -> None:
       ties, dare         the same, trimmed or thinned before (by mergekit)
       further-tuned      one specialist, trained alone on the same data
       llamafuser         the fused structure over copies of a model that was not specialised
+      btx                the specialists' feed-forward parts as a mixture of experts, trained
+      fusechat           one specialist that learns from the others, merged
 
     Every one writes a Hugging Face folder with tokenizer and chat template, a card, baseline.json (what was done),
     config.yaml (the configuration) and summary.json (held-out losses). evaluate and generate take it as they take a
@@ -62,11 +66,12 @@ def average(
     of: _Of = None,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Average the specialists' weights (Wortsman et al. 2022).
+    """Average the specialists' weights.
 
-    Tensor by tensor, in float64, rounded once; memory for one tensor, and for the whole model to evaluate it.
-    Specialists must have equal shapes, and to mean anything one base model: weights of independent trainings do not
-    lie where an average of them is a model. Vocabulary rows are cropped to those that all have.
+    As Wortsman et al. (2022) do. Tensor by tensor, in float64, rounded once; memory for one tensor, and for the
+    whole model to evaluate it. Specialists must have equal shapes, and to mean anything one base model: weights of
+    independent trainings do not lie where an average of them is a model. Vocabulary rows are cropped to those that
+    all have.
 
     \b
       ultrafuser baseline average --config my.yaml --out merged
@@ -85,9 +90,10 @@ def task_arithmetic(
     scale: _Scale = 1.0,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Add what each specialist learned beyond the base model to it (Ilharco et al. 2023).
+    """Add what each specialist learned to the base.
 
-    base + scale * sum of weight * (specialist - base); otherwise as `average`. Weights are not divided by their sum.
+    Task arithmetic (Ilharco et al. 2023): base + scale * sum of weight * (specialist - base); otherwise as
+    `average`. Weights are not divided by their sum.
 
     \b
       ultrafuser baseline task-arithmetic --config my.yaml --base Llama-2-13b-hf --out merged
@@ -108,9 +114,10 @@ def ties(
     mergekit: _Mergekit = None,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Task arithmetic over the largest changes whose signs agree (TIES, Yadav et al. 2023), by mergekit.
+    """Task arithmetic over the largest changes.
 
-    --density of each specialist's change is kept, the largest (0.2). mergekit is no part of this program's environment:
+    Those whose signs agree (TIES, Yadav et al. 2023), computed by mergekit. --density of each specialist's change
+    is kept, the largest (0.2). mergekit is no part of this program's environment:
 
     \b
       python -m venv mk && mk/bin/pip install mergekit==0.1.5
@@ -132,11 +139,11 @@ def dare(
     mergekit: _Mergekit = None,
     no_losses: _NoLosses = False,
 ) -> None:
-    """Task arithmetic over a random part of the changes, scaled up (DARE, Yu et al. 2024), by mergekit.
+    """Task arithmetic over a part of the changes.
 
-    --density of each specialist's change is kept (0.1: a drop rate of 0.9) and divided by it; drawn by the
-    configuration's seed. For changes as small as fine-tuning's; larger ones need a higher density. mergekit as in
-    `ties`.
+    A random one, scaled up (DARE, Yu et al. 2024), computed by mergekit. --density of each specialist's change is
+    kept (0.1: a drop rate of 0.9) and divided by it; drawn by the configuration's seed. For changes as small as
+    fine-tuning's; larger ones need a higher density. mergekit as in `ties`.
     """
     more = {"base": base, "scale": scale, "density": density, "mergekit": mergekit}
     _merge("dare", out, overrides, config, of, no_losses, **more)
@@ -177,7 +184,7 @@ def further_tuned(
     requeue: Requeue = False,
     max_restarts: MaxRestarts = 0,
 ) -> None:
-    """Train one specialist alone on the same data, then export it.
+    """Train one specialist alone, then export it.
 
     The same classes, sampler, batches and optimizer, stage 2's rates, and as many samples as both stages of the fused
     model take; with --classes as many samples of fewer classes. A run like any other, named
@@ -209,9 +216,10 @@ def llamafuser(
     requeue: Requeue = False,
     max_restarts: MaxRestarts = 0,
 ) -> None:
-    """Train the fused structure over copies of one model that was not specialised, then export it.
+    """Train the fused structure over one base model.
 
-    Every specialist's place, name and template stay, and all of the training. Copies under one template would read the
+    Copies of a model that was not specialised stand in for the specialists; the result is exported. Every
+    specialist's place, name and template stay, and all of the training. Copies under one template would read the
     same and stay the same: give each its own, as in specialists.code.template=codellama. A base that brings no chat
     template needs one of those as well.
 
@@ -224,6 +232,71 @@ def llamafuser(
     from ultrafuser_mega.baselines.derived import llamafuser as derive
 
     _train(derive(loaded, base), out, ranks, resume, requeue, max_restarts)
+
+
+@app.command()
+def btx(
+    out: _Out,
+    overrides: Overrides = None,
+    config: Config = None,
+    of: _Of = None,
+    resume: _ResumeState = False,
+) -> None:
+    """Make the specialists a mixture of experts.
+
+    Branch-Train-MiX (Sukhbaatar et al. 2024): a router sends every token to 2 of the specialists' feed-forward
+    parts in each layer, everything else is averaged; trained with the published loss that balances experts.
+    Specialists have equal shapes (Llama or Mistral); the result is a MixtralForCausalLM. Trained on the fused
+    model's data, sampler and batches at stage 2's rates, for as many samples as both of its stages take, in one
+    process (on the GPU if there is one; weights, gradients and AdamW's state in float32). The run is <name>-btx; a
+    signal ends it behind a saved state, and --resume goes on.
+
+    \b
+      ultrafuser baseline btx --config my.yaml --out btx
+      ultrafuser baseline btx --config my.yaml --out btx stage2.lr=5e-5 checkpoint.every=100
+    """
+    _tune("btx", out, overrides, config, of, resume)
+
+
+@app.command()
+def fusechat(
+    out: _Out,
+    overrides: Overrides = None,
+    config: Config = None,
+    of: _Of = None,
+    resume: _ResumeState = False,
+) -> None:
+    """Let one specialist learn from the others.
+
+    FuseChat (Wan et al. 2024): for every other specialist a copy of the first one of --of, the pivot, learns the
+    fused model's data and, with a tenth of the weight, the better of both models' predictions of each response; the
+    copies are then merged by the size of their changes (VaRM). Only tokenizers must agree, not shapes. Trained as
+    `btx` is, once per pair: runs <name>-fusechat-<pivot>-<other>, each with three models in memory.
+
+    \b
+      ultrafuser baseline fusechat --config my.yaml --out fusechat
+      ultrafuser baseline fusechat --config my.yaml --out fusechat --of math,text,code
+    """
+    _tune("fusechat", out, overrides, config, of, resume)
+
+
+def _tune(
+    method: str, out: Path, overrides: list[str] | None, config: Path | None, of: str | None, resume: bool
+) -> None:
+    from ultrafuser_mega.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from ultrafuser_mega.baselines.btx import btx
+    from ultrafuser_mega.baselines.fusechat import fusechat
+    from ultrafuser_mega.baselines.merge import parse_parts
+
+    parts = parse_parts(loaded, of)
+    if set(parts.values()) != {1.0}:
+        raise InputError(f"--of {of}: {method} takes names alone, no weights")
+    train = {"btx": btx, "fusechat": fusechat}[method]
+    if stop := train(loaded, out, list(parts), resume=resume):
+        raise typer.Exit(stop.code)
+    print(f"wrote {out}")
 
 
 def _train(run: DerivedRun, out: Path, ranks: int | None, resume: bool, requeue: bool, max_restarts: int) -> None:
