@@ -61,6 +61,7 @@ class Benchmark(ABC):
         origin: where that file is published, for whoever lacks it.
         max_new_tokens: of a reply.
         judged: whether a judge scores it.
+        runs_programs: whether replies are programs, which need a sandbox.
         scale: what a score is multiplied with in tables: 100, per cent; 10, a rating.
     """
 
@@ -72,6 +73,7 @@ class Benchmark(ABC):
     origin: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     judged: ClassVar[bool] = False
+    runs_programs: ClassVar[bool] = False
     scale: ClassVar[float] = 100.0
 
     @abstractmethod

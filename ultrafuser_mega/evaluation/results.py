@@ -1,8 +1,8 @@
 """From samples to results.json: scores with intervals, averages as UltraFuser's table 1 makes them, paired tests.
 
-An average counts every benchmark once, whatever its number of items. Benchmarks whose items have categories (MT-Bench)
-are reported by these and stay out of averages. Averages of exact and of judged scores are never one number without
-saying so: "all exact" is over the benchmarks that no judge scores, "all" over all, and every number that holds a judged
+An average counts every benchmark once, whatever its number of items; what is no percentage (MT-Bench's grades) stays
+out of averages, and is reported by its items' categories. Averages of exact and of judged scores are never one number
+without saying so: "all exact" is over the benchmarks that no judge scores, "all" over all, and whatever holds a judged
 score has ``judged: true``. An item for which a judge has said nothing of one model is left out for all.
 """
 

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ from ultrafuser_mega.evaluation.judge import (
     Request,
     grade_chats,
     judge_pairs,
+    judge_samples,
     open_judge,
     select_answers,
 )
@@ -131,6 +133,17 @@ def test_an_answer_without_an_opponent_is_refused(judge: Endpoint) -> None:
         judge_pairs(judge, ANSWERS, ALPACA, {})
 
 
+def test_models_are_compared_with_the_files_outputs_or_with_one_of_them(server: Server, judge: Endpoint) -> None:
+    server.answer = ranking
+    items = {"alpacaeval": [replace(ALPACA["a0"], reference={"instruction": "Do.", "output": "fair a0"})]}
+    mine, base = ANSWERS[0], replace(ANSWERS[0], model="base", replies=("bad a0",))
+    other = sample("gsm8k", "g", "4")
+    judged = judge_samples(judge, [mine, other, base], items)
+    assert [one.score for one in judged] == [1.0, None, 0.0] and judged[1] == other
+    against = judge_samples(judge, [mine, other, base], {"alpacaeval": [ALPACA["a0"]]}, against="base")
+    assert [one.score for one in against] == [1.0, None, 0.5]
+
+
 CHATS = {
     "m1": Item("m1", ("One?", "Two?"), None, category="writing"),
     "m2": Item("m2", ("Three?", "Four?"), ["3", "4"], category="math"),
@@ -200,7 +213,7 @@ def test_a_refusal_ends_the_run_and_keeps_what_was_answered(server: Server, judg
         return said("fine") if next(turns) < 10 else (401, {}, '{"error": {"message": "no\\nmoney left"}}')
 
     server.answer = refusing
-    with pytest.raises(InputError, match=r"judge m@http.*401 - no money left; replies so far are in .*judge.jsonl"):
+    with pytest.raises(InputError, match=r"judge m@http.*401 - .*money left.*; replies so far are in .*judge.jsonl"):
         judge.replies(requests)
     assert len(judge.ledger.replies) == judge.spent.asked == 10
     server.answer = lambda body: said("fine")
