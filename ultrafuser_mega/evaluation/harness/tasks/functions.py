@@ -1,10 +1,12 @@
-"""What the tasks beside this file do with their rows; lm-evaluation-harness loads it by path, so it imports nothing."""
+"""What the tasks beside this file do with their rows; lm-evaluation-harness loads it by path, so it imports nothing of ours."""
+
+from typing import Any
 
 
-def truthfulqa_docs(dataset):
+def truthfulqa_docs(dataset: Any) -> Any:
     """Columns of the published CSV -> choices, the right ones first, as the hub's copy has them."""
 
-    def choices(row):
+    def choices(row: dict[str, str]) -> dict[str, Any]:
         right = [text.strip() for text in row["Correct Answers"].split(";") if text.strip()]
         wrong = [text.strip() for text in row["Incorrect Answers"].split(";") if text.strip()]
         return {
@@ -17,7 +19,7 @@ def truthfulqa_docs(dataset):
     return dataset.map(choices)
 
 
-def truthfulqa_mc2(doc, results):
+def truthfulqa_mc2(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """The share of probability that the right answers have."""
     from math import exp
 
@@ -27,10 +29,10 @@ def truthfulqa_mc2(doc, results):
     return {"acc": sum(weights[: doc["right"]]) / sum(weights)}
 
 
-def agieval_docs(dataset):
+def agieval_docs(dataset: Any) -> Any:
     """The label's place among the options' letters."""
 
-    def gold(row):
+    def gold(row: dict[str, Any]) -> dict[str, Any]:
         letters = [f"({option[1]})" for option in row["options"]]
         return {"letters": letters, "gold": letters.index(f"({row['label']})")}
 
