@@ -1,4 +1,4 @@
-"""What the tasks beside this file do with their rows; lm-evaluation-harness loads it by path, so it imports nothing of ours."""
+"""What the tasks beside this file do with their rows; lm-eval loads it by path, so it imports nothing of ours."""
 
 from typing import Any
 
