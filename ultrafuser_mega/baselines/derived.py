@@ -24,7 +24,7 @@ from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.planning.preflight import shared_vocabulary
 from ultrafuser_mega.reporting.records import FUSED, MEAN, SUMMARY_FILE, write_summary
-from ultrafuser_mega.toy import make_toy
+from ultrafuser_mega.toy import ToyRecipe, make_toy
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def begin_derived(config: FuserConfig) -> dict[str, Any]:
             "began with; set checkpoint.start=null"
         )
     if config.toy is not None:
-        make_toy(config.toy, progress=True)
+        make_toy(config.toy.folder, recipe=ToyRecipe(branched=config.toy.branched))
     tree = config.model_dump(mode="json")
     tree["vocab_size"] = shared_vocabulary(config)
     tree["data"]["store"] = None

@@ -1,4 +1,4 @@
-"""Run the three training jobs side by side, one process each, and show their progress.
+"""Run training jobs side by side, one process each, and show their progress.
 
 The workers are ordinary subprocesses (``python -m ultrafuser_mega.toy.worker``), not multiprocessing
 children, so a caller needs no ``__main__`` guard and may itself be a daemonic process. A worker tells
@@ -15,6 +15,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,10 @@ _TOLD_LINES = 20
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker needs; goes to it as JSON. ``folder`` holds the tokenizer and receives the model."""
+    """What one worker needs; goes to it as JSON.
+
+    ``folder`` holds the tokenizer and receives the model; ``start`` holds the weights to begin with; None: random ones.
+    """
 
     name: str
     folder: str
@@ -36,6 +40,7 @@ class Job:
     lr: float
     seed: int
     device: str
+    start: str | None = None
 
 
 def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
@@ -73,7 +78,8 @@ def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
                     bars.update(tasks[name], completed=message["step"], loss=f"loss {message['loss']:.3f}")
                 else:
                     losses[name] = message["heldout_loss"]
-                    bars.update(tasks[name], loss=f"held-out {losses[name][name]:.3f}")
+                    own = losses[name].get(name, fmean(losses[name].values()))
+                    bars.update(tasks[name], loss=f"held-out {own:.3f}")
     finally:
         for worker in workers.values():
             worker.kill()
