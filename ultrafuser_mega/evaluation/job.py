@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,8 @@ class Judging:
 class Job:
     """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`.
 
-    ``oracle`` are the rows of which the best answer to every item makes a row more.
+    ``max_new_tokens`` shortens what benchmarks allow; ``oracle`` are the rows of which the best answer to every item
+    makes a row more.
     """
 
     models: Sequence[str]
@@ -53,6 +55,7 @@ class Job:
     limit: int | None
     seed: int
     computing: Computing
+    max_new_tokens: int | None = None
     judging: Judging = Judging()
     oracle: Sequence[str] = ()
 
@@ -74,7 +77,10 @@ def evaluate_share(job: Job, console: Console) -> None:
     with first_failure_ends_job(store):
         computing = replace(job.computing, device=_device_of_rank(job.computing.device))
         share = Share(launched_rank(), launched_ranks(), store)
-        _evaluate(replace(job, computing=computing), share, console)
+        try:
+            _evaluate(replace(job, computing=computing), share, console)
+        except KeyboardInterrupt:  # the launcher says how it goes on
+            os._exit(128 + signal.SIGINT)
 
 
 def _evaluate(job: Job, share: Share, console: Console) -> None:
@@ -85,7 +91,8 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
     tasks = []
     for name in suite.benchmarks:
         found = benchmark(name)
-        tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed)))
+        length = min(found.max_new_tokens, job.max_new_tokens or found.max_new_tokens)
+        tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed), length))
     settings = settings_of(contestants, tasks, job.data, job.seed, "bwrap", job.computing.dtype)
     samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
     if share.rank == 0:
