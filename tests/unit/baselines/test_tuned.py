@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from support.branched import branched_tree, write_branched
 from support.command import ultrafuser
 from support.tuning import plain_loss
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser_mega.baselines import btx
 from ultrafuser_mega.baselines.fusechat import PIVOT, fused_targets, variation_weights
@@ -26,6 +27,9 @@ from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, row_losses, tune
 from ultrafuser_mega.config import FuserConfig, Loss
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.errors import DivergedError, InputError
+from ultrafuser_mega.inference.answer import Answerer, Limits
+from ultrafuser_mega.inference.model import opened_model
+from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.training.stopping import Stop
 
 NAMES = ("text", "code", "math")
@@ -194,6 +198,17 @@ def test_a_tuned_baseline_becomes_a_folder(
     assert json.loads((out / "config.json").read_text())["architectures"] == [
         "MixtralForCausalLM" if method == "btx" else "LlamaForCausalLM"
     ]
+    if method == "btx":  # the decoder computes what transformers does: of three tokens, the likeliest
+        prompt: Any = AutoTokenizer.from_pretrained(out).apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
+        with opened_model(str(out), "cpu", None) as opened:
+            answerer = Answerer(opened)
+            events = answerer.stream([answerer.encode([{"role": "user", "content": "Hi"}])], Limits(3), Sampling())
+            (answer,) = (event[1] for event in events if isinstance(event, tuple))
+        assert [token.id for token in answer.tokens] == wanted[0, prompt.shape[1] :].tolist()
     if method == "fusechat":
         assert set(summary["pairs"]) == {"text", "code"}
         # Pairs that are done are kept: the merge alone is done again, and comes out the same.
