@@ -49,6 +49,11 @@ def test_summary_holds_losses_gate_and_speed(finished: tuple[Path, subprocess.Co
         assert set(summary["eval"][place]) == {"fused", *SPECIALISTS}
     for name in CLASSES:
         assert sum(summary["gate_per_token"][name][other] for other in SPECIALISTS) == pytest.approx(1.0, abs=1e-5)
+    for name in CLASSES:  # of the specialists as they came
+        yardsticks, best = summary["yardsticks"][name], min(summary["eval"][name][other] for other in SPECIALISTS)
+        assert yardsticks["oracle per class"] == pytest.approx(best)
+        assert yardsticks["oracle per token"] < yardsticks["oracle per sample"] <= yardsticks["oracle per class"]
+        assert yardsticks["uniform probabilities"] > yardsticks["oracle per token"]
     assert summary["steps"] == 7
     assert summary["train"]["tokens_per_s"] > 0
     assert summary["wall_s"] > 0

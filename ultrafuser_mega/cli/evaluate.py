@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ultrafuser_mega.errors import InputError
+
 _HELP_MODELS = """models of the table, [NAME=]ADDRESS: a release, a checkpoint, a run, runs/demo@math (one specialist),
 runs/demo+uniform (mixed by another rule), a model's folder (@TEMPLATE), openai:MODEL@URL"""
 
@@ -27,6 +29,23 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="prompts that are answered at once")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16; default: as stored", show_default=False)] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="openai:MODEL[@URL], or file:PATH of replies made elsewhere", show_default=False)
+    ] = None,
+    judge_price: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="READ WRITTEN", help="per million tokens: the cost is shown", show_default=False),
+    ] = None,
+    opponent: Annotated[
+        str | None,
+        typer.Option(help="row that AlpacaEval's answers are compared with; default: the file's", show_default=False),
+    ] = None,
+    select: Annotated[
+        str | None, typer.Option(help="ROW,ROW: a row more, the answer the judge finds best", show_default=False)
+    ] = None,
+    oracle: Annotated[
+        str | None, typer.Option(help="ROW,ROW: a row more, the answer with the best score", show_default=False)
+    ] = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="processes, one GPU each where there are GPUs, that share the questions")
     ] = 1,
@@ -42,6 +61,8 @@ def evaluate(
     (samples.jsonl), the table with intervals (results.md), all settings (results.json) and plots. Interrupted, the same
     command goes on where it was; more models or benchmarks can be added to a folder later.
     """
+    if judge is None and (select or opponent or judge_price):
+        raise InputError("--select, --opponent, --judge-price: belong to --judge; give one")
     out = out or Path("evaluations") / suite.replace(",", "-")
     again = f"what was answered is in {out}; the same command goes on"
     if ranks > 1 and "RANK" not in os.environ:
@@ -53,7 +74,7 @@ def evaluate(
     from rich.console import Console
 
     from ultrafuser_mega.evaluation.contestants import Computing
-    from ultrafuser_mega.evaluation.job import Job, evaluate_share
+    from ultrafuser_mega.evaluation.job import Job, Judging, evaluate_share
 
     job = Job(
         models=models,
@@ -63,6 +84,8 @@ def evaluate(
         limit=limit,
         seed=seed,
         computing=Computing(batch_size, device, dtype),
+        judging=Judging(judge, judge_price, opponent, _names(select)),
+        oracle=_names(oracle),
     )
     try:
         evaluate_share(job, Console(stderr=True))
@@ -83,3 +106,7 @@ def _without_ranks(arguments: list[str]) -> list[str]:
         elif not argument.startswith("--ranks="):
             kept.append(argument)
     return kept
+
+
+def _names(text: str | None) -> list[str]:
+    return text.split(",") if text else []

@@ -20,6 +20,7 @@ from ultrafuser_mega.cli import (
     export,
     generate,
     import_,
+    lm_eval,
     plan,
     prepare,
     report,
@@ -82,6 +83,7 @@ app.command("train")(train.train)
 app.command("slurm")(slurm.slurm)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
 app.add_typer(baseline.app, name="baseline")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,40 @@ from typing import Any
 from rich.console import Console
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.evaluation.benchmark import Sample
+from ultrafuser_mega.evaluation.benchmark import Item, Sample
 from ultrafuser_mega.evaluation.benchmarks import SUITES, Suite, benchmark, chosen
+from ultrafuser_mega.evaluation.benchmarks.chats import AlpacaEval
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
+from ultrafuser_mega.evaluation.judge import FileJudge, grade_chats, judge_pairs, open_judge
 from ultrafuser_mega.evaluation.results import results, write_results
 from ultrafuser_mega.evaluation.results_page import scores_table, write_page
+from ultrafuser_mega.evaluation.rows import oracle_row, selected_row
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
 
 
 @dataclass(frozen=True)
+class Judging:
+    """Who judges, and what.
+
+    Attributes:
+        judge: ``openai:MODEL[@URL]`` or ``file:PATH``; None: what needs a judge has no score.
+        prices: per million tokens read and written; None: cost is not counted.
+        opponent: the row that AlpacaEval's replies are compared with; None: the file's own.
+        select: rows, the best of whose answers the judge picks for a row more.
+    """
+
+    judge: str | None = None
+    prices: tuple[float, float] | None = None
+    opponent: str | None = None
+    select: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Job:
-    """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`."""
+    """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`.
+
+    ``oracle`` are the rows of which the best answer to every item makes a row more.
+    """
 
     models: Sequence[str]
     suite: str
@@ -30,6 +53,8 @@ class Job:
     limit: int | None
     seed: int
     computing: Computing
+    judging: Judging = Judging()
+    oracle: Sequence[str] = ()
 
 
 def evaluate_share(job: Job, console: Console) -> None:
@@ -74,10 +99,53 @@ def _write(
     asked = {(task.benchmark.name, item.id) for task in tasks for item in task.items}
     kept = [s for s in samples if s.model in models and (s.benchmark, s.item) in asked]
     kept.sort(key=lambda sample: models.index(sample.model))
-    found = results(kept, [task.benchmark for task in tasks], settings, job.data)
+    if job.judging.judge is not None:
+        kept = _judged(job, tasks, kept)
+    if job.oracle:
+        kept += oracle_row(kept, job.oracle)
+    found = results(kept, [task.benchmark for task in tasks], settings | {"judge": job.judging.judge}, job.data)
     write_results(job.out, found)
     print(scores_table(found))
     print(f"\nwrote {write_page(job.out, found)}")
+
+
+def _judged(job: Job, tasks: Sequence[Task], samples: list[Sample]) -> list[Sample]:
+    """The samples with what the judge says of them; with the row that it picks, where that was asked for."""
+    assert job.judging.judge is not None
+    judge = open_judge(job.judging.judge, job.out / "judge.jsonl", job.judging.prices)
+    judged = []
+    for task in tasks:
+        own = [sample for sample in samples if sample.benchmark == task.benchmark.name]
+        items = {item.id: item for item in task.items}
+        if task.benchmark.name == AlpacaEval.name:
+            own = judge_pairs(judge, own, items, _opponents(job, own, items))
+        elif task.benchmark.judged:
+            own = grade_chats(judge, own, items)
+        judged += own
+    order = {sample.model: place for place, sample in reversed(list(enumerate(samples)))}
+    judged.sort(key=lambda sample: order[sample.model])
+    if job.judging.select:
+        judged += selected_row(judged, job.judging.select, tasks, judge, job.seed)
+    spent = judge.spent
+    cost = "" if spent.cost is None else f", {spent.cost:.2f} in the unit of the prices"
+    print(
+        f"judge {judge.name}: {spent.asked:,} replies asked, {spent.kept:,} from the ledger, "
+        f"{spent.input_tokens:,} tokens read, {spent.output_tokens:,} written{cost}"
+    )
+    if isinstance(judge, FileJudge) and judge.listed:
+        print(f"{len(judge.listed):,} replies are missing: answer {judge.requests}, and put its lines into the file")
+    judge.ledger.close()
+    return judged
+
+
+def _opponents(job: Job, samples: Sequence[Sample], items: Mapping[str, Item]) -> dict[str, str]:
+    """Item -> the reply that AlpacaEval's are compared with."""
+    if job.judging.opponent is None:
+        return {name: text for name, item in items.items() if (text := item.reference["output"]) is not None}
+    found = {sample.item: sample.replies[0] for sample in samples if sample.model == job.judging.opponent}
+    if not found:
+        raise InputError(f"--opponent {job.judging.opponent}: is no row of this table")
+    return found
 
 
 def _suite(text: str) -> Suite:

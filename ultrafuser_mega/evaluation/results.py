@@ -1,9 +1,9 @@
 """From samples to results.json: scores with intervals, averages as UltraFuser's table 1 makes them, paired tests.
 
-An average counts every benchmark once, whatever its number of items. Benchmarks whose items have categories (MT-Bench)
-are reported by these and stay out of averages. Averages of exact and of judged scores are never one number without
-saying so: "all exact" is over the benchmarks that no judge scores, "all" over all, and every number that holds a judged
-score has ``judged: true``.
+An average counts every benchmark once, whatever its number of items; what is no percentage (MT-Bench's grades) stays
+out of averages, and is reported by its items' categories. Averages of exact and of judged scores are never one number
+without saying so: "all exact" is over the benchmarks that no judge scores, "all" over all, and whatever holds a judged
+score has ``judged: true``. An item for which a judge has said nothing of one model is left out for all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ultrafuser_mega.errors import InputError, writing
-from ultrafuser_mega.evaluation.benchmark import Benchmark, Sample
+from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
 from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval, less, paired_test
 
 RESULTS_FILE = "results.json"
@@ -71,9 +72,12 @@ def results(
     Raises:
         InputError: two models answered different items of a benchmark.
     """
+    samples = list(samples)
+    void = {(sample.benchmark, sample.item) for sample in samples if sample.rule == NO_VERDICT}
     by_place: dict[str, dict[str, list[Sample]]] = {}
     for sample in samples:
-        by_place.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
+        if (sample.benchmark, sample.item) not in void:
+            by_place.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
     _check_same_items(by_place, benchmarks)
     models = {model: _model(own, benchmarks) for model, own in by_place.items()}
     return {
@@ -91,6 +95,7 @@ def results(
             }
             for one in benchmarks
         },
+        "no_verdict": dict(Counter(benchmark for benchmark, _ in void)),
         "models": models,
         "pairs": _pairs(by_place, benchmarks),
         "average_pairs": _average_pairs(by_place, benchmarks),

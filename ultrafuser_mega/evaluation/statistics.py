@@ -90,7 +90,7 @@ def interval(parts: Sequence[Scores], seed: int = 0) -> Interval:
     """
     estimate = float(np.mean([part.mean for part in parts]))
     draws = np.mean([_draws(part, np.random.default_rng([seed, place])) for place, part in enumerate(parts)], axis=0)
-    if np.ptp(draws) == 0:
+    if np.ptp(draws) < 1e-12:  # rounding
         return _without_spread(estimate, sum(len(part.groups) for part in parts))
     below = (np.count_nonzero(draws < estimate) + 0.5 * np.count_nonzero(draws == estimate)) / DRAWS
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / DRAWS), 1 - 0.5 / DRAWS))

@@ -116,7 +116,8 @@ class FusionHead(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain cross-entropy (1 + n, N) of the fused model and of every specialist alone; gate weights (N, n)."""
+        """Plain cross-entropy (2 + n, N) of the fused model, of the mean of all logits and of every specialist alone;
+        gate weights (N, n)."""
         gate_logits = self.gate(hidden)
         losses = cross_entropy_of_each(*self._mixture(hidden, gate_logits), target, **self._shard)
         return losses, gate_logits.softmax(dim=1)

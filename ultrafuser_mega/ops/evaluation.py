@@ -1,6 +1,6 @@
-"""Losses of the fused model and of every specialist alone, from one product per head.
+"""Losses of the fused model, of the specialists' plain mean and of each alone, from one product per head.
 
-Asking the loss once for the mixture and once for each specialist would take every head's product twice.
+Asking the loss once for a mixture and once for each specialist would take every head's product again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def cross_entropy_of_each(
             :func:`~ultrafuser_mega.ops.loss.mixture_cross_entropy` takes them.
 
     Returns:
-        (1 + n, N) fp32 (fp64 for fp64 inputs): of the mixture, then of each specialist alone; 0 on ignored rows.
+        (2 + n, N) fp32 (fp64 for fp64 inputs): of the mixture, of the mixture by equal weights, then of each specialist
+        alone; 0 on ignored rows.
 
     Raises:
         InputError: shapes, types, devices or settings that do not fit.
@@ -53,7 +54,7 @@ def cross_entropy_of_each(
         label_smoothing=0.0,
         z_loss=0.0,
     )
-    kept, models = problem.kept(), 1 + len(problem.hidden)
+    kept, models = problem.kept(), 2 + len(problem.hidden)
     gate_weights = torch.softmax(gate_logits.masked_fill(~kept[:, None], 0.0), dim=1)
     epilogue, budget = epilogue_for(target.device, problem.hidden[0].dtype), buffer_budget(target.device)
     statistics = forward_statistics(problem, epilogue, budget, apart=gate_weights, each=True)

@@ -43,15 +43,15 @@ def forward_statistics(
         buffer_bytes: bound on the logits and scaled inputs of a chunk.
         apart: None to mix the specialists before the product. Or the gate weights (N, n), finite on ignored rows: keep
             n logit planes and return the specialists' statistics, too.
-        each: with ``apart``, return the statistics of every plane's own softmax instead: to the collective under a
-            group the n + 1 models are so many more rows.
+        each: with ``apart``, return the statistics of the planes' mean and of every plane alone instead: to the
+            collective under a group the n + 2 models are so many more rows.
 
     Returns:
-        (N, 4); (N, 4 + 3 n) with what the gate's gradient needs of the specialists; ((1 + n) N, 4) of each model, one
-        after the other.
+        (N, 4); (N, 4 + 3 n) with what the gate's gradient needs of the specialists; ((2 + n) N, 4) of each model, one
+        after the other: the mixture, the mean, every plane.
     """
     n, real, kept = len(problem.hidden), problem.real_rows, problem.kept()
-    planes, models = 1 if apart is None else n, 1 + n if each else 1
+    planes, models = 1 if apart is None else n, 2 + n if each else 1
     gate_logits = problem.gate_logits
     columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
     width = sum(states.shape[1] for states in problem.hidden) if apart is None else 0
@@ -83,10 +83,20 @@ def forward_statistics(
                 block = epilogue.mixture_statistics(logits, apart[rows], column)
             if each:
                 alone = [epilogue.statistics(plane, column, keep=False)[0] for plane in logits]
-                block = torch.cat([block[:, :COLUMNS], *alone])  # ((1 + n) C, 4)
+                mean = epilogue.statistics(_mean_in_place(logits), column, keep=False)[0]
+                block = torch.cat([block[:, :COLUMNS], mean, *alone])  # ((2 + n) C, 4)
             blocks.append(block)
         statistics[:, rows] = union(blocks, columns, real).view(models, -1, numbers)
     return PendingStatistics(statistics.flatten(0, 1), real, problem.settings).wait()
+
+
+def _mean_in_place(planes: Tensor) -> Tensor:
+    """(C, B) of (n, C, B), in the first plane's memory: nobody asks for the planes again."""
+    mean = planes[0]
+    for plane in planes[1:]:
+        mean += plane
+    mean /= len(planes)
+    return mean
 
 
 def union(blocks: list[Tensor], columns: int, real: int) -> Tensor:

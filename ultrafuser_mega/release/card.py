@@ -242,7 +242,7 @@ def _results(summary: Mapping[str, Any] | None) -> str:
     losses = loss_table(final, after_stage1=None if after is None else _record(after, 0))
     gate = gate_table(final)
     return (
-        "## Results\n\nThe specialists' rows are those before fusing.\n\n"
+        "## Results\n\nThe specialists' rows, and those of mixing or choosing among them, are those before fusing.\n\n"
         f"{losses.title}:\n\n{to_markdown(losses)}\n{gate.title} over the response tokens of each class:\n\n"
         f"{to_markdown(gate)}"
     )
@@ -252,7 +252,8 @@ def _record(summary: Mapping[str, Any], step: int) -> EvalRecord:
     loss = {name: _numbers(values) for name, values in summary["eval"].items() if name != MEAN}
     weights = summary.get(PER_TOKEN) or summary["gate"]  # as version 0.1.0 called it
     gate = {name: _numbers(values) for name, values in weights.items()}
-    return EvalRecord(stage=2, step=step, loss=loss, gate=gate)
+    yardsticks = {name: _numbers(values) for name, values in summary.get("yardsticks", {}).items() if name != MEAN}
+    return EvalRecord(stage=2, step=step, loss=loss, gate=gate, yardsticks=yardsticks)
 
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:

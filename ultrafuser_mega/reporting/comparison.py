@@ -27,6 +27,7 @@ from ultrafuser_mega.reporting.records import (
     MEAN,
     METRICS_FILE,
     SUMMARY_FILE,
+    YARDSTICKS,
     EvalRecord,
     StepRecord,
     read_metrics,
@@ -94,6 +95,8 @@ def _results(runs: Sequence[RunData]) -> Table:
     _row(table, f"training loss, last {_LAST} steps", runs, lambda run: _number(fmean(_losses(run)), ".4f"))
     for name in dict.fromkeys([*(name for run in runs for name in _held_out(run)), MEAN]):
         _row(table, f"held out, {name}", runs, partial(_held_out_cell, name=name))
+    for name in YARDSTICKS:
+        _row(table, f"{name}, mean", runs, partial(_yardstick, name=name))
     return table
 
 
@@ -108,6 +111,12 @@ def _held_out(run: RunData) -> dict[str, float]:
     last = run.evals[-1]
     found = {name: losses[FUSED] for name, losses in last.loss.items() if FUSED in losses}
     return found | ({MEAN: last.mean[FUSED]} if FUSED in last.mean else {})
+
+
+def _yardstick(run: RunData, name: str) -> str:
+    """Of the specialists as they came, mean over the classes."""
+    before = next((record for record in reversed(run.evals) if record.stage == 1), None)
+    return _number(before.yardstick_means.get(name) if before else None, ".4f")
 
 
 def _held_out_cell(run: RunData, name: str) -> str:

@@ -9,6 +9,10 @@ A gate weight is averaged in one of two ways. *Per token*: over all response tok
 more; everything that is called ``gate`` here and in metrics.jsonl (which resumed runs read back and go on with), and
 ``gate_per_token`` in summary.json. *Per sample*: over a sample's response tokens first, then over samples.
 
+*Yardsticks* are what the specialists could do together without training: their mean, of logits or of probabilities, and
+an oracle that takes the best of them for every class, sample or token. No gate that chooses among them goes below the
+last, and a router that knows the class is the first oracle.
+
 Not here: computing any of these numbers (training) and showing them (console, tables, plots).
 """
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +35,13 @@ FUSED = "fused"
 MEAN = "mean"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+UNIFORM_LOGITS, UNIFORM_PROBABILITIES = "uniform logits", "uniform probabilities"
+ORACLE_PER_CLASS, ORACLE_PER_SAMPLE, ORACLE_PER_TOKEN = "oracle per class", "oracle per sample", "oracle per token"
+YARDSTICKS = (UNIFORM_LOGITS, UNIFORM_PROBABILITIES, ORACLE_PER_CLASS, ORACLE_PER_SAMPLE, ORACLE_PER_TOKEN)
 PER_TOKEN = "gate_per_token"  # in summary.json, beside gate_per_sample
 
 PhaseSeconds = Mapping[str, Mapping[str, float]]
+Losses = Mapping[str, Mapping[str, float]]  # class -> model or yardstick -> nats
 GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> average weight
 
 
@@ -82,6 +90,7 @@ class EvaluationResult:
 
     loss: dict[str, dict[str, float]]  # class -> "fused" or specialist -> nats
     gate: dict[str, dict[str, float]]  # class -> specialist -> weight, per token
+    yardsticks: dict[str, dict[str, float]]  # class -> yardstick -> nats
     samples: list[SampleGate]
 
     def sample_weights(self) -> np.ndarray:
@@ -103,8 +112,9 @@ class EvalRecord:
 
     stage: int
     step: int
-    loss: Mapping[str, Mapping[str, float]]  # class -> model -> nats
+    loss: Losses
     gate: GateWeights
+    yardsticks: Losses = field(default_factory=dict)  # empty in what earlier versions wrote
 
     def __post_init__(self) -> None:
         if MEAN in self.loss:
@@ -130,10 +140,18 @@ class EvalRecord:
     @property
     def mean(self) -> dict[str, float]:
         """Model -> unweighted mean over the classes, for the models that were evaluated on all of them."""
-        everywhere = [model for model in self.models if all(model in losses for losses in self.loss.values())]
-        return {
-            model: math.fsum(losses[model] for losses in self.loss.values()) / len(self.loss) for model in everywhere
-        }
+        return _means(self.loss, self.models)
+
+    @property
+    def yardstick_means(self) -> dict[str, float]:
+        """Yardstick -> unweighted mean over the classes; empty where there are none."""
+        return _means(self.yardsticks, YARDSTICKS) if self.yardsticks else {}
+
+
+def _means(losses: Losses, names: Iterable[str]) -> dict[str, float]:
+    """Of the names that every class has."""
+    everywhere = [name for name in names if all(name in row for row in losses.values())]
+    return {name: math.fsum(row[name] for row in losses.values()) / len(losses) for name in everywhere}
 
 
 Record = StepRecord | EvalRecord
@@ -188,7 +206,13 @@ class MetricsWriter:
     def write_eval(self, record: EvalRecord) -> None:
         """An evaluation was done; sinks get the mean over the classes as well."""
         fields = self._append("eval", record)
-        self._give({"eval": {"loss": {**record.loss, MEAN: record.mean}, "gate": fields["gate"]}}, record.step)
+        means = {MEAN: record.yardstick_means} if record.yardsticks else {}
+        evaluated = {
+            "loss": {**record.loss, MEAN: record.mean},
+            "yardsticks": {**record.yardsticks, **means},
+            "gate": fields["gate"],
+        }
+        self._give({"eval": evaluated}, record.step)
 
     def _append(self, kind: str, record: Record) -> dict[str, Any]:
         fields = asdict(record)
@@ -236,7 +260,7 @@ def build_summary(
     after_stage1: EvalRecord | None = None,
     gate_per_sample: GateWeights | None = None,
 ) -> dict[str, Any]:
-    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>,
+    """The contents of summary.json, nested: eval.<class>.<model>, eval.mean.<model>, yardsticks likewise,
     gate_per_token.<class>.<specialist>, gate_per_sample.<class>.<specialist>, train.tokens_per_s (response tokens),
     steps, layout, device, wall_s; ``after_stage1`` holds an eval and a gate_per_token of its own."""
     summary = {
@@ -265,7 +289,10 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 def _eval_summary(record: EvalRecord) -> dict[str, Any]:
     losses = {name: dict(models) for name, models in record.loss.items()}
     gate = {name: dict(weights) for name, weights in record.gate.items()}
-    return {"eval": {**losses, MEAN: record.mean}, PER_TOKEN: gate}
+    summary: dict[str, Any] = {"eval": {**losses, MEAN: record.mean}, PER_TOKEN: gate}
+    if record.yardsticks:
+        summary["yardsticks"] = {**record.yardsticks, MEAN: record.yardstick_means}
+    return summary
 
 
 def _json(data: object, indent: int | None = None) -> str:

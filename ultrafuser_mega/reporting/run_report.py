@@ -102,7 +102,7 @@ class RunReport:
         """An evaluation was done after ``step`` steps, counted through both stages."""
         if self._metrics is None:
             return
-        record = EvalRecord(stage=stage, step=step, loss=result.loss, gate=result.gate)
+        record = EvalRecord(stage=stage, step=step, loss=result.loss, gate=result.gate, yardsticks=result.yardsticks)
         self._metrics.write_eval(record)
         if stage == 2 and not self.facts.stage_steps[1]:  # left out: all was said at the end of stage 1
             return
@@ -125,8 +125,8 @@ class RunReport:
     def finish(self, final: EvaluationResult, views: Sequence[TokenSample]) -> None:
         """The run is over: tables, plots, the token view and summary.json.
 
-        The tables compare the fused model with the specialists as they came: their losses are those of the last
-        evaluation in which they still were, of stage 1. ``views`` are the samples to colour token by token.
+        The tables compare the fused model with the specialists as they came: their losses and the yardsticks are of the
+        last evaluation in which they still were, of stage 1. ``views`` are the samples to colour token by token.
         """
         stage1_steps, stage2_steps = self.facts.stage_steps
         last = stage1_steps + stage2_steps
@@ -134,12 +134,15 @@ class RunReport:
         if self._metrics is None:
             return
         steps, evals = read_metrics(self.run_dir)
-        before = next((record.loss for record in reversed(evals) if record.stage == 1), None)
+        before = next((record for record in reversed(evals) if record.stage == 1), None)
         if before is None:
             self.note("metrics.jsonl lacks the evaluations of stage 1: the table shows no specialists")
-            before = {name: {} for name in final.loss}
-        loss = {name: {**before[name], "fused": final.loss[name]["fused"]} for name in final.loss}
-        record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate)
+        loss = {
+            name: {**(before.loss[name] if before else {}), "fused": losses["fused"]}
+            for name, losses in final.loss.items()
+        }
+        yardsticks = before.yardsticks if before else {}
+        record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate, yardsticks=yardsticks)
         after_stage1 = None
         if stage1_steps and stage2_steps:  # else it is the end, or the beginning
             after_stage1 = next((e for e in evals if e.stage == 1 and e.step == stage1_steps), None)

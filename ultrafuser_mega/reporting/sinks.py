@@ -23,6 +23,7 @@ _LABELS = {
     "gate": ("class", "specialist"),
     "phases": ("phase", "of"),
     "loss": ("class", "model"),
+    "yardsticks": ("class", "yardstick"),
 }
 
 

@@ -1,8 +1,8 @@
 """The two result tables of a run, for the terminal and for Markdown.
 
-Losses: one row per model (fused, fused after stage 1 where known, every specialist on its own), one
-column per class and the mean. Gate: the paper's table 6, one row per specialist (w_text, ...), one
-column per class. The best value of every column is bold: the lowest loss, the largest weight.
+Losses: one row per model (fused, fused after stage 1 where known, every specialist on its own) and per
+yardstick, one column per class and the mean. Gate: the paper's table 6, one row per specialist (w_text, ...), one
+column per class. The best value of every column is bold: a model's lowest loss, the largest weight.
 """
 
 from __future__ import annotations
@@ -42,15 +42,19 @@ class ResultTable:
 
 
 def loss_table(final: EvalRecord, *, after_stage1: EvalRecord | None = None) -> ResultTable:
-    """Held-out loss in nats: fused, fused after stage 1, every specialist; per class and the mean."""
+    """Held-out loss in nats: fused, fused after stage 1, every specialist, yardsticks; per class and the mean."""
     rows: dict[str, Mapping[str, float]] = {}
     for model in final.models:
         rows[model] = _column(final, model)
         if model == FUSED and after_stage1 is not None:
             rows[f"{FUSED} after stage 1"] = _column(after_stage1, FUSED)
+    models = len(rows)
+    for name, mean in final.yardstick_means.items():
+        rows[name] = {of_class: losses[name] for of_class, losses in final.yardsticks.items()} | {MEAN: mean}
     columns = [*final.classes, MEAN]
     values = [[losses.get(column, math.nan) for column in columns] for losses in rows.values()]
-    return ResultTable("Held-out loss (nats per token)", "model", columns, list(rows), values, _best(values, min), 3)
+    best = _best(values[:models], min) + [[False] * len(columns)] * (len(rows) - models)
+    return ResultTable("Held-out loss (nats per token)", "model", columns, list(rows), values, best, 3)
 
 
 def gate_table(final: EvalRecord) -> ResultTable:

@@ -1,4 +1,4 @@
-"""Held-out evaluation: the fused model and every specialist alone, and what the gate does per sample."""
+"""Held-out evaluation: the fused model, every specialist alone, yardsticks, and what the gate does per sample."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from ultrafuser_mega.config import Evaluation
 from ultrafuser_mega.data.batches import EvaluationBatches, Shard
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
-from ultrafuser_mega.reporting.records import FUSED, EvaluationResult, SampleGate
+from ultrafuser_mega.reporting.records import (
+    FUSED,
+    ORACLE_PER_CLASS,
+    ORACLE_PER_SAMPLE,
+    ORACLE_PER_TOKEN,
+    UNIFORM_LOGITS,
+    UNIFORM_PROBABILITIES,
+    EvaluationResult,
+    SampleGate,
+)
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.totals import ClassTotals, gate_column
+from ultrafuser_mega.training.yardsticks import mixed_and_chosen
+
+_LOSSES = (UNIFORM_PROBABILITIES, ORACLE_PER_SAMPLE, ORACLE_PER_TOKEN)  # of mixed_and_chosen
 
 
 def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluation) -> EvaluationResult:
@@ -26,7 +38,8 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
     """
     specialists = list(engine.groups.plan.placements)
     models = [FUSED, *specialists]
-    totals = ClassTotals(store.class_names, [*models, *map(gate_column, specialists)], engine.device)
+    columns = [FUSED, UNIFORM_LOGITS, *specialists, *_LOSSES, *map(gate_column, specialists)]
+    totals = ClassTotals(store.class_names, columns, engine.device)
     batches = EvaluationBatches(store, shard, options.samples_per_class)
     counts: list[int] = []
     gates: list[Tensor] = []  # per microbatch (N, n + 1): the gate's weights and the fused model's loss of every row
@@ -35,8 +48,8 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
         fusion, exchange = engine.model.fusion, engine.model.exchange
         assert fusion is not None and exchange is not None
         losses, weights = fusion.evaluate(exchange(hidden), batch.targets)
-        values = torch.cat([losses.t(), weights], dim=1)
-        totals.add(batch.row_class, values)
+        without_gate = mixed_and_chosen(losses[2:], batch.row_counts)
+        totals.add(batch.row_class, torch.cat([losses.t().double(), without_gate, weights.double()], dim=1))
         counts.extend(batch.row_counts)
         gates.append(torch.cat([weights, losses[:1].t()], dim=1))
         return losses.new_zeros(())
@@ -58,5 +71,15 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
     return EvaluationResult(
         loss={name: {model: row[model] for model in models} for name, row in means.items()},
         gate={name: {other: row[gate_column(other)] for other in specialists} for name, row in means.items()},
+        yardsticks={
+            name: {
+                UNIFORM_LOGITS: row[UNIFORM_LOGITS],
+                UNIFORM_PROBABILITIES: row[UNIFORM_PROBABILITIES],
+                ORACLE_PER_CLASS: min(row[model] for model in specialists),
+                ORACLE_PER_SAMPLE: row[ORACLE_PER_SAMPLE],
+                ORACLE_PER_TOKEN: row[ORACLE_PER_TOKEN],
+            }
+            for name, row in means.items()
+        },
         samples=sorted(collected, key=lambda sample: (order[sample.class_name], sample.index)),
     )

@@ -208,16 +208,16 @@ def test_a_tuned_baseline_becomes_a_folder(
         "MixtralForCausalLM" if method == "btx" else "LlamaForCausalLM"
     ]
     if method == "btx":  # the decoder computes what transformers does: of three tokens, the likeliest
-        ids = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        prompt: Any = AutoTokenizer.from_pretrained(out).apply_chat_template(
             [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
         with opened_model(str(out), "cpu", None) as opened:
             answerer = Answerer(opened)
             events = answerer.stream([answerer.encode([{"role": "user", "content": "Hi"}])], Limits(3), Sampling())
             (answer,) = (event[1] for event in events if isinstance(event, tuple))
-        assert [token.id for token in answer.tokens] == wanted[0, ids.shape[1] :].tolist()
+        assert [token.id for token in answer.tokens] == wanted[0, prompt.shape[1] :].tolist()
     if method == "fusechat":
         assert set(summary["pairs"]) == {"text", "code"}
         # Pairs that are done are kept: the merge alone is done again, and comes out the same.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.evaluation.benchmark import Benchmark, Sample
+from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
 from ultrafuser_mega.evaluation.benchmarks import SUITES, benchmark
 from ultrafuser_mega.evaluation.results import results, write_results
 from ultrafuser_mega.evaluation.results_page import page, write_page
@@ -124,6 +124,16 @@ def test_what_waits_for_a_judge_has_no_score_and_no_average(data: Path) -> None:
     assert found["categories"] == {"mt_bench": {"writing": 0.8, "math": None}}
     text = page(results([*samples[:20], *ratings("fused", None)], MIXED, {}, data))
     assert "| fused | - | 70.00 (" in text and "fused: 1 replies of alpacaeval wait for a judge." in text
+
+
+def test_an_item_without_a_verdict_is_left_out_for_all(data: Path) -> None:
+    samples = [replace(one, score=None, rule=NO_VERDICT) if (one.model, one.item) == ("text", "alpacaeval/9") else one
+               for one in two_models()]  # fmt: skip
+    found = results(samples, MIXED, {}, data)
+    assert found["no_verdict"] == {"alpacaeval": 1}
+    assert {own["scores"]["alpacaeval"]["items"] for own in found["models"].values()} == {9}
+    assert found["models"]["text"]["scores"]["alpacaeval"]["mean"] == 0.25
+    assert "1 items of alpacaeval are left out: no verdict." in page(found)
 
 
 def test_models_that_answered_other_items_are_refused(data: Path) -> None:

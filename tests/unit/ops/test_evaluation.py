@@ -23,12 +23,13 @@ VOCAB = 53
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5}
 
 
-def expected(case: Case) -> Tensor:  # (1 + n, N)
+def expected(case: Case) -> Tensor:  # (2 + n, N)
     weights = case.gate_logits.double().softmax(1)
     logits = [h.double() @ w.double()[:VOCAB].t() for h, w in zip(case.hidden, case.heads, strict=True)]
     mixed = sum(weights[:, j : j + 1] * z for j, z in enumerate(logits))
     assert isinstance(mixed, Tensor)
-    return torch.stack([F.cross_entropy(z, case.target, reduction="none") for z in (mixed, *logits)])
+    mean = torch.stack(logits).mean(0)
+    return torch.stack([F.cross_entropy(z, case.target, reduction="none") for z in (mixed, mean, *logits)])
 
 
 def found(case: Case, **options: Any) -> Tensor:
@@ -38,7 +39,7 @@ def found(case: Case, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("common_offset", [0.0, 1e3])
-def test_the_mixture_and_every_specialist_alone(dtype: torch.dtype, common_offset: float) -> None:
+def test_the_mixture_the_plain_mean_and_every_specialist_alone(dtype: torch.dtype, common_offset: float) -> None:
     case = make_case(5, rows=37, vocab=VOCAB, widths=WIDTHS, dtype=dtype, padding=8, common_offset=common_offset)
     scale = max(1.0, common_offset)  # a logit's rounding is relative to the logit
     torch.testing.assert_close(found(case), expected(case), rtol=0, atol=TOLERANCE[dtype] * scale)
@@ -53,7 +54,7 @@ def test_small_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_rows_give_no_losses() -> None:
     case = make_case(7, rows=0, vocab=VOCAB, widths=WIDTHS)
-    assert found(case).shape == (4, 0)
+    assert found(case).shape == (5, 0)
 
 
 def test_wrong_input_is_refused_as_by_the_loss() -> None:

@@ -20,6 +20,11 @@ LOSS = {
     "code": {"fused": 2.24, "text": 4.10, "code": 2.30, "math": 6.90},
     "math": {"fused": 2.79, "text": 5.90, "code": 6.10, "math": 2.95},
 }
+YARDSTICKS = {
+    "text": {"uniform logits": 3.90, "oracle per class": 2.90, "oracle per token": 2.50},
+    "code": {"uniform logits": 3.40, "oracle per class": 2.30, "oracle per token": 2.10},
+    "math": {"uniform logits": 3.60, "oracle per class": 2.95, "oracle per token": 2.30},
+}
 
 
 def make_step(step: int, *, stage: int = 1, **changes: Any) -> StepRecord:
@@ -53,6 +58,11 @@ def after_stage1() -> EvalRecord:
 @pytest.fixture
 def final() -> EvalRecord:
     return EvalRecord(stage=2, step=12, loss=LOSS, gate=GATE)
+
+
+@pytest.fixture
+def with_yardsticks() -> EvalRecord:
+    return EvalRecord(stage=1, step=8, loss=LOSS, gate=GATE, yardsticks=YARDSTICKS)
 
 
 @pytest.fixture

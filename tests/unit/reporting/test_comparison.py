@@ -25,7 +25,7 @@ def phases(mean: float, worst: float) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, step_of: Any, final: Any) -> list[Path]:
+def runs(tmp_path: Path, step_of: Any, final: Any, with_yardsticks: Any) -> list[Path]:
     """One with all that is measured today, one that has not been evaluated and knows neither phases nor memory."""
     full, poor = tmp_path / "full", tmp_path / "poor"
     with MetricsWriter(full, resume_step=None) as writer:
@@ -33,6 +33,7 @@ def runs(tmp_path: Path, step_of: Any, final: Any) -> list[Path]:
             stage = 1 if step == 1 else 2
             more = {"phases": phases(0.1 * step, 0.2 * step), "mfu": 0.41, "peak_memory_bytes": 3 * 2**30}
             writer.write_step(step_of(step, stage=stage, save_seconds=[1.0, 4.0, 2.0][step - 1], **more))
+        writer.write_eval(with_yardsticks)
         writer.write_eval(final)
     with MetricsWriter(poor, resume_step=None) as writer:
         writer.write_step(step_of(1, seconds=0.5))
@@ -56,6 +57,7 @@ def rows(folders: list[Path]) -> dict[str, list[str]]:
 def test_every_run_has_a_column(runs: list[Path]) -> None:
     found = rows(runs)
     assert found["held out, mean"] == ["2.5900", "-"]
+    assert found["oracle per token, mean"] == ["2.3000", "-"]
     assert found["seconds per step"] == ["0.25", "0.5"]
     assert found["model FLOPs utilisation"] == ["41.0%", "-"]
     assert found["memory at the most"] == ["3.0 GiB", "-"]
@@ -108,6 +110,6 @@ def test_the_command_prints_tables_and_draws_a_curve_of_each_run(
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     training, held_out, speed = drawn[0].axes
     assert [np.array(line.get_xdata()).tolist() for line in training.lines] == [[1, 2, 3], [1]]
-    assert [np.array(line.get_ydata()).tolist() for line in held_out.lines] == [[pytest.approx(2.59)], []]
+    assert [np.array(line.get_ydata()).tolist() for line in held_out.lines] == [[pytest.approx(2.59)] * 2, []]
     assert len(speed.lines) == 2
     assert [text.get_text() for text in drawn[0].legends[0].texts] == ["full", "poor"]

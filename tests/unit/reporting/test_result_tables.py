@@ -21,6 +21,20 @@ def test_loss_table_as_markdown_has_the_best_of_every_column_bold(final: Any, af
     )
 
 
+def test_yardsticks_stand_below_the_models_and_are_never_bold(with_yardsticks: Any) -> None:
+    assert to_markdown(loss_table(with_yardsticks)) == (
+        "| model            |      text |      code |      math |      mean |\n"
+        "| ---------------- | --------: | --------: | --------: | --------: |\n"
+        "| fused            | **2.740** | **2.240** | **2.790** | **2.590** |\n"
+        "| text             |     2.900 |     4.100 |     5.900 |     4.300 |\n"
+        "| code             |     5.200 |     2.300 |     6.100 |     4.533 |\n"
+        "| math             |     6.600 |     6.900 |     2.950 |     5.483 |\n"
+        "| uniform logits   |     3.900 |     3.400 |     3.600 |     3.633 |\n"
+        "| oracle per class |     2.900 |     2.300 |     2.950 |     2.717 |\n"
+        "| oracle per token |     2.500 |     2.100 |     2.300 |     2.300 |\n"
+    )
+
+
 def test_gate_table_is_the_papers_table_6(final: Any) -> None:
     assert to_markdown(gate_table(final)) == (
         "| weight | text data | code data | math data |\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,17 @@ def test_records_of_an_earlier_version_are_read_without_what_it_did_not_measure(
     assert all(math.isnan(getattr(before, name)) for name in new)
 
 
-def test_tensorboard_holds_numbers_by_their_names_in_the_records(tmp_path: Path, step_of: Any, final: Any) -> None:
-    _write(tmp_path, [step_of(1, phases={"exchange": {"mean": 0.1, "worst": 0.2}})], [final])
+def test_tensorboard_holds_numbers_by_their_names_in_the_records(
+    tmp_path: Path, step_of: Any, final: Any, with_yardsticks: Any
+) -> None:
+    evaluation = replace(final, yardsticks=with_yardsticks.yardsticks)
+    _write(tmp_path, [step_of(1, phases={"exchange": {"mean": 0.1, "worst": 0.2}})], [evaluation])
     events = _scalars(tmp_path)
     names = set(events.Tags()["scalars"])
     assert {"loss", "class_loss/text", "lr", "tokens_per_s", "gate/math/code", "phases/exchange/worst"} <= names
     assert "data_seconds" not in names  # which this record has not measured
     assert {"eval/loss/text/fused", "eval/gate/math/code", "eval/loss/mean/fused"} <= names
+    assert {"eval/yardsticks/text/oracle per token", "eval/yardsticks/mean/uniform logits"} <= names
     (event,) = events.Scalars("eval/loss/code/math")
     assert (event.step, event.value) == (12, pytest.approx(6.90))
 

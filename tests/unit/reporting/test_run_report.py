@@ -19,10 +19,11 @@ WEIGHTS = {  # two responses of one class: 4 tokens and 1
 }
 
 
-def result() -> EvaluationResult:
+def result(oracle: float = 1.4) -> EvaluationResult:
     samples = [SampleGate("law", index, weights, np.ones(len(weights))) for index, weights in WEIGHTS.items()]
     loss = {"law": {"fused": 1.0, "jurist": 1.5, "general": 2.0}}
-    return EvaluationResult(loss=loss, gate={"law": {"jurist": 0.8, "general": 0.2}}, samples=samples)
+    gate, yardsticks = {"law": {"jurist": 0.8, "general": 0.2}}, {"law": {"oracle per token": oracle}}
+    return EvaluationResult(loss=loss, gate=gate, yardsticks=yardsticks, samples=samples)
 
 
 def report_of(run_dir: Path, stage_steps: tuple[int, int]) -> RunReport:
@@ -67,6 +68,19 @@ def test_both_averages_are_in_the_summary_and_the_table_under_their_names(tmp_pa
     assert summary["gate_per_token"] == {"law": {"jurist": 0.8, "general": 0.2}}
     assert summary["gate_per_sample"]["law"]["jurist"] == pytest.approx(0.65)
     assert "**Average gate weight per token**" in (tmp_path / "results.md").read_text()
+
+
+def test_yardsticks_are_those_of_the_specialists_as_they_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with report_of(tmp_path, (2, 3)) as report:
+        for stage, step, oracle in ((1, 2, 1.4), (2, 4, 1.2)):
+            report.evaluated(result(oracle), stage, step)
+        report.finish(result(1.1), [])
+    assert "| oracle per token    |     1.400 |     1.400 |" in (tmp_path / "results.md").read_text()
+    assert "oracle per token      1.400   1.400" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["yardsticks"] == {place: {"oracle per token": 1.4} for place in ("law", "mean")}
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ class ToyCode(_Toy):
     title = "Toy code"
     domain = "code"
     source = "code.tasks.jsonl"
+    runs_programs = True
 
 
 class ToyMath(_Toy):
