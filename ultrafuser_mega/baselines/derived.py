@@ -154,7 +154,7 @@ def steps_of_both_stages(config: FuserConfig) -> int:
 
 
 def derived_config(tree: dict[str, Any]) -> FuserConfig:
-    """The configuration in ``tree``; raises InputError where what was derived cannot be one, such as a name too long."""
+    """The configuration in ``tree``; raises InputError where what was derived cannot be one: a name too long, say."""
     try:
         return FuserConfig.model_validate(tree)
     except ValidationError as error:
