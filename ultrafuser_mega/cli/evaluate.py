@@ -49,6 +49,7 @@ def evaluate(
     oracle: Annotated[
         str | None, typer.Option(help="ROW,ROW: a row more, the answer with the best score", show_default=False)
     ] = None,
+    code_sandbox: Annotated[str, typer.Option(help="where a model's programs run: bwrap, docker, none")] = "bwrap",
     ranks: Annotated[
         int, typer.Option(min=1, help="processes, one GPU each where there are GPUs, that share the questions")
     ] = 1,
@@ -88,6 +89,7 @@ def evaluate(
         seed=seed,
         computing=Computing(batch_size, device, dtype),
         max_new_tokens=max_new_tokens,
+        code_sandbox=code_sandbox,
         judging=Judging(judge, judge_price, opponent, _names(select)),
         oracle=_names(oracle),
     )

@@ -16,14 +16,15 @@ from support.command import ultrafuser
 
 GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
 MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}]
+FILES: dict[str, list[dict[str, Any]]] = {"gsm8k_test": GSM8K, "mt_bench_question": MT_BENCH}
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    for name, rows in {"gsm8k_test": GSM8K, "mt_bench_question": MT_BENCH}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, given in FILES.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     return folder
 
 
@@ -42,8 +43,8 @@ def test_models_stand_beside_each_other_with_oracle_and_rules(
     out = tmp_path / "out"
     models = [f"fused={release}", f"text={release}@text", f"plain={release}+uniform"]
     options = ("--suite", "gsm8k,mt_bench", "--data", data, "--out", out, "--oracle", "text,fused")
-    options += ("--limit", "3", "--max-new-tokens", "8")
-    assert ultrafuser(monkeypatch, "evaluate", *models, *options) == 0
+    short = ("--limit", "3", "--max-new-tokens", "8")
+    assert ultrafuser(monkeypatch, "evaluate", *models, *options, *short) == 0
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in ("fused", "text", "plain", "oracle of text, fused"))
     found = rows(out)
