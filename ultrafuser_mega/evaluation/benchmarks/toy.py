@@ -73,7 +73,6 @@ class ToyCode(_Toy):
     domain = "code"
     runs_programs = True
     source = "code.tasks.jsonl"
-    runs_programs = True
 
 
 class ToyMath(_Toy):
