@@ -24,7 +24,6 @@ from ultrafuser_mega.evaluation.judge import (
     Request,
     grade_chats,
     judge_pairs,
-    judge_samples,
     open_judge,
     select_answers,
 )
@@ -133,15 +132,11 @@ def test_an_answer_without_an_opponent_is_refused(judge: Endpoint) -> None:
         judge_pairs(judge, ANSWERS, ALPACA, {})
 
 
-def test_models_are_compared_with_the_files_outputs_or_with_one_of_them(server: Server, judge: Endpoint) -> None:
+def test_one_and_the_same_reply_is_not_asked_about(server: Server, judge: Endpoint) -> None:
+    same = replace(ANSWERS[0], model="base", replies=("fair a0",))
     server.answer = ranking
-    items = {"alpacaeval": [replace(ALPACA["a0"], reference={"instruction": "Do.", "output": "fair a0"})]}
-    mine, base = ANSWERS[0], replace(ANSWERS[0], model="base", replies=("bad a0",))
-    other = sample("gsm8k", "g", "4")
-    judged = judge_samples(judge, [mine, other, base], items)
-    assert [one.score for one in judged] == [1.0, None, 0.0] and judged[1] == other
-    against = judge_samples(judge, [mine, other, base], {"alpacaeval": [ALPACA["a0"]]}, against="base")
-    assert [one.score for one in against] == [1.0, None, 0.5]
+    judged = judge_pairs(judge, [same, ANSWERS[0]], ALPACA, OPPONENTS)
+    assert [(one.model, one.score) for one in judged] == [("base", 0.5), ("fused", 1.0)] and len(server.seen) == 2
 
 
 CHATS = {

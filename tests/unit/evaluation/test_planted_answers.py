@@ -105,7 +105,7 @@ PROBLEMS: list[tuple[str, str, str, str, list[str]]] = [
         "middle(xs)",
         "The median.",
         "ys = sorted(xs)\n    n = len(ys)\n    return ys[n // 2] if n % 2 else (ys[n // 2 - 1] + ys[n // 2]) / 2",
-        "assert c([3, 1, 2]) == 2; assert c([4, 1, 2, 3]) == 2.5",
+        "assert c([9, 1, 2]) == 2; assert c([4, 1, 2, 9]) == 3",
         ["return xs[len(xs) // 2]", "return sum(xs) / len(xs)", "return max(xs)", "import os; os._exit(0)"],
     ),
 ]  # fmt: skip

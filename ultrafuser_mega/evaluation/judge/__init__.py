@@ -6,7 +6,7 @@ samples = grade_chats(judge, samples, {item.id: item for item in items})
 
 from ultrafuser_mega.evaluation.judge.judges import Endpoint, FileJudge, Judge, Spent, open_judge
 from ultrafuser_mega.evaluation.judge.ledger import Ledger, Reply, Request
-from ultrafuser_mega.evaluation.judge.verdicts import grade_chats, judge_pairs, judge_samples, select_answers
+from ultrafuser_mega.evaluation.judge.verdicts import grade_chats, judge_pairs, select_answers
 
 __all__ = [
     "Endpoint",
@@ -18,7 +18,6 @@ __all__ = [
     "Spent",
     "grade_chats",
     "judge_pairs",
-    "judge_samples",
     "open_judge",
     "select_answers",
 ]

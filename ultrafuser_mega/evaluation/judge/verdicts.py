@@ -32,46 +32,6 @@ _CHOSEN = re.compile(r"response set\s*(\d+)", re.IGNORECASE)
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
-def judge_samples(
-    judge: Judge, samples: Sequence[Sample], items: Mapping[str, Sequence[Item]], against: str | None = None
-) -> list[Sample]:
-    """The samples of an evaluation, those of AlpacaEval and MT-Bench with the judge's scores.
-
-    Args:
-        judge: who scores.
-        samples: of all models on all benchmarks.
-        items: benchmark -> those that were asked.
-        against: the model whose replies AlpacaEval's are compared with; its own score is one half. None: the outputs
-            that the file's rows bring.
-
-    Returns:
-        The samples, in their order; see :func:`judge_pairs` and :func:`grade_chats`.
-
-    Raises:
-        InputError: there is nothing to compare with, or the judge refuses.
-    """
-    by_id = {name: {item.id: item for item in own} for name, own in items.items()}
-    scored: dict[int, Sample] = {}
-    pairs = [place for place, sample in enumerate(samples) if sample.benchmark == "alpacaeval"]
-    if against is None:
-        references = {item.id: item.reference["output"] for item in items.get("alpacaeval", ())}
-        opponents = {item: output for item, output in references.items() if isinstance(output, str)}
-    else:
-        opponents = {
-            samples[place].item: samples[place].replies[0] for place in pairs if samples[place].model == against
-        }
-        for place in [place for place in pairs if samples[place].model == against]:
-            pairs.remove(place)
-            scored[place] = replace(samples[place], score=0.5, rule="what others are compared with")
-    if pairs:
-        found = judge_pairs(judge, [samples[place] for place in pairs], by_id["alpacaeval"], opponents)
-        scored |= dict(zip(pairs, found, strict=True))
-    if chats := [place for place, sample in enumerate(samples) if sample.benchmark == "mt_bench"]:
-        found = grade_chats(judge, [samples[place] for place in chats], by_id["mt_bench"])
-        scored |= dict(zip(chats, found, strict=True))
-    return [scored.get(place, sample) for place, sample in enumerate(samples)]
-
-
 def judge_pairs(
     judge: Judge, samples: Sequence[Sample], items: Mapping[str, Item], opponents: Mapping[str, str]
 ) -> list[Sample]:
@@ -84,26 +44,33 @@ def judge_pairs(
         opponents: item -> the reply to compare with.
 
     Returns:
-        The samples, in their order; one whose replies are still to be made has no score.
+        The samples, in their order; one whose replies are still to be made has no score, one that is the opponent's
+        own reply one half.
     """
     asked: list[tuple[str, str]] = []
+    compared = []
     for sample in samples:
         if sample.item not in opponents:
             raise InputError(
                 f"alpacaeval: nothing to compare {sample.item} with; give the file's rows an output "
-                "(AlpacaEval's own references), or name the model of this table to compare with"
+                "(AlpacaEval's own references), or name the model to compare with"
             )
-        prompt = {"instruction": items[sample.item].reference["instruction"]}
         mine, other = sample.replies[0], opponents[sample.item]
-        asked.append((RANK_SYSTEM, RANK.format(output_1=mine, output_2=other, **prompt)))
-        asked.append((RANK_SYSTEM, RANK.format(output_1=other, output_2=mine, **prompt)))
+        if mine == other:
+            continue
+        instruction = items[sample.item].reference["instruction"]
+        compared.append(sample)
+        asked.append((RANK_SYSTEM, RANK.format(instruction=instruction, output_1=mine, output_2=other)))
+        asked.append((RANK_SYSTEM, RANK.format(instruction=instruction, output_1=other, output_2=mine)))
     found = _verdicts(judge, asked, _winner, max_tokens=100)
-    judged = []
-    for place, sample in enumerate(samples):
-        first, second = found[2 * place], found[2 * place + 1]
+    judged = {}
+    for sample, first, second in zip(compared, found[::2], found[1::2], strict=True):
         wins = [_of(first, lambda winner: float(winner == 1)), _of(second, lambda winner: float(winner == 2))]
-        judged.append(_scored(sample, wins, 1.0, f"{first}, swapped {second}"))
-    return judged
+        judged[sample.model, sample.item] = _scored(sample, wins, 1.0, f"{first}, swapped {second}")
+    return [
+        judged.get((sample.model, sample.item)) or replace(sample, score=0.5, extracted="0.5", rule="the same reply")
+        for sample in samples
+    ]
 
 
 def grade_chats(judge: Judge, samples: Sequence[Sample], items: Mapping[str, Item]) -> list[Sample]:
