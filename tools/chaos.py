@@ -253,7 +253,7 @@ def launch(options: argparse.Namespace) -> int:
         local.subprocess = forking  # type: ignore[assignment]
         local.TCPStore = StoreElsewhere  # type: ignore[assignment, misc]
     program = [__file__, "--role", "rank", *shared(options), "--work", options.work, *options.overrides]
-    return local.launch_local(options.ranks, program, config.run_dir, 3 * options.faults)
+    return local.launch_local(options.ranks, program, local.from_checkpoints(config.run_dir), 3 * options.faults)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

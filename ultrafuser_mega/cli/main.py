@@ -12,7 +12,22 @@ from typing import Annotated
 
 import typer
 
-from ultrafuser_mega.cli import chat, doctor, export, generate, import_, plan, prepare, report, slurm, train, verify
+from ultrafuser_mega.cli import (
+    baseline,
+    chat,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    lm_eval,
+    plan,
+    prepare,
+    report,
+    slurm,
+    train,
+    verify,
+)
 from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError, system_refusal
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
@@ -31,9 +46,11 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser import my.yaml CHECKPOINT           the specialists as a checkpoint of step 0
   ultrafuser import RELEASE CHECKPOINT           a fused model as one, to train further
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
+  ultrafuser baseline average --out DIR          what one would do instead: merged, further tuned, ... models
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
   ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it
   ultrafuser chat OUT                            a conversation
+  ultrafuser evaluate OUT RUN@math --data DIR    benchmarks, models beside each other
 
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
 layouts.0.dp=2. Its layouts are alternatives: a job takes the first that uses exactly its ranks.
@@ -65,8 +82,11 @@ app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("slurm")(slurm.slurm)
 app.command("report")(report.report)
+app.command("evaluate")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
+app.add_typer(baseline.app, name="baseline")
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

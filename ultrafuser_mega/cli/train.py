@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import typer
 
 from ultrafuser_mega.cli.options import Config, MaxRestarts, Overrides, Ranks, Requeue, Resume
@@ -28,21 +26,10 @@ def train(
 
     loaded = load_config(config, overrides or [])
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
-    from ultrafuser_mega.data.store import TokenStore
-    from ultrafuser_mega.launch.local import launch_local
-    from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, ranks_left, resumes
-    from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
-    from ultrafuser_mega.runtime.device import kind_of_device
-    from ultrafuser_mega.training.prepare import prepare as prepare_data
+    from ultrafuser_mega.launch.job import train_here
 
-    ranks = ranks or first_layouts_ranks(loaded)
-    check_launch(loaded, ranks)
-    ensure_toy(loaded, ranks)
-    resume = resumes(loaded, resume, requeue)
-    plan = preflight(loaded, ranks, resume)
-    prepare_data(loaded, plan.vocab_size)
-    compared_with_data(plan, TokenStore.open(loaded.store_dir, verify=False))
-    program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config, overrides or [], resume)]
-    on_gpus = kind_of_device(loaded.device, ranks) == "cuda"
-    left = partial(ranks_left, loaded, ranks) if on_gpus else None
-    raise typer.Exit(launch_local(ranks, program, loaded.run_dir, max_restarts, left))
+    raise typer.Exit(
+        train_here(
+            loaded, config, overrides or [], ranks=ranks, resume=resume, requeue=requeue, max_restarts=max_restarts
+        )
+    )

@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal
 
 Domain = Literal["text", "code", "math"]
 
+#: A sample's rule where a judge was asked and none of its replies says anything.
+NO_VERDICT = "no verdict"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -58,6 +61,7 @@ class Benchmark(ABC):
         origin: where that file is published, for whoever lacks it.
         max_new_tokens: of a reply.
         judged: whether a judge scores it.
+        scale: what a score is multiplied with in tables: 100, per cent; 10, a rating.
     """
 
     name: ClassVar[str]
@@ -68,6 +72,8 @@ class Benchmark(ABC):
     origin: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     judged: ClassVar[bool] = False
+    runs_programs: ClassVar[bool] = False
+    scale: ClassVar[float] = 100.0
 
     @abstractmethod
     def items(self, data: Path) -> list[Item]:
@@ -97,7 +103,7 @@ class Sample:
         category: of the item.
         turns: as asked, before any template.
         replies: as given.
-        score: None until a judge has said.
+        score: None until a judge has said, or where the judge says nothing (the rule is NO_VERDICT then).
         extracted, rule: see :class:`Score`.
         tokens: of all replies together.
         finish: per reply, why it ended ("eos", "stop", "length").

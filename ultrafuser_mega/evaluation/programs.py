@@ -7,17 +7,23 @@ an object that equals everything or looks for the expected values through its ow
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
+import struct
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
 from importlib.resources import files
 
-from ultrafuser_mega.evaluation.sandbox import Limits, check_sandbox, end, start_in_sandbox
+from ultrafuser_mega.evaluation.bubblewrap import Bubblewrap
+from ultrafuser_mega.evaluation.sandbox import Limits, Running, Sandbox, last_words
 
 _BOXED = "ultrafuser_mega.evaluation.boxed"
+_PIPE = 1 << 16  # bytes that a pipe takes before anyone reads; Linux gives up to 1 MiB to whoever asks
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,44 +48,66 @@ class Verdict:
     reason: str = ""
 
 
-def check_program(program: str, test: ProgramTest, limits: Limits | None = None) -> Verdict:
+def check_program(
+    program: str, test: ProgramTest, limits: Limits | None = None, sandbox: Sandbox | None = None
+) -> Verdict:
     """Run ``program``, a whole module that defines the entry point, against its tests.
 
     Args:
         program: what the model wrote.
         test: the benchmark's.
         limits: of the program and of its tests; the time is that of both together.
+        sandbox: where both run, each for itself; None: bubblewrap.
 
     Raises:
-        InputError: there is no sandbox on this machine.
+        InputError: the sandbox does not work on this machine.
     """
-    check_sandbox()
+    sandbox = sandbox or Bubblewrap()
+    sandbox.check()
     limits = limits or Limits()
     until = time.monotonic() + limits.seconds
-    task = {"program": program, "entry_point": test.entry_point, "setup": test.setup, "tests": test.tests}
-    processes: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
-        given.write(json.dumps(task).encode())
-        given.seek(0)
-        to_program, from_tests = os.pipe()
-        to_tests, from_program = os.pipe()
+    task = _frame({"program": program, "entry_point": test.entry_point, "setup": test.setup, "tests": test.tests})
+    if len(task) > _MOST:
+        return Verdict(False, f"program and tests are longer than {_MOST >> 20} MB")
+    running: list[Running] = []
+    with tempfile.TemporaryFile() as said:
+        pipes = to_program, from_tests, to_tests, from_program = *os.pipe(), *os.pipe()
         try:
-            processes.append(start_in_sandbox(_text("candidate"), (), limits, to_program, from_program))
-            files_of_tests = [given.fileno(), said.fileno()]
-            processes.append(start_in_sandbox(_text("tests"), files_of_tests, limits, to_tests, from_tests))
-            for descriptor in (to_program, from_tests, to_tests, from_program):
-                os.close(descriptor)
-            processes[1].wait(max(0.0, until - time.monotonic()))
+            try:
+                # The task is there before the program, which can only write behind it.
+                if len(task) > _PIPE:
+                    fcntl.fcntl(from_program, fcntl.F_SETPIPE_SZ, _MOST)
+                os.write(from_program, task)
+                running.append(sandbox.start(_text("candidate"), limits, to_program, from_program, subprocess.DEVNULL))
+                running.append(sandbox.start(_text("tests"), limits, to_tests, from_tests, said))
+            finally:
+                for descriptor in pipes:
+                    os.close(descriptor)
+            running[1].wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             return Verdict(False, f"not done within {limits.seconds:g} s")
         finally:
-            for process in processes:
-                end(process)
+            for one in running:
+                one.end()
         said.seek(0)
-        verdict = said.read()
-    if not verdict:
+        return _verdict(said.read(), sandbox)
+
+
+def _frame(value: object) -> bytes:
+    """A message as boxed/frames.py has it."""
+    message = pickle.dumps(value, protocol=4)
+    return struct.pack("<q", len(message)) + message
+
+
+def _verdict(said: bytes, sandbox: Sandbox) -> Verdict:
+    """What the tests' sandbox says in its last line. The program cannot write there, and tests have it only to say so:
+    anything else is the sandbox's own complaint."""
+    if not said:
         return Verdict(False, "the tests ended themselves")
-    return Verdict(**json.loads(verdict))
+    try:
+        return Verdict(**json.loads(said.splitlines()[-1]))
+    except (ValueError, TypeError):
+        raise sandbox.refusal(f"{sandbox.name} did not run a program ({last_words(said, '')})") from None
 
 
 def _text(name: str) -> str:

@@ -1,28 +1,33 @@
-"""Where programs that a model wrote run: bubblewrap, or not at all.
+"""Where programs that a model wrote run: apart from this machine, or not at all, unless a person has said so twice.
 
-Inside there is no network, nothing of this machine's files but its programs and Python, read-only, one small /tmp in
-memory, no capabilities, no other process; memory, CPU, files and time are limited (:class:`Limits`), and a seccomp
-filter refuses new processes where its numbers are known. When time is over, or this process dies, all of it ends.
+A sandbox starts this or another Python on a program's text and hands back a :class:`Running`; its three streams are
+all that leads in or out. ``bwrap`` (bubblewrap.py) is the default; ``docker`` (containers.py) does where one may not
+make namespaces; ``none`` here is no sandbox: the limits hold, and nothing else does.
 """
 
 from __future__ import annotations
 
+import getpass
 import os
-import shutil
+import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.evaluation.seccomp import program_filter
 
-_HELP = "install bubblewrap (apt install bubblewrap), or leave out benchmarks that run code"
+#: Asked one after the other before programs run without a sandbox; {user} is who runs them.
+QUESTIONS = (
+    "Without a sandbox, programs that models wrote run as {user}, with all that {user} may do: read, change and delete "
+    "files, and use the network. Run them so?",
+    "Nothing of that can be undone. May this machine lose every file and key that {user} can reach?",
+)
 
 
 @dataclass(frozen=True)
@@ -41,71 +46,169 @@ class Limits:
     file_bytes: int = 16 << 20
 
 
-def start_in_sandbox(
-    source: str,
-    descriptors: Sequence[int],
-    limits: Limits,
-    stdin: IO[bytes] | int,
-    stdout: IO[bytes] | int,
-    stderr: int = subprocess.DEVNULL,
-) -> subprocess.Popen[bytes]:
-    """Start this Python on ``source`` (a program's text), with the standard library and nothing else.
-
-    Whoever starts it has asked :func:`check_sandbox` before, and ends it: :func:`end`.
+class Running:
+    """A program in a sandbox.
 
     Args:
-        source: what runs.
-        descriptors: open files that it gets, too; their numbers are its sys.argv[1:].
-        limits: its.
-        stdin: where it reads.
-        stdout: where it writes.
-        stderr: where it complains.
+        process: that leads to it.
+        stop: ends all that is in the sandbox.
     """
-    # The interpreter behind a virtual environment, whose own folder is not to be seen.
-    program = [str(Path(sys.executable).resolve()), "-I", "-S", "-c", _LIMITING + source]
-    given = [f"{limits.cpu_seconds},{limits.memory_bytes},{limits.file_bytes}", *map(str, descriptors)]
-    rules = program_filter()
-    with tempfile.TemporaryFile() as filter_file:
-        guarded: list[str] = []
-        if rules is not None:
-            filter_file.write(rules)
-            filter_file.seek(0)
-            guarded = ["--seccomp", str(filter_file.fileno())]
-        return subprocess.Popen(
-            ["bwrap", *_isolation(limits), *guarded, "--", *program, *given],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=[filter_file.fileno(), *descriptors],
-            start_new_session=True,
-            env={"PATH": os.environ.get("PATH", os.defpath)},
-        )
+
+    def __init__(self, process: subprocess.Popen[bytes], stop: Callable[[], None]) -> None:
+        self._process = process
+        self._stop = stop
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended; subprocess.TimeoutExpired where it has not by then."""
+        self._process.wait(seconds)
+
+    def end(self) -> None:
+        """With all that is in the sandbox."""
+        self._stop()
+        self._process.kill()
+        self._process.wait()
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a sandbox with all that is in it."""
-    process.kill()  # its PID namespace goes with it
-    process.wait()
+class Sandbox(ABC):
+    """A way to run Python programs that nobody trusts.
+
+    Attributes:
+        name: on the command line and in results.
+        help: what to do where it is not to be had.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+
+    @abstractmethod
+    def start(
+        self, source: str, limits: Limits, stdin: IO[bytes] | int, stdout: IO[bytes] | int, stderr: IO[bytes] | int
+    ) -> Running:
+        """Start Python on ``source`` (a program's text), with the standard library and nothing else.
+
+        Whoever starts it has asked :meth:`check` before, and ends it.
+        """
+
+    def check(self) -> None:
+        """InputError where no program can be run so, in one line that says what would help."""
+        _check(self)
+
+    def refusal(self, reason: str) -> InputError:
+        """``reason``, with what would help."""
+        return InputError(f"code sandbox: {reason}; {self.help}")
+
+    def missing(self) -> str | None:
+        """Why there is no such sandbox here, as far as can be told without starting one."""
+        return None
+
+
+class Unsandboxed(Sandbox):
+    """No sandbox: only limits on memory, CPU, time and file size; see :func:`confirmed_twice`."""
+
+    name = "none"
+    help = "leave out benchmarks that run code"
+
+    def start(
+        self, source: str, limits: Limits, stdin: IO[bytes] | int, stdout: IO[bytes] | int, stderr: IO[bytes] | int
+    ) -> Running:
+        with tempfile.TemporaryDirectory() as empty:  # gone when the program runs: what it writes beside itself fails
+            command = python_command(sys.executable, source, limits)
+            process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                cwd=empty,
+                env=plain_environment(),
+            )
+
+        def stop() -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        return Running(process, stop)
+
+
+def open_sandbox(name: str, ask: Callable[[str], bool]) -> Sandbox:
+    """The sandbox that ``--code-sandbox`` names, which works.
+
+    Args:
+        name: bwrap, docker or none.
+        ask: puts a question to the person and says whether the answer is yes; asked for "none" only.
+
+    Raises:
+        InputError: there is none of that name, it does not work here, or the person has not agreed twice.
+    """
+    from ultrafuser_mega.evaluation.bubblewrap import Bubblewrap
+    from ultrafuser_mega.evaluation.containers import Docker
+
+    kinds: dict[str, type[Sandbox]] = {kind.name: kind for kind in (Bubblewrap, Docker, Unsandboxed)}
+    if name not in kinds:
+        raise InputError(f"--code-sandbox {name!r}: choose of {', '.join(kinds)}")
+    if name == Unsandboxed.name:
+        confirmed_twice(ask)
+    sandbox = kinds[name]()
+    sandbox.check()
+    return sandbox
+
+
+def confirmed_twice(ask: Callable[[str], bool]) -> None:
+    """InputError unless both questions are answered with yes."""
+    for question in QUESTIONS:
+        if not ask(question.format(user=getpass.getuser())):
+            raise InputError("--code-sandbox none: not agreed to; use bwrap, or leave out benchmarks that run code")
+
+
+def python_command(program: str, source: str, limits: Limits) -> list[str]:
+    """Python on a text that limits itself first: without site-packages, the user's settings or the current folder."""
+    given = f"{limits.cpu_seconds},{limits.memory_bytes},{limits.file_bytes}"
+    return [program, "-I", "-S", "-c", _LIMITING + source, given]
+
+
+def plain_environment() -> dict[str, str]:
+    """Of a program that is to know nothing of this process's."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+
+
+def last_words(said: bytes, otherwise: str) -> str:
+    """The end of what a program complained of, in one line."""
+    return " ".join(said.decode(errors="replace").split())[-300:] or otherwise
+
+
+def run_quietly(command: Sequence[str], seconds: float) -> tuple[int, bytes]:
+    """(exit code, what it said) of a command of this machine; (-1, why) where it does not end in time."""
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return -1, str(error).encode()
+    return done.returncode, done.stdout + done.stderr
 
 
 @cache
-def check_sandbox() -> None:
-    """InputError where no program can be run apart from this machine, in one line that says what would help."""
-    if sys.platform != "linux":
-        raise InputError(f"code sandbox: bubblewrap needs Linux, this is {sys.platform}; {_HELP}")
-    if shutil.which("bwrap") is None:
-        raise InputError(f"code sandbox: no bwrap on the PATH; {_HELP}")
-    with tempfile.TemporaryFile() as said:
-        process = start_in_sandbox("print('ready')", (), Limits(), subprocess.DEVNULL, said, stderr=subprocess.PIPE)
+def _works(kind: type[Sandbox], path: str) -> str:
+    """Why no program starts in such a sandbox; "" where one does. Tried once for each PATH."""
+    sandbox = kind()
+    if (reason := sandbox.missing()) is not None:
+        return reason
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as problem:
+        running = sandbox.start("print('ready')", Limits(), subprocess.DEVNULL, said, problem)
         try:
-            _, problem = process.communicate(timeout=60)
+            running.wait(60)
         except subprocess.TimeoutExpired:
-            end(process)
-            raise InputError("code sandbox: bwrap did not start a program within 60 s") from None
+            return f"{kind.name} did not start a program within 60 s"
+        finally:
+            running.end()
         said.seek(0)
+        problem.seek(0)
         if said.read() != b"ready\n":
-            reason = " ".join(problem.decode(errors="replace").split()) or f"exit code {process.returncode}"
-            raise InputError(f"code sandbox: bwrap starts nothing here ({reason[-300:]}); {_HELP}")
+            return f"{kind.name} starts nothing here ({last_words(problem.read(), 'it says nothing')})"
+    return ""
+
+
+def _check(sandbox: Sandbox) -> None:
+    if reason := _works(type(sandbox), os.environ.get("PATH", "")):
+        raise sandbox.refusal(reason)
 
 
 #: Begins every program: it cannot take its own limits back without the capability to.
@@ -117,29 +220,3 @@ for _what, _most in ((_r.RLIMIT_CPU, _cpu), (_r.RLIMIT_AS, _memory), (_r.RLIMIT_
     _r.setrlimit(_what, (_most, _most))
 del _r, _s, _cpu, _memory, _file, _what, _most
 """
-
-
-def _isolation(limits: Limits) -> list[str]:
-    options = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
-    options += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"]
-    options += ["--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp"]
-    options += ["--setenv", "PYTHONHASHSEED", "0", "--setenv", "LC_ALL", "C.UTF-8"]
-    for folder in ("/usr", "/bin", "/lib", "/lib64", "/lib32"):
-        if Path(folder).is_symlink():
-            options += ["--symlink", str(Path(folder).readlink()), folder]
-        elif Path(folder).exists():
-            options += ["--ro-bind", folder, folder]
-    for folder in _python_folders():
-        options += ["--ro-bind", folder, folder]
-    options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    return [*options, "--size", str(limits.file_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
-
-
-def _python_folders() -> list[str]:
-    """What Python itself needs of this machine, where /usr does not hold it."""
-    paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_exec_prefix})
-    needed = {sys.base_prefix, sys.base_exec_prefix, paths["stdlib"], paths["platstdlib"]}
-    needed.add(str(Path(sys.executable).resolve().parent))
-    folders = sorted({str(Path(folder).resolve()) for folder in needed})
-    held = [folder for folder in folders if not Path(folder).is_relative_to("/usr")]
-    return [f for f in held if not any(f != other and Path(f).is_relative_to(other) for other in held)]

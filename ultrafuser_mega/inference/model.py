@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.address import Address
-from ultrafuser_mega.inference.mixing import RULES, Rule
+from ultrafuser_mega.inference.mixing import GATE, RULES, Rule
 from ultrafuser_mega.models.dtypes import parse_dtype
 from ultrafuser_mega.release.check import loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
@@ -25,15 +25,15 @@ class OpenedModel:
 
     Attributes:
         model: its specialists are on their devices; the gate is where the first one is.
-        rule: how they are mixed.
         tokenizer: of the answers.
         eos: tokens that end an answer.
+        rule: how the specialists are mixed.
     """
 
     model: UltraFuserForCausalLM
-    rule: Rule
     tokenizer: Any
     eos: frozenset[int]
+    rule: Rule = RULES[GATE]
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[Opened
         loaded.gate.to(places[loaded.names[0]])
         ends = GenerationConfig.from_pretrained(stored.described).eos_token_id
         eos = frozenset(ends if isinstance(ends, list) else [ends])
-        yield OpenedModel(loaded, RULES[address.rule], FastTokenizer.from_pretrained(stored.described), eos)
+        yield OpenedModel(loaded, FastTokenizer.from_pretrained(stored.described), eos, RULES[address.rule])
 
 
 def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:

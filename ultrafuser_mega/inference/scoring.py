@@ -79,7 +79,8 @@ class Scorer:
 
     def _first_batch(self, requests: Sequence[Request], groups: list[list[int]]) -> list[list[int]]:
         """As many of the groups, longest contexts first, as may be read at once; at least one."""
-        longest, rows, batch = _longest(requests[groups[0][0]]), 0, []
+        longest, rows = _longest(requests[groups[0][0]]), 0
+        batch: list[list[int]] = []
         for group in groups:
             tails = max(len(requests[number].continuation) for number in group)
             rows += len(group)

@@ -16,8 +16,9 @@ from transformers.initialization import no_init_weights
 
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.mixtral import MODEL_TYPE, mixtral_tensor
 from ultrafuser_mega.models.dtypes import narrowed
-from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD, TensorFolder, read_architecture
+from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD, TensorFolder, read_architecture, read_json_object
 from ultrafuser_mega.release import CardFacts, assemble_release
 from ultrafuser_mega.release.check import check_release
 from ultrafuser_mega.release.configuration_ultrafuser import UltraFuserConfig
@@ -135,16 +136,24 @@ def stored_folder(folder: Path, template: str, described: Path) -> StoredModel:
     """
     if template not in TEMPLATE_NAMES:
         raise InputError(f"{folder}@{template}: expected a template, one of {', '.join(TEMPLATE_NAMES)}")
-    architecture = read_architecture(folder)
+    fields = read_json_object(folder / "config.json")
+    mixture = fields.get("model_type") == MODEL_TYPE
+    if mixture:
+        rows, tied = int(fields["vocab_size"]), bool(fields.get("tie_word_embeddings"))
+    else:
+        architecture = read_architecture(folder)
+        rows, tied = architecture.vocab_rows, architecture.tied
     tensors = TensorFolder(folder)
     dtype = tensors.dtype(EMBEDDING) if EMBEDDING in tensors else torch.float32
-    config = _describe(described, {ALONE: (folder, template)}, architecture.vocab_rows, 1, True, dtype, folder.name)
+    config = _describe(described, {ALONE: (folder, template)}, rows, 1, True, dtype, folder.name)
 
     def read(name: str) -> Tensor:
         if name.startswith("gate."):
             return torch.zeros(_gate_shape(config, name))
         tensor = name.removeprefix(f"specialists.{ALONE}.")
-        return tensors.read(EMBEDDING if tensor == HEAD and architecture.tied and HEAD not in tensors else tensor)
+        if tensor == HEAD and tied and HEAD not in tensors:
+            return tensors.read(EMBEDDING)
+        return mixtral_tensor(tensors, tensor, fields["num_local_experts"]) if mixture else tensors.read(tensor)
 
     return StoredModel(folder, described, config, dtype, read)
 

@@ -43,13 +43,14 @@ _HINTS: dict[int, str] = {
     signal.SIGKILL: " (by the system, when memory runs out)",
     signal.SIGBUS: " (a file that it reads from has become shorter, as of the token store, or its disk fails)",
 }
+_AGAIN = "--resume goes on"
 _UNTIL_KILLED_S = 3.0  # of ranks that SIGTERM does not end: one that hangs, or waits for one
 
 
 def launch_local(
     ranks: int,
     program: Sequence[str],
-    run_dir: Path,
+    way_on: Callable[[str], str],
     max_restarts: int = 0,
     ranks_left: Callable[[], int] | None = None,
 ) -> int:
@@ -60,7 +61,8 @@ def launch_local(
         program: what each runs, arguments included; says by itself why it fails
             (:func:`ultrafuser_mega.runtime.failure.first_failure_ends_job`), and goes on by itself with a run that this
             launch has begun (:func:`ultrafuser_mega.launch.rank.resumes`).
-        run_dir: of the run, whose newest checkpoint the last line names.
+        way_on: what the last line says of how the job is gone on with, from a beginning of the sentence: see
+            :func:`from_checkpoints`.
         max_restarts: how often all ranks are started anew when one has failed.
         ranks_left: how many of them a restart may have; None: all.
 
@@ -83,17 +85,27 @@ def launch_local(
             said, again = job.has_said_why(failed), attempt < max_restarts and job.is_worth_a_restart(failed)
             number = heard[-1] if heard else job.request_to(failed)
             if number and not said:
-                return _ended_by(number, run_dir)
+                return _ended_by(number, way_on)
             if again and not heard:
                 attempt += 1
                 what = "" if said else f"failed: {job.what_became_of(failed)}; "
                 before, ranks = ranks, ranks if ranks_left is None else ranks_left()
                 fewer = f" on {ranks} of {before} ranks" if ranks < before else ""
-                _say(f"{what}restart {attempt} of {max_restarts}{fewer}: {_way_on(run_dir, 'going on')}")
+                _say(f"{what}restart {attempt} of {max_restarts}{fewer}: {way_on('going on')}")
                 continue
             if not said:
-                _say(f"failed: {job.what_became_of(failed)}; {_way_on(run_dir)}")
+                _say(f"failed: {job.what_became_of(failed)}; {way_on(_AGAIN)}")
             return max(job.codes[failed], 1)
+
+
+def from_checkpoints(run_dir: Path) -> Callable[[str], str]:
+    """What ``launch_local`` says of a training run: the newest checkpoint in its folder."""
+
+    def way_on(beginning: str) -> str:
+        checkpoints = list_checkpoints(run_dir / "checkpoints")
+        return f"{beginning} from {checkpoints[-1][1]}" if checkpoints else "the run has no checkpoint yet"
+
+    return way_on
 
 
 class _Job:
@@ -210,15 +222,10 @@ def _environment(rank: int, ranks: int) -> dict[str, str]:
     return environment
 
 
-def _ended_by(number: signal.Signals, run_dir: Path) -> int:
+def _ended_by(number: signal.Signals, way_on: Callable[[str], str]) -> int:
     what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-    _say(f"{what} at once; {_way_on(run_dir)}")
+    _say(f"{what} at once; {way_on(_AGAIN)}")
     return 128 + number
-
-
-def _way_on(run_dir: Path, on: str = "--resume goes on") -> str:
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
-    return f"{on} from {checkpoints[-1][1]}" if checkpoints else "the run has no checkpoint yet"
 
 
 def _say(line: str) -> None:

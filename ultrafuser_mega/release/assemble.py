@@ -79,16 +79,38 @@ def assemble_release(
     for file, source in CODE.items():
         shutil.copyfile(source, out_dir / file)
     _write_tokenizers_and_templates(out_dir, parts)
-    _write_generation_config(out_dir, parts, config)
-    for name, folder in parts.folders.items():
-        card_of = [path] if (path := folder / "README.md").is_file() else []  # where most say what their licence is
-        _copy_into(out_dir / "licenses" / name, [*licence_files(folder), *card_of])
+    _write_generation_config(out_dir, parts, parts.first)
+    _copy_licences(out_dir, parts.folders)
     facts = [
         SpecialistFacts.read(name, folder, template, config.specialist_config(name))
         for name, (folder, template) in specialists.items()
     ]
     write_card(out_dir / "README.md", card, facts, config)
     return config
+
+
+def assemble_single(
+    out_dir: Path, specialists: Mapping[str, tuple[Path, str]], vocab_size: int, like: str, made_of: Mapping[str, Path]
+) -> None:
+    """Tokenizer, chat template, endings of answers and licences of ONE model that was made of several specialists.
+
+    Args:
+        out_dir: the folder; made if missing.
+        specialists: name -> its Hugging Face folder and the name of its template, as they train together.
+        vocab_size: rows of the model.
+        like: the specialist whose tokenizer and template are the model's.
+        made_of: name -> folder of whatever its weights come from, for the licences.
+
+    Raises:
+        InputError: a folder or a template cannot be read, or tokenizers disagree.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    parts = _Parts.load(specialists, vocab_size)
+    encoder = parts.encoders[like]
+    _write_tokenizer(out_dir, encoder, _as_jinja(parts.templates[like], encoder, parts.responses), vocab_size)
+    _copy_into(out_dir / ADDITIONAL, sorted((parts.folders[like] / ADDITIONAL).glob("*.jinja")))
+    _write_generation_config(out_dir, parts, encoder)
+    _copy_licences(out_dir, made_of)
 
 
 @dataclass(frozen=True)
@@ -231,19 +253,25 @@ def _write_tokenizer(folder: Path, encoder: TextEncoder, chat_template: str, voc
         raise InputError(f"{encoder.folder}: its tokenizer does not survive being saved; save it as tokenizer.json")
 
 
-def _write_generation_config(out_dir: Path, parts: _Parts, config: UltraFuserConfig) -> None:
+def _write_generation_config(out_dir: Path, parts: _Parts, encoder: TextEncoder) -> None:
     """The endings of training (that of the first template is the first), EOS, then whatever else ends a specialist's
     answers; nothing of their sampling settings."""
     stops = [*parts.responses.ends.values(), parts.first.eos_id]
-    ends = list(dict.fromkeys(token for token in stops if token < config.vocab_size))
+    ends = list(dict.fromkeys(token for token in stops if token < parts.vocab_size))
     for folder in parts.folders.values():
-        ends += [token for token in answer_ends(folder) if token < config.vocab_size and token not in ends]
+        ends += [token for token in answer_ends(folder) if token < parts.vocab_size and token not in ends]
     generation = GenerationConfig(
-        bos_token_id=config.bos_token_id,
+        bos_token_id=encoder.bos_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=config.pad_token_id,
+        pad_token_id=_pad_id(encoder, parts.vocab_size),
     )
     generation.save_pretrained(out_dir)
+
+
+def _copy_licences(out_dir: Path, folders: Mapping[str, Path]) -> None:
+    for name, folder in folders.items():
+        card_of = [path] if (path := folder / "README.md").is_file() else []  # where most say what their licence is
+        _copy_into(out_dir / "licenses" / name, [*licence_files(folder), *card_of])
 
 
 def _copy_into(target: Path, paths: Sequence[Path]) -> None:

@@ -163,7 +163,7 @@ class TrainConsole:
             for name, weights in record.gate.items()
         )
         head = f"{stage.label.split(':')[0]} step {stage.done(record)} of {stage.steps}"
-        return "  ".join([head, *facts, f"gate {gate}"])
+        return "  ".join([head, *facts, *([f"gate {gate}"] if gate else [])])
 
     def _weight(self, class_name: str, specialist: str, weight: float) -> str:
         mark = "*" if specialist == self._own.get(class_name, class_name) else ""

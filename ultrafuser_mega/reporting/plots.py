@@ -18,12 +18,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.reporting.canvas import DPI, WIDTH_IN, legend, panels_of, save, style
 from ultrafuser_mega.reporting.palette import COLORS, FAINT, INK, MUTED, specialist_colors
 from ultrafuser_mega.reporting.records import FUSED, EvalRecord, StepRecord
 
 _PANELS_PER_ROW = 3
-_WIDTH_IN = 10.0  # at _DPI: 1600 pixels, twice the width of a README
-_DPI = 160
 _TRAIN = "#8c959f"
 _HALO = [withStroke(linewidth=3, foreground="white")]
 
@@ -76,7 +75,7 @@ def plot_losses(path: str | Path, steps: Sequence[StepRecord], evals: Sequence[E
         )
         _mark_stages(axes, steps)
     _label_edges(panels, x="step", y="loss (nats per token)")
-    _legend(
+    legend(
         figure,
         [
             Line2D([], [], color=_TRAIN, linewidth=1.6, label="fused, training (moving average)"),
@@ -84,7 +83,7 @@ def plot_losses(path: str | Path, steps: Sequence[StepRecord], evals: Sequence[E
             Line2D([], [], color=MUTED, linewidth=1.3, linestyle=(0, (5, 3)), label="best specialist alone, held out"),
         ],
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_gate_over_steps(path: str | Path, steps: Sequence[StepRecord]) -> Path:
@@ -112,8 +111,8 @@ def plot_gate_over_steps(path: str | Path, steps: Sequence[StepRecord]) -> Path:
         _mark_stages(axes, steps)
     _label_edges(panels, x="step", y="gate weight per token")
     handles = [Line2D([], [], color=colors[name], linewidth=1.8, label=name) for name in specialists]
-    _legend(figure, [*handles, Line2D([], [], color=FAINT, linewidth=1.2, label="equal weights")])
-    return _save(figure, path)
+    legend(figure, [*handles, Line2D([], [], color=FAINT, linewidth=1.2, label="equal weights")])
+    return save(figure, path)
 
 
 def plot_gate_heatmap(
@@ -135,13 +134,13 @@ def plot_gate_heatmap(
         raise InputError(f"plot_gate_heatmap: weights {weights.shape} for (samples, specialists) {expected}")
     classes = list(dict.fromkeys(sample_classes))
     n = len(specialists)
-    figure = Figure(figsize=(_WIDTH_IN, 0.7 + len(classes) * (0.5 + 0.27 * n)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 0.7 + len(classes) * (0.5 + 0.27 * n)), dpi=DPI, layout="constrained")
     all_axes = list(np.atleast_1d(figure.subplots(len(classes), 1)))
     labels = np.asarray(sample_classes)
     for name, axes in zip(classes, all_axes, strict=True):
         own = weights[labels == name]  # (S_class, n)
         image = axes.imshow(own.T, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
-        _style(axes, f"{name} data, {len(own)} held-out samples")
+        style(axes, f"{name} data, {len(own)} held-out samples")
         axes.set_yticks(range(n), specialists, fontsize=9, color=INK)
         axes.set_yticks(np.arange(0.5, n - 1), minor=True)
         axes.grid(visible=False)
@@ -174,7 +173,7 @@ def plot_gate_heatmap(
     bar.set_label("gate weight per sample", fontsize=9, color=MUTED)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_comparison(path: str | Path, runs: Mapping[str, tuple[Sequence[StepRecord], Sequence[EvalRecord]]]) -> Path:
@@ -185,9 +184,9 @@ def plot_comparison(path: str | Path, runs: Mapping[str, tuple[Sequence[StepReco
         path: of the PNG.
         runs: name -> its steps, at least one, and evaluations.
     """
-    figure, (training, held_out, speed) = _figure(1, 3, height_in=3.2)
+    figure, (training, held_out, speed) = panels_of(1, 3, height_in=3.2)
     for axes, title in ((training, "training loss"), (held_out, "held-out loss, fused"), (speed, "response tokens/s")):
-        _style(axes, title)
+        style(axes, title)
         axes.set_xlabel("step", fontsize=9, color=MUTED)
     averages, colors = [], {name: COLORS[place % len(COLORS)] for place, name in enumerate(runs)}
     for name, (steps, evals) in runs.items():
@@ -201,8 +200,8 @@ def plot_comparison(path: str | Path, runs: Mapping[str, tuple[Sequence[StepReco
         speed.plot(x, rates, color=colors[name], linewidth=1.6)
     training.set_ylim(*_limits(averages))
     speed.set_ylim(bottom=0)
-    _legend(figure, [Line2D([], [], color=color, linewidth=1.8, label=name) for name, color in colors.items()])
-    return _save(figure, path)
+    legend(figure, [Line2D([], [], color=color, linewidth=1.8, label=name) for name, color in colors.items()])
+    return save(figure, path)
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -249,28 +248,13 @@ def _limits(series: Sequence[np.ndarray]) -> tuple[float, float]:
 def _panels(names: Sequence[str], height_in: float) -> tuple[Figure, dict[str, Axes]]:
     columns = min(_PANELS_PER_ROW, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, grid = _figure(rows, columns, height_in)
+    figure, grid = panels_of(rows, columns, height_in)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     panels = dict(zip(names, grid, strict=False))
     for name, axes in panels.items():
-        _style(axes, f"{name} data")
+        style(axes, f"{name} data")
     return figure, panels
-
-
-def _figure(rows: int, columns: int, height_in: float) -> tuple[Figure, np.ndarray]:
-    """A figure and its panels, row by row."""
-    figure = Figure(figsize=(_WIDTH_IN, rows * height_in + 0.4), dpi=_DPI, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    axes.grid(visible=True, axis="y", color=FAINT, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
 
 
 def _mark_stages(axes: Axes, steps: Sequence[StepRecord]) -> None:
@@ -302,21 +286,3 @@ def _label_edges(panels: Mapping[str, Axes], x: str, y: str) -> None:
             axes.set_ylabel(y, fontsize=9, color=MUTED)
         if index + _PANELS_PER_ROW >= len(panels):
             axes.set_xlabel(x, fontsize=9, color=MUTED)
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    figure.legend(
-        handles=list(handles),
-        loc="outside lower center",
-        ncols=min(len(handles), 6),
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-    )
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", facecolor="white")
-    return path

@@ -289,7 +289,7 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 def _eval_summary(record: EvalRecord) -> dict[str, Any]:
     losses = {name: dict(models) for name, models in record.loss.items()}
     gate = {name: dict(weights) for name, weights in record.gate.items()}
-    summary = {"eval": {**losses, MEAN: record.mean}, PER_TOKEN: gate}
+    summary: dict[str, Any] = {"eval": {**losses, MEAN: record.mean}, PER_TOKEN: gate}
     if record.yardsticks:
         summary["yardsticks"] = {**record.yardsticks, MEAN: record.yardstick_means}
     return summary

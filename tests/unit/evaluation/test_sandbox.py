@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.evaluation.bubblewrap import Bubblewrap
 from ultrafuser_mega.evaluation.programs import ProgramTest, check_program
-from ultrafuser_mega.evaluation.sandbox import Limits, check_sandbox
+from ultrafuser_mega.evaluation.sandbox import Limits
 
 SETUP = "def scale(x):\n    return 2 * x\n\ndef double(x):\n    '''Twice x.'''\n"
 TESTS = "def check(candidate):\n    for x in (0, 3, -5):\n        assert candidate(x) == scale(x), f'of {x}'\n"
@@ -26,7 +27,7 @@ QUICK = Limits(
 @pytest.fixture(autouse=True, scope="module")
 def _sandbox() -> None:
     try:
-        check_sandbox()
+        Bubblewrap().check()
     except InputError as error:
         pytest.skip(str(error))
 
@@ -169,18 +170,14 @@ def _children() -> Iterator[str]:
 
 
 def test_without_bubblewrap_the_refusal_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_sandbox.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"code sandbox: no bwrap on the PATH; install bubblewrap \(apt"):
         check_program("", DOUBLE)
-    check_sandbox.cache_clear()
 
 
 def test_a_bubblewrap_that_may_not_work_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    check_sandbox.cache_clear()
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(InputError, match=r"bwrap starts nothing here \(bwrap: No permissions to create"):
         check_program("", DOUBLE)
-    check_sandbox.cache_clear()

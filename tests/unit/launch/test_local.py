@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrafuser_mega.launch.local import launch_local
+from ultrafuser_mega.launch.local import from_checkpoints, launch_local
 
 RANK = "import json, os, pathlib, signal, subprocess, sys, time; rank = int(os.environ['RANK']); "
 WAIT = "time.sleep(60)"
@@ -26,7 +26,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def launch(run_dir: Path, program: str) -> int:
-    return launch_local(3, ["-c", RANK + program], run_dir)
+    return launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir))
 
 
 def is_gone(process: int) -> bool:
@@ -72,7 +72,7 @@ def test_a_rank_whose_mapped_file_became_shorter_is_told_of_as_that(
 
 def test_restarts_that_are_used_up_end_with_the_last_cause(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = f"os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else {WAIT}"
-    assert launch_local(3, ["-c", RANK + program], run_dir, max_restarts=2) == 1
+    assert launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir), max_restarts=2) == 1
     killed, newest = "failed: rank 1 of 3 was killed by SIGKILL", f"{run_dir}/checkpoints/stage1-step0000006"
     *restarts, last = capfd.readouterr().err.splitlines()
     hint = "(by the system, when memory runs out)"
@@ -84,7 +84,7 @@ def test_restarts_that_are_used_up_end_with_the_last_cause(run_dir: Path, capfd:
 def test_what_would_come_again_and_what_was_asked_for_is_not_started_again(run_dir: Path, code: int) -> None:
     put = "pathlib.Path('starts').open('a').write('x')"
     program = f"os.chdir({str(run_dir)!r}); rank == 0 or sys.exit(0); {put}; sys.exit({code})"
-    assert launch_local(2, ["-c", RANK + program], run_dir, max_restarts=2) == code
+    assert launch_local(2, ["-c", RANK + program], from_checkpoints(run_dir), max_restarts=2) == code
     assert (run_dir / "starts").read_text() == "x"
 
 
@@ -148,7 +148,7 @@ def test_a_signal_that_ranks_do_not_listen_to_ends_every_one(
 
 def test_a_restart_has_the_ranks_that_are_left(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = f"os.environ['WORLD_SIZE'] == '2' and sys.exit(0); rank == 1 and os.kill(os.getpid(), 9); {WAIT}"
-    assert launch_local(3, ["-c", RANK + program], run_dir, 2, lambda: 2) == 0
+    assert launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir), 2, lambda: 2) == 0
     assert capfd.readouterr().err == (
         "failed: rank 1 of 3 was killed by SIGKILL (by the system, when memory runs out); restart 1 of 2 on 2 of 3 "
         f"ranks: going on from {run_dir}/checkpoints/stage1-step0000006\n"

@@ -23,13 +23,13 @@ from ultrafuser_mega.reporting.records import EvalRecord
 def figures(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The figures that are saved during the test, so that it can look into them."""
     saved: list[Figure] = []
-    save = plots._save
+    save = plots.save
 
     def save_and_keep(figure: Any, path: Any) -> Any:
         saved.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", save_and_keep)
+    monkeypatch.setattr(plots, "save", save_and_keep)
     return saved
 
 

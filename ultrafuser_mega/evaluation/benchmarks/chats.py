@@ -55,6 +55,7 @@ class MtBench(JsonlBenchmark):
     origin = "https://github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/question.jsonl"
     max_new_tokens = 1024
     judged = True
+    scale = 10.0
     fields = {"question_id": int, "category": str, "turns": list}  # noqa: RUF012
 
     def item(self, row: dict[str, Any], number: int) -> Item:

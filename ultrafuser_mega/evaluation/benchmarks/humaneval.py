@@ -42,6 +42,7 @@ class HumanEval(JsonlBenchmark):
     source = "HumanEval.jsonl.gz"
     origin = "https://github.com/openai/human-eval, data/HumanEval.jsonl.gz"
     max_new_tokens = 512
+    runs_programs = True
     fields = {"task_id": str, "prompt": str, "entry_point": str, "test": str}  # noqa: RUF012
 
     def __init__(self, check: ProgramCheck = check_program) -> None:

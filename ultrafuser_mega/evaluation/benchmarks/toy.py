@@ -71,6 +71,7 @@ class ToyCode(_Toy):
     name = "toy_code"
     title = "Toy code"
     domain = "code"
+    runs_programs = True
     source = "code.tasks.jsonl"
 
 

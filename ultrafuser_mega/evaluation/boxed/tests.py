@@ -4,14 +4,12 @@ import builtins
 import json
 import os
 import pickle
-import sys
 
 
 def main():
+    result = os.fdopen(os.dup(2), "w", encoding="utf-8")
     channel = Channel()  # noqa: F821  of frames.py, which stands before this
-    with os.fdopen(int(sys.argv[1]), encoding="utf-8") as file:
-        task = json.load(file)
-    result = os.fdopen(int(sys.argv[2]), "w", encoding="utf-8")
+    task = channel.receive()  # written before the program was started
 
     def say(passed, reason=""):
         json.dump({"passed": passed, "reason": reason}, result)

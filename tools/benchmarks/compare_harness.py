@@ -1,0 +1,140 @@
+"""Our model class in lm-evaluation-harness beside the harness's own ``hf`` class: the same scores, and how fast.
+
+    python tools/benchmarks/compare_harness.py MODEL_FOLDER --data BENCHMARKS --limit 100 --out harness.json
+
+Both classes are loaded with the same weights in float32 and asked the same items of the same tasks, in turn, each task
+by itself; with --peers vllm the harness's vLLM class as well, where it is installed. What is compared are the
+log-likelihood of every option and the text of every answer; speed is items per second of the class alone, without
+building requests.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bench_mixture_ce import cpu_model
+from scripting import Parser, positive, write_json
+
+from ultrafuser_mega.evaluation.harness.run import write_tasks
+
+TASKS = "ultrafuser_truthfulqa_mc1,ultrafuser_truthfulqa_mc2,ultrafuser_aqua,ultrafuser_sat_math,ultrafuser_gsm8k"
+_ASKED = ("loglikelihood", "generate_until")
+
+
+class Timed:
+    """What a model's answers took."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.seconds = model, 0.0
+        for name in _ASKED:
+            setattr(model, name, self._timed(getattr(model, name)))
+
+    def _timed(self, answer: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return answer(*arguments, **options)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(__doc__)
+    parser.add_argument("model", type=Path, help="Hugging Face folder")
+    parser.add_argument("--ours", help="what our class opens; default: the folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the benchmarks' files")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--limit", type=positive, default=100, help="items of each task")
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--peers", default="hf", help="hf, vllm")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    models = {"ultrafuser": Timed(ours(options))} | {
+        peer: Timed(theirs(peer, options)) for peer in options.peers.split(",")
+    }
+    report: dict[str, Any] = {
+        "machine": cpu_model(),
+        "limit": options.limit,
+        "batch_size": options.batch_size,
+        "tasks": {},
+    }
+    with TemporaryDirectory() as folder:
+        write_tasks(options.data, Path(folder))
+        manager = TaskManager(include_path=folder)
+        for task in options.tasks.split(","):
+            found, entry = {}, {}
+            for name, timed in models.items():
+                timed.seconds = 0.0
+                result = simple_evaluate(
+                    timed.model,
+                    tasks=[task],
+                    limit=options.limit,
+                    task_manager=manager,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                )
+                samples = sorted(
+                    result["samples"][task], key=lambda sample: (sample["doc_id"], sample.get("filter", ""))
+                )
+                found[name] = samples
+                scores = {
+                    k: v for k, v in result["results"][task].items() if isinstance(v, float) and "stderr" not in k
+                }
+                entry[name] = {
+                    "scores": scores,
+                    "seconds": timed.seconds,
+                    "items_per_second": options.limit / timed.seconds,
+                }
+            for peer in list(models)[1:]:
+                entry[peer] |= agreement(found["ultrafuser"], found[peer])
+                entry[peer]["ours_faster"] = entry[peer]["seconds"] / entry["ultrafuser"]["seconds"]
+            report["tasks"][task] = entry
+            print(task, entry, flush=True)
+    if options.out:
+        write_json(options.out, report)
+
+
+def ours(options: Any) -> Any:
+    """Our class."""
+    from ultrafuser_mega.evaluation.harness.model import UltraFuserLM
+
+    return UltraFuserLM(options.ours or str(options.model), dtype="fp32", batch_size=options.batch_size)
+
+
+def theirs(peer: str, options: Any) -> Any:
+    """One of the harness's own."""
+    from lm_eval.api.registry import get_model
+
+    settings: dict[str, Any] = {"pretrained": str(options.model), "dtype": "float32", "batch_size": options.batch_size}
+    if peer == "hf":
+        settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return get_model(peer)(**settings)
+
+
+def agreement(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+    """Largest difference of a log-likelihood, and how many texts are the same."""
+    largest, same, texts = 0.0, 0, 0
+    for a, b in zip(mine, other, strict=True):
+        assert a["doc_id"] == b["doc_id"]
+        for one, two in zip(a["resps"], b["resps"], strict=True):
+            if isinstance(one[0], str):
+                texts += 1
+                same += one[0] == two[0]
+            else:
+                largest = max(largest, abs(float(one[0][0]) - float(two[0][0])))
+    return {"largest_difference": largest, "same_texts": same, "texts": texts}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Who is evaluated: a model on this machine, or one behind an OpenAI-compatible endpoint; both answer conversations."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ultrafuser_mega.errors import InputError
+
+Messages = Sequence[dict[str, str]]
+
+_ENDPOINT = "openai:"
+_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer to a conversation.
+
+    Attributes:
+        text: of the answer.
+        tokens: how many it has.
+        finish: why it ended: "eos", "stop", "length"; or, where there is none, why not.
+        gate: specialist -> average weight over its tokens.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+    gate: dict[str, float] = field(default_factory=dict)
+
+
+class Answering(Protocol):
+    """A model that is ready."""
+
+    def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
+        """(number of the conversation, reply) for all of them, as they are done."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model of the table.
+
+    Attributes:
+        name: of its row.
+        address: as the user wrote it.
+        identity: what must be the same for its answers to be the same, but for how they are computed.
+        opened: makes it ready for as long as the context lasts.
+    """
+
+    name: str
+    address: str
+    identity: str
+    opened: Callable[[], AbstractContextManager[Answering]]
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How models of this machine compute.
+
+    Attributes:
+        batch_size: conversations that are answered at once.
+        device: see :func:`ultrafuser_mega.inference.model.opened_model`.
+        dtype: likewise.
+    """
+
+    batch_size: int = 32
+    device: str = "auto"
+    dtype: str | None = None
+
+
+def contestant(text: str, computing: Computing) -> Contestant:
+    """From ``[NAME=]ADDRESS``, where the address is one of :mod:`ultrafuser_mega.inference.address` or
+    ``openai:MODEL@URL``.
+
+    Raises:
+        InputError: there is no such model, or the client is not installed.
+    """
+    name, equals, address = text.partition("=")
+    if not equals or Path(text).exists() or "/" in name:
+        name = address = text
+    if address.startswith(_ENDPOINT):
+        model, at, url = address.removeprefix(_ENDPOINT).partition("@")
+        if not model or not at or not url.startswith(("http://", "https://")):
+            raise InputError(
+                f"{address}: expected {_ENDPOINT}MODEL@URL, as in {_ENDPOINT}qwen@http://localhost:8000/v1"
+            )
+        return Contestant(name, address, address, lambda: _endpoint(model, url))
+    from ultrafuser_mega.inference.address import Address  # brings torch: seconds
+
+    found = Address.parse(address)
+    return Contestant(name, address, f"{address} {_fingerprint(found.path)}", lambda: _local(address, computing))
+
+
+@contextmanager
+def _local(address: str, computing: Computing) -> Iterator[Answering]:
+    from ultrafuser_mega.inference.model import opened_model
+
+    with opened_model(address, computing.device, computing.dtype) as opened:
+        yield LocalModel(opened, computing.batch_size)
+
+
+class LocalModel:
+    """A model of this machine. Conversations of like length are answered together, greedily.
+
+    Args:
+        opened: the model, of :func:`ultrafuser_mega.inference.model.opened_model`.
+        batch_size: conversations at once.
+    """
+
+    def __init__(self, opened: object, batch_size: int) -> None:
+        from ultrafuser_mega.inference.answer import Answerer
+
+        self._answerer = Answerer(opened)  # type: ignore[arg-type]
+        self._batch_size = batch_size
+
+    def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
+        """One that a specialist cannot read (too long, control tokens in its text) gets an empty reply that says so."""
+        from ultrafuser_mega.inference.answer import Answer, Limits
+        from ultrafuser_mega.inference.sampling import Sampling
+
+        prompts = {}
+        for number, messages in enumerate(conversations):
+            try:
+                prompts[number] = self._answerer.encode(list(messages))
+            except InputError as error:
+                yield number, Reply("", 0, f"not asked: {error}")
+        order = sorted(prompts, key=lambda number: -max(map(len, prompts[number].values())))
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            stream = self._answerer.stream([prompts[n] for n in batch], Limits(max_new_tokens), Sampling())
+            for event in stream:
+                if isinstance(event, tuple) and isinstance(event[1], Answer):
+                    row, answer = event
+                    weights = dict(zip(self._answerer.names, answer.mean_weights(), strict=True))
+                    gate = {name: round(weight, 4) for name, weight in weights.items()} if len(weights) > 1 else {}
+                    yield batch[row], Reply(answer.text, len(answer.tokens), answer.finish_reason, gate)
+
+
+@contextmanager
+def _endpoint(model: str, url: str) -> Iterator[Answering]:
+    try:
+        import openai
+    except ImportError:
+        raise InputError(
+            f"{_ENDPOINT}{model}@{url}: needs the openai package; pip install 'ultrafuser_mega[evaluation]'"
+        ) from None
+    key = os.environ.get("OPENAI_API_KEY", "none")  # servers of one's own ask for none
+    with openai.OpenAI(base_url=url, api_key=key, max_retries=_TRIES) as client:
+        yield Endpoint(client, model)
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint, asked for chat completions at temperature 0.
+
+    Args:
+        client: of the openai package.
+        model: its name there.
+        at_once: requests under way.
+    """
+
+    def __init__(self, client: object, model: str, at_once: int = 16) -> None:
+        self._client, self._model, self._at_once = client, model, at_once
+
+    def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
+        """Raises InputError where the endpoint cannot be reached or refuses to answer."""
+        with ThreadPoolExecutor(self._at_once) as pool:
+            futures = {
+                pool.submit(self._ask, messages, max_new_tokens): number
+                for number, messages in enumerate(conversations)
+            }
+            try:
+                for done in as_completed(futures):
+                    yield futures[done], done.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _ask(self, messages: Messages, max_new_tokens: int) -> Reply:
+        import openai
+
+        client: Any = self._client
+        try:
+            completion = client.chat.completions.create(
+                model=self._model,
+                messages=list(messages),
+                max_tokens=max_new_tokens,
+                temperature=0.0,
+            )
+        except openai.BadRequestError as error:  # as of a prompt that is too long
+            return Reply("", 0, f"not asked: {_one_line(error)}")
+        except openai.OpenAIError as error:
+            raise InputError(f"{_ENDPOINT}{self._model}@{client.base_url}: {_one_line(error)}") from None
+        if not completion.choices:
+            raise InputError(f"{_ENDPOINT}{self._model}@{client.base_url}: answered without a choice")
+        choice, usage = completion.choices[0], completion.usage
+        finish = {"stop": "eos"}.get(choice.finish_reason, choice.finish_reason)
+        return Reply(choice.message.content or "", usage.completion_tokens if usage else 0, finish)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when the folder's weights or configuration do."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".safetensors", ".json", ".distcp", ".metadata"):
+            state = path.stat()
+            digest.update(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

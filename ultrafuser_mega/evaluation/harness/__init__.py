@@ -1,0 +1,1 @@
+"""lm-evaluation-harness with our models in it, and its tasks on local files."""
