@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ultrafuser_mega.baselines.folder import (
     Account,
     new_folder,
@@ -19,6 +21,7 @@ from ultrafuser_mega.baselines.folder import (
     write_record,
 )
 from ultrafuser_mega.config import DisjointLayout, FuserConfig, Layout, dump_config
+from ultrafuser_mega.config.problems import first_problem
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import read_json_object
@@ -105,7 +108,7 @@ def further_tuned(config: FuserConfig, specialist: str, classes: Sequence[str] =
         tree["data"]["sampling"] = {name: config.data.sampling[name] for name in chosen}
     tree["stage1"]["steps"] = 0
     tree["stage2"] |= {"steps": steps, "samples_per_class": per_class}
-    derived = FuserConfig.model_validate(tree)
+    derived = derived_config(tree)
     words = f"The specialist {specialist} alone, trained further on {', '.join(chosen)} data: {steps} steps of "
     words += f"{per_class} samples of each class, as many as the fused model is trained on."
     account = Account(
@@ -129,7 +132,7 @@ def llamafuser(config: FuserConfig, base: Path) -> DerivedRun:
     tree["name"] = f"{config.name}-llamafuser"
     for specialist in tree["specialists"].values():
         specialist["path"] = str(base.absolute())
-    derived = FuserConfig.model_validate(tree)
+    derived = derived_config(tree)
     copies = len(config.specialists)
     words = f"The fused structure over {copies} copies of {base.absolute().name}, which was not specialised: what the "
     words += "structure and its training bring without specialists."
@@ -148,6 +151,14 @@ def steps_of_both_stages(config: FuserConfig) -> int:
     """Steps with stage 2's batches in which as many samples are taken as in both stages."""
     taken = sum(stage.steps * stage.samples_per_class for stage in config.stages.values())
     return -(-taken // config.stage2.samples_per_class)
+
+
+def derived_config(tree: dict[str, Any]) -> FuserConfig:
+    """The configuration in ``tree``; raises InputError where what was derived cannot be one: a name too long, say."""
+    try:
+        return FuserConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"the baseline's configuration: {first_problem(error)}") from None
 
 
 def begin_derived(config: FuserConfig) -> dict[str, Any]:

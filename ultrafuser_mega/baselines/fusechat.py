@@ -27,7 +27,7 @@ from ultrafuser_mega.baselines.merging import write_combination
 from ultrafuser_mega.baselines.tuned import opened, save_weights, tuned_config
 from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, read_state, row_losses, tune
 from ultrafuser_mega.checkpoint.unfinished import refuse_existing
-from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.config import FuserConfig, Loss
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import EMBEDDING, read_json_object
@@ -122,6 +122,12 @@ def fused_targets(teachers: Sequence[Tensor], targets: Tensor, counts: Sequence[
     return torch.stack(list(teachers))[best, torch.arange(len(targets), device=targets.device)]
 
 
+def fusion_losses(logits: Tensor, targets: Tensor, wanted: Tensor, options: Loss) -> Tensor:
+    """(N,) losses of logits (N, V), which are to learn the response tokens and the log-probabilities ``wanted``."""
+    learned = -(wanted.exp() * logits.log_softmax(1)).sum(1)
+    return LAMBDA * row_losses(logits, targets, options) + (1 - LAMBDA) * learned
+
+
 def _train_pair(pair: Tuning, *, resume: bool) -> Stop | None:
     config, store, (pivot, other) = pair.config, pair.store, pair.forms
     device = choose_device(config.device)
@@ -135,10 +141,9 @@ def _train_pair(pair: Tuning, *, resume: bool) -> Stop | None:
                 response_logits(teacher, batch, name, store.vocab_size).logits[0].float().log_softmax(1)
                 for name, teacher in teachers.items()
             ]
-            wanted = fused_targets(known, batch.targets, batch.row_counts).exp()
+            wanted = fused_targets(known, batch.targets, batch.row_counts)
         logits = response_logits(model, batch, pivot, store.vocab_size).logits[0].float()
-        learned = -(wanted * logits.log_softmax(1)).sum(1)
-        return MicroLoss(LAMBDA * row_losses(logits, batch.targets, config.loss) + (1 - LAMBDA) * learned)
+        return MicroLoss(fusion_losses(logits, batch.targets, wanted, config.loss))
 
     if stop := tune(model, pair, loss_of, resume=resume):
         return stop

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ultrafuser_mega.baselines.derived import begin_derived, steps_of_both_stages
+from ultrafuser_mega.baselines.derived import begin_derived, derived_config, steps_of_both_stages
 from ultrafuser_mega.baselines.folder import Account, new_folder, write_beside_weights, write_card
 from ultrafuser_mega.baselines.heldout import Model
 from ultrafuser_mega.config import FuserConfig
@@ -30,7 +30,7 @@ def tuned_config(config: FuserConfig, method: str) -> FuserConfig:
     tree["data"]["store"] = str(config.store_dir)
     tree["stage2"]["steps"] = steps_of_both_stages(config)
     tree["stage1"]["steps"] = 0
-    return FuserConfig.model_validate(tree)
+    return derived_config(tree)
 
 
 def opened(config: FuserConfig) -> tuple[RunPlan, TokenStore]:

@@ -25,6 +25,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="so many questions of each benchmark, drawn by --seed", show_default=False)
     ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="shorter replies than the benchmarks allow", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the draw of --limit and of the intervals")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="prompts that are answered at once")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist")] = "auto",
@@ -46,6 +49,7 @@ def evaluate(
     oracle: Annotated[
         str | None, typer.Option(help="ROW,ROW: a row more, the answer with the best score", show_default=False)
     ] = None,
+    code_sandbox: Annotated[str, typer.Option(help="where a model's programs run: bwrap, docker, none")] = "bwrap",
     ranks: Annotated[
         int, typer.Option(min=1, help="processes, one GPU each where there are GPUs, that share the questions")
     ] = 1,
@@ -84,15 +88,15 @@ def evaluate(
         limit=limit,
         seed=seed,
         computing=Computing(batch_size, device, dtype),
+        max_new_tokens=max_new_tokens,
+        code_sandbox=code_sandbox,
         judging=Judging(judge, judge_price, opponent, _names(select)),
         oracle=_names(oracle),
     )
     try:
         evaluate_share(job, Console(stderr=True))
     except KeyboardInterrupt:
-        if "RANK" not in os.environ:
-            print(f"interrupted; {again}", file=sys.stderr)
-        sys.stderr.flush()
+        print(f"interrupted; {again}", file=sys.stderr, flush=True)
         os._exit(130)  # threads may still wait for an endpoint
 
 

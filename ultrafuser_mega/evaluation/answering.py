@@ -9,7 +9,9 @@ from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
 from ultrafuser_mega.evaluation.contestants import Answering, Reply
 
 
-def answer_items(model: str, answering: Answering, benchmark: Benchmark, items: Sequence[Item]) -> Iterator[Sample]:
+def answer_items(
+    model: str, answering: Answering, benchmark: Benchmark, items: Sequence[Item], max_new_tokens: int
+) -> Iterator[Sample]:
     """A sample for every item, as they are done; items of several turns all get their first answer first.
 
     Args:
@@ -17,13 +19,14 @@ def answer_items(model: str, answering: Answering, benchmark: Benchmark, items: 
         answering: the model, ready.
         benchmark: that the items are of.
         items: to ask.
+        max_new_tokens: of a reply.
     """
     began = time.perf_counter()
     given: dict[int, list[Reply]] = {number: [] for number in range(len(items))}
     for turn in range(max((len(item.turns) for item in items), default=0)):
         asked = [number for number, item in enumerate(items) if len(item.turns) > turn]
         conversations = [_conversation(items[number], given[number]) for number in asked]
-        for place, reply in answering.answer(conversations, benchmark.max_new_tokens):
+        for place, reply in answering.answer(conversations, max_new_tokens):
             number = asked[place]
             given[number].append(reply)
             if len(given[number]) == len(items[number].turns):

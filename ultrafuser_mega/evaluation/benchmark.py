@@ -61,7 +61,6 @@ class Benchmark(ABC):
         origin: where that file is published, for whoever lacks it.
         max_new_tokens: of a reply.
         judged: whether a judge scores it.
-        runs_programs: whether replies are programs, which need a sandbox.
         scale: what a score is multiplied with in tables: 100, per cent; 10, a rating.
     """
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.benchmark import Item, Sample
 from ultrafuser_mega.evaluation.benchmarks import SUITES, Suite, benchmark, chosen
 from ultrafuser_mega.evaluation.benchmarks.chats import AlpacaEval
+from ultrafuser_mega.evaluation.benchmarks.humaneval import ProgramCheck
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
 from ultrafuser_mega.evaluation.judge import FileJudge, grade_chats, judge_pairs, open_judge
+from ultrafuser_mega.evaluation.programs import check_program
 from ultrafuser_mega.evaluation.results import results, write_results
 from ultrafuser_mega.evaluation.results_page import scores_table, write_page
 from ultrafuser_mega.evaluation.rows import oracle_row, selected_row
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
+from ultrafuser_mega.evaluation.sandbox import open_sandbox
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Judging:
 class Job:
     """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`.
 
-    ``oracle`` are the rows of which the best answer to every item makes a row more.
+    ``max_new_tokens`` shortens what benchmarks allow; ``oracle`` are the rows of which the best answer to every item
+    makes a row more.
     """
 
     models: Sequence[str]
@@ -53,6 +60,8 @@ class Job:
     limit: int | None
     seed: int
     computing: Computing
+    max_new_tokens: int | None = None
+    code_sandbox: str = "bwrap"
     judging: Judging = Judging()
     oracle: Sequence[str] = ()
 
@@ -74,7 +83,10 @@ def evaluate_share(job: Job, console: Console) -> None:
     with first_failure_ends_job(store):
         computing = replace(job.computing, device=_device_of_rank(job.computing.device))
         share = Share(launched_rank(), launched_ranks(), store)
-        _evaluate(replace(job, computing=computing), share, console)
+        try:
+            _evaluate(replace(job, computing=computing), share, console)
+        except KeyboardInterrupt:  # the launcher says how it goes on
+            os._exit(128 + signal.SIGINT)
 
 
 def _evaluate(job: Job, share: Share, console: Console) -> None:
@@ -82,11 +94,13 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
     contestants = [contestant(text, job.computing) for text in job.models]
     _refuse_twice(contestants)
     groups = suite.groups if job.limit is None else job.limit
+    check = _program_check(job.code_sandbox, suite, share)
     tasks = []
     for name in suite.benchmarks:
-        found = benchmark(name)
-        tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed)))
-    settings = settings_of(contestants, tasks, job.data, job.seed, "bwrap", job.computing.dtype)
+        found = benchmark(name, check)
+        length = min(found.max_new_tokens, job.max_new_tokens or found.max_new_tokens)
+        tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed), length))
+    settings = settings_of(contestants, tasks, job.data, job.seed, job.code_sandbox, job.computing.dtype)
     samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
     if share.rank == 0:
         _write(job, [one.name for one in contestants], tasks, settings, samples)
@@ -146,6 +160,18 @@ def _opponents(job: Job, samples: Sequence[Sample], items: Mapping[str, Item]) -
     if not found:
         raise InputError(f"--opponent {job.judging.opponent}: is no row of this table")
     return found
+
+
+def _program_check(sandbox: str, suite: Suite, share: Share) -> ProgramCheck:
+    """Runs programs in the sandbox, which is there if any of the suite's benchmarks needs it."""
+    if not any(benchmark(name).runs_programs for name in suite.benchmarks):
+        return check_program
+    ask = _confirm if share.ranks == 1 else lambda question: False  # several ranks have no one to ask
+    return partial(check_program, sandbox=open_sandbox(sandbox, ask))
+
+
+def _confirm(question: str) -> bool:
+    return sys.stdin.isatty() and input(f"{question} [yes/no] ").strip().lower() == "yes"
 
 
 def _suite(text: str) -> Suite:

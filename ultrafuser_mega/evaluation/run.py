@@ -35,10 +35,11 @@ _UNTIL_DONE = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark, and which of its items are asked."""
+    """A benchmark, which of its items are asked, and how many tokens a reply may have."""
 
     benchmark: Benchmark
     items: Sequence[Item]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def settings_of(
             task.benchmark.name: {
                 "file": task.benchmark.source,
                 "sha256": sha256(data / task.benchmark.source),
-                "max_new_tokens": task.benchmark.max_new_tokens,
+                "max_new_tokens": task.max_new_tokens,
                 "items": len(task.items),
             }
             for task in tasks
@@ -127,7 +128,7 @@ def run_evaluation(
                 for task, items in missing:
                     bar = progress.add_task(f"{contestant.name}: {task.benchmark.title}", total=len(items), speed="")
                     began, tokens = time.perf_counter(), 0
-                    for sample in answer_items(contestant.name, answering, task.benchmark, items):
+                    for sample in answer_items(contestant.name, answering, task.benchmark, items, task.max_new_tokens):
                         append_sample(file, sample)
                         tokens += sample.tokens
                         progress.update(bar, advance=1, speed=_speed(tokens, began))

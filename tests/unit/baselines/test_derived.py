@@ -64,6 +64,10 @@ def test_what_cannot_be_derived_is_refused(branched: Path, tmp_path: Path) -> No
         further_tuned(config, "law")
     with pytest.raises(InputError, match="--classes law: the configuration has text, code, math"):
         further_tuned(config, "text", ["law"])
+    weighed = branched_tree(branched, tmp_path / "runs")
+    weighed["data"] = weighed["data"] | {"sampling": {"text": 1, "code": 0, "math": 0}}
+    with pytest.raises(InputError, match=r"the baseline's configuration: .*no class has a weight"):
+        further_tuned(FuserConfig.model_validate(weighed), "code", ["code"])
     begun = branched_tree(branched, tmp_path / "runs", checkpoint={"start": "somewhere"})
     with pytest.raises(InputError, match=r"checkpoint\.start=null"):
         llamafuser(FuserConfig.model_validate(begun), branched / "base")

@@ -19,7 +19,7 @@ from support.tuning import plain_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser_mega.baselines import btx
-from ultrafuser_mega.baselines.fusechat import PIVOT, fused_targets, variation_weights
+from ultrafuser_mega.baselines.fusechat import PIVOT, fused_targets, fusion_losses, variation_weights
 from ultrafuser_mega.baselines.heldout import Model, load_model
 from ultrafuser_mega.baselines.ingredients import Ingredients
 from ultrafuser_mega.baselines.tuned import opened, tuned_config
@@ -114,6 +114,16 @@ def test_minimal_cross_entropy_chooses_a_teacher_for_each_sample() -> None:
     for part in (slice(0, 2), slice(2, 6), slice(6, 7)):
         losses = [float(-t[part].gather(1, targets[part, None]).mean()) for t in teachers]
         assert torch.equal(fused[part], teachers[int(np.argmin(losses))][part])
+
+
+def test_a_copy_of_the_pivot_learns_tokens_and_the_better_distribution() -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, p = (torch.randn(3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([5, 0, 2])
+    found = fusion_losses(q, targets, p.log_softmax(1), Loss())
+    for row, (ours, theirs, target) in enumerate(zip(q.softmax(1), p.softmax(1), targets, strict=True)):
+        distilled = -sum(theirs[k] * ours[k].log() for k in range(6))
+        assert found[row].item() == pytest.approx((-0.9 * ours[target].log() + 0.1 * distilled).item(), rel=1e-12)
 
 
 def test_variation_weights_are_the_ratio_of_mean_squares(branched: Path) -> None:

@@ -67,7 +67,7 @@ def evaluate(tmp_path: Path) -> Any:
 
     def call(*contestants: Contestant, seed: int = 0, items: int = 6, share: Share | None = None) -> Any:
         benchmark = Sums()
-        tasks = [Task(benchmark, benchmark.items(tmp_path)[:items])]
+        tasks = [Task(benchmark, benchmark.items(tmp_path)[:items], 8)]
         settings = settings_of(contestants, tasks, tmp_path, seed, "bwrap", None)
         console = Console(file=io.StringIO())
         return run_evaluation(contestants, tasks, settings, out, share or Share(), console)
@@ -166,6 +166,6 @@ class TwoTurns(Sums):
 
 def test_a_second_turn_is_asked_behind_the_first_answer() -> None:
     items = [Item("x", ("one", "two"), None), Item("y", ("one",), None)]
-    samples = {sample.item: sample for sample in answer_items("m", Chatty(), TwoTurns(), items)}
+    samples = {sample.item: sample for sample in answer_items("m", Chatty(), TwoTurns(), items, 8)}
     assert samples["x"].replies == ("", "3 messages") and samples["y"].replies == ("1 messages",)
     assert samples["x"].gate == {"a": (0.25 * 1 + 0.75 * 3) / 4} and samples["x"].tokens == 4

@@ -71,8 +71,8 @@ class ToyCode(_Toy):
     name = "toy_code"
     title = "Toy code"
     domain = "code"
-    source = "code.tasks.jsonl"
     runs_programs = True
+    source = "code.tasks.jsonl"
 
 
 class ToyMath(_Toy):

@@ -1,0 +1,1 @@
+from support.release_fixtures import *  # noqa: F403  fixtures

@@ -1,0 +1,102 @@
+"""``ultrafuser evaluate`` as people call it: several models of one release on small files of real forms."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import ultrafuser
+
+GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
+MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}]
+FILES: dict[str, list[dict[str, Any]]] = {"gsm8k_test": GSM8K, "mt_bench_question": MT_BENCH}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, given in FILES.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    return folder
+
+
+def rows(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(model, benchmark, item) -> its line of samples.jsonl, without what is another each time."""
+    found = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    for row in found:
+        del row["seconds"]
+    return {(row["model"], row["benchmark"], row["item"]): row for row in found}
+
+
+@pytest.mark.parametrize("trio", ["qwens"], indirect=True)
+def test_models_stand_beside_each_other_with_oracle_and_rules(
+    release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    models = [f"fused={release}", f"text={release}@text", f"plain={release}+uniform"]
+    options = ("--suite", "gsm8k,mt_bench", "--data", data, "--out", out, "--oracle", "text,fused")
+    short = ("--limit", "3", "--max-new-tokens", "8")
+    assert ultrafuser(monkeypatch, "evaluate", *models, *options, *short) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in ("fused", "text", "plain", "oracle of text, fused"))
+    found = rows(out)
+    assert len(found) == 3 * (3 + 1)
+    of_fused = found["fused", "mt_bench", "mt_bench/81"]
+    assert set(of_fused["gate"]) == {"text", "code", "math"} and len(of_fused["replies"]) == 2
+    assert found["text", "mt_bench", "mt_bench/81"]["gate"] == {}
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["models"]) == {"fused", "text", "plain", "oracle of text, fused"}
+    assert (out / "results.md").is_file() and list((out / "plots").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "nowhere: no such folder"),
+        (("a={release}", "a={release}+uniform"), "MODEL a: stands twice; give the second another name"),
+        (("{release}", "--suite", "poetry"), "benchmark 'poetry': there is none; choose of"),
+        (("{release}", "--suite", "aqua"), "agieval_aqua-rat.jsonl"),
+        (("{release}", "--select", "a,b"), "--select, --opponent, --judge-price: belong to --judge; give one"),
+        (("openai:gpt",), "expected openai:MODEL@URL"),
+    ],
+)
+@pytest.mark.parametrize("trio", ["qwens"], indirect=True)
+def test_bad_input_is_one_line(
+    release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    filled = [argument.format(release=release) for argument in arguments]
+    suite = () if "--suite" in arguments else ("--suite", "gsm8k")
+    assert ultrafuser(monkeypatch, "evaluate", *filled, *suite, "--data", data, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trio", ["qwens"], indirect=True)
+def test_two_ranks_that_were_interrupted_go_on_and_answer_as_one(
+    release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    options = ("--suite", "gsm8k", "--data", data, "--batch-size", "1", "--max-new-tokens", "64")
+    assert ultrafuser(monkeypatch, "evaluate", f"m={release}", *options, "--out", alone) == 0
+    command = [sys.executable, "-m", "ultrafuser_mega", "evaluate", f"m={release}", *map(str, options)]
+    command += ["--out", str(shared), "--ranks", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    until = time.monotonic() + 120
+    while not any(path.stat().st_size for path in shared.glob("samples.*.jsonl")) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == (f"interrupted at once; what was answered is in {shared}; the same command goes on")
+    subprocess.run(command, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert rows(shared) == rows(alone)
