@@ -151,7 +151,7 @@ def test_an_interrupted_file_does_not_get_its_name(
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "trace.jsonl").exists()
     assert (
         len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) <= 2
-    )  # those that no earlier row is missing of
+    )
 
 
 def test_a_file_that_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
