@@ -80,6 +80,7 @@ def results(
             by_place.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
     _check_same_items(by_place, benchmarks)
     models = {model: _model(own, benchmarks) for model, own in by_place.items()}
+    known = _known(by_place, benchmarks)
     return {
         "settings": dict(settings),
         "statistics": {"interval": "BCa bootstrap over groups", "level": LEVEL, "test": "sign flips by group"},
@@ -97,8 +98,8 @@ def results(
         },
         "no_verdict": dict(Counter(benchmark for benchmark, _ in void)),
         "models": models,
-        "pairs": _pairs(by_place, benchmarks),
-        "average_pairs": _average_pairs(by_place, benchmarks),
+        "pairs": _pairs(known, benchmarks),
+        "average_pairs": _average_pairs(known, benchmarks),
     }
 
 
@@ -229,11 +230,11 @@ def _gate(samples: Sequence[Sample]) -> dict[str, float]:
     return {name: sum(gate.get(name, 0.0) * tokens for gate, tokens in weighed) / total for name in names}
 
 
-def _pairs(by_place: Mapping[str, Mapping[str, list[Sample]]], benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:
+def _pairs(known: Mapping[str, Mapping[str, Scores]], benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:
     """Every two models on every benchmark that both have scores of; p adjusted within a benchmark's pairs as well."""
     found: list[dict[str, Any]] = []
     for one in benchmarks:
-        parts = {model: part[one.name] for model, part in _known(by_place, benchmarks).items() if one.name in part}
+        parts = {model: own[one.name] for model, own in known.items() if one.name in own}
         tests = {pair: paired_test(parts[pair[0]], parts[pair[1]], _SEED) for pair in combinations(parts, 2)}
         adjusted = holm({pair: test.p for pair, test in tests.items()})
         for (first, second), test in tests.items():
@@ -244,12 +245,10 @@ def _pairs(by_place: Mapping[str, Mapping[str, list[Sample]]], benchmarks: Seque
     return found
 
 
-def _average_pairs(
-    by_place: Mapping[str, Mapping[str, list[Sample]]], benchmarks: Sequence[Benchmark]
-) -> list[dict[str, Any]]:
+def _average_pairs(known: Mapping[str, Mapping[str, Scores]], benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:
     """How far every two models' averages are apart, with intervals from the same items' differences."""
     found: list[dict[str, Any]] = []
-    for (first, own), (second, other) in combinations(_known(by_place, benchmarks).items(), 2):
+    for (first, own), (second, other) in combinations(known.items(), 2):
         for title, members in average_members(benchmarks).items():
             if not all(name in own and name in other for name in members):
                 continue

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _TOLD_LINES = 20
+_SIDE_BY_SIDE = 3  # jobs that share the cores; one alone would wait for its threads more than they save
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
         RuntimeError: a worker failed; the others are ended first.
     """
     messages: SimpleQueue[tuple[str, dict[str, Any] | None]] = SimpleQueue()
-    threads = max(1, _cores() // len(jobs))
+    threads = max(1, _cores() // _SIDE_BY_SIDE)
     workers = {job.name: _start(job, threads) for job in jobs}
     said: dict[str, list[str]] = {name: [] for name in workers}
     readers = [

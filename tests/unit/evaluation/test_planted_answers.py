@@ -150,7 +150,7 @@ def test_right_answers_pass_and_forty_planted_wrong_ones_do_not(tmp_path: Path) 
 def test_random_programs_neither_hang_nor_pass_by_a_trick() -> None:
     double = ProgramTest("double", "", "def check(c):\n    for x in (0, 3, -5):\n        assert c(x) == 2 * x\n")
     limits = Limits(seconds=4.0, cpu_seconds=1, memory_bytes=256 << 20)
-    for seed in range(36):
+    for seed in range(24):
         program, may_be_right = random_program(seed)
         verdict = check_program(program, double, limits)
         assert may_be_right or not verdict.passed, program
