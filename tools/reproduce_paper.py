@@ -1,7 +1,7 @@
 """The paper's tables and figures on small models, with seeds, intervals and a verdict on every claim.
 
-    python tools/reproduce_paper.py --out reproduction                  # about an hour on two cores
-    python tools/reproduce_paper.py --out reproduction --quick          # about ten minutes
+    python tools/reproduce_paper.py --out reproduction                  # three seeds
+    python tools/reproduce_paper.py --out reproduction --quick          # two seeds, fewer steps and tasks
     python tools/reproduce_paper.py --out nano --config examples/configs/nano_real.yaml models=DIR data.root=DIR
 
 OUT/results.md has the claims and tables, OUT/claims.json every number that decided, OUT/seed-N all runs with their
