@@ -83,6 +83,8 @@ def _without_sandbox() -> str:
 def _accuracy(asked: Asked, trio: Trio, suite: str) -> Experiment:
     out = trio.root / "accuracy"
     rows = addresses(trio, [one for one in experiments(trio) if one.is_done])
+    if (found := out / RESULTS_FILE).is_file() and not rows.keys() <= json.loads(found.read_text())["models"].keys():
+        found.unlink()  # of fewer models: what they answered is kept, and not asked again
     command = ["evaluate", *(f"{row}={address}" for row, address in rows.items())]
     limit = str(_QUICK_TASKS if asked.quick else _TASKS)
     command += ["--suite", suite, "--data", str(trio.tasks), "--out", str(out), "--limit", limit]
