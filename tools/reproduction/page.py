@@ -49,7 +49,11 @@ def write_page(
         facts: what made the results: commit, machine, options.
         plots: pictures in ``out``.
     """
-    document = {"facts": facts, "claims": [claim.as_json() for claim in found], "left_out": measured.left_out}
+    document: dict[str, Any] = {
+        "facts": facts,
+        "claims": [claim.as_json() for claim in found],
+        "left_out": measured.left_out,
+    }
     document["headroom"] = headroom(measured)
     document["losses"], document["accuracies"] = measured.losses, measured.accuracies
     (out / "claims.json").write_text(json.dumps(document, indent=1) + "\n")
