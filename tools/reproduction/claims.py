@@ -92,7 +92,7 @@ def _table_1(m: Measured) -> list[Claim]:
             m.losses,
             "table 1",
             "averaged weights are worse than the best further-tuned single",
-            [(_words(AVERAGE, further_tuned(name)), further_tuned(name), AVERAGE, MEAN, 0.0) for name in _best(m)],
+            [(_words(further_tuned(name), AVERAGE), further_tuned(name), AVERAGE, MEAN, 0.0) for name in _best(m)],
         )
     )
     found.append(
@@ -100,7 +100,7 @@ def _table_1(m: Measured) -> list[Claim]:
             m.losses,
             "table 1",
             "task arithmetic at scale 1 is worse than every specialist alone",
-            [(_words(TASK_ARITHMETIC, name), name, TASK_ARITHMETIC, MEAN, 0.0) for name in m.specialists],
+            [(_words(name, TASK_ARITHMETIC), name, TASK_ARITHMETIC, MEAN, 0.0) for name in m.specialists],
         )
     )
     return found
