@@ -27,7 +27,7 @@ from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.planning.preflight import shared_vocabulary
 from ultrafuser_mega.reporting.records import FUSED, MEAN, SUMMARY_FILE, write_summary
-from ultrafuser_mega.toy import make_toy
+from ultrafuser_mega.training.prepare import make_missing_toy
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,7 @@ def begin_derived(config: FuserConfig) -> dict[str, Any]:
             f"checkpoint.start: {config.checkpoint.start}: a baseline begins with the folders that the fused model "
             "began with; set checkpoint.start=null"
         )
-    if config.toy is not None:
-        make_toy(config.toy, progress=True)
+    make_missing_toy(config)
     tree = config.model_dump(mode="json")
     tree["vocab_size"] = shared_vocabulary(config)
     tree["data"]["store"] = None

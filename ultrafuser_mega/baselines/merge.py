@@ -20,8 +20,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import EMBEDDING, read_json_object
 from ultrafuser_mega.planning.preflight import RunPlan, first_layouts_ranks, preflight
 from ultrafuser_mega.runtime.device import choose_device
-from ultrafuser_mega.toy import make_toy
-from ultrafuser_mega.training.prepare import prepare
+from ultrafuser_mega.training.prepare import make_missing_toy, prepare
 
 _WORDS = {
     "average": "The weights of {names} averaged, tensor by tensor (Wortsman et al. 2022). Nothing was trained.",
@@ -130,8 +129,7 @@ def merge(config: FuserConfig, out: Path, how: Merge, *, losses: bool = True) ->
 
 def checked(config: FuserConfig) -> RunPlan:
     """The plan of the configuration's run, whose specialists and data are there; its toy trio is made where missing."""
-    if config.toy is not None:
-        make_toy(config.toy, progress=True)
+    make_missing_toy(config)
     return preflight(config, first_layouts_ranks(config), resume=False)
 
 

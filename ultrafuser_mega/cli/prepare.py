@@ -46,12 +46,10 @@ def prepare(
 def _prepare(config: FuserConfig, overwrite: bool) -> None:
     # Not for a copy: torch and Megatron take seconds.
     from ultrafuser_mega.planning.preflight import shared_vocabulary
-    from ultrafuser_mega.toy import make_toy
-    from ultrafuser_mega.training.prepare import data_notes
+    from ultrafuser_mega.training.prepare import data_notes, make_missing_toy
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
-    if config.toy is not None:
-        make_toy(config.toy, progress=True)
+    make_missing_toy(config)
     report = prepare_data(config, shared_vocabulary(config), overwrite=overwrite)
     console = wide_console()
     console.print(report.table())

@@ -16,6 +16,7 @@ from ultrafuser_mega.config.loss import Loss
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.specialists import Specialist
 from ultrafuser_mega.config.stages import Optimizer, Stage, Stage2
+from ultrafuser_mega.config.toy import Toy
 
 __all__ = [
     "Checkpoint",
@@ -36,6 +37,7 @@ __all__ = [
     "Specialist",
     "Stage",
     "Stage2",
+    "Toy",
     "default_config_text",
     "dump_config",
     "load_config",

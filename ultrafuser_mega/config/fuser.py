@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from ultrafuser_mega.config.checkpoint import Checkpoint
 from ultrafuser_mega.config.data import Data
@@ -18,6 +18,7 @@ from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.config.specialists import Specialist
 from ultrafuser_mega.config.stages import Optimizer, Stage, Stage2
+from ultrafuser_mega.config.toy import Toy
 
 
 class FuserConfig(Section):
@@ -28,7 +29,7 @@ class FuserConfig(Section):
     seed: int = Field(1234, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    toy: Path | None = Field(None, description="make the toy specialists and their data here when they are missing")
+    toy: Toy | None = Field(None, description="make the toy specialists and their data here when they are missing")
     models: Path = Field(Path(), description="relative specialist paths are taken from here")
     specialists: dict[str, Specialist] = Field(min_length=1)
     layouts: list[Layout] = Field(min_length=1, description="the first that uses exactly the launched ranks is taken")
@@ -69,6 +70,11 @@ class FuserConfig(Section):
     def folders(self) -> dict[str, Path]:
         """Specialist name -> Hugging Face folder."""
         return {name: self.models / specialist.path for name, specialist in self.specialists.items()}
+
+    @field_validator("toy", mode="before")
+    @classmethod
+    def _folder_alone(cls, value: Any) -> Any:
+        return {"folder": value} if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> FuserConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import difflib
 from collections.abc import Iterator
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -66,5 +67,6 @@ def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 def _sections_in(annotation: Any, many: bool = False) -> Iterator[tuple[type[Section], bool]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation, many
+    either = get_origin(annotation) in (Union, UnionType)  # a section or nothing
     for argument in get_args(annotation):
-        yield from _sections_in(argument, many=True)
+        yield from _sections_in(argument, many or not either)

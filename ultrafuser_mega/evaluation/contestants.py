@@ -107,7 +107,7 @@ def _local(address: str, computing: Computing) -> Iterator[Answering]:
 
 
 class LocalModel:
-    """A model of this machine. Conversations of like length are answered together, greedily.
+    """A model of this machine. Conversations of like length are answered together, the longest first, greedily.
 
     Args:
         opened: the model, of :func:`ultrafuser_mega.inference.model.opened_model`.
@@ -132,15 +132,14 @@ class LocalModel:
             except InputError as error:
                 yield number, Reply("", 0, f"not asked: {error}")
         order = sorted(prompts, key=lambda number: -max(map(len, prompts[number].values())))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            stream = self._answerer.stream([prompts[n] for n in batch], Limits(max_new_tokens), Sampling())
-            for event in stream:
-                if isinstance(event, tuple) and isinstance(event[1], Answer):
-                    row, answer = event
-                    weights = dict(zip(self._answerer.names, answer.mean_weights(), strict=True))
-                    gate = {name: round(weight, 4) for name, weight in weights.items()} if len(weights) > 1 else {}
-                    yield batch[row], Reply(answer.text, len(answer.tokens), answer.finish_reason, gate)
+        sorted_prompts = [prompts[number] for number in order]
+        limits = Limits(max_new_tokens)
+        for event in self._answerer.stream(sorted_prompts, limits, Sampling(), at_once=self._batch_size):
+            if isinstance(event, tuple) and isinstance(event[1], Answer):
+                row, answer = event
+                weights = dict(zip(self._answerer.names, answer.mean_weights(), strict=True))
+                gate = {name: round(weight, 4) for name, weight in weights.items()} if len(weights) > 1 else {}
+                yield order[row], Reply(answer.text, len(answer.tokens), answer.finish_reason, gate)
 
 
 @contextmanager

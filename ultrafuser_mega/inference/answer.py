@@ -118,9 +118,16 @@ class Answerer:
         return dict.fromkeys(self.names, ids)
 
     def stream(
-        self, prompts: Sequence[Prompt], limits: Limits, sampling: Sampling, *, lead: bool = True, first_row: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        limits: Limits,
+        sampling: Sampling,
+        *,
+        lead: bool = True,
+        first_row: int = 0,
+        at_once: int | None = None,
     ) -> Iterator[Shown | tuple[int, Answer]]:
-        """Answer a batch: text as it becomes certain, then (row, answer) when a row is done.
+        """Answer prompts: text as it becomes certain, then (row, answer) when a row is done.
 
         Args:
             prompts: see ``encode`` and ``encode_raw``.
@@ -128,6 +135,7 @@ class Answerer:
             sampling: how tokens are chosen.
             lead: whether answers begin with the white space that responses in the training data begin with.
             first_row: number of the first row.
+            at_once: rows that are under way at a time; None: all.
         """
         opened = self._opened
         prefix = opened.model.config.response_lead if lead else ""
@@ -136,7 +144,12 @@ class Answerer:
         }
         weights: dict[int, list[list[float]]] = {row: [] for row in texts}
         decoding = self._decoder.decode(
-            prompts, max_new_tokens=limits.max_new_tokens, sampling=sampling, eos=opened.eos, first_row=first_row
+            prompts,
+            max_new_tokens=limits.max_new_tokens,
+            sampling=sampling,
+            eos=opened.eos,
+            first_row=first_row,
+            at_once=at_once,
         )
 
         def shown(row: int, pieces: list[Piece]) -> Iterator[Shown]:

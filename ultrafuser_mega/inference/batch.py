@@ -81,16 +81,17 @@ def answer_file(
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("", total=len(prompts))
-        for start in range(0, len(prompts), batch_size):
-            done: dict[int, Answer] = {}
-            batch = prompts[start : start + batch_size]
-            for event in answerer.stream(batch, limits, sampling, first_row=start):
-                if isinstance(event, tuple):
-                    done[event[0]] = event[1]
-                    progress.advance(task)
-            for row, answer in sorted(done.items()):
-                _append(answers, source.rows[row] | {ANSWER: answer.text, FINISH: answer.finish_reason})
-                traces.write(row, answer)
+        done: dict[int, Answer] = {}
+        written = 0
+        for event in answerer.stream(prompts, limits, sampling, at_once=batch_size):
+            if not isinstance(event, tuple):
+                continue
+            done[event[0]] = event[1]
+            progress.advance(task)
+            while (answer := done.pop(written, None)) is not None:
+                _append(answers, source.rows[written] | {ANSWER: answer.text, FINISH: answer.finish_reason})
+                traces.write(written, answer)
+                written += 1
 
 
 class TraceFile:

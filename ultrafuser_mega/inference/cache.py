@@ -6,7 +6,7 @@ rows that are not there yet. This one keeps room for the whole answer and shows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,6 +73,30 @@ class BufferedLayer(DynamicLayer):
         keys, values = (part.expand(rows, -1, -1, -1) for part in (source.keys, source.values))
         self.update(keys, values)
 
+    def join_rows(self, sources: Sequence[tuple[BufferedLayer, int]], length: int) -> None:
+        """Hold the rows of several layers, so that all end at ``length``, behind zeros; nothing was held before.
+
+        Args:
+            sources: layers, each with how many of its first tokens are left out.
+            length: at least the longest of what remains.
+        """
+        held = [source.keys for source, _ in sources], [source.values for source, _ in sources]
+        first = held[0][0]
+        assert first is not None
+        self.lazy_initialization(first, first)
+        rows = sum(len(keys) for keys in held[0] if keys is not None)
+        made = []
+        for parts in held:
+            buffer = first.new_zeros((rows, first.shape[1], max(self.room, length), first.shape[3]))
+            place = 0
+            for part, (_, cut) in zip(parts, sources, strict=True):
+                assert part is not None
+                buffer[place : place + len(part), :, length - (part.shape[2] - cut) : length] = part[:, :, cut:]
+                place += len(part)
+            made.append(buffer)
+        self._buffers = made[0], made[1]
+        self.keys, self.values = made[0][..., :length, :], made[1][..., :length, :]
+
 
 def buffered_cache(model: UltraFuserForCausalLM, room: Mapping[str, int]) -> FusedCache:
     """An empty cache for ``model`` with room for ``room[name]`` tokens of each specialist."""
@@ -89,4 +113,31 @@ def repeated(model: UltraFuserForCausalLM, cache: FusedCache, rows: int, room: M
     for new, old in zip(made.layers, cache.layers, strict=True):
         assert isinstance(new, BufferedLayer) and isinstance(old, BufferedLayer)
         new.repeat_row(old, rows)
+    return made
+
+
+def joined(
+    model: UltraFuserForCausalLM,
+    sources: Sequence[tuple[FusedCache, Mapping[str, int]]],
+    lengths: Mapping[str, int],
+    room: Mapping[str, int],
+) -> FusedCache:
+    """The rows of several caches as one; see :meth:`BufferedLayer.join_rows`.
+
+    Args:
+        model: that all are of.
+        sources: caches, each with how many of a specialist's first tokens are left out.
+        lengths: specialist -> where all rows end.
+        room: specialist -> tokens that there is to be room for.
+    """
+    made = buffered_cache(model, room)
+    for name, new in made.caches.items():
+        for number, layer in enumerate(new.layers):
+            own: list[tuple[BufferedLayer, int]] = []
+            for cache, cut in sources:
+                old = cache.caches[name].layers[number]
+                assert isinstance(old, BufferedLayer)
+                own.append((old, cut[name]))
+            assert isinstance(layer, BufferedLayer)
+            layer.join_rows(own, lengths[name])
     return made

@@ -58,22 +58,24 @@ class Decoder:
         sampling: Sampling,
         eos: Collection[int],
         first_row: int = 0,
+        at_once: int | None = None,
     ) -> Decoding:
-        """Begin answering a batch of prompts; iterate over what this returns.
+        """Begin answering prompts; iterate over what this returns.
 
         Args:
-            prompts: b prompts, each with at least one id per specialist; lengths may differ in every way.
+            prompts: each with at least one id per specialist; lengths may differ in every way.
             max_new_tokens: longest answer in tokens; a row's is shortened where a specialist's positions end.
             sampling: how tokens are chosen.
             eos: tokens that end a row; the row's last step still shows it.
             first_row: number of the first row (see ``Sampling.seed``).
+            at_once: rows of the batch, in which the others take the places of rows that are done; None: all.
 
         Raises:
             InputError: a prompt leaves no room for an answer.
         """
         longest = {first_row + i: min(max_new_tokens, self.room(prompt)) for i, prompt in enumerate(prompts)}
-        rows = self.lanes.begin(prompts, max(longest.values()), remember=not self.rule.reads_text)
-        return Decoding(self, prompts, rows, longest, Chooser(sampling, list(longest)), frozenset(eos))
+        waiting = dict(zip(longest, prompts, strict=True))
+        return Decoding(self, waiting, longest, Chooser(sampling, list(longest)), frozenset(eos), at_once)
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens an answer may have before a specialist's positions end; InputError where there is none."""
@@ -86,8 +88,35 @@ class Decoder:
         return min(left)
 
 
+@dataclass
+class _Batch:
+    """Rows under way.
+
+    Attributes:
+        rows: their numbers.
+        held: what has been read of them.
+        seen: (b, s) ids of the first specialist's prompt and of the answer, padded on the left.
+        shortest: (b,) tokens of the shortest of a row's prompts.
+        evidence: of the last step.
+    """
+
+    rows: list[int]
+    held: Rows
+    seen: Tensor
+    shortest: Tensor
+    evidence: Evidence | None = None
+
+    def select(self, places: Sequence[int]) -> None:
+        """Go on with the rows in these places; at least one."""
+        index = torch.tensor(places)
+        self.rows = [self.rows[place] for place in places]
+        self.held.select(index)
+        self.seen, self.shortest = self.seen[index], self.shortest[index]
+        self.evidence = None if self.evidence is None else self.evidence.select(index)
+
+
 class Decoding:
-    """A batch under way: an iterator of :class:`Step`. Rows leave it at EOS, by ``end_row``, or at full length.
+    """Prompts under way: an iterator of :class:`Step`. Rows leave it at EOS, by ``end_row``, or at full length.
 
     Attributes:
         longest: row -> tokens of its longest possible answer.
@@ -96,79 +125,105 @@ class Decoding:
     def __init__(
         self,
         decoder: Decoder,
-        prompts: Sequence[Prompt],
-        rows: Rows,
+        waiting: dict[int, Prompt],
         longest: dict[int, int],
         chooser: Chooser,
         eos: frozenset[int],
+        at_once: int | None,
     ) -> None:
         self.longest = longest
-        self._lanes, self._rule = decoder.lanes, decoder.rule
-        self._held, self._chooser, self._eos = rows, chooser, eos
-        self._rows = list(longest)
-        self._prompts = prompts
-        self._steps = 0
+        self._lanes, self._rule, self._first = decoder.lanes, decoder.rule, decoder.model.names[0]
+        self._waiting, self._chooser, self._eos = waiting, chooser, eos
+        self._at_once = at_once or max(len(waiting), 1)
+        self._only = next(iter(waiting.values())) if len(waiting) == 1 else None
+        self._made = dict.fromkeys(longest, 0)  # row -> tokens of its answer
         self._ended: set[int] = set()
-        self._evidence: Evidence | None = None  # of the last step
-        self._seen = rows.padded_ids([prompt[decoder.model.names[0]] for prompt in prompts])
 
     def end_row(self, row: int) -> None:
         """This row needs no more tokens (a stop string was found)."""
         self._ended.add(row)
 
     def __iter__(self) -> Iterator[Step]:
+        running: _Batch | None = None
+        last: _Batch | None = None
         try:
-            while self._rows:
-                yield self._step()
-                self._drop_ended()
+            while running is not None or self._waiting:
+                entering = self._entering(running)
+                last = entering or running
+                assert last is not None
+                yield self._step(last)
+                running = last if running is None or entering is None else self._joined(running, entering)
+                running = self._without_ended(running)
         finally:
-            if len(self._prompts) == 1:
-                first = next(iter(self._prompts[0].values()))
-                self._lanes.keep(self._held, self._prompts[0], self._seen[0, len(first) :].tolist())
+            if self._only is not None and last is not None:
+                answer = last.seen[0, len(self._only[self._first]) :].tolist()
+                self._lanes.keep(last.held, self._only, answer)
+
+    def _entering(self, running: _Batch | None) -> _Batch | None:
+        """Rows for the free places, unless too few are free: with every entry, what is held of all rows is copied."""
+        free = self._at_once - (0 if running is None else len(running.rows))
+        if running is not None and free < max(1, min(self._at_once // 4, len(self._waiting))):
+            return None
+        if not self._waiting:
+            return None
+        rows = list(self._waiting)[:free]
+        prompts = [self._waiting.pop(row) for row in rows]
+        room = max(self.longest[row] for row in rows)
+        held = self._lanes.begin(prompts, room, remember=not self._rule.reads_text)
+        seen = Rows.padded_ids([prompt[self._first] for prompt in prompts])
+        shortest = torch.tensor([min(map(len, prompt.values())) for prompt in prompts])
+        return _Batch(rows, held, seen, shortest)
+
+    def _joined(self, first: _Batch, second: _Batch) -> _Batch:
+        """Two batches that have done the same step as one."""
+        rows = [*first.rows, *second.rows]
+        held = self._lanes.join(first.held, second.held, max(self.longest[row] - self._made[row] for row in rows))
+        length = max(first.seen.shape[1], second.seen.shape[1])
+        seen = torch.cat([_lengthened(part.seen, length) for part in (first, second)])
+        assert first.evidence is not None and second.evidence is not None
+        evidence = first.evidence.join(second.evidence)
+        return _Batch(rows, held, seen, torch.cat([first.shortest, second.shortest]), evidence)
 
     @torch.inference_mode()
-    def _step(self) -> Step:
-        hidden = self._lanes.forward(self._held)
-        evidence = self._evidence = self._gather(hidden)
+    def _step(self, batch: _Batch) -> Step:
+        hidden = self._lanes.forward(batch.held)
+        evidence = batch.evidence = self._gathered(batch, hidden)
         logits = self._lanes.own_logits({name: part[:, -1] for name, part in hidden.items()})
         alone = [own.log_softmax(-1) for own in logits] if self._rule.reads_text else []
         scores, weights = self._rule.mix(logits, evidence)
-        chosen = self._chooser.choose(scores, self._seen.to(scores.device), self._rows)
+        chosen = self._chooser.choose(scores, batch.seen.to(scores.device), batch.rows)
         if alone:
             index = chosen.to(scores.device)[:, None]
-            likelihood = torch.cat([own.gather(1, index) for own in alone], dim=1)
             assert evidence.response is not None
-            evidence.response.add_(likelihood)
-        self._steps += 1
-        self._seen = torch.cat([self._seen, chosen[:, None]], dim=1)
-        self._held.append(chosen[:, None])
-        step = Step(list(self._rows), chosen.tolist(), weights.float().cpu())
+            evidence.response.add_(torch.cat([own.gather(1, index) for own in alone], dim=1))
+        batch.seen = torch.cat([batch.seen, chosen[:, None]], dim=1)
+        batch.held.append(chosen[:, None])
+        step = Step(list(batch.rows), chosen.tolist(), weights.float().cpu())
         for row, token in zip(step.rows, step.tokens, strict=True):
-            if token in self._eos or self._steps == self.longest[row]:
+            self._made[row] += 1
+            if token in self._eos or self._made[row] == self.longest[row]:
                 self._ended.add(row)
         return step
 
-    def _gather(self, hidden: dict[str, Tensor]) -> Evidence:
+    def _gathered(self, batch: _Batch, hidden: dict[str, Tensor]) -> Evidence:
         """What the rule may go by for the token behind the last position of ``hidden``, name -> (b, s, d)."""
         gate = self._lanes.gate_weights({name: part[:, -1] for name, part in hidden.items()})
-        if self._evidence is not None:
-            last = self._evidence
+        if (last := batch.evidence) is not None:
             return Evidence(gate, last.at_prompt_end, last.prompt, last.shortest, last.response)
         if not self._rule.reads_text:
             return Evidence(gate, gate)
-        prompt = self._lanes.mean_likelihood(hidden, self._held)
-        shortest = torch.tensor([min(map(len, prompt.values())) for prompt in self._prompts], device=gate.device)
-        return Evidence(gate, gate, prompt, shortest, torch.zeros_like(gate))
+        prompt = self._lanes.mean_likelihood(hidden, batch.held)
+        return Evidence(gate, gate, prompt, batch.shortest.to(gate.device), torch.zeros_like(gate))
 
-    def _drop_ended(self) -> None:
-        kept = [place for place, row in enumerate(self._rows) if row not in self._ended]
-        if len(kept) == len(self._rows):
-            return
-        self._rows = [self._rows[place] for place in kept]
+    def _without_ended(self, batch: _Batch) -> _Batch | None:
+        kept = [place for place, row in enumerate(batch.rows) if row not in self._ended]
         if not kept:
-            return
-        index = torch.tensor(kept)
-        self._seen = self._seen[index]
-        self._held.select(index)
-        if self._evidence is not None:
-            self._evidence = self._evidence.select(index)
+            return None
+        if len(kept) < len(batch.rows):
+            batch.select(kept)
+        return batch
+
+
+def _lengthened(seen: Tensor, length: int) -> Tensor:
+    """(b, length): padded on the left with each row's own first id."""
+    return torch.cat([seen[:, :1].expand(-1, length - seen.shape[1]), seen], dim=1)

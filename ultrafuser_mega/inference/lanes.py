@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrafuser_mega.inference.cache import buffered_cache, repeated
+from ultrafuser_mega.inference.cache import buffered_cache, joined, repeated
 from ultrafuser_mega.release.modeling_ultrafuser import FusedCache, UltraFuserForCausalLM
 
 Prompt = Mapping[str, Sequence[int]]  # specialist -> its ids
@@ -73,6 +73,11 @@ class Rows:
             self.next[name] = self.next[name][index]
             self.masks[name] = None if mask is None else mask[index]
 
+    def padding(self, name: str) -> int:
+        """Tokens at the beginning that pad every row of specialist ``name``."""
+        mask = self.masks[name]
+        return 0 if mask is None else int(mask.any(0).long().argmax())
+
 
 class _Lane:
     """Where one specialist computes: a device, and on a GPU a stream of its own."""
@@ -134,6 +139,35 @@ class Lanes:
             self._past = self._read(past, shared)
             return Rows(_Past(repeated(self._model, self._past.cache, len(prompts), rooms), shared), prompts)
         return Rows(_Past(buffered_cache(self._model, rooms), {name: [] for name in rooms}), prompts)
+
+    def join(self, first: Rows, second: Rows, room: int) -> Rows:
+        """Two batches, each of which has one token next, as one; what pads all rows of one at its beginning is dropped.
+
+        Args:
+            first: its rows come first.
+            second: the others.
+            room: tokens that will follow each row.
+        """
+        parts = (first, second)
+        cuts = [{name: part.padding(name) for name in self.positions} for part in parts]
+        lengths = {
+            name: max(part.length(name) - cut[name] for part, cut in zip(parts, cuts, strict=True))
+            for name in self.positions
+        }
+        rooms = {name: length + room for name, length in lengths.items()}
+        cache = joined(self._model, [(part.cache, cut) for part, cut in zip(parts, cuts, strict=True)], lengths, rooms)
+        both = Rows(_Past(cache, {}), [])
+        for name, length in lengths.items():
+            both.next[name] = torch.cat([part.next[name] for part in parts])
+            masks = []
+            for part, cut in zip(parts, cuts, strict=True):
+                whole, b = part.masks[name], len(part.next[name])
+                read = part.length(name)
+                own = torch.ones(b, read + 1, dtype=torch.int64) if whole is None else whole
+                own = own[:, cut[name] :]
+                masks.append(torch.cat([own.new_zeros(b, length + 1 - own.shape[1]), own], dim=1))
+            both.masks[name] = torch.cat(masks)
+        return both
 
     def keep(self, rows: Rows, prompt: Prompt, answer: Sequence[int]) -> None:
         """Remember a conversation of one row; nothing where a step was interrupted half-way."""

@@ -52,6 +52,13 @@ class Evidence:
         parts = (self.gate, self.at_prompt_end, self.prompt, self.shortest, self.response)
         return Evidence(*(None if part is None else part[index.to(part.device)] for part in parts))  # type: ignore[arg-type]
 
+    def join(self, other: Evidence) -> Evidence:
+        """Of these rows, then of those of ``other``."""
+        mine = (self.gate, self.at_prompt_end, self.prompt, self.shortest, self.response)
+        theirs = (other.gate, other.at_prompt_end, other.prompt, other.shortest, other.response)
+        pairs = zip(mine, theirs, strict=True)
+        return Evidence(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -26,7 +26,7 @@ from ultrafuser_mega.runtime.device import (
 )
 from ultrafuser_mega.runtime.failure import first_failure_ends_job, leave_for_torchrun
 from ultrafuser_mega.runtime.layout import choose_plan, plan_that_fits
-from ultrafuser_mega.toy import make_toy
+from ultrafuser_mega.training.prepare import make_missing_toy
 from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import begun_by_this_launch, refuse_running
 
@@ -140,4 +140,4 @@ def ensure_toy(config: FuserConfig, ranks: int) -> None:
     if config.toy is None:
         return
     choose_plan(plan_layouts(config), ranks)  # a wrong rank count should not cost minutes first
-    make_toy(config.toy, progress=True)
+    make_missing_toy(config)

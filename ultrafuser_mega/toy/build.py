@@ -4,7 +4,9 @@
 processes do not build at once, and a build that was cut short leaves no folder with a final name.
 
     OUT/{text,code,math}/                    Hugging Face folders (Llama, fp32)
+    OUT/base/                                of a branched trio: what the three were trained on from
     OUT/data/{class}.{train,heldout}.jsonl   {"instruction": ..., "output": ...} per line
+    OUT/data/{class}.tasks.jsonl             held-out instructions with what makes a reply right (checkable.py)
     OUT/recipe.json                          what they were made from, and how well they do; written last
 """
 
@@ -22,10 +24,11 @@ from filelock import FileLock
 from rich.console import Console
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.toy.corpus import CLASSES, generate, write_jsonl
+from ultrafuser_mega.toy.checkable import make_tasks, write_tasks
+from ultrafuser_mega.toy.corpus import BASE, CLASSES, generate, write_jsonl
 from ultrafuser_mega.toy.jobs import Job, run_jobs
 from ultrafuser_mega.toy.llama import llama_config
-from ultrafuser_mega.toy.templates import CHAT_TEMPLATES
+from ultrafuser_mega.toy.templates import CHAT_TEMPLATES, template_of
 from ultrafuser_mega.toy.tokenizer import train_sentencepiece, training_documents, write_tokenizer
 
 RECIPE_FILE = "recipe.json"
@@ -39,6 +42,10 @@ class ToyRecipe:
 
     ``pieces`` is V, the shared vocabulary. The three differ as the paper's trio does in vocabulary rows
     and rope theta, and also in key/value heads, eps and positions, so that nothing works by luck.
+
+    A ``branched`` trio is of one shape and has a common origin, so that its weights can be averaged: a base model is
+    trained ``steps`` at ``lr`` on the rows of all classes as plain text, without templates, and each specialist
+    ``branch_steps`` at ``branch_lr`` from there on its own class.
     """
 
     hidden_size: int = 64
@@ -47,14 +54,27 @@ class ToyRecipe:
     pieces: int = 1536
     train_rows: int = 4000
     heldout_rows: int = 200
+    task_rows: int = 100
     steps: int = 500
     batch_size: int = 16
     lr: float = 5e-3
+    branched: bool = False
+    branch_steps: int = 250
+    branch_lr: float = 2e-3
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The folders that are made, beside that of the data."""
+        return (*CLASSES, BASE) if self.branched else CLASSES
 
     def shape(self, name: str) -> dict[str, Any]:
-        """Arguments of :func:`llama_config` for specialist ``name``."""
+        """Arguments of :func:`llama_config` for one of the models."""
+        sizes = {"hidden_size": self.hidden_size, "layers": self.layers, "heads": self.heads}
+        plain = {"vocab_rows": self.pieces, "kv_heads": self.heads, "rope_theta": 1e4}
+        if self.branched:
+            return sizes | plain
         own = {
-            "text": {"vocab_rows": self.pieces, "kv_heads": self.heads, "rope_theta": 1e4},
+            "text": plain,
             "code": {
                 "vocab_rows": self.pieces + 16,
                 "kv_heads": max(1, self.heads // 2),
@@ -68,20 +88,23 @@ class ToyRecipe:
                 "rms_norm_eps": 1e-6,
             },
         }[name]
-        return {"hidden_size": self.hidden_size, "layers": self.layers, "heads": self.heads, **own}
+        return sizes | own
 
 
 @dataclass(frozen=True)
 class ToyFolders:
     """Where the finished trio lies. Dictionaries go by class name: "text", "code", "math".
 
-    ``heldout_loss[specialist][class]`` is in nats per response token, each specialist under its own template.
+    ``heldout_loss[model][class]`` is in nats per response token, each specialist under its own template. A branched
+    trio has a ``base``, which was taught no template and is asked in that of "text"; others have None.
     """
 
     root: Path
     specialists: dict[str, Path]
     train: dict[str, Path]
     heldout: dict[str, Path]
+    tasks: dict[str, Path]
+    base: Path | None
     heldout_loss: dict[str, dict[str, float]]
 
 
@@ -134,28 +157,30 @@ def _build(
     for name, split in splits.items():
         write_jsonl(data / f"{name}.train.jsonl", split.train)
         write_jsonl(data / f"{name}.heldout.jsonl", split.heldout)
+        taken = {row.instruction for row in split.train + split.heldout}
+        write_tasks(data / f"{name}.tasks.jsonl", make_tasks(name, seed=seed, rows=recipe.task_rows, taken=taken))
     model = train_sentencepiece(
         training_documents({name: split.train for name, split in splits.items()}), pieces=recipe.pieces
     )
-    jobs = []
-    for number, name in enumerate(CLASSES):
-        shape = recipe.shape(name)
+    jobs = {}
+    for number, name in enumerate(recipe.models):
+        shape, branches = recipe.shape(name), recipe.branched and name != BASE
         max_length = llama_config(**shape).max_position_embeddings
-        write_tokenizer(partial / name, model, chat_template=CHAT_TEMPLATES[name], max_length=max_length)
-        jobs.append(
-            Job(
-                name=name,
-                folder=str(partial / name),
-                data=str(data),
-                shape=shape,
-                steps=recipe.steps,
-                batch_size=recipe.batch_size,
-                lr=recipe.lr,
-                seed=3 * seed + number,
-                device=device,
-            )
+        write_tokenizer(partial / name, model, chat_template=CHAT_TEMPLATES[template_of(name)], max_length=max_length)
+        jobs[name] = Job(
+            name=name,
+            folder=str(partial / name),
+            data=str(data),
+            shape=shape,
+            steps=recipe.branch_steps if branches else recipe.steps,
+            batch_size=recipe.batch_size,
+            lr=recipe.branch_lr if branches else recipe.lr,
+            seed=3 * seed + number,
+            device=device,
+            start=str(partial / BASE) if branches else None,
         )
-    losses = run_jobs(jobs, console)
+    losses_of_base = run_jobs([jobs.pop(BASE)], console) if recipe.branched else {}
+    losses = run_jobs(list(jobs.values()), console) | losses_of_base
     files = {
         str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
     }
@@ -169,7 +194,9 @@ def _publish(root: Path) -> None:
     """Move a complete build to its final names; can be repeated after an interruption. The recipe goes last."""
     partial = root / _PARTIAL
     (root / RECIPE_FILE).unlink(missing_ok=True)
-    for name in (*CLASSES, "data"):
+    if not json.loads((partial / RECIPE_FILE).read_text())["identity"]["branched"]:
+        shutil.rmtree(root / BASE, ignore_errors=True)  # of another trio that was here
+    for name in (*CLASSES, BASE, "data"):
         if (partial / name).exists():
             shutil.rmtree(root / name, ignore_errors=True)
             (partial / name).rename(root / name)
@@ -192,6 +219,8 @@ def _folders(root: Path) -> ToyFolders:
         specialists={name: root / name for name in CLASSES},
         train={name: root / "data" / f"{name}.train.jsonl" for name in CLASSES},
         heldout={name: root / "data" / f"{name}.heldout.jsonl" for name in CLASSES},
+        tasks={name: root / "data" / f"{name}.tasks.jsonl" for name in CLASSES},
+        base=root / BASE if (root / BASE).is_dir() else None,
         heldout_loss=json.loads((root / RECIPE_FILE).read_text())["heldout_loss"],
     )
 
@@ -199,7 +228,7 @@ def _folders(root: Path) -> ToyFolders:
 def _refuse_foreign(root: Path) -> None:
     if (root / RECIPE_FILE).exists():
         return
-    for name in (*CLASSES, "data"):
+    for name in (*CLASSES, BASE, "data"):
         if (root / name).exists():
             raise InputError(
                 f"out_dir {root}: holds '{name}' but no {RECIPE_FILE}, so it was not made here; choose another"
@@ -207,10 +236,10 @@ def _refuse_foreign(root: Path) -> None:
 
 
 def _check(recipe: ToyRecipe, device: str) -> None:
-    for field in ("layers", "steps", "batch_size", "train_rows", "heldout_rows"):
+    for field in ("layers", "steps", "branch_steps", "batch_size", "train_rows", "heldout_rows", "task_rows"):
         if getattr(recipe, field) < 1:
             raise InputError(f"{field} = {getattr(recipe, field)}: must be at least 1")
-    for name in CLASSES:
+    for name in recipe.models:
         llama_config(**recipe.shape(name))
     try:
         torch.empty(1, device=device)

@@ -15,6 +15,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.toy import code_tasks, crossing_tasks, math_tasks, text_tasks
 
 CLASSES = ("text", "code", "math")
+BASE = "base"  # the model that a branched trio's three were trained on from
 _TASKS = {
     "text": text_tasks.TASKS + crossing_tasks.TASKS["text"],
     "code": code_tasks.TASKS + crossing_tasks.TASKS["code"],

@@ -1,4 +1,4 @@
-"""Run the three training jobs side by side, one process each, and show their progress.
+"""Run training jobs side by side, one process each, and show their progress.
 
 The workers are ordinary subprocesses (``python -m ultrafuser_mega.toy.worker``), not multiprocessing
 children, so a caller needs no ``__main__`` guard and may itself be a daemonic process. A worker tells
@@ -15,17 +15,22 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _TOLD_LINES = 20
+_SIDE_BY_SIDE = 3  # jobs that share the cores; one alone would wait for its threads more than they save
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker needs; goes to it as JSON. ``folder`` holds the tokenizer and receives the model."""
+    """What one worker needs; goes to it as JSON.
+
+    ``folder`` holds the tokenizer and receives the model; ``start`` holds the weights to begin with; None: random ones.
+    """
 
     name: str
     folder: str
@@ -36,6 +41,7 @@ class Job:
     lr: float
     seed: int
     device: str
+    start: str | None = None
 
 
 def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
@@ -45,7 +51,7 @@ def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
         RuntimeError: a worker failed; the others are ended first.
     """
     messages: SimpleQueue[tuple[str, dict[str, Any] | None]] = SimpleQueue()
-    threads = max(1, _cores() // len(jobs))
+    threads = max(1, _cores() // _SIDE_BY_SIDE)
     workers = {job.name: _start(job, threads) for job in jobs}
     said: dict[str, list[str]] = {name: [] for name in workers}
     readers = [
@@ -73,7 +79,8 @@ def run_jobs(jobs: list[Job], console: Console) -> dict[str, dict[str, float]]:
                     bars.update(tasks[name], completed=message["step"], loss=f"loss {message['loss']:.3f}")
                 else:
                     losses[name] = message["heldout_loss"]
-                    bars.update(tasks[name], loss=f"held-out {losses[name][name]:.3f}")
+                    own = losses[name].get(name, fmean(losses[name].values()))
+                    bars.update(tasks[name], loss=f"held-out {own:.3f}")
     finally:
         for worker in workers.values():
             worker.kill()

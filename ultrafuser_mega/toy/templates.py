@@ -36,6 +36,11 @@ CHAT_TEMPLATES = {
 }
 
 
+def template_of(model: str) -> str:
+    """Whose template ``model`` answers under: its own, or, of a model that was taught none, that of "text"."""
+    return model if model in PROMPTS else "text"
+
+
 def prompt(name: str, instruction: str) -> str:
     """The prompt of specialist ``name`` without its BOS token."""
     return PROMPTS[name].replace("{instruction}", instruction)

@@ -280,3 +280,5 @@ TASKS = (
     _city_fact, _city_trip, _describe_animal, _compare_animals, _job, _explain_object, _advice, _letter, _past_tense,
     _polite, _summary, _review, _story,
 )  # fmt: skip
+#: Of these, tasks to which another reply than the row's is as right.
+MANY_REPLIES = (_advice, _story)

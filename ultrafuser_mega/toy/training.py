@@ -1,6 +1,6 @@
-"""Train one toy specialist on its own class: a plain PyTorch loop over a transformers Llama.
+"""Train one toy model, a specialist on its own class: a plain PyTorch loop over a transformers Llama.
 
-One process, one class, loss on the response alone; it has nothing to do with the fused trainer.
+One process, loss on the response alone; it has nothing to do with the fused trainer.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ def encode(tokenizer_dir: Path, name: str, rows: Sequence[Row]) -> list[Sample]:
     prompts = tokenizer([prompt(name, row.instruction) for row in rows], add_special_tokens=False).input_ids
     responses = tokenizer([row.output for row in rows], add_special_tokens=False).input_ids
     return [Sample((bos, *p), (*r, eos)) for p, r in zip(prompts, responses, strict=True)]
+
+
+def encode_plain(tokenizer_dir: Path, rows: Sequence[Row]) -> list[Sample]:
+    """``rows`` as plain text, every token of which is to be predicted."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = tokenizer([f"{row.instruction}\n{row.output}" for row in rows], add_special_tokens=False).input_ids
+    return [Sample((bos,), (*text, eos)) for text in texts]
 
 
 def train(

@@ -14,10 +14,11 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from ultrafuser_mega.toy.corpus import CLASSES, read_jsonl
+from ultrafuser_mega.toy.corpus import BASE, CLASSES, Row, read_jsonl
 from ultrafuser_mega.toy.jobs import Job
 from ultrafuser_mega.toy.llama import llama_config, save_llama
-from ultrafuser_mega.toy.training import encode, heldout_loss, train
+from ultrafuser_mega.toy.templates import template_of
+from ultrafuser_mega.toy.training import Sample, encode, encode_plain, heldout_loss, train
 
 
 def main() -> None:
@@ -27,9 +28,11 @@ def main() -> None:
     torch.manual_seed(job.seed)
     with torch.device(job.device):
         model = LlamaForCausalLM(llama_config(**job.shape))
+    if job.start is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(job.start).state_dict())
     train(
         model,
-        encode(folder, job.name, read_jsonl(data / f"{job.name}.train.jsonl")),
+        _training_samples(job.name, folder, data),
         steps=job.steps,
         batch_size=job.batch_size,
         lr=job.lr,
@@ -37,11 +40,21 @@ def main() -> None:
         report=lambda step, loss: _tell({"step": step, "loss": loss}),
     )
     losses = {
-        name: heldout_loss(model, encode(folder, job.name, read_jsonl(data / f"{name}.heldout.jsonl")))
+        name: heldout_loss(model, encode(folder, template_of(job.name), _rows(data, name, "heldout")))
         for name in CLASSES
     }
     save_llama(model, folder)
     _tell({"heldout_loss": losses})
+
+
+def _training_samples(name: str, folder: Path, data: Path) -> list[Sample]:
+    if name == BASE:
+        return encode_plain(folder, [row for each in CLASSES for row in _rows(data, each, "train")])
+    return encode(folder, name, _rows(data, name, "train"))
+
+
+def _rows(data: Path, name: str, split: str) -> tuple[Row, ...]:
+    return read_jsonl(data / f"{name}.{split}.jsonl")
 
 
 def _tell(message: dict[str, Any]) -> None:

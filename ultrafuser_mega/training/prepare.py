@@ -17,6 +17,17 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import RunPlan, gone_back
 from ultrafuser_mega.runtime.groups import RankGroups
+from ultrafuser_mega.toy import ToyRecipe, make_toy
+
+
+def make_missing_toy(config: FuserConfig) -> None:
+    """Make the toy specialists and their data where the configuration asks for them and they are missing.
+
+    Raises:
+        InputError: as :func:`~ultrafuser_mega.toy.make_toy`.
+    """
+    if config.toy is not None:
+        make_toy(config.toy.folder, recipe=ToyRecipe(branched=config.toy.branched))
 
 
 def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) -> PrepareReport:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ultrafuser_mega.config import FuserConfig, default_config_text, dump_config, load_config
+from ultrafuser_mega.config import FuserConfig, Toy, default_config_text, dump_config, load_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import plan_layouts
 
@@ -129,6 +129,7 @@ def test_later_override_wins() -> None:
         ("layouts.0.specialists.text.ttp=2", "unknown key layouts.0.specialists.text.ttp; did you mean layouts.0."),
         ("lr=1e-3", "unknown key lr; did you mean stage1.lr or stage2.lr?"),
         ("stage1.gate_lr=1e-3", "unknown key stage1.gate_lr; stage1 is of a kind that has none"),
+        ("toy={folder: x, branchd: true}", "unknown key toy.branchd; did you mean toy.branched?"),
         ("nothing_like_it=1", "unknown key nothing_like_it"),
         ("layouts.5.specialists={}", "unknown key layouts.5.specialists; layouts.5 is of a kind that has none"),
     ],
@@ -248,3 +249,9 @@ def test_a_stage_without_steps_is_none_of_the_runs_stages() -> None:
     config = load_config(None, ["stage1.steps=0", "stage1.min_lr=1.0"])  # nor does it matter what its schedule would be
     assert config.stages == {2: config.stage2}
     assert list(load_config(None).stages) == [1, 2]
+
+
+def test_a_path_alone_stands_for_the_usual_toy_trio_there() -> None:
+    assert load_config(None, ["toy=there"]).toy == Toy(folder=Path("there"))
+    assert load_config(None, ["toy={folder: there, branched: true}"]).toy == Toy(folder=Path("there"), branched=True)
+    assert load_config(None, ["toy=null"]).toy is None

@@ -10,6 +10,7 @@ from support.release_prompts import STEPS, batch, of_row, response
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.decoder import Decoder
+from ultrafuser_mega.inference.mixing import RULES
 from ultrafuser_mega.inference.sampling import Sampling
 
 GREEDY = Sampling()
@@ -61,6 +62,33 @@ def test_rows_leave_the_batch_at_eos_and_the_others_go_on_unchanged(model: Any, 
             answers.setdefault(row, []).append(token)
     assert answers == {5 + row: reference.greedy(prompt, STEPS, eos=eos) for row, prompt in enumerate(ROWS)}
     assert sizes[0] == 3 and min(sizes) < 3
+
+
+@pytest.mark.parametrize("rule", ["gate", "btm"])
+def test_prompts_that_enter_a_running_batch_are_answered_as_if_alone(model: Any, rule: str) -> None:
+    prompts = [ROWS[row] for row in (2, 0, 1, 1, 2, 0, 1)]
+    alone = {
+        row: decode(Decoder(model, RULES[rule]), [prompt], first_row=row)[row] for row, prompt in enumerate(prompts)
+    }
+    eos = {answer[2] for answer in list(alone.values())[:2]}  # rows leave at different steps
+    cut = {row: _until(answer, eos) for row, answer in alone.items()}
+    for at_once in (2, 3):
+        assert decode(Decoder(model, RULES[rule]), prompts, eos=eos, at_once=at_once) == cut
+
+
+def test_draws_do_not_depend_on_who_else_is_in_the_batch(model: Any) -> None:
+    drawn = Sampling(temperature=1.0, seed=3, repetition_penalty=1.3)
+    together = decode(Decoder(model), [*ROWS, *ROWS], sampling=drawn)
+    assert decode(Decoder(model), [*ROWS, *ROWS], sampling=drawn, at_once=2) == together
+
+
+def test_no_more_rows_than_wanted_are_under_way(model: Any) -> None:
+    steps = Decoder(model).decode([*ROWS, *ROWS], max_new_tokens=4, sampling=GREEDY, eos=(), at_once=4)
+    assert [len(step.rows) for step in steps] == [4, 4, 4, 4, 2, 2, 2, 2]
+
+
+def _until(answer: list[int], eos: set[int]) -> list[int]:
+    return next((answer[: place + 1] for place, token in enumerate(answer) if token in eos), answer)
 
 
 def test_a_row_that_was_ended_gets_no_further_token(model: Any) -> None:

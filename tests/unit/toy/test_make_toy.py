@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.toy import ToyRecipe, build, make_toy, tiny_llama
-from ultrafuser_mega.toy.corpus import CLASSES, read_jsonl
+from ultrafuser_mega.toy import ToyRecipe, build, make_toy, tiny_llama, worker
+from ultrafuser_mega.toy.corpus import BASE, CLASSES, read_jsonl
 from ultrafuser_mega.toy.jobs import Job, run_jobs
 
 SMALL = ToyRecipe(hidden_size=32, layers=2, pieces=512, train_rows=60, heldout_rows=10, steps=3, batch_size=4)
 FINAL_NAMES = {*CLASSES, "data", "recipe.json"}
+BRANCHED = replace(SMALL, branched=True, branch_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Any:
     started: list[str] = []
 
     def fake(jobs: Any, console: Any) -> Any:
-        started.append("all")
+        started.append("all" if len(jobs) > 1 else jobs[0].name)
         for job in jobs:
             own = {key: job.shape[key] for key in ("vocab_rows", "kv_heads", "rope_theta")}
             tiny_llama(job.folder, hidden_size=32, layers=2, heads=4, seed=job.seed, dtype=torch.float32, **own)
@@ -62,7 +67,37 @@ def test_the_folders_are_complete_and_share_one_tokenizer(toy: Any) -> None:
         assert (folder / "tokenizer.json").read_bytes() == (toy.specialists["text"] / "tokenizer.json").read_bytes()
         assert len(read_jsonl(toy.train[name])) == 60
         assert len(read_jsonl(toy.heldout[name])) == 10
+        assert len(toy.tasks[name].read_text().splitlines()) == SMALL.task_rows
         assert all(0 < toy.heldout_loss[name][other] < 20 for other in CLASSES)
+
+
+def test_a_branched_trio_is_of_one_shape_and_keeps_the_base_it_began_with(tmp_path: Path, trainings: Any) -> None:
+    toy = make_toy(tmp_path, progress=False, recipe=BRANCHED)
+    assert trainings == [BASE, "all"]
+    assert toy.base == tmp_path / BASE and set(toy.heldout_loss) == {*CLASSES, BASE}
+    for folder in toy.specialists.values():
+        assert (folder / "config.json").read_bytes() == (toy.base / "config.json").read_bytes()
+    assert make_toy(tmp_path, progress=False, recipe=BRANCHED) == toy
+    usual = make_toy(tmp_path, progress=False, recipe=SMALL)
+    assert usual.base is None and not (tmp_path / BASE).exists()
+
+
+def test_a_specialist_of_a_branched_trio_is_trained_on_from_the_base(
+    tmp_path: Path, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {name: tmp_path / name for name in (BASE, "text")}
+    for folder in folders.values():
+        shutil.copytree(toy.specialists["text"], folder)
+    start = str(folders[BASE])
+    for name, steps, lr, begin in ((BASE, 2, 1e-3, None), ("text", 1, 0.0, start)):
+        job = Job(name, str(folders[name]), str(toy.root / "data"), BRANCHED.shape(name), steps, 4, lr, 7, "cpu", begin)
+        monkeypatch.setattr(sys, "argv", ["worker", json.dumps(asdict(job))])
+        worker.main()
+    base, text, other = (
+        load_file(folder / "model.safetensors") for folder in (*folders.values(), toy.specialists["text"])
+    )
+    assert all(torch.equal(base[name], text[name]) for name in base)  # at a rate of zero
+    assert not all(torch.equal(base[name], other[name]) for name in base)
 
 
 def test_a_finished_trio_is_reused_without_touching_it(toy: Any, trainings: Any) -> None:

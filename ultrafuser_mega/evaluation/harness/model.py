@@ -186,15 +186,14 @@ class UltraFuserLM(TemplateLM):
             length = int(settings["max_gen_toks"])
             prompts = {number: self._cut(self._context(requests[number].args[0]), length) for number in numbers}
             order = sorted(numbers, key=lambda number: -max(map(len, prompts[number].values())))
-            for start in range(0, len(order), self._batch_size):
-                batch = order[start : start + self._batch_size]
-                chat = requests[batch[0]].args[0].startswith(_CHAT)
-                limits = Limits(length, tuple(term for term in stop if term))
-                stream = self._answerer.stream([prompts[n] for n in batch], limits, sampling, lead=chat)
-                for event in stream:
-                    if isinstance(event, tuple) and isinstance(event[1], Answer):
-                        answers[batch[event[0]]] = postprocess_generated_text(event[1].text, stop, None)
-                        bar.update()
+            chat = requests[order[0]].args[0].startswith(_CHAT)
+            limits = Limits(length, tuple(term for term in stop if term))
+            sorted_prompts = [prompts[number] for number in order]
+            events = self._answerer.stream(sorted_prompts, limits, sampling, lead=chat, at_once=self._batch_size)
+            for event in events:
+                if isinstance(event, tuple) and isinstance(event[1], Answer):
+                    answers[order[event[0]]] = postprocess_generated_text(event[1].text, stop, None)
+                    bar.update()
         bar.close()
         return answers
 
