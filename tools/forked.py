@@ -22,6 +22,11 @@ _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _LOOK_EVERY_S = 0.02
 
 
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the system send this process ``number`` when its parent is gone; Linux alone can."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
 class StoreElsewhere:
     """What a launcher asks of the :class:`torch.distributed.TCPStore` that it hosts; its process ends with this one.
 
@@ -35,7 +40,7 @@ class StoreElsewhere:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         readable, writable = os.pipe()
         if os.fork() == 0:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            end_with_parent(signal.SIGKILL)
             os.setsid()
             store = TCPStore(*arguments, **options)
             os.write(writable, str(store.port).encode())

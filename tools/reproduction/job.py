@@ -1,0 +1,120 @@
+"""All of a reproduction: specialists, runs, accuracies, then the page."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from reproduction.claims import claims
+from reproduction.experiments import Experiment, addresses, experiments, missing
+from reproduction.figures import draw
+from reproduction.measured import Measured, read_accuracies, read_seed
+from reproduction.page import write_page
+from reproduction.runner import Job, run, say
+from reproduction.trios import Asked, Trio, make_trio
+from reproduction.verdicts import counted
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.evaluation.results import RESULTS_FILE, versions
+from ultrafuser_mega.evaluation.sandbox import open_sandbox
+
+_TASKS, _QUICK_TASKS = 100, 25  # of each class, for every model
+
+
+def reproduce(asked: Asked) -> Path:
+    """Run what is missing, then write the page; returns it.
+
+    Raises:
+        InputError: the configuration is wrong, or the folder holds results under other settings.
+        ExperimentError: a run failed.
+        StoppedError: a signal came.
+    """
+    begun = time.monotonic()
+    trios = []
+    for seed in asked.seeds:
+        say(f"seed {seed}: specialists and data")
+        trios.append(make_trio(asked, seed))
+    logs = {trio.seed: trio.root / "logs" for trio in trios}
+    stores = [Job(trio.seed, _store(trio), logs[trio.seed]) for trio in trios]
+    run(stores, asked.jobs, "token stores")
+    jobs = [Job(trio.seed, one, logs[trio.seed]) for trio in trios for one in experiments(trio)]
+    run(jobs, asked.jobs, "runs")
+    first = trios[0]
+    measured = Measured(list(asked.seeds), list(first.config.data.classes), list(first.config.specialists))
+    measured.left_out |= missing(first)
+    measured.left_out |= {job.experiment.row: job.left_out.read_text().strip() for job in jobs if job.left_out.exists()}
+    if (why := _without_sandbox()) and first.tasks is not None:
+        measured.left_out["accuracy on code"] = why
+    suite = "toy_text,toy_math" if why else "toy"
+    asking = [trio for trio in trios if trio.tasks is not None]
+    accuracy = [Job(trio.seed, _accuracy(asked, trio, suite), logs[trio.seed]) for trio in asking]
+    run(accuracy, asked.jobs, "accuracies")
+    for trio in trios:
+        read_seed(measured, trio, experiments(trio))
+    for job in accuracy:
+        read_accuracies(measured, job.experiment.result)
+    measured.complete()
+    found = claims(measured)
+    page = write_page(
+        asked.out, measured, found, _facts(asked, time.monotonic() - begun), draw(asked.out, measured, trios)
+    )
+    print(counted(claim for claim in found if claim.paper))
+    return page
+
+
+def _store(trio: Trio) -> Experiment:
+    command = ("prepare", "--config", str(trio.config_path))
+    return Experiment("token store", "prepare", command, trio.config.store_dir / "manifest.json")
+
+
+def _without_sandbox() -> str:
+    """Why programs that models write cannot be run here; "" where they can."""
+    try:
+        open_sandbox("bwrap", lambda question: False)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _accuracy(asked: Asked, trio: Trio, suite: str) -> Experiment:
+    out = trio.root / "accuracy"
+    rows = addresses(trio, [one for one in experiments(trio) if one.is_done])
+    if (found := out / RESULTS_FILE).is_file() and not rows.keys() <= json.loads(found.read_text())["models"].keys():
+        found.unlink()  # of fewer models: what they answered is kept, and not asked again
+    command = ["evaluate", *(f"{row}={address}" for row, address in rows.items())]
+    limit = str(_QUICK_TASKS if asked.quick else _TASKS)
+    command += ["--suite", suite, "--data", str(trio.tasks), "--out", str(out), "--limit", limit]
+    command += ["--oracle", ",".join(trio.config.specialists)]
+    return Experiment("accuracies", "accuracies", tuple(command), out / RESULTS_FILE)
+
+
+def _facts(asked: Asked, seconds: float) -> dict[str, Any]:
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    own = versions()
+    told = {
+        "options": " ".join(sys.argv[1:]),
+        "seeds": ", ".join(map(str, asked.seeds)),
+        "commit": commit.stdout.strip() or "no git repository",
+        "machine": f"{platform.machine()}, {_processor()}, {asked.jobs} runs side by side",
+        "versions": ", ".join(f"{name} {own[name]}" for name in ("python", "torch", "transformers") if name in own),
+        "specialists": "the branched toy, made for each seed" if asked.config is None else str(asked.config),
+    }
+    # What an interrupted start took is not in this one's time.
+    took = asked.out / "seconds.json"
+    before = json.loads(took.read_text()) if took.is_file() else 0.0
+    took.write_text(json.dumps(before + seconds))
+    return told | {"time": f"{(before + seconds) / 60:.0f} minutes"}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
