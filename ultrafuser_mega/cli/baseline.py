@@ -51,11 +51,36 @@ def baseline() -> None:
       llamafuser         the fused structure over copies of a model that was not specialised
       btx                the specialists' feed-forward parts as a mixture of experts, trained
       fusechat           one specialist that learns from the others, merged
+      clusters           who answers which prompts: a rule for a run's specialists, no model
 
-    Every one writes a Hugging Face folder with tokenizer and chat template, a card, baseline.json (what was done),
+    All but the last write a Hugging Face folder: tokenizer, chat template, a card, baseline.json (what was done),
     config.yaml (the configuration) and summary.json (held-out losses). evaluate and generate take it as they take a
     run, `ultrafuser verify` and the configuration of another run as they take a specialist.
     """
+
+
+@app.command()
+def clusters(
+    run: Annotated[Path, typer.Argument(help="of ultrafuser train: its specialists and its data", show_default=False)],
+    out: Annotated[Path, typer.Option(help="file to write, FILE.routing; must not exist")],
+    clusters: Annotated[int, typer.Option(min=1, help="how many")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="training samples of each class that are looked at")] = 200,
+    seed: Annotated[int, typer.Option(help="of the samples and of k-means")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist")] = "auto",
+) -> None:
+    """Find which specialist answers which prompts.
+
+    Routing without training (Avengers, Zhang et al. 2025): prompts of the training data are clustered, and in every
+    cluster the specialist answers whose likelihood of the known responses is highest.
+
+    \b
+      ultrafuser baseline clusters runs/demo --out demo.routing
+      ultrafuser evaluate runs/demo runs/demo+demo.routing --suite toy --data toy/data
+    """
+    from ultrafuser_mega.baselines.routing import write_routing
+
+    write_routing(run, out, clusters, samples, seed, device)
+    print(f"wrote {out}: {run}+{out} is routed by it")
 
 
 @app.command()

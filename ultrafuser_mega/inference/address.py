@@ -6,10 +6,12 @@ runs/demo@math       one specialist, as it is there
 /models/Qwen2.5-3B   a Hugging Face folder, prompts in its own chat template
 /models/Llama@ultralm            the same in another template: ultralm, codellama, wizardmath
 runs/demo+uniform    the same specialists, mixed by another rule
+runs/demo+by.routing             routed by what `ultrafuser baseline clusters` wrote
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import Literal
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.mixing import GATE, RULES
+from ultrafuser_mega.inference.clusters import SUFFIX, Clusters
+from ultrafuser_mega.inference.mixing import GATE, RULES, Rule
 from ultrafuser_mega.inference.stored import StoredModel, stored_checkpoint, stored_folder, stored_release
 from ultrafuser_mega.release.check import check_release, is_release
 
@@ -80,6 +83,12 @@ class Address:
             raise InputError(f"{text}: one specialist, there is nothing to mix; leave out +{rule}")
         return cls(path, kind, name)  # type: ignore[arg-type]
 
+    def mixing(self, names: Sequence[str]) -> Rule:
+        """Its rule, for specialists called ``names``; raises InputError where a file that it names is none."""
+        if self.rule.endswith(SUFFIX):
+            return Clusters.load(Path(self.rule), names).rule()
+        return RULES[self.rule]
+
     def stored(self, stack: ExitStack) -> StoredModel:
         """Its description, kept until ``stack`` closes; raises InputError where it is damaged."""
         if self.kind == "release":
@@ -98,7 +107,7 @@ def _split(text: str) -> tuple[Path, str, str]:
     before, plus, rule = text.rpartition("+")
     if not plus:
         before, rule = text, GATE
-    elif rule not in RULES:
+    elif rule not in RULES and not rule.endswith(SUFFIX):
         if Path(before.rpartition("@")[0] or before).exists() or Path(before).exists():
             raise InputError(f"{text}: no rule +{rule}; expected one of {', '.join(RULES)}")
         before, rule = text, GATE

@@ -209,11 +209,12 @@ class Decoding:
         """What the rule may go by for the token behind the last position of ``hidden``, name -> (b, s, d)."""
         gate = self._lanes.gate_weights({name: part[:, -1] for name, part in hidden.items()})
         if (last := batch.evidence) is not None:
-            return Evidence(gate, last.at_prompt_end, last.prompt, last.shortest, last.response)
+            return Evidence(gate, last.at_prompt_end, last.state, last.prompt, last.shortest, last.response)
+        state = hidden[self._first][:, -1].to(gate.device)
         if not self._rule.reads_text:
-            return Evidence(gate, gate)
+            return Evidence(gate, gate, state)
         prompt = self._lanes.mean_likelihood(hidden, batch.held)
-        return Evidence(gate, gate, prompt, batch.shortest.to(gate.device), torch.zeros_like(gate))
+        return Evidence(gate, gate, state, prompt, batch.shortest.to(gate.device), torch.zeros_like(gate))
 
     def _without_ended(self, batch: _Batch) -> _Batch | None:
         kept = [place for place, row in enumerate(batch.rows) if row not in self._ended]

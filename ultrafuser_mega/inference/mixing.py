@@ -36,6 +36,7 @@ class Evidence:
     Attributes:
         gate: (R, n) float32 weights of the gate at every row; it is all that most rules need.
         at_prompt_end: (R, n) the same where the row's prompt ends.
+        state: (R, d) the first specialist's last hidden state there.
         prompt: (R, n) mean log-likelihood of a token of the row's prompt; None where the rule does not read it.
         shortest: (R,) tokens of the row's shortest prompt; None likewise.
         response: (R, n) log-likelihood of the response up to the row; None likewise.
@@ -43,19 +44,20 @@ class Evidence:
 
     gate: Tensor
     at_prompt_end: Tensor
+    state: Tensor
     prompt: Tensor | None = None
     shortest: Tensor | None = None
     response: Tensor | None = None
 
     def select(self, index: Tensor) -> Evidence:
         """Of these rows."""
-        parts = (self.gate, self.at_prompt_end, self.prompt, self.shortest, self.response)
+        parts = (self.gate, self.at_prompt_end, self.state, self.prompt, self.shortest, self.response)
         return Evidence(*(None if part is None else part[index.to(part.device)] for part in parts))  # type: ignore[arg-type]
 
     def join(self, other: Evidence) -> Evidence:
         """Of these rows, then of those of ``other``."""
-        mine = (self.gate, self.at_prompt_end, self.prompt, self.shortest, self.response)
-        theirs = (other.gate, other.at_prompt_end, other.prompt, other.shortest, other.response)
+        mine = (self.gate, self.at_prompt_end, self.state, self.prompt, self.shortest, self.response)
+        theirs = (other.gate, other.at_prompt_end, other.state, other.prompt, other.shortest, other.response)
         pairs = zip(mine, theirs, strict=True)
         return Evidence(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
 

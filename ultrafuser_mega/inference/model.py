@@ -54,6 +54,7 @@ def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[Opened
     address = Address.parse(model)
     with ExitStack() as stack:
         stored = address.stored(stack)
+        rule = address.mixing(stored.config.names)
         places = choose_devices(devices, stored.config.names)
         with loading(address.path):
             loaded = stored.load(wanted)
@@ -62,7 +63,7 @@ def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[Opened
         loaded.gate.to(places[loaded.names[0]])
         ends = GenerationConfig.from_pretrained(stored.described).eos_token_id
         eos = frozenset(ends if isinstance(ends, list) else [ends])
-        yield OpenedModel(loaded, FastTokenizer.from_pretrained(stored.described), eos, RULES[address.rule])
+        yield OpenedModel(loaded, FastTokenizer.from_pretrained(stored.described), eos, rule)
 
 
 def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:

@@ -116,6 +116,7 @@ class Scorer:
         evidence = Evidence(
             self._lanes.gate_weights(flat),
             at_end[owners[row_of].to(device)],
+            next(iter(ends.values()))[owners[row_of].to(device)],
             None if prompt is None else prompt[owners[row_of].to(device)],
             shortest[owners[row_of]].to(device),
         )
@@ -143,7 +144,12 @@ class Scorer:
             first = torch.searchsorted(row_of, torch.arange(int(row_of[-1]) + 1))
             start = before[first.to(alone.device)][row_of.to(alone.device)]
             evidence = Evidence(
-                evidence.gate, evidence.at_prompt_end, evidence.prompt, evidence.shortest, (before - start).float()
+                evidence.gate,
+                evidence.at_prompt_end,
+                evidence.state,
+                evidence.prompt,
+                evidence.shortest,
+                (before - start).float(),
             )
         found = []
         for part in self._parts(len(targets)):

@@ -149,9 +149,7 @@ def test_an_interrupted_file_does_not_get_its_name(
     with pytest.raises(KeyboardInterrupt):
         run(answerer, source, tmp_path / "out.jsonl", trace=tmp_path / "trace.jsonl")
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "trace.jsonl").exists()
-    assert (
-        len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) <= 2
-    )
+    assert len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) <= 2
 
 
 def test_a_file_that_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
