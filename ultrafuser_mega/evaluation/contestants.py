@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.evaluation.openai_client import one_line, open_client
 
 Messages = Sequence[dict[str, str]]
 
 _ENDPOINT = "openai:"
-_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,7 @@ class LocalModel:
 
 @contextmanager
 def _endpoint(model: str, url: str) -> Iterator[Answering]:
-    try:
-        import openai
-    except ImportError:
-        raise InputError(
-            f"{_ENDPOINT}{model}@{url}: needs the openai package; pip install 'ultrafuser_mega[evaluation]'"
-        ) from None
-    key = os.environ.get("OPENAI_API_KEY", "none")  # servers of one's own ask for none
-    with openai.OpenAI(base_url=url, api_key=key, max_retries=_TRIES) as client:
+    with open_client(f"{_ENDPOINT}{model}@{url}", url) as client:
         yield Endpoint(client, model)
 
 
@@ -164,7 +156,7 @@ class Endpoint:
         at_once: requests under way.
     """
 
-    def __init__(self, client: object, model: str, at_once: int = 16) -> None:
+    def __init__(self, client: Any, model: str, at_once: int = 16) -> None:
         self._client, self._model, self._at_once = client, model, at_once
 
     def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
@@ -184,27 +176,22 @@ class Endpoint:
     def _ask(self, messages: Messages, max_new_tokens: int) -> Reply:
         import openai
 
-        client: Any = self._client
         try:
-            completion = client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=self._model,
                 messages=list(messages),
                 max_tokens=max_new_tokens,
                 temperature=0.0,
             )
         except openai.BadRequestError as error:  # as of a prompt that is too long
-            return Reply("", 0, f"not asked: {_one_line(error)}")
+            return Reply("", 0, f"not asked: {one_line(error)}")
         except openai.OpenAIError as error:
-            raise InputError(f"{_ENDPOINT}{self._model}@{client.base_url}: {_one_line(error)}") from None
+            raise InputError(f"{_ENDPOINT}{self._model}@{self._client.base_url}: {one_line(error)}") from None
         if not completion.choices:
-            raise InputError(f"{_ENDPOINT}{self._model}@{client.base_url}: answered without a choice")
+            raise InputError(f"{_ENDPOINT}{self._model}@{self._client.base_url}: answered without a choice")
         choice, usage = completion.choices[0], completion.usage
         finish = {"stop": "eos"}.get(choice.finish_reason, choice.finish_reason)
         return Reply(choice.message.content or "", usage.completion_tokens if usage else 0, finish)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _fingerprint(folder: Path) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
 from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval, less, paired_test
+from ultrafuser_mega.reporting.records import write_atomically
 
 RESULTS_FILE = "results.json"
 _PACKAGES = ("ultrafuser_mega", "torch", "transformers", "tokenizers", "numpy", "math-verify", "sympy", "openai")
@@ -106,11 +107,9 @@ def results(
 def write_results(out: Path, found: Mapping[str, Any]) -> Path:
     """``found`` as ``out/results.json``."""
     path = out / RESULTS_FILE
-    draft = path.with_suffix(".partial")
     with writing(path):
         out.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        draft.replace(path)
+        write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 

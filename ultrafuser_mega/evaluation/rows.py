@@ -52,14 +52,6 @@ def selected_row(
     return row
 
 
-def headroom(score: float, tuned: float, oracle: float) -> float | None:
-    """The share of what routing without error would gain over one further-tuned model that a model recovers.
-
-    None where there is nothing to gain.
-    """
-    return (score - tuned) / (oracle - tuned) if oracle > tuned else None
-
-
 def _by_item(samples: Sequence[Sample], models: Sequence[str]) -> dict[tuple[str, str], list[Sample]]:
     """(benchmark, item) -> the answers of ``models``, in this order."""
     known = {sample.model for sample in samples}

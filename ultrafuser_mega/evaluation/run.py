@@ -18,16 +18,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ultrafuser_mega.checkpoint.unfinished import alone
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.answering import answer_items
 from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
 from ultrafuser_mega.evaluation.contestants import Contestant
 from ultrafuser_mega.evaluation.results import sha256
-from ultrafuser_mega.evaluation.samples import Key, append_sample, gather_samples, rank_file, read_samples
+from ultrafuser_mega.evaluation.samples import (
+    SAMPLES,
+    Key,
+    append_sample,
+    gather_samples,
+    key_of,
+    rank_file,
+    read_samples,
+)
+from ultrafuser_mega.reporting.records import write_atomically
 
 SETTINGS = "settings.json"
 _UNTIL_DONE = timedelta(days=365)
@@ -112,12 +121,12 @@ def run_evaluation(
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if share.rank == 0:
-            _lock(out, stack)
+            stack.enter_context(alone(out))
             merge_settings(out / SETTINGS, settings)
             gather_samples(out)
             share.say_ready()
         share.wait_for_first()
-        known = {(s.model, s.benchmark, s.item) for s in _read(out / "samples.jsonl")}
+        known = {key_of(sample) for sample in _read(out / SAMPLES)}
         file = stack.enter_context(rank_file(out, share.rank, share.ranks).open("a", encoding="utf-8"))
         progress = stack.enter_context(_progress(console, share.rank))
         for contestant in contestants:
@@ -166,9 +175,7 @@ def merge_settings(path: Path, settings: dict[str, Any]) -> None:
                     _same(path, f"benchmarks.{name}.{field}", known[field], entry[field])
         for part in ("models", "benchmarks"):
             settings = settings | {part: before[part] | settings[part]}
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(settings, indent=1) + "\n")
-    new.replace(path)
+    write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _same(path: Path, key: str, before: Any, now: Any) -> None:
@@ -188,13 +195,6 @@ def _missing(
         if own := items[share.rank :: share.ranks]:
             missing.append((task, own))
     return missing
-
-
-def _lock(out: Path, stack: ExitStack) -> None:
-    try:
-        stack.enter_context(FileLock(out / ".lock").acquire(timeout=0))
-    except Timeout:
-        raise InputError(f"{out}: another process evaluates into this folder; choose another --out") from None
 
 
 def _read(path: Path) -> list[Sample]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.benchmark import Sample
+from ultrafuser_mega.reporting.records import write_atomically
 
 SAMPLES = "samples.jsonl"
 Key = tuple[str, str, str]  # model, benchmark, item
@@ -51,25 +51,20 @@ def gather_samples(out: Path) -> list[Sample]:
     parts = sorted(out.glob("samples.*.jsonl"))
     found = {key_of(sample): sample for path in (whole, *parts) if path.is_file() for sample in read_samples(path)}
     if parts or whole.is_file():
-        write_samples(whole, found.values())
+        write_atomically(whole, "".join(map(_line, found.values())))
     for path in parts:
         path.unlink()
     return list(found.values())
 
 
-def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Replace a file."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            append_sample(file, sample)
-    new.replace(path)
-
-
 def append_sample(file: IO[str], sample: Sample) -> None:
     """One line, at once on its way to the disk."""
-    file.write(json.dumps(asdict(sample)) + "\n")
+    file.write(_line(sample))
     file.flush()
+
+
+def _line(sample: Sample) -> str:
+    return json.dumps(asdict(sample)) + "\n"
 
 
 def _sample(row: dict[str, Any]) -> Sample:

@@ -1,12 +1,12 @@
 """Which model is meant: ``PATH[@PART][+RULE]``, as generate, chat and evaluate take it.
 
-runs/demo            the run's newest checkpoint, fused
-my_release           what ultrafuser export wrote
-runs/demo@math       one specialist, as it is there
-/models/Qwen2.5-3B   a Hugging Face folder, prompts in its own chat template
-/models/Llama@ultralm            the same in another template: ultralm, codellama, wizardmath
-runs/demo+uniform    the same specialists, mixed by another rule
-runs/demo+by.routing             routed by what `ultrafuser baseline clusters` wrote
+runs/demo              the run's newest checkpoint, fused
+my_release             what ultrafuser export wrote
+runs/demo@math         one specialist, as it is there
+/models/Qwen2.5-3B     a Hugging Face folder, prompts in its own chat template
+/models/Llama@ultralm  the same in another template: ultralm, codellama, wizardmath
+runs/demo+uniform      the same specialists, mixed by another rule
+runs/demo+by.routing   routed by what `ultrafuser baseline clusters` wrote
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class MetricsWriter:
         kept = []
         if resume_step is not None:
             kept = [line for line, data in _lines(path) if data["step"] < resume_step + (data["kind"] == "step")]
-        _write_atomically(path, "".join(kept))
+        write_atomically(path, "".join(kept))
         self._lines = path.open("a", buffering=1, encoding="utf-8")
         self._sinks = [TensorBoard(run_dir, 0 if resume_step is None else resume_step + 1), *sinks]
 
@@ -282,7 +282,7 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
     """Write ``run_dir/summary.json`` so that a reader finds the old file or the new one, never half of one."""
     path = Path(run_dir) / SUMMARY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, _json(summary, indent=2) + "\n")
+    write_atomically(path, _json(summary, indent=2) + "\n")
     return path
 
 
@@ -335,7 +335,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, data
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader finds the old file or the new one, never half of one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)

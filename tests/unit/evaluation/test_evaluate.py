@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.command import ultrafuser
+from support.played_endpoint import Server, said
 
 GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
 MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}]
@@ -78,6 +79,42 @@ def test_bad_input_is_one_line(
     assert ultrafuser(monkeypatch, "evaluate", *filled, *suite, "--data", data, "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("trio", ["qwens"], indirect=True)
+def test_an_endpoint_answers_beside_a_model_and_a_judge_grades_and_picks(
+    release: Path,
+    data: Path,
+    tmp_path: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
+        asked = body["messages"][-1]["content"]
+        if body["model"] == "judge":
+            return said("response set 1" if "response set 1" in asked else "[[8]]")
+        number = asked.removeprefix("What is ").split(" ")[0]
+        return said(f"#### {2 * int(number)}" if number.isdigit() else "well")
+
+    server.answer = answer
+    out = tmp_path / "out"
+    models = (f"there=openai:m@{server.url}", f"here={release}")
+    options = ["--suite", "gsm8k,mt_bench", "--data", data, "--out", out, "--limit", "3", "--max-new-tokens", "4"]
+    judging = ["--judge", f"openai:judge@{server.url}", "--judge-price", 1, 2, "--select", "there,here"]
+    assert ultrafuser(monkeypatch, "evaluate", *models, *options, *judging) == 0
+    said_last = capsys.readouterr().out
+    assert "judge judge@" in said_last and "in the unit of the prices" in said_last
+    found = rows(out)
+    assert {key[2]: row["score"] for key, row in found.items() if key[:2] == ("there", "gsm8k")} == {
+        key[2]: 1.0 for key in found if key[:2] == ("there", "gsm8k")
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert results["models"]["there"]["scores"]["mt_bench"]["mean"] == 0.8
+    assert "selected of there, here" in results["models"]
+    before = len(server.seen)
+    assert ultrafuser(monkeypatch, "evaluate", *models, *options, *judging) == 0
+    assert len(server.seen) == before  # answers and verdicts are there already
 
 
 @pytest.mark.slow

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.played_endpoint import Server, said
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Item, Sample
@@ -29,59 +28,7 @@ from ultrafuser_mega.evaluation.judge import (
 )
 from ultrafuser_mega.evaluation.judge.verdicts import find_choice, find_rating, selection_prompt
 
-Answer = Callable[[dict[str, Any]], tuple[int, dict[str, str], str]]
 QUICKLY = {"retry-after-ms": "1"}
-
-
-class Server:
-    """An endpoint: ``answer`` makes (status, headers, body) of a request; ``seen`` are the requests."""
-
-    def __init__(self) -> None:
-        self.answer: Answer = lambda body: said("[[5]]")
-        self.seen: list[dict[str, Any]] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.seen.append(body)
-                status, headers, text = server.answer(body)
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(text.encode())))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Says nothing."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-
-def said(text: str) -> tuple[int, dict[str, str], str]:
-    body = {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-    }
-    return 200, {}, json.dumps(body)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    pytest.importorskip("openai")
-    one = Server()
-    yield one
-    one.http.shutdown()
-    one.thread.join()
-    one.http.server_close()
 
 
 @pytest.fixture
@@ -228,9 +175,9 @@ def test_an_endpoint_that_talks_nonsense_is_told(text: str, server: Server, judg
 
 def test_an_endpoint_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai")
-    from ultrafuser_mega.evaluation.judge import judges
+    from ultrafuser_mega.evaluation import openai_client
 
-    monkeypatch.setattr(judges, "_RETRIES", 0)
+    monkeypatch.setattr(openai_client, "_RETRIES", 0)
     one = open_judge("openai:m@http://127.0.0.1:9/v1", tmp_path / "judge.jsonl")
     with pytest.raises(InputError, match=r"^judge m@http://127.0.0.1:9/v1: Connection error"):
         one.replies([Request((("user", "x"),))])

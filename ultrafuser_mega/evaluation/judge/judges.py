@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.judge.ledger import Ledger, Reply, Request
+from ultrafuser_mega.evaluation.openai_client import one_line, open_client
 
-_RETRIES = 8  # by the client, after 0.5 s, 1 s, 2 s, ... 8 s, or as long as the endpoint says
-_TIMEOUT_S = 300.0
 _MALFORMED = 3  # answers of an endpoint that are none
 _FORMS = "openai:MODEL, openai:MODEL@URL or file:PATH"
 
@@ -96,20 +93,11 @@ class Endpoint(Judge):
         prices: tuple[float, float] | None = None,
         parallel: int = 8,
     ) -> None:
-        if find_spec("openai") is None:
-            raise InputError("judge: the openai client is not installed; pip install 'ultrafuser_mega[evaluation]'")
-        from openai import OpenAI, OpenAIError
-
         super().__init__(f"{model_name}@{url}" if url else model_name, ledger)
         self._model_name = model_name
         self._prices = prices
         self._parallel = parallel
-        # An endpoint of one's own often wants no key, which the client does.
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if url else None)
-        try:
-            self._client = OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT_S)
-        except OpenAIError as error:
-            raise InputError(f"judge {model_name}: {_line(error)}; set OPENAI_API_KEY, or name an endpoint") from None
+        self._client = open_client(f"judge {model_name}", url)
 
     @property
     def model(self) -> str:
@@ -139,7 +127,7 @@ class Endpoint(Judge):
                 answer = self._client.chat.completions.create(**body, **settings)
             except (OpenAIError, ValueError) as error:
                 raise InputError(
-                    f"judge {self.name}: {_line(error)}; replies so far are in {self.ledger.path}"
+                    f"judge {self.name}: {one_line(error)}; replies so far are in {self.ledger.path}"
                 ) from None
             if (reply := _reply(answer)) is not None:
                 self.ledger.add(request, self.model, reply)
@@ -220,7 +208,3 @@ def _reply(answer: Any) -> Reply | None:
         return None
     counted = [getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
     return Reply(text, *(count if isinstance(count, int) else 0 for count in counted))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
