@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
+from support.interruptible import start_interruptible
 from support.trio import COLOCATED_TP2, config_tree, read_steps
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
@@ -36,13 +37,12 @@ def start(tree: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     """``ultrafuser train``, in its stage 1."""
     (folder / "c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     program = "from ultrafuser_mega.cli import main; main()"
-    job = subprocess.Popen(
+    job = start_interruptible(
         [sys.executable, "-c", program, "train", "--config", str(folder / "c.yaml"), "--ranks", "2"],
         cwd=PROJECT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )
     metrics = FuserConfig.model_validate(tree).run_dir / "metrics.jsonl"
     while job.poll() is None and not (metrics.is_file() and '"kind": "step"' in metrics.read_text()):

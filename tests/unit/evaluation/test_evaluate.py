@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.command import ultrafuser
+from support.interruptible import start_interruptible
 from support.played_endpoint import Server, said
 
 GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
@@ -127,7 +128,7 @@ def test_two_ranks_that_were_interrupted_go_on_and_answer_as_one(
     assert ultrafuser(monkeypatch, "evaluate", f"m={release}", *options, "--out", alone) == 0
     command = [sys.executable, "-m", "ultrafuser_mega", "evaluate", f"m={release}", *map(str, options)]
     command += ["--out", str(shared), "--ranks", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = start_interruptible(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 120
     while not any(path.stat().st_size for path in shared.glob("samples.*.jsonl")) and time.monotonic() < until:
         time.sleep(0.02)
