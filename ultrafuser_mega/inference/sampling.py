@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Sampling:
         top_p: only the most likely tokens whose probabilities add up to this; 1: all.
         min_p: only tokens at least this times as likely as the likeliest; 0: all.
         repetition_penalty: divides the logits of tokens in the first specialist's prompt or the answer; 1: none.
+        presence_penalty: is subtracted from the logits of tokens in the answer, as OpenAI's interface has it.
+        frequency_penalty: likewise, times how often the token is there.
+        logit_bias: token -> what is added to its logit.
         seed: of the draws. Row i of a batch has a stream of its own, (seed, i): how rows are batched does not matter.
 
     Raises:
@@ -42,6 +45,9 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranges = {
@@ -53,6 +59,8 @@ class Sampling:
             "top-p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min-p": (0 <= self.min_p <= 1, "0 to 1"),
             "repetition-penalty": (self.repetition_penalty > 0, "above 0"),
+            "presence-penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "frequency-penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
             "seed": (0 <= self.seed < 2**32, "0 to 2^32 - 1"),
         }
         for option, (good, wanted) in ranges.items():
