@@ -100,6 +100,7 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
         found = benchmark(name, check)
         length = min(found.max_new_tokens, job.max_new_tokens or found.max_new_tokens)
         tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed), length))
+    _check_rows(job, [one.name for one in contestants], tasks)
     settings = settings_of(contestants, tasks, job.data, job.seed, job.code_sandbox, job.computing.dtype)
     samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
     if share.rank == 0:
@@ -121,6 +122,23 @@ def _write(
     write_results(job.out, found)
     print(scores_table(found))
     print(f"\nwrote {write_page(job.out, found)}")
+
+
+def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Refuse now what could not be compared when all is answered."""
+    opponent = job.judging.opponent
+    for option, rows in {"--oracle": job.oracle, "--select": job.judging.select, "--opponent": [opponent]}.items():
+        for row in filter(None, rows):
+            if row not in models:
+                raise InputError(f"{option} {row}: is no row of this table; choose of {', '.join(models)}")
+    if job.judging.judge is None or opponent is not None:
+        return
+    for task in tasks:
+        if task.benchmark.name == AlpacaEval.name and any(item.reference["output"] is None for item in task.items):
+            raise InputError(
+                f"{job.data / task.benchmark.source}: its rows have no output that answers could be compared with; "
+                "give them AlpacaEval's own references, or --opponent a row of this table"
+            )
 
 
 def _judged(job: Job, tasks: Sequence[Task], samples: list[Sample]) -> list[Sample]:
@@ -156,10 +174,7 @@ def _opponents(job: Job, samples: Sequence[Sample], items: Mapping[str, Item]) -
     """Item -> the reply that AlpacaEval's are compared with."""
     if job.judging.opponent is None:
         return {name: text for name, item in items.items() if (text := item.reference["output"]) is not None}
-    found = {sample.item: sample.replies[0] for sample in samples if sample.model == job.judging.opponent}
-    if not found:
-        raise InputError(f"--opponent {job.judging.opponent}: is no row of this table")
-    return found
+    return {sample.item: sample.replies[0] for sample in samples if sample.model == job.judging.opponent}
 
 
 def _program_check(sandbox: str, suite: Suite, share: Share) -> ProgramCheck:

@@ -18,7 +18,11 @@ from support.played_endpoint import Server, said
 
 GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
 MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}]
-FILES: dict[str, list[dict[str, Any]]] = {"gsm8k_test": GSM8K, "mt_bench_question": MT_BENCH}
+FILES: dict[str, list[dict[str, Any]]] = {
+    "gsm8k_test": GSM8K,
+    "mt_bench_question": MT_BENCH,
+    "alpaca_eval_instructions": [{"instruction": "Write."}],
+}
 
 
 @pytest.fixture
@@ -88,6 +92,11 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
         (("{release}", "--suite", "aqua"), "agieval_aqua-rat.jsonl"),
         (("{release}", "--suite", "standard"), "TruthfulQA.csv: no such file; standard_truthfulqa_mc1 needs it"),
         (("{release}", "--select", "a,b"), "--select, --opponent, --judge-price: belong to --judge; give one"),
+        (("a={release}", "--oracle", "a,b"), "--oracle b: is no row of this table; choose of a"),
+        (
+            ("{release}", "--suite", "alpacaeval", "--judge", "file:none"),
+            "alpaca_eval_instructions.jsonl: its rows have no output",
+        ),
         (("openai:gpt",), "expected openai:MODEL@URL"),
     ],
 )
