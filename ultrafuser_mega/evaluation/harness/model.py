@@ -27,7 +27,7 @@ from ultrafuser_mega.data.chat_format import SequenceTokenizer
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answerer, Limits
 from ultrafuser_mega.inference.embedded import Serving
-from ultrafuser_mega.inference.model import opened_model
+from ultrafuser_mega.inference.model import OpenedModel, opened_model
 from ultrafuser_mega.inference.requests import Prompt
 from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.inference.scoring import Continued, Scorer
@@ -49,6 +49,7 @@ class UltraFuserLM(TemplateLM):
         max_length: of a sequence; None: what the specialists read.
         add_bos_token: whether text that is no conversation begins with BOS; None: as the tokenizer has it.
         max_gen_toks: of an answer, where a task does not say.
+        opened: the model where it is in memory already; ``pretrained`` is only its name then.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class UltraFuserLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         max_gen_toks: int = 256,
+        opened: OpenedModel | None = None,
     ) -> None:
         super().__init__()
         self._stack = ExitStack()  # open as long as the model is
         where = "auto" if device in (None, "cuda") else str(device)
-        self._opened = self._stack.enter_context(opened_model(str(pretrained), where, dtype))
+        self._opened = opened or self._stack.enter_context(opened_model(str(pretrained), where, dtype))
         self.tokenizer = self._opened.tokenizer
         self._sequences = SequenceTokenizer(self.tokenizer)
         self._names = self._opened.model.names
