@@ -118,9 +118,10 @@ class LocalModel:
 
     def __init__(self, opened: object, batch_size: int) -> None:
         from ultrafuser_mega.inference.answer import Answerer
+        from ultrafuser_mega.inference.embedded import Serving
 
         self._opened, self._batch_size = opened, batch_size
-        self._answerer = Answerer(opened)  # type: ignore[arg-type]
+        self._answerer = Answerer(opened, Serving(batch_size))  # type: ignore[arg-type]
 
     def harness_model(self, benchmark: str) -> Any:
         """Shares the model's weights."""
@@ -130,8 +131,9 @@ class LocalModel:
 
     def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
         """One that a specialist cannot read (too long, control tokens in its text) gets an empty reply that says so."""
-        from ultrafuser_mega.inference.answer import Answer, Limits
+        from ultrafuser_mega.inference.answer import Limits
         from ultrafuser_mega.inference.sampling import Sampling
+        from ultrafuser_mega.inference.text_engine import Answer
 
         prompts = {}
         for number, messages in enumerate(conversations):
@@ -142,7 +144,7 @@ class LocalModel:
         order = sorted(prompts, key=lambda number: -max(map(len, prompts[number].values())))
         sorted_prompts = [prompts[number] for number in order]
         limits = Limits(max_new_tokens)
-        for event in self._answerer.stream(sorted_prompts, limits, Sampling(), at_once=self._batch_size):
+        for event in self._answerer.stream(sorted_prompts, limits, Sampling()):
             if isinstance(event, tuple) and isinstance(event[1], Answer):
                 row, answer = event
                 weights = dict(zip(self._answerer.names, answer.mean_weights(), strict=True))
