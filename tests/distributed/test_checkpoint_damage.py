@@ -123,6 +123,22 @@ def test_damage_is_said_and_an_older_checkpoint_taken(
     assert f"--resume: goes on from {checkpoints / OLDER}" in printed
 
 
+def test_every_damaged_checkpoint_is_said_where_two_are(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    oldest = checkpoints / "stage1-step0000001"
+    shutil.copytree(checkpoints / OLDER, oldest)
+    told_of_itself = json.loads((oldest / "progress.json").read_text())
+    told_of_itself["progress"]["step"] = 1
+    (oldest / "progress.json").write_text(json.dumps(told_of_itself))
+    newest, older = flip(checkpoints / NEWEST), cut_short(checkpoints / OLDER)
+    runs = checkpoints.parents[1]
+    assert ultrafuser(monkeypatch, "plan", "--config", runs / "config.yaml", "--resume", f"runs={runs}") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if ": damaged: " in line]
+    assert [line.split(": damaged: ")[0] for line in told] == [str(newest), str(older)]
+    assert told[-1].endswith(f"; goes on from {oldest.name}")
+
+
 def test_a_run_goes_on_from_the_older_checkpoint_and_says_why(checkpoints: Path) -> None:
     path = flip(checkpoints / NEWEST)
     codes, errors = resume(checkpoints)

@@ -9,7 +9,7 @@ All variants decode the same number of tokens behind the same prompts, greedily,
     answers in turn        transformers' generate() of one specialist after the other; weights that fit into a CPU's
                            cache stay there for a whole answer, which no fused decoding can have
     release generate()     the fused model through transformers
-    ultrafuser generate    this package's decoder
+    ultrafuser generate    this package's engine, without drafts
 
 Rounds are interleaved; read the ratios.
 """
@@ -32,9 +32,10 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.decoder import Decoder
-from ultrafuser_mega.inference.lanes import Prompt
+from ultrafuser_mega.inference.embedded import cache_tokens
+from ultrafuser_mega.inference.engine import EmbeddedEngine
 from ultrafuser_mega.inference.model import opened_model
+from ultrafuser_mega.inference.requests import Prompt, Request
 from ultrafuser_mega.inference.sampling import Sampling
 
 FLOOR = "models in turn"
@@ -88,6 +89,7 @@ def measure(model: Any, batch: int, arguments: argparse.Namespace) -> dict[str, 
 def variants(model: Any, ids: torch.Tensor, new: int) -> dict[str, Callable[[], None]]:
     """What decodes ``new`` tokens behind the prompts ``ids`` (batch, length), each in its way."""
     prompts: list[Prompt] = [dict.fromkeys(model.names, row) for row in ids.tolist()]
+    tokens = cache_tokens(model, len(prompts))
     options = {"max_new_tokens": new, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
 
     def models_in_turn() -> None:
@@ -109,8 +111,12 @@ def variants(model: Any, ids: torch.Tensor, new: int) -> dict[str, Callable[[], 
             generate(model.specialists[name])
 
     def ours() -> None:
-        decoding = Decoder(model).decode(prompts, max_new_tokens=new, sampling=Sampling(), eos=())
-        assert sum(1 for _ in decoding) == new
+        engine = EmbeddedEngine(model, tokens=tokens, rows=len(prompts), chunk=ids.numel())
+        for row, prompt in enumerate(prompts):
+            engine.submit(Request(str(row), prompt, Sampling(), new, frozenset(), row))
+        while not engine.idle:
+            engine.step()
+        assert engine.stats().tokens == len(prompts) * new
 
     found = {FLOOR: models_in_turn, "answers in turn": answers_in_turn, "ultrafuser generate": ours}
     if len({next(model.specialists[name].parameters()).device for name in model.names}) == 1:

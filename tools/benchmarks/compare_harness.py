@@ -5,7 +5,8 @@
 Both classes are loaded with the same weights in float32 and asked the same items of the same tasks, in turn, each task
 by itself; with --peers vllm the harness's vLLM class as well, where it is installed. What is compared are the
 log-likelihood of every option and the text of every answer; speed is items per second of the class alone, without
-building requests.
+building requests. With --float64 the ``hf`` class computes once more in float64, and every other one's distance from
+that is told: what float32 costs this model at all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ultrafuser_mega.evaluation.harness.run import write_tasks
 
 TASKS = "ultrafuser_truthfulqa_mc1,ultrafuser_truthfulqa_mc2,ultrafuser_aqua,ultrafuser_sat_math,ultrafuser_gsm8k"
 _ASKED = ("loglikelihood", "generate_until")
+_EXACT = "hf float64"
 
 
 class Timed:
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--limit", type=positive, default=100, help="items of each task")
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--peers", default="hf", help="hf, vllm")
+    parser.add_argument("--float64", action="store_true", help="every class beside hf in float64")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -63,6 +66,8 @@ def main() -> None:
     models = {"ultrafuser": Timed(ours(options))} | {
         peer: Timed(theirs(peer, options)) for peer in options.peers.split(",")
     }
+    if options.float64:
+        models[_EXACT] = Timed(theirs("hf", options, "float64"))
     report: dict[str, Any] = {
         "machine": cpu_model(),
         "limit": options.limit,
@@ -99,6 +104,9 @@ def main() -> None:
             for peer in list(models)[1:]:
                 entry[peer] |= agreement(found["ultrafuser"], found[peer])
                 entry[peer]["ours_faster"] = entry[peer]["seconds"] / entry["ultrafuser"]["seconds"]
+            if options.float64:
+                for name in found.keys() - {_EXACT}:
+                    entry[name]["from_float64"] = agreement(found[name], found[_EXACT])["largest_difference"]
             report["tasks"][task] = entry
             print(task, entry, flush=True)
     if options.out:
@@ -112,11 +120,11 @@ def ours(options: Any) -> Any:
     return UltraFuserLM(options.ours or str(options.model), dtype="fp32", batch_size=options.batch_size)
 
 
-def theirs(peer: str, options: Any) -> Any:
+def theirs(peer: str, options: Any, dtype: str = "float32") -> Any:
     """One of the harness's own."""
     from lm_eval.api.registry import get_model
 
-    settings: dict[str, Any] = {"pretrained": str(options.model), "dtype": "float32", "batch_size": options.batch_size}
+    settings: dict[str, Any] = {"pretrained": str(options.model), "dtype": dtype, "batch_size": options.batch_size}
     if peer == "hf":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return get_model(peer)(**settings)

@@ -10,8 +10,8 @@ from ultrafuser_mega.data.sampler import shuffled
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.clusters import SUFFIX, fit_clusters
-from ultrafuser_mega.inference.lanes import Prompt
 from ultrafuser_mega.inference.model import opened_model
+from ultrafuser_mega.inference.requests import Prompt
 
 
 def write_routing(run: Path, out: Path, clusters: int, samples: int, seed: int, device: str) -> None:

@@ -20,13 +20,14 @@ def chat(model: Model, system: System = None, *, answer: AnswerOptions) -> None:
     from ultrafuser_mega.inference.model import opened_model
 
     limits, sampling, gate_trace = answer.limits, answer.sampling, answer.gate_trace
+    serving = answer.serving(rows=1)
     if gate_trace is not None:
         refuse_existing(gate_trace)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
     with opened_model(model, answer.device, answer.dtype) as opened:
-        answerer = Answerer(opened)
+        answerer = Answerer(opened, serving)
         with TraceFile(gate_trace, answerer.names) as traces:
             if interactive:
                 print("Say something; /help shows what else there is.")

@@ -18,7 +18,7 @@ runs/demo+uniform (mixed by another rule), a model's folder (@TEMPLATE), openai:
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=_HELP_MODELS, show_default=False)],
     data: Annotated[Path, typer.Option(help="folder of the benchmarks' files as published", show_default=False)],
-    suite: Annotated[str, typer.Option(help="paper, quick, toy, or benchmarks: gsm8k,math")] = "quick",
+    suite: Annotated[str, typer.Option(help="paper, standard, quick, toy, or benchmarks: gsm8k,math")] = "quick",
     out: Annotated[
         Path | None, typer.Option(help="folder of the results; default: evaluations/SUITE", show_default=False)
     ] = None,
@@ -61,9 +61,10 @@ def evaluate(
       ultrafuser evaluate my_release base=/models/Llama-2-13b-chat-hf --suite paper --data benchmarks
       torchrun --nproc-per-node 8 -m ultrafuser_mega evaluate my_release --suite paper --data benchmarks
 
-    Zero-shot, greedy, the prompts of the paper's table 10 in each specialist's own template. OUT receives every answer
-    (samples.jsonl), the table with intervals (results.md), all settings (results.json) and plots. Interrupted, the same
-    command goes on where it was; more models or benchmarks can be added to a folder later.
+    Zero-shot, greedy, the prompts of the paper's table 10 in each specialist's own template; the suite "standard" is
+    asked and scored by lm-evaluation-harness, in its own words. OUT receives every answer (samples.jsonl), the table
+    with intervals (results.md), all settings (results.json) and plots. Interrupted, the same command goes on where it
+    was; more models or benchmarks can be added to a folder later.
     """
     if judge is None and (select or opponent or judge_price):
         raise InputError("--select, --opponent, --judge-price: belong to --judge; give one")

@@ -52,6 +52,7 @@ def generate(
     from ultrafuser_mega.inference.model import opened_model
 
     limits, sampling, gate_trace = answer.limits, answer.sampling, answer.gate_trace
+    serving = answer.serving(rows=1 if input_ is None else batch_size)
     source = PromptFile(input_) if input_ is not None else None
     text = prompt if prompt is not None or source is not None else sys.stdin.read()
     if text is not None:
@@ -62,11 +63,11 @@ def generate(
         if path is not None:
             refuse_existing(path)
     with opened_model(model, answer.device, answer.dtype) as opened:
-        answerer = Answerer(opened)
+        answerer = Answerer(opened, serving)
         if source is not None:
             assert output is not None
             prompts = source.encode(answerer, system)
-            answer_file(answerer, source, prompts, output, gate_trace, batch_size, limits, sampling)
+            answer_file(answerer, source, prompts, output, gate_trace, limits, sampling)
             print(f"wrote {output}: {len(prompts)} answers")
             return
         assert text is not None

@@ -145,11 +145,13 @@ def _compared(plan: RunPlan) -> tuple[RunPlan, list[str]]:
     from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError
     from ultrafuser_mega.planning.preflight import gone_back
 
+    damages: list[DamagedCheckpointError] = []
     while weights := plan.resume or plan.start:
         try:
             return plan, _compare_files(weights[1])
         except DamagedCheckpointError as damage:
-            plan = gone_back(plan, damage)
+            damages.append(damage)
+            plan = gone_back(plan, damages)
     return plan, []
 
 

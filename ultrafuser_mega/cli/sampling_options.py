@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:  # importing them for a --help would take seconds
     from ultrafuser_mega.inference.answer import Limits
+    from ultrafuser_mega.inference.embedded import Serving
     from ultrafuser_mega.inference.sampling import Sampling
 
 Model = Annotated[
@@ -43,6 +44,18 @@ class AnswerOptions:
     gate_trace: Annotated[
         Path | None, typer.Option(help="JSONL to write: gate weights of every token", show_default=False)
     ] = None
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            help="tokens that the leading specialist drafts for the others to check, for the same answer sooner; "
+            "0: none; default: 4 where specialists share a device, else none",
+            show_default=False,
+        ),
+    ] = None
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GiB for the caches of all specialists; default: by what is free", show_default=False),
+    ] = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or one per specialist: cuda:0,cuda:1,cuda:2")] = "auto"
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored", show_default=False)] = None
 
@@ -52,6 +65,12 @@ class AnswerOptions:
         from ultrafuser_mega.inference.answer import Limits
 
         return Limits(self.max_new_tokens, tuple(self.stop or ()))
+
+    def serving(self, rows: int) -> Serving:
+        """How they are computed, ``rows`` at a time."""
+        from ultrafuser_mega.inference.embedded import Serving
+
+        return Serving(rows, self.memory, self.draft)
 
     @property
     def sampling(self) -> Sampling:

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.answer import Answer, Answerer, Limits
+from ultrafuser_mega.inference.answer import Answerer, Limits
 from ultrafuser_mega.inference.batch import TraceFile
-from ultrafuser_mega.inference.lanes import Prompt
+from ultrafuser_mega.inference.requests import Prompt
 from ultrafuser_mega.inference.sampling import Sampling
+from ultrafuser_mega.inference.text_engine import Answer
 from ultrafuser_mega.reporting.palette import specialist_colors
 
 _HELP = """/reset         forget the conversation, all but its system text

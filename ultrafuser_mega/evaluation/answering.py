@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
 from ultrafuser_mega.evaluation.contestants import Answering, Reply
+from ultrafuser_mega.evaluation.harness.standard import HarnessBenchmark
 
 
 def answer_items(
@@ -21,6 +22,9 @@ def answer_items(
         items: to ask.
         max_new_tokens: of a reply.
     """
+    if isinstance(benchmark, HarnessBenchmark):
+        yield from benchmark.samples(model, answering.harness_model(benchmark.name), items)
+        return
     began = time.perf_counter()
     given: dict[int, list[Reply]] = {number: [] for number in range(len(items))}
     for turn in range(max((len(item.turns) for item in items), default=0)):

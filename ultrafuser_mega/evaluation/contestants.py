@@ -41,6 +41,9 @@ class Answering(Protocol):
     def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
         """(number of the conversation, reply) for all of them, as they are done."""
 
+    def harness_model(self, benchmark: str) -> Any:
+        """lm-evaluation-harness's model class over it; InputError where ``benchmark`` cannot have that."""
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -115,14 +118,22 @@ class LocalModel:
 
     def __init__(self, opened: object, batch_size: int) -> None:
         from ultrafuser_mega.inference.answer import Answerer
+        from ultrafuser_mega.inference.embedded import Serving
 
-        self._answerer = Answerer(opened)  # type: ignore[arg-type]
-        self._batch_size = batch_size
+        self._opened, self._batch_size = opened, batch_size
+        self._answerer = Answerer(opened, Serving(batch_size))  # type: ignore[arg-type]
+
+    def harness_model(self, benchmark: str) -> Any:
+        """Shares the model's weights."""
+        from ultrafuser_mega.evaluation.harness.model import UltraFuserLM
+
+        return UltraFuserLM("", batch_size=self._batch_size, opened=self._opened)
 
     def answer(self, conversations: Sequence[Messages], max_new_tokens: int) -> Iterator[tuple[int, Reply]]:
         """One that a specialist cannot read (too long, control tokens in its text) gets an empty reply that says so."""
-        from ultrafuser_mega.inference.answer import Answer, Limits
+        from ultrafuser_mega.inference.answer import Limits
         from ultrafuser_mega.inference.sampling import Sampling
+        from ultrafuser_mega.inference.text_engine import Answer
 
         prompts = {}
         for number, messages in enumerate(conversations):
@@ -133,7 +144,7 @@ class LocalModel:
         order = sorted(prompts, key=lambda number: -max(map(len, prompts[number].values())))
         sorted_prompts = [prompts[number] for number in order]
         limits = Limits(max_new_tokens)
-        for event in self._answerer.stream(sorted_prompts, limits, Sampling(), at_once=self._batch_size):
+        for event in self._answerer.stream(sorted_prompts, limits, Sampling()):
             if isinstance(event, tuple) and isinstance(event[1], Answer):
                 row, answer = event
                 weights = dict(zip(self._answerer.names, answer.mean_weights(), strict=True))
@@ -172,6 +183,13 @@ class Endpoint:
             finally:
                 for future in futures:
                     future.cancel()
+
+    def harness_model(self, benchmark: str) -> Any:
+        """There is none: chat endpoints give no log-likelihoods of texts."""
+        raise InputError(
+            f"{_ENDPOINT}{self._model}: {benchmark} compares log-likelihoods, which an endpoint does not give; "
+            "leave this model out of it"
+        )
 
     def _ask(self, messages: Messages, max_new_tokens: int) -> Reply:
         import openai

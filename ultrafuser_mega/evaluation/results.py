@@ -27,7 +27,17 @@ from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval,
 from ultrafuser_mega.reporting.records import write_atomically
 
 RESULTS_FILE = "results.json"
-_PACKAGES = ("ultrafuser_mega", "torch", "transformers", "tokenizers", "numpy", "math-verify", "sympy", "openai")
+_PACKAGES = (
+    "ultrafuser_mega",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "math-verify",
+    "sympy",
+    "openai",
+    "lm-eval",
+)
 _SEED = 0  # of the draws behind intervals and tests
 
 

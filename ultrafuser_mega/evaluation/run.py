@@ -140,12 +140,12 @@ def run_evaluation(
                     for sample in answer_items(contestant.name, answering, task.benchmark, items, task.max_new_tokens):
                         append_sample(file, sample)
                         tokens += sample.tokens
-                        progress.update(bar, advance=1, speed=_speed(tokens, began))
+                        progress.update(bar, advance=1, speed=_speed(tokens, began) if tokens else "")
                     if not console.is_terminal and share.rank == 0:
                         seconds = time.perf_counter() - began
                         console.print(
-                            f"{contestant.name}: {task.benchmark.title}: {len(items):,} items in {seconds:.0f} s, "
-                            f"{_speed(tokens, began)}",
+                            f"{contestant.name}: {task.benchmark.title}: {len(items):,} items in {seconds:.0f} s"
+                            + (f", {_speed(tokens, began)}" if tokens else ""),
                             highlight=False,
                         )
         file.close()

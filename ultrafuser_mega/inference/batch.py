@@ -17,9 +17,10 @@ from ultrafuser_mega.checkpoint.unfinished import refuse_existing, unfinished_of
 from ultrafuser_mega.data.conversation import MalformedRowError, to_prompt
 from ultrafuser_mega.data.readers import read_rows
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.answer import Answer, Answerer, Limits
-from ultrafuser_mega.inference.lanes import Prompt
+from ultrafuser_mega.inference.answer import Answerer, Limits
+from ultrafuser_mega.inference.requests import Prompt
 from ultrafuser_mega.inference.sampling import Sampling
+from ultrafuser_mega.inference.text_engine import Answer
 
 ANSWER, FINISH = "generated", "finish_reason"
 
@@ -68,7 +69,6 @@ def answer_file(
     prompts: Sequence[Prompt],
     out: Path,
     trace: Path | None,
-    batch_size: int,
     limits: Limits,
     sampling: Sampling,
 ) -> None:
@@ -83,7 +83,7 @@ def answer_file(
         task = progress.add_task("", total=len(prompts))
         done: dict[int, Answer] = {}
         written = 0
-        for event in answerer.stream(prompts, limits, sampling, at_once=batch_size):
+        for event in answerer.stream(prompts, limits, sampling):
             if not isinstance(event, tuple):
                 continue
             done[event[0]] = event[1]

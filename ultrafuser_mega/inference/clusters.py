@@ -7,7 +7,7 @@ responses are known; in every cluster the specialist with the highest mean log-l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError, writing
-from ultrafuser_mega.inference.lanes import Lanes, Prompt
+from ultrafuser_mega.inference.lanes import Lanes
 from ultrafuser_mega.inference.mixing import Evidence, Rule
-from ultrafuser_mega.inference.scoring import Request, Scorer
+from ultrafuser_mega.inference.requests import Prompt
+from ultrafuser_mega.inference.scoring import Continued, Scorer
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
 SUFFIX = ".routing"
@@ -131,11 +132,16 @@ def k_means(points: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _states(model: UltraFuserForCausalLM, prompts: Sequence[Prompt]) -> list[Tensor]:
-    lanes, found = Lanes(model), []
+    first = model.names[0]
+    longest = max(len(ids) for prompt in prompts for ids in prompt.values())
+    lanes, found = Lanes(model, _PROMPTS_AT_ONCE * longest), []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        rows = lanes.begin(prompts[start : start + _PROMPTS_AT_ONCE], 1, remember=False)
-        hidden: Mapping[str, Tensor] = lanes.forward(rows)
-        found.append(hidden[model.names[0]][:, -1].float().cpu())
+        opened = [lanes.open(prompt, 0) for prompt in prompts[start : start + _PROMPTS_AT_ONCE]]
+        rows = [sequences for sequences in opened if sequences is not None]  # all: there is room
+        hidden = lanes.read({first: [(sequences[first], sequences[first].left) for sequences in rows]})
+        found.append(hidden[first][:, -1].float().cpu())
+        for sequences in rows:
+            lanes.close(sequences)
     return found
 
 
@@ -145,7 +151,7 @@ def _likelihoods(
     """(S,) mean log-likelihood of a response's token under one specialist."""
     n = len(model.names)
     alone = Rule(lambda evidence: torch.eye(n)[place].to(evidence.gate).expand_as(evidence.gate))
-    requests = [Request(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    requests = [Continued(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     found = np.zeros(len(requests))
     for number, likelihood in Scorer(model, alone).score(requests):
         found[number] = likelihood.total / len(responses[number])

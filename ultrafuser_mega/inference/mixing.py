@@ -54,12 +54,12 @@ class Evidence:
         parts = (self.gate, self.at_prompt_end, self.state, self.prompt, self.shortest, self.response)
         return Evidence(*(None if part is None else part[index.to(part.device)] for part in parts))  # type: ignore[arg-type]
 
-    def join(self, other: Evidence) -> Evidence:
-        """Of these rows, then of those of ``other``."""
-        mine = (self.gate, self.at_prompt_end, self.state, self.prompt, self.shortest, self.response)
-        theirs = (other.gate, other.at_prompt_end, other.state, other.prompt, other.shortest, other.response)
-        pairs = zip(mine, theirs, strict=True)
-        return Evidence(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+    @classmethod
+    def behind(cls, gate: Tensor, rows: Sequence[Evidence]) -> Evidence:
+        """For tokens with these gate weights (R, n), each of a row whose evidence, of one token, is given."""
+        held = [(row.at_prompt_end, row.state, row.prompt, row.shortest, row.response) for row in rows]
+        columns = [None if column[0] is None else torch.cat(column) for column in zip(*held, strict=True)]
+        return cls(gate, *columns)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.sampling import Sampling
 
+Finish = Literal["eos", "length"]
 Prompt = Mapping[str, Sequence[int]]  # specialist -> its ids
 
 
@@ -95,7 +96,7 @@ class TokenEvent:
     weights: list[float]
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None
-    finish: Literal["eos", "length"] | None = None
+    finish: Finish | None = None
 
 
 @dataclass(frozen=True)

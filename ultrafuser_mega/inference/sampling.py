@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.noise import draw_key, gumbel
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Sampling:
         presence_penalty: is subtracted from the logits of tokens in the answer, as OpenAI's interface has it.
         frequency_penalty: likewise, times how often the token is there.
         logit_bias: token -> what is added to its logit.
-        seed: of the draws. Row i of a batch has a stream of its own, (seed, i): how rows are batched does not matter.
+        seed: of the draws, each of which is a function of the seed, its request's row and the token's position: how
+            requests are batched does not matter.
 
     Raises:
         InputError: a value out of range.
@@ -68,11 +69,21 @@ class Sampling:
                 value = getattr(self, option.replace("-", "_"))
                 raise InputError(f"--{option} {value}: expected {wanted}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, just so."""
+        return self.temperature == 0 and not (
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
+
+    @property
+    def filters(self) -> tuple[float, int, float, float]:
+        """What rows must have in common for ``processors`` to be the same."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
     def processors(self) -> LogitsProcessorList:
-        """What changes the logits before the choice."""
+        """What changes the logits of a draw, behind penalties and bias."""
         chain = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.temperature > 0:
             if self.temperature != 1:
                 chain.append(TemperatureLogitsWarper(self.temperature))
@@ -85,44 +96,69 @@ class Sampling:
         return chain
 
 
-class Chooser:
-    """Chooses a token for every row of a batch.
+@dataclass(frozen=True)
+class Place:
+    """Where a token is chosen.
 
-    Args:
-        sampling: the settings.
-        rows: the rows' numbers, which select their random streams.
+    Attributes:
+        sampling: how.
+        row, position: of the draw: the request's row, and how many tokens its answer has.
+        prompt: ids of the first specialist's.
+        answer: ids so far.
+        mask: sets scores (V,) of tokens that may not come to -inf, in place; None: all may.
     """
 
-    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
-        self._processors = sampling.processors()
-        self._greedy = sampling.temperature == 0
-        self._generators = {row: torch.Generator().manual_seed(_mixed(sampling.seed, row)) for row in rows}
+    sampling: Sampling
+    row: int
+    position: int
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    mask: Callable[[Tensor], None] | None = None
 
-    def choose(self, logits: Tensor, seen: Tensor, rows: Sequence[int]) -> Tensor:  # (b,) int64 on the CPU
-        """Token ids for ``rows``.
-
-        Args:
-            logits: (b, V) float32.
-            seen: (b, s) ids of prompt and answer so far.
-            rows: the rows' numbers.
-
-        Raises:
-            InputError: a logit is not finite; nothing that is chosen then means anything.
-        """
-        if not logits.isfinite().all():
-            raise InputError(
-                "the model's logits are not finite: its weights are damaged (ultrafuser verify), or overflow in --dtype"
-            )
-        scores = self._processors(seen, logits)  # type: ignore[arg-type]
-        if self._greedy:
-            return scores.argmax(dim=-1).cpu()
-        probabilities = scores.softmax(dim=-1).cpu()  # one stream per row, the same on every device
-        draws = [
-            torch.multinomial(p, 1, generator=self._generators[row]) for row, p in zip(rows, probabilities, strict=True)
-        ]
-        return torch.cat(draws)
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is taken, just so."""
+        return self.sampling.greedy and self.mask is None
 
 
-def _mixed(seed: int, row: int) -> int:
-    """32 bits, which is all that PyTorch's CPU generator takes of a seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:4], "little")
+def choose(scores: Tensor, places: Sequence[Place]) -> Tensor:  # (R,) int64 on the scores' device
+    """A token for every place.
+
+    Args:
+        scores: (R, V) float32; where they are not finite, so is not what is chosen.
+        places: of the R rows.
+    """
+    chosen = scores.argmax(dim=-1)
+    groups: dict[tuple[float, int, float, float], list[int]] = {}
+    for number, place in enumerate(places):
+        if not place.plain:
+            groups.setdefault(place.sampling.filters, []).append(number)
+    for numbers in groups.values():
+        index = torch.tensor(numbers, device=scores.device)
+        members = [places[number] for number in numbers]
+        part = scores[index]
+        for own, place in zip(part, members, strict=True):
+            _adjust(own, place)
+        part = members[0].sampling.processors()(index[:, None], part)  # type: ignore[arg-type]
+        if members[0].sampling.temperature > 0:
+            keys = [draw_key(place.sampling.seed, place.row, place.position) for place in members]
+            part = part + gumbel(keys, part.shape[-1], part.device)
+        chosen[index] = part.argmax(dim=-1)
+    return chosen
+
+
+def _adjust(scores: Tensor, place: Place) -> None:
+    """Penalties and bias of one row, (V,), in place; transformers' order, then OpenAI's."""
+    sampling = place.sampling
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor([[*place.prompt, *place.answer]], device=scores.device)
+        penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        scores.copy_(penalty(seen, scores[None])[0])
+    if place.answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = torch.tensor(place.answer, device=scores.device).unique(return_counts=True)
+        scores[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=scores.device)
+        scores[ids] += torch.tensor(list(sampling.logit_bias.values()), device=scores.device)
+    if place.mask is not None:
+        place.mask(scores)

@@ -146,8 +146,12 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     return _resumed(plan, checkpoints, ())
 
 
-def gone_back(plan: RunPlan, damage: DamagedCheckpointError) -> RunPlan:
+def gone_back(plan: RunPlan, damages: Sequence[DamagedCheckpointError]) -> RunPlan:
     """``plan``, whose run was to go on from a checkpoint that is damaged, from an older one; ``changes`` say so.
+
+    Args:
+        plan: it goes on from the checkpoint that the last of ``damages`` is of.
+        damages: of all that were tried, newest checkpoint first.
 
     Raises:
         DamagedCheckpointError: there is no older one.
@@ -155,8 +159,9 @@ def gone_back(plan: RunPlan, damage: DamagedCheckpointError) -> RunPlan:
     checkpoints = list_checkpoints(plan.config.run_dir / "checkpoints")
     older = [found for found in checkpoints if plan.resume is not None and found < plan.resume]
     if not older:
-        raise damage
-    return _resumed(plan, older, (f"{damage.problem}; goes on from {older[-1][1].name}",))
+        raise damages[-1]
+    tried = [damage.problem for damage in damages]
+    return _resumed(plan, older, (*tried[:-1], f"{tried[-1]}; goes on from {older[-1][1].name}"))
 
 
 def _resumed(plan: RunPlan, checkpoints: list[tuple[Progress, Path]], told: tuple[str, ...]) -> RunPlan:

@@ -99,12 +99,14 @@ def intact(plan: RunPlan) -> RunPlan:
     Raises:
         DamagedCheckpointError: none is, or the one that weights are to begin with.
     """
+    damages: list[DamagedCheckpointError] = []
     while plan.resume is not None:
         try:
             verify_checkpoint(plan.resume[1])
             return plan
         except DamagedCheckpointError as damage:
-            plan = gone_back(plan, damage)
+            damages.append(damage)
+            plan = gone_back(plan, damages)
     if plan.start is not None:
         verify_checkpoint(plan.start[1])
     return plan

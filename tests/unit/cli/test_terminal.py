@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from ultrafuser_mega.cli.terminal import AnswerPrinter, chat
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.answer import Answer, Answerer, Limits, Shown, TracedToken
+from ultrafuser_mega.inference.answer import Answerer, Limits, Shown
 from ultrafuser_mega.inference.batch import TraceFile
 from ultrafuser_mega.inference.model import OpenedModel
 from ultrafuser_mega.inference.sampling import Sampling
+from ultrafuser_mega.inference.text_engine import Answer, TracedToken
 
 LIMITS, GREEDY = Limits(STEPS), Sampling()
 

@@ -59,6 +59,26 @@ def test_models_stand_beside_each_other_with_oracle_and_rules(
     assert (out / "results.md").is_file() and list((out / "plots").glob("*.png"))
 
 
+@pytest.mark.parametrize("trio", ["qwens"], indirect=True)
+def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
+    release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    row = {"question": "2 + 2?", "options": ["(A)4", "(B)5", "(C)6", "(D)7"], "label": "A", "passage": None}
+    (data / "agieval_sat-math.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    out = tmp_path / "out"
+    options = ("--suite", "standard_sat_math,gsm8k", "--data", data, "--out", out, "--limit", "2")
+    for models in ([f"fused={release}"], [f"fused={release}", f"text={release}@text"]):  # the second goes on
+        assert ultrafuser(monkeypatch, "evaluate", *models, *options, "--max-new-tokens", "4") == 0
+    assert "| SAT-Math (harness) accuracy |" in capsys.readouterr().out
+    found = {key: row for key, row in rows(out).items() if key[1] == "standard_sat_math"}
+    assert len(found) == 2 * 2
+    for row in found.values():
+        assert row["turns"] == ["Q: 2 + 2? Answer Choices: (A)4 (B)5 (C)6 (D)7\nA: Among A through D, the answer is"]
+        likelihoods = [float(text) for text in row["replies"]]
+        assert row["score"] == float(likelihoods.index(max(likelihoods)) == 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -66,6 +86,7 @@ def test_models_stand_beside_each_other_with_oracle_and_rules(
         (("a={release}", "a={release}+uniform"), "MODEL a: stands twice; give the second another name"),
         (("{release}", "--suite", "poetry"), "benchmark 'poetry': there is none; choose of"),
         (("{release}", "--suite", "aqua"), "agieval_aqua-rat.jsonl"),
+        (("{release}", "--suite", "standard"), "TruthfulQA.csv: no such file; standard_truthfulqa_mc1 needs it"),
         (("{release}", "--select", "a,b"), "--select, --opponent, --judge-price: belong to --judge; give one"),
         (("openai:gpt",), "expected openai:MODEL@URL"),
     ],

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answerer, Limits
 from ultrafuser_mega.inference.batch import PromptFile, answer_file, new_file
+from ultrafuser_mega.inference.embedded import Serving
 from ultrafuser_mega.inference.model import OpenedModel
 from ultrafuser_mega.inference.sampling import Sampling
 
@@ -35,9 +36,13 @@ ROWS = [
 
 
 @pytest.fixture
-def answerer(model: Any, release: Any) -> Answerer:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(release)
-    return Answerer(OpenedModel(model, tokenizer, frozenset({2})))
+def opened(model: Any, release: Any) -> OpenedModel:
+    return OpenedModel(model, PreTrainedTokenizerFast.from_pretrained(release), frozenset({2}))
+
+
+@pytest.fixture
+def answerer(opened: OpenedModel) -> Answerer:
+    return Answerer(opened, Serving(rows=2))
 
 
 def write(path: Any, rows: Any) -> PromptFile:
@@ -45,11 +50,9 @@ def write(path: Any, rows: Any) -> PromptFile:
     return PromptFile(path)
 
 
-def run(
-    answerer: Any, source: Any, out: Any, trace: Any = None, batch_size: Any = 2, system: Any = None
-) -> list[dict[str, Any]]:
+def run(answerer: Any, source: Any, out: Any, trace: Any = None, system: Any = None) -> list[dict[str, Any]]:
     prompts = source.encode(answerer, system)
-    answer_file(answerer, source, prompts, out, trace, batch_size, Limits(STEPS), Sampling())
+    answer_file(answerer, source, prompts, out, trace, Limits(STEPS), Sampling())
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -66,10 +69,10 @@ def test_rows_keep_their_fields_and_order_and_get_the_answers_of_single_prompts(
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_the_batch_size_changes_nothing(answerer: Any, tmp_path: Path, batch_size: int) -> None:
+def test_the_batch_size_changes_nothing(answerer: Any, opened: Any, tmp_path: Path, batch_size: int) -> None:
     source = write(tmp_path / "in.jsonl", ROWS)
-    reference = run(answerer, source, tmp_path / "a.jsonl", batch_size=2)
-    assert run(answerer, source, tmp_path / "b.jsonl", batch_size=batch_size) == reference
+    reference = run(answerer, source, tmp_path / "a.jsonl")
+    assert run(Answerer(opened, Serving(batch_size)), source, tmp_path / "b.jsonl") == reference
 
 
 def test_the_trace_holds_every_token_with_the_weight_of_each_specialist(answerer: Any, tmp_path: Path) -> None:

@@ -8,20 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.engines import decode, engine_of
 from support.release_prompts import of_row, random_ids
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.clusters import Clusters, fit_clusters, k_means
-from ultrafuser_mega.inference.decoder import Decoder
 from ultrafuser_mega.inference.model import opened_model
-from ultrafuser_mega.inference.sampling import Sampling
 
 STEPS = 6
-
-
-def answer(decoder: Decoder, prompt: Any) -> list[int]:
-    decoding = decoder.decode([prompt], max_new_tokens=STEPS, sampling=Sampling(), eos=())
-    return [step.tokens[0] for step in decoding]
 
 
 def test_k_means_finds_directions_and_leaves_no_cluster_empty() -> None:
@@ -45,13 +39,13 @@ def test_each_cluster_goes_to_the_specialist_that_knows_its_responses(
     responses = []
     for row, name in enumerate(model.names):
         with opened_model(f"{release}@{name}", "cpu", None) as alone:
-            responses.append(answer(Decoder(alone.model), {name: prompts[row][name]}))
+            responses.append(decode(engine_of(alone.model), [{name: prompts[row][name]}], STEPS)[0])
     clusters = fit_clusters(model, prompts, responses, k=3, seed=0)
     assert sorted(clusters.chosen.tolist()) == [0, 1, 2]
     clusters.save(tmp_path / "by.routing")
     with opened_model(f"{release}+{tmp_path / 'by.routing'}", "cpu", None) as routed:
-        decoder = Decoder(routed.model, routed.rule)
-        assert [answer(decoder, prompt) for prompt in prompts] == responses
+        found = decode(engine_of(routed.model, routed.rule, draft=2), prompts, STEPS)
+        assert list(found.values()) == responses
 
 
 def test_a_file_of_other_specialists_or_of_nothing_is_one_line(tmp_path: Path) -> None:

@@ -6,26 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import decode, engine_of
 from support.release_prompts import of_row, random_ids
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.decoder import Decoder
 from ultrafuser_mega.inference.mixing import RULES
-from ultrafuser_mega.inference.sampling import Sampling
-from ultrafuser_mega.inference.scoring import Request, Scorer
+from ultrafuser_mega.inference.scoring import Continued, Scorer
 
 # Two questions with three options each, one with one; a long common beginning in the first two.
 PREAMBLE = random_ids(20, seed=7)
 CONTEXTS = [{name: [*PREAMBLE, *ids] for name, ids in of_row(row).items()} for row in (0, 1)] + [of_row(2)]
 TAILS = [(0, 5), (0, 1), (0, 3), (1, 1), (1, 4), (1, 2), (2, 6)]
 REQUESTS = [
-    Request(CONTEXTS[context], random_ids(length, seed=50 + number)) for number, (context, length) in enumerate(TAILS)
+    Continued(CONTEXTS[context], random_ids(length, seed=50 + number)) for number, (context, length) in enumerate(TAILS)
 ]
 ROWS = [number for number, (context, _) in enumerate(TAILS) if context < 2]
 
 
-def own_log_probabilities(reference: Any, request: Request) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def own_log_probabilities(reference: Any, request: Continued) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Of every specialist: logits (n, t, V), gate weights (t, n), prompt's mean (n,), response so far (t, n)."""
     t, logits, means, sofar = len(request.continuation), [], [], []
     tail = torch.tensor(list(request.continuation))
@@ -42,7 +41,7 @@ def own_log_probabilities(reference: Any, request: Request) -> tuple[Tensor, Ten
     return torch.stack(logits), weights, torch.stack(means), [torch.stack(sofar, dim=1)]
 
 
-def expected(reference: Any, rule: str, request: Request) -> tuple[float, bool]:
+def expected(reference: Any, rule: str, request: Continued) -> tuple[float, bool]:
     logits, gate, means, (sofar,) = own_log_probabilities(reference, request)
     n, t, _ = logits.shape
     hard = torch.eye(n, dtype=torch.float64)
@@ -81,13 +80,12 @@ def test_every_rule_gives_the_likelihoods_of_its_definition(model: Any, referenc
         assert found[number].greedy == greedy
 
 
-def test_what_the_decoder_chooses_is_greedy_under_the_same_rule(model: Any) -> None:
+def test_what_the_engine_chooses_is_greedy_under_the_same_rule(model: Any) -> None:
     for rule in RULES.values():
-        steps = Decoder(model, rule).decode([CONTEXTS[0]], max_new_tokens=6, sampling=Sampling(), eos=())
-        answer = [step.tokens[0] for step in steps]
-        request = Request(CONTEXTS[0], answer)
+        answer = decode(engine_of(model, rule), [CONTEXTS[0]], 6)[0]
+        request = Continued(CONTEXTS[0], answer)
         assert next(Scorer(model, rule).score([request]))[1].greedy
-        other = Request(CONTEXTS[0], [*answer[:-1], answer[-1] ^ 1])
+        other = Continued(CONTEXTS[0], [*answer[:-1], answer[-1] ^ 1])
         assert not next(Scorer(model, rule).score([other]))[1].greedy
 
 
@@ -109,11 +107,11 @@ def test_what_contexts_have_in_common_is_read_once(model: Any, monkeypatch: pyte
     monkeypatch.setattr(model, "last_hidden", counted)
     list(Scorer(model, batch_tokens=10_000).score([REQUESTS[number] for number in ROWS]))
     text = [count for name, count in read if name == "text"]
-    assert text == [len(PREAMBLE), 2 * 9, 6 * 4]  # the preamble once, both questions padded, the options' tails padded
+    assert text == [len(PREAMBLE) + 4, 9, 4 * 4]  # one question, what is new of the other, the longer tails padded
 
 
 def test_a_request_that_is_longer_than_a_specialist_reads_is_refused(model: Any) -> None:
     positions = model.config.specialist_config("text").max_position_embeddings
-    long = Request(CONTEXTS[0], [5] * positions)
+    long = Continued(CONTEXTS[0], [5] * positions)
     with pytest.raises(InputError, match=rf"tokens are more than the {positions} that text reads"):
         list(Scorer(model).score([long]))

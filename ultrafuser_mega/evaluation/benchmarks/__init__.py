@@ -21,9 +21,10 @@ from ultrafuser_mega.evaluation.benchmarks.gsm8k import Gsm8k
 from ultrafuser_mega.evaluation.benchmarks.humaneval import HumanEval, ProgramCheck
 from ultrafuser_mega.evaluation.benchmarks.toy import ToyCode, ToyMath, ToyText
 from ultrafuser_mega.evaluation.benchmarks.truthfulqa import TruthfulQa
+from ultrafuser_mega.evaluation.harness.standard import STANDARD
 from ultrafuser_mega.evaluation.programs import check_program
 
-_PLAIN = (TruthfulQa, AlpacaEval, Gsm8k, Math, SatMath, Aqua, MtBench)
+_PLAIN = (TruthfulQa, AlpacaEval, Gsm8k, Math, SatMath, Aqua, MtBench, *STANDARD)
 _WITH_PROGRAMS = (HumanEval, ToyText, ToyCode, ToyMath)
 
 
@@ -42,10 +43,12 @@ class Suite:
 
 _TABLE_1 = ("truthfulqa", "alpacaeval", "humaneval", "gsm8k", "math", "sat_math", "aqua")
 
-#: paper: UltraFuser's table 1, and table 7's MT-Bench; quick: a part of what needs no judge; toy: the toy specialists'.
+#: paper: UltraFuser's table 1, and table 7's MT-Bench; standard: what lm-evaluation-harness asks; quick: a part of what
+#: needs no judge; toy: the toy specialists'.
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
         "paper": Suite((*_TABLE_1, "mt_bench")),
+        "standard": Suite(tuple(one.name for one in STANDARD)),
         "quick": Suite(tuple(name for name in _TABLE_1 if name != "alpacaeval"), groups=50),
         "toy": Suite(("toy_text", "toy_code", "toy_math")),
     }

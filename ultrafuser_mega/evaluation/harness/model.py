@@ -25,11 +25,13 @@ from tqdm import tqdm
 
 from ultrafuser_mega.data.chat_format import SequenceTokenizer
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.answer import Answer, Answerer, Limits
-from ultrafuser_mega.inference.lanes import Prompt
-from ultrafuser_mega.inference.model import opened_model
+from ultrafuser_mega.inference.answer import Answerer, Limits
+from ultrafuser_mega.inference.embedded import Serving
+from ultrafuser_mega.inference.model import OpenedModel, opened_model
+from ultrafuser_mega.inference.requests import Prompt
 from ultrafuser_mega.inference.sampling import Sampling
-from ultrafuser_mega.inference.scoring import Request, Scorer
+from ultrafuser_mega.inference.scoring import Continued, Scorer
+from ultrafuser_mega.inference.text_engine import Answer
 
 _CHAT = '[{"role":'  # what a conversation begins with when it comes as JSON
 
@@ -47,6 +49,7 @@ class UltraFuserLM(TemplateLM):
         max_length: of a sequence; None: what the specialists read.
         add_bos_token: whether text that is no conversation begins with BOS; None: as the tokenizer has it.
         max_gen_toks: of an answer, where a task does not say.
+        opened: the model where it is in memory already; ``pretrained`` is only its name then.
     """
 
     def __init__(
@@ -59,17 +62,17 @@ class UltraFuserLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         max_gen_toks: int = 256,
+        opened: OpenedModel | None = None,
     ) -> None:
         super().__init__()
         self._stack = ExitStack()  # open as long as the model is
         where = "auto" if device in (None, "cuda") else str(device)
-        self._opened = self._stack.enter_context(opened_model(str(pretrained), where, dtype))
+        self._opened = opened or self._stack.enter_context(opened_model(str(pretrained), where, dtype))
         self.tokenizer = self._opened.tokenizer
         self._sequences = SequenceTokenizer(self.tokenizer)
         self._names = self._opened.model.names
-        self._answerer = Answerer(self._opened)
+        self._answerer = Answerer(self._opened, Serving(32 if batch_size == "auto" else int(batch_size)))
         self._scorer = Scorer(self._opened.model, self._opened.rule)
-        self._batch_size = 32 if batch_size == "auto" else int(batch_size)
         self._add_bos, self._max_gen_toks = add_bos_token, max_gen_toks
         positions = [self._opened.model.config.specialist_config(n).max_position_embeddings for n in self._names]
         self.max_length = min(positions) if max_length is None else min(max_length, *positions)
@@ -143,7 +146,7 @@ class UltraFuserLM(TemplateLM):
                 whole = [*context, *continuation][-(self.max_length + 1) :]  # as the harness does: cut on the left
                 context = whole[: max(1, len(whole) - len(continuation))]
                 continuation = whole[len(context) :]
-            asked.append(Request(self._prompt(context), continuation))
+            asked.append(Continued(self._prompt(context), continuation))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
         bar = tqdm(total=len(asked), disable=disable_tqdm, desc="Running loglikelihood requests")
         for number, likelihood in self._scorer.score(asked):
@@ -189,7 +192,7 @@ class UltraFuserLM(TemplateLM):
             chat = requests[order[0]].args[0].startswith(_CHAT)
             limits = Limits(length, tuple(term for term in stop if term))
             sorted_prompts = [prompts[number] for number in order]
-            events = self._answerer.stream(sorted_prompts, limits, sampling, lead=chat, at_once=self._batch_size)
+            events = self._answerer.stream(sorted_prompts, limits, sampling, lead=chat)
             for event in events:
                 if isinstance(event, tuple) and isinstance(event[1], Answer):
                     answers[order[event[0]]] = postprocess_generated_text(event[1].text, stop, None)

@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 
 from ultrafuser_mega.errors import InputError
 
+NOT_INSTALLED = "lm-evaluation-harness is not installed; pip install 'ultrafuser_mega[lm-eval]'"
+
 _PLACE = "{data}"
 
 
@@ -26,13 +28,12 @@ def run_harness(arguments: Sequence[str], data: Path | None) -> None:
         InputError: the harness is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise InputError("lm-eval: lm-evaluation-harness is not installed; pip install 'ultrafuser_mega[lm-eval]'")
+        raise InputError(f"lm-eval: {NOT_INSTALLED}")
     if data is not None and not data.is_dir():
         raise InputError(f"--data {data}: no such folder; expected that of the benchmarks' files")
     with TemporaryDirectory(prefix="ultrafuser-tasks-") as folder:
         given = list(arguments)
         if data is not None:
-            os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are here
             write_tasks(data, Path(folder))
             given += ["--include_path", folder]
         from lm_eval.__main__ import cli_evaluate
@@ -45,6 +46,7 @@ def run_harness(arguments: Sequence[str], data: Path | None) -> None:
 
 def write_tasks(data: Path, folder: Path) -> None:
     """The tasks' files into ``folder``, each of which reads its rows in ``data``."""
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are here
     for entry in (files("ultrafuser_mega.evaluation.harness") / "tasks").iterdir():
         if entry.name.endswith((".yaml", ".py")):
             text = entry.read_text(encoding="utf-8")
