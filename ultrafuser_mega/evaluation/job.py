@@ -21,9 +21,9 @@ from ultrafuser_mega.evaluation.benchmarks.humaneval import ProgramCheck
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
 from ultrafuser_mega.evaluation.judge import FileJudge, grade_chats, judge_pairs, open_judge
 from ultrafuser_mega.evaluation.programs import check_program
-from ultrafuser_mega.evaluation.results import results, write_results
+from ultrafuser_mega.evaluation.results import headroom, results, write_results
 from ultrafuser_mega.evaluation.results_page import scores_table, write_page
-from ultrafuser_mega.evaluation.rows import oracle_row, selected_row
+from ultrafuser_mega.evaluation.rows import ORACLE, oracle_row, selected_row
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
 from ultrafuser_mega.evaluation.sandbox import open_sandbox
 
@@ -50,7 +50,7 @@ class Job:
     """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`.
 
     ``max_new_tokens`` shortens what benchmarks allow; ``oracle`` are the rows of which the best answer to every item
-    makes a row more.
+    makes a row more; ``single`` is the row from which the headroom to that row is counted.
     """
 
     models: Sequence[str]
@@ -64,6 +64,7 @@ class Job:
     code_sandbox: str = "bwrap"
     judging: Judging = Judging()
     oracle: Sequence[str] = ()
+    single: str | None = None
 
 
 def evaluate_share(job: Job, console: Console) -> None:
@@ -118,7 +119,10 @@ def _write(
         kept = _judged(job, tasks, kept)
     if job.oracle:
         kept += oracle_row(kept, job.oracle)
-    found = results(kept, [task.benchmark for task in tasks], settings | {"judge": job.judging.judge}, job.data)
+    benchmarks = [task.benchmark for task in tasks]
+    found = results(kept, benchmarks, settings | {"judge": job.judging.judge}, job.data)
+    if job.single is not None:
+        found["headroom"] = headroom(kept, benchmarks, job.single, ORACLE.format(", ".join(job.oracle)))
     write_results(job.out, found)
     print(scores_table(found))
     print(f"\nwrote {write_page(job.out, found)}")
@@ -127,7 +131,12 @@ def _write(
 def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
     """Refuse now what could not be compared when all is answered."""
     opponent = job.judging.opponent
-    for option, rows in {"--oracle": job.oracle, "--select": job.judging.select, "--opponent": [opponent]}.items():
+    for option, rows in {
+        "--oracle": job.oracle,
+        "--select": job.judging.select,
+        "--opponent": [opponent],
+        "--single": [job.single],
+    }.items():
         for row in filter(None, rows):
             if row not in models:
                 raise InputError(f"{option} {row}: is no row of this table; choose of {', '.join(models)}")
