@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import pytest
 from support.live_server import LiveServer
 
 QUESTION: list[Any] = [{"role": "user", "content": "Which city is the largest?"}]
-GREEDY = {"temperature": 0, "max_tokens": 12}
+# Without single bytes, whose text may change with those that follow.
+BYTES = {str(token): -100 for token in range(3, 259)}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "logit_bias": BYTES}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,8 @@ def test_openais_asynchronous_client(computing: LiveServer, said: str) -> None:
     assert asyncio.run(answers()) == [said] * 6
 
 
-def test_litellm(computing: LiveServer, said: str) -> None:
+def test_litellm(computing: LiveServer, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask a server elsewhere for prices
     litellm = pytest.importorskip("litellm")
     where = {"model": "openai/toy", "api_base": f"{computing.url}/v1", "api_key": "none", "messages": QUESTION}
     assert litellm.completion(**where, **GREEDY).choices[0].message.content == said
@@ -94,7 +98,13 @@ def test_litellm(computing: LiveServer, said: str) -> None:
 def test_langchains_chat(computing: LiveServer, said: str) -> None:
     langchain = pytest.importorskip("langchain_openai")
     chat = langchain.ChatOpenAI(
-        model="toy", base_url=f"{computing.url}/v1", api_key="none", temperature=0, max_tokens=12, stream_usage=True
+        model="toy",
+        base_url=f"{computing.url}/v1",
+        api_key="none",
+        temperature=0,
+        max_tokens=12,
+        logit_bias=BYTES,
+        stream_usage=True,
     )
     asked = [("system", ""), ("human", QUESTION[0]["content"])]
     answer = chat.invoke(asked)
@@ -171,8 +181,9 @@ def test_lm_evaluation_harness(
         sample = samples[1]
         score = sample["resps"][1][0][0]
         body = {"prompt": "London, London", "echo": True, "logprobs": 1, "max_tokens": 1}
+        body["add_special_tokens"] = False
         lists = computing.ask("/v1/completions", body)[1]["choices"][0]["logprobs"]
-        before = len(computing.ask("/tokenize", {"prompt": "London,"})[1]["tokens"])
+        before = len(computing.ask("/tokenize", {"prompt": "London,", "add_special_tokens": False})[1]["tokens"])
         assert score == pytest.approx(sum(lists["token_logprobs"][before:-1]), abs=1e-3)
 
 
@@ -191,7 +202,8 @@ LOCUST = """
 
 
 def test_locust(computing: LiveServer, tmp_path: Path) -> None:
-    pytest.importorskip("locust")
+    if importlib.util.find_spec("locust") is None:  # importing it here would exchange this process's threads
+        pytest.skip("needs locust")
     (tmp_path / "users.py").write_text(textwrap.dedent(LOCUST))
     options = ["--headless", "-u", "4", "-r", "4", "-t", "3s", "--host", computing.url, "--only-summary", "--json"]
     command = [sys.executable, "-m", "locust", "-f", "users.py", *options]

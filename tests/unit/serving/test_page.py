@@ -68,7 +68,7 @@ def test_an_error_is_shown_and_the_conversation_goes_on(page: Any) -> None:
     page.fill("#text", "so " * 400)
     page.keyboard.press("Enter")
     page.wait_for_selector("section.error")
-    assert "which takes 256 with an answer" in page.inner_text("section.error")
+    assert "maximum context length is 256 tokens" in page.inner_text("section.error")
     page.fill("#text", "<b>Which</b> city?")
     page.keyboard.press("Enter")
     page.wait_for_selector("section.assistant details")
