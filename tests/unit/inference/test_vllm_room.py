@@ -1,0 +1,61 @@
+"""Which requests begin with a step of the vLLM engines, and where these are placed."""
+
+from __future__ import annotations
+
+import pytest
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.vllm.placing import places_of
+from ultrafuser_mega.inference.vllm.room import Room, Rooms
+
+
+def rooms(rows: int = 8) -> Rooms:
+    return Rooms({"text": Room(10, 16, 100), "math": Room(6, 32, 50)}, rows)
+
+
+def prompt(text: int, math: int) -> dict[str, list[int]]:
+    return {"text": [1] * text, "math": [1] * math}
+
+
+def test_a_request_begins_where_every_specialist_has_blocks_for_prompt_and_answer() -> None:
+    own = rooms()
+    own.begin_step()
+    assert own.take("a", prompt(30, 20), 100)  # 9 of text's 10 blocks, 4 of math's 6
+    assert not own.take("b", prompt(1, 1), 16)  # two blocks of text
+    assert own.take("c", prompt(1, 1), 15)
+    assert {name: room.free for name, room in own.of.items()} == {"text": 0, "math": 32}
+    own.leave("a")
+    own.begin_step()
+    assert own.take("b", prompt(1, 1), 16)
+
+
+def test_a_step_reads_the_prompts_that_begin_whole_beside_a_token_of_every_answer() -> None:
+    own = rooms()
+    own.begin_step()
+    assert own.take("a", prompt(5, 49), 1)
+    assert not own.take("b", prompt(5, 2), 1)  # math's step has room for one
+    own.begin_step()
+    assert own.take("b", prompt(5, 49), 1)  # and a token of a
+    own.begin_step()
+    assert not own.take("c", prompt(5, 49), 1)
+
+
+def test_no_more_rows_than_wanted_are_under_way() -> None:
+    own = rooms(rows=1)
+    own.begin_step()
+    assert own.take("a", prompt(1, 1), 1)
+    assert not own.take("b", prompt(1, 1), 1)
+
+
+def test_places_are_one_for_all_or_one_each_and_may_be_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    names = ["text", "code", "math"]
+    assert places_of("auto", names) == {"text": [0], "code": [1], "math": [2]}
+    assert places_of("cuda:1", names) == dict.fromkeys(names, [1])
+    assert places_of("cuda:0+cuda:3,cpu,cuda:2", names) == {"text": [0, 3], "code": [None], "math": [2]}
+    assert places_of("cpu+cpu", names) == dict.fromkeys(names, [None, None])
+    for wrong in ("cuda:4", "cuda:0+cuda:0", "cuda:0+cpu", "cuda:0,cuda:1", "tpu", ""):
+        with pytest.raises(InputError, match="--device"):
+            places_of(wrong, names)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert places_of("auto", names) == dict.fromkeys(names, [None])
