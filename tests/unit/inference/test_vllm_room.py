@@ -51,11 +51,11 @@ def test_places_are_one_for_all_or_one_each_and_may_be_several_devices(monkeypat
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     names = ["text", "code", "math"]
     assert places_of("auto", names) == {"text": [0], "code": [1], "math": [2]}
-    assert places_of("cuda:1", names) == dict.fromkeys(names, [1])
+    assert places_of("cuda:1", names) == {name: [1] for name in names}
     assert places_of("cuda:0+cuda:3,cpu,cuda:2", names) == {"text": [0, 3], "code": [None], "math": [2]}
-    assert places_of("cpu+cpu", names) == dict.fromkeys(names, [None, None])
+    assert places_of("cpu+cpu", names) == {name: [None, None] for name in names}
     for wrong in ("cuda:4", "cuda:0+cuda:0", "cuda:0+cpu", "cuda:0,cuda:1", "tpu", ""):
         with pytest.raises(InputError, match="--device"):
             places_of(wrong, names)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert places_of("auto", names) == dict.fromkeys(names, [None])
+    assert places_of("auto", names) == {name: [None] for name in names}
