@@ -6,7 +6,8 @@ Both classes are loaded with the same weights in float32 and asked the same item
 by itself; with --peers vllm the harness's vLLM class as well, where it is installed. What is compared are the
 log-likelihood of every option and the text of every answer; speed is items per second of the class alone, without
 building requests. With --float64 the ``hf`` class computes once more in float64, and every other one's distance from
-that is told: what float32 costs this model at all.
+that is told: what float32 costs this model at all. With --fused a release of n specialists of the model's size is
+asked as well: what one specialist costs in it, in parts of the model alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ultrafuser_mega.evaluation.harness.run import write_tasks
 TASKS = "ultrafuser_truthfulqa_mc1,ultrafuser_truthfulqa_mc2,ultrafuser_aqua,ultrafuser_sat_math,ultrafuser_gsm8k"
 _ASKED = ("loglikelihood", "generate_until")
 _EXACT = "hf float64"
+_FUSED = "fused"
 
 
 class Timed:
@@ -55,7 +57,8 @@ def main() -> None:
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=positive, default=100, help="items of each task")
     parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--peers", default="hf", help="hf, vllm")
+    parser.add_argument("--peers", default="hf", help="hf, vllm; empty: none")
+    parser.add_argument("--fused", help="a release of several specialists of this size")
     parser.add_argument("--float64", action="store_true", help="every class beside hf in float64")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -63,9 +66,11 @@ def main() -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    models = {"ultrafuser": Timed(ours(options))} | {
-        peer: Timed(theirs(peer, options)) for peer in options.peers.split(",")
+    models = {"ultrafuser": Timed(ours(options.ours or str(options.model), options))} | {
+        peer: Timed(theirs(peer, options)) for peer in filter(None, options.peers.split(","))
     }
+    if options.fused:
+        models[_FUSED] = Timed(ours(options.fused, options))
     if options.float64:
         models[_EXACT] = Timed(theirs("hf", options, "float64"))
     report: dict[str, Any] = {
@@ -104,6 +109,10 @@ def main() -> None:
             for peer in list(models)[1:]:
                 entry[peer] |= agreement(found["ultrafuser"], found[peer])
                 entry[peer]["ours_faster"] = entry[peer]["seconds"] / entry["ultrafuser"]["seconds"]
+            if options.fused:
+                specialists = len(models[_FUSED].model.get_model_info()["model_specialists"])
+                of_one = entry[_FUSED]["seconds"] / specialists
+                entry[_FUSED]["of_a_specialist"] = of_one / entry["ultrafuser"]["seconds"]
             if options.float64:
                 for name in found.keys() - {_EXACT}:
                     entry[name]["from_float64"] = agreement(found[name], found[_EXACT])["largest_difference"]
@@ -113,11 +122,11 @@ def main() -> None:
         write_json(options.out, report)
 
 
-def ours(options: Any) -> Any:
+def ours(model: str, options: Any) -> Any:
     """Our class."""
     from ultrafuser_mega.evaluation.harness.model import UltraFuserLM
 
-    return UltraFuserLM(options.ours or str(options.model), dtype="fp32", batch_size=options.batch_size)
+    return UltraFuserLM(model, dtype="fp32", batch_size=options.batch_size)
 
 
 def theirs(peer: str, options: Any, dtype: str = "float32") -> Any:

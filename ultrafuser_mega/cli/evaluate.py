@@ -49,6 +49,13 @@ def evaluate(
     oracle: Annotated[
         str | None, typer.Option(help="ROW,ROW: a row more, the answer with the best score", show_default=False)
     ] = None,
+    single: Annotated[
+        str | None,
+        typer.Option(
+            help="row of one model, as a further-tuned one: who recovers how much from it to --oracle",
+            show_default=False,
+        ),
+    ] = None,
     code_sandbox: Annotated[str, typer.Option(help="where a model's programs run: bwrap, docker, none")] = "bwrap",
     ranks: Annotated[
         int, typer.Option(min=1, help="processes, one GPU each where there are GPUs, that share the questions")
@@ -68,6 +75,8 @@ def evaluate(
     """
     if judge is None and (select or opponent or judge_price):
         raise InputError("--select, --opponent, --judge-price: belong to --judge; give one")
+    if single is not None and not oracle:
+        raise InputError("--single: the headroom from it goes to --oracle; give that too")
     out = out or Path("evaluations") / suite.replace(",", "-")
     again = f"what was answered is in {out}; the same command goes on"
     if ranks > 1 and "RANK" not in os.environ:
@@ -93,6 +102,7 @@ def evaluate(
         code_sandbox=code_sandbox,
         judging=Judging(judge, judge_price, opponent, _names(select)),
         oracle=_names(oracle),
+        single=single,
     )
     try:
         evaluate_share(job, Console(stderr=True))

@@ -24,6 +24,7 @@ from ultrafuser_mega.cli import (
     plan,
     prepare,
     report,
+    serve,
     slurm,
     train,
     verify,
@@ -50,6 +51,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
   ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it
   ultrafuser chat OUT                            a conversation
+  ultrafuser serve OUT --port 8000               the same for many, in OpenAI's protocol; a page at /
   ultrafuser evaluate OUT RUN@math --data DIR    benchmarks, models beside each other
 
 Every key of a configuration can be overridden behind the command, as in stage2.steps=1000
@@ -90,6 +92,7 @@ app.add_typer(baseline.app, name="baseline")
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ from ultrafuser_mega.evaluation.benchmarks.humaneval import ProgramCheck
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
 from ultrafuser_mega.evaluation.judge import FileJudge, grade_chats, judge_pairs, open_judge
 from ultrafuser_mega.evaluation.programs import check_program
-from ultrafuser_mega.evaluation.results import results, write_results
+from ultrafuser_mega.evaluation.results import headroom, results, write_results
 from ultrafuser_mega.evaluation.results_page import scores_table, write_page
-from ultrafuser_mega.evaluation.rows import oracle_row, selected_row
+from ultrafuser_mega.evaluation.rows import ORACLE, oracle_row, selected_row
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
 from ultrafuser_mega.evaluation.sandbox import open_sandbox
 
@@ -50,7 +50,7 @@ class Job:
     """What the user asked for; see :func:`ultrafuser_mega.cli.evaluate.evaluate`.
 
     ``max_new_tokens`` shortens what benchmarks allow; ``oracle`` are the rows of which the best answer to every item
-    makes a row more.
+    makes a row more; ``single`` is the row from which the headroom to that row is counted.
     """
 
     models: Sequence[str]
@@ -64,6 +64,7 @@ class Job:
     code_sandbox: str = "bwrap"
     judging: Judging = Judging()
     oracle: Sequence[str] = ()
+    single: str | None = None
 
 
 def evaluate_share(job: Job, console: Console) -> None:
@@ -100,6 +101,7 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
         found = benchmark(name, check)
         length = min(found.max_new_tokens, job.max_new_tokens or found.max_new_tokens)
         tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed), length))
+    _check_rows(job, [one.name for one in contestants], tasks)
     settings = settings_of(contestants, tasks, job.data, job.seed, job.code_sandbox, job.computing.dtype)
     samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
     if share.rank == 0:
@@ -117,10 +119,35 @@ def _write(
         kept = _judged(job, tasks, kept)
     if job.oracle:
         kept += oracle_row(kept, job.oracle)
-    found = results(kept, [task.benchmark for task in tasks], settings | {"judge": job.judging.judge}, job.data)
+    benchmarks = [task.benchmark for task in tasks]
+    found = results(kept, benchmarks, settings | {"judge": job.judging.judge}, job.data)
+    if job.single is not None:
+        found["headroom"] = headroom(kept, benchmarks, job.single, ORACLE.format(", ".join(job.oracle)))
     write_results(job.out, found)
     print(scores_table(found))
     print(f"\nwrote {write_page(job.out, found)}")
+
+
+def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Refuse now what could not be compared when all is answered."""
+    opponent = job.judging.opponent
+    for option, rows in {
+        "--oracle": job.oracle,
+        "--select": job.judging.select,
+        "--opponent": [opponent],
+        "--single": [job.single],
+    }.items():
+        for row in filter(None, rows):
+            if row not in models:
+                raise InputError(f"{option} {row}: is no row of this table; choose of {', '.join(models)}")
+    if job.judging.judge is None or opponent is not None:
+        return
+    for task in tasks:
+        if task.benchmark.name == AlpacaEval.name and any(item.reference["output"] is None for item in task.items):
+            raise InputError(
+                f"{job.data / task.benchmark.source}: its rows have no output that answers could be compared with; "
+                "give them AlpacaEval's own references, or --opponent a row of this table"
+            )
 
 
 def _judged(job: Job, tasks: Sequence[Task], samples: list[Sample]) -> list[Sample]:
@@ -156,10 +183,7 @@ def _opponents(job: Job, samples: Sequence[Sample], items: Mapping[str, Item]) -
     """Item -> the reply that AlpacaEval's are compared with."""
     if job.judging.opponent is None:
         return {name: text for name, item in items.items() if (text := item.reference["output"]) is not None}
-    found = {sample.item: sample.replies[0] for sample in samples if sample.model == job.judging.opponent}
-    if not found:
-        raise InputError(f"--opponent {job.judging.opponent}: is no row of this table")
-    return found
+    return {sample.item: sample.replies[0] for sample in samples if sample.model == job.judging.opponent}
 
 
 def _program_check(sandbox: str, suite: Suite, share: Share) -> ProgramCheck:

@@ -23,7 +23,7 @@ from typing import Any
 
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
-from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval, less, paired_test
+from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval, less, paired_test, recovered
 from ultrafuser_mega.reporting.records import write_atomically
 
 RESULTS_FILE = "results.json"
@@ -112,6 +112,46 @@ def results(
         "pairs": _pairs(known, benchmarks),
         "average_pairs": _average_pairs(known, benchmarks),
     }
+
+
+def headroom(
+    samples: Iterable[Sample], benchmarks: Sequence[Benchmark], single: str, oracle: str
+) -> dict[str, Any] | None:
+    """What every row recovers of the headroom between two others, as results.json has it.
+
+    Args:
+        samples: of all rows.
+        benchmarks: of the table; what a judge scores is left out where anything else is there.
+        single: the row where the headroom begins, as a further-tuned specialist's.
+        oracle: the row where it ends.
+
+    Returns:
+        {"single", "oracle", "average", "models": row -> {"share", "low", "high"}}; shares and ends are None where they
+        cannot be told. None: a row lacks a score.
+    """
+    titles = average_members(benchmarks)
+    title = "all exact" if "all exact" in titles else "all"
+    members = titles.get(title, [])
+    parts: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        if sample.benchmark in members:
+            parts.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
+    known = _known(parts, [one for one in benchmarks if one.name in members])
+    whole = {model: [own[name] for name in members] for model, own in known.items() if set(members) <= own.keys()}
+    if not members or not {single, oracle} <= whole.keys():
+        return None
+    models: dict[str, Any] = {}
+    for model, own in whole.items():
+        if model in (single, oracle):
+            continue
+        found = recovered(own, whole[single], whole[oracle], _SEED)
+        ends = None if found is None else found.interval
+        models[model] = {
+            "share": None if found is None else found.share,
+            "low": None if ends is None else ends.low,
+            "high": None if ends is None else ends.high,
+        }
+    return {"single": single, "oracle": oracle, "average": title, "models": models}
 
 
 def write_results(out: Path, found: Mapping[str, Any]) -> Path:

@@ -31,7 +31,7 @@ def page(found: Mapping[str, Any], plots: Sequence[Path] = ()) -> str:
     parts = ["# Evaluation", scores_table(found), *_notes(found)]
     for name, one in found["benchmarks"].items():
         parts += _categories(found, name, one)
-    parts += [*_pairs(found), *_behind(found), *_gate(found)]
+    parts += [*_pairs(found), *_headroom(found), *_behind(found), *_gate(found)]
     parts += [f"![{plot.stem}]({plot.as_posix()})" for plot in plots]
     parts.append("Settings, versions and digests of the data are in `results.json`, every reply in `samples.jsonl`.")
     return "\n\n".join(parts) + "\n"
@@ -113,6 +113,21 @@ def _pairs(found: Mapping[str, Any]) -> list[str]:
         _table(head, shown),
         "First less second; p by sign flips of groups' differences (for right and wrong answers McNemar's exact test), "
         "two-sided; \\* below 0.05 after Holm's adjustment for all pairs of the benchmark. Averages: 95 % intervals.",
+    ]
+
+
+def _headroom(found: Mapping[str, Any]) -> list[str]:
+    if (of := found.get("headroom")) is None:
+        return []
+    rows = {}
+    for model, own in of["models"].items():
+        share = _GAP if own["share"] is None else f"{own['share']:.0%}"
+        rows[model] = [share, _GAP if own["low"] is None else f"{own['low']:.0%} to {own['high']:.0%}"]
+    return [
+        "## Headroom recovered",
+        _table(["Model", "share", "95 % interval"], rows),
+        f"(model - {of['single']}) / ({of['oracle']} - {of['single']}), of the averages over {of['average']}. A gap: "
+        "the items do not show that there is any headroom.",
     ]
 
 

@@ -117,6 +117,49 @@ def less(first: Scores, second: Scores) -> Scores:
     return Scores(first.groups, first.sums - second.sums, first.counts)
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """The share of a headroom that a model recovers.
+
+    Attributes:
+        share: (model - single) / (oracle - single), of averages over benchmarks.
+        interval: percentiles of draws of the same items for all three; None: the headroom may be none at all.
+    """
+
+    share: float
+    interval: Interval | None
+
+
+def recovered(
+    model: Sequence[Scores], single: Sequence[Scores], oracle: Sequence[Scores], seed: int = 0
+) -> Recovered | None:
+    """How far ``model`` is on the way from one model to what routing items among several could reach at most.
+
+    Args:
+        model: its scores, a part for each benchmark.
+        single: of the model where the way begins, on the same items.
+        oracle: of the way's end, on the same items.
+        seed: of the draws.
+
+    Returns:
+        None where the oracle is no better than the single model.
+    """
+    gained = [less(*pair) for pair in zip(model, single, strict=True)]
+    headroom = [less(*pair) for pair in zip(oracle, single, strict=True)]
+    whole = sum(part.mean for part in headroom)
+    if whole <= 0:
+        return None
+    draws = np.zeros((2, DRAWS))
+    for place, parts in enumerate(zip(gained, headroom, strict=True)):
+        draws += _joint_draws(parts, np.random.default_rng([seed, place]))
+    share = sum(part.mean for part in gained) / whole
+    if np.count_nonzero(draws[1] <= 1e-12) > DRAWS * (1 - LEVEL) / 2:
+        return Recovered(share, None)
+    held = draws[:, draws[1] > 1e-12]
+    low, high = np.quantile(held[0] / held[1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Recovered(share, Interval(float(low), float(high)))
+
+
 def holm(p: Mapping[Any, float]) -> dict[Any, float]:
     """The p values of several tests, adjusted by Holm (1979): what is below a level there is wrong anywhere among them
     with no more than that probability."""
@@ -129,11 +172,20 @@ def holm(p: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def _draws(part: Scores, random: np.random.Generator) -> np.ndarray:
-    """(DRAWS,) means over resampled groups; how often each of the few kinds of groups is drawn is multinomial."""
-    kinds, times = np.unique(np.stack([part.sums, part.counts], axis=1), axis=0, return_counts=True)  # (K, 2), (K,)
-    drawn = random.multinomial(len(part.groups), times / times.sum(), size=DRAWS)  # (DRAWS, K)
-    sums, counts = (drawn @ kinds).T
-    return sums / counts
+    """(DRAWS,) means over resampled groups."""
+    return _joint_draws([part], random)[0]
+
+
+def _joint_draws(parts: Sequence[Scores], random: np.random.Generator) -> np.ndarray:
+    """(len(parts), DRAWS) means of parts on the same items, the groups drawn alike for all.
+
+    How often each of the few kinds of groups is drawn is multinomial.
+    """
+    columns = np.stack([*(part.sums for part in parts), parts[0].counts], axis=1)
+    kinds, times = np.unique(columns, axis=0, return_counts=True)  # (K, len(parts) + 1), (K,)
+    drawn = random.multinomial(len(columns), times / times.sum(), size=DRAWS)  # (DRAWS, K)
+    totals = (drawn @ kinds).T
+    return totals[:-1] / totals[-1]
 
 
 def _without_spread(estimate: float, groups: int) -> Interval:

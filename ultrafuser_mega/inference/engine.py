@@ -95,6 +95,7 @@ class EmbeddedEngine:
                 )
         self._waiting[request.id] = request
 
+    @torch.inference_mode()
     def cancel(self, id: str) -> None:
         """See :meth:`Engine.cancel`."""
         self._waiting.pop(id, None)

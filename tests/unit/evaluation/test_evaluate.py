@@ -18,7 +18,11 @@ from support.played_endpoint import Server, said
 
 GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
 MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}]
-FILES: dict[str, list[dict[str, Any]]] = {"gsm8k_test": GSM8K, "mt_bench_question": MT_BENCH}
+FILES: dict[str, list[dict[str, Any]]] = {
+    "gsm8k_test": GSM8K,
+    "mt_bench_question": MT_BENCH,
+    "alpaca_eval_instructions": [{"instruction": "Write."}],
+}
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_models_stand_beside_each_other_with_oracle_and_rules(
 ) -> None:
     out = tmp_path / "out"
     models = [f"fused={release}", f"text={release}@text", f"plain={release}+uniform"]
-    options = ("--suite", "gsm8k,mt_bench", "--data", data, "--out", out, "--oracle", "text,fused")
+    options = ("--suite", "gsm8k,mt_bench", "--data", data, "--out", out, "--oracle", "text,fused", "--single", "plain")
     short = ("--limit", "3", "--max-new-tokens", "8")
     assert ultrafuser(monkeypatch, "evaluate", *models, *options, *short) == 0
     table = capsys.readouterr().out
@@ -56,6 +60,7 @@ def test_models_stand_beside_each_other_with_oracle_and_rules(
     assert found["text", "mt_bench", "mt_bench/81"]["gate"] == {}
     results = json.loads((out / "results.json").read_text())
     assert set(results["models"]) == {"fused", "text", "plain", "oracle of text, fused"}
+    assert set(results["headroom"]["models"]) == {"fused", "text"}
     assert (out / "results.md").is_file() and list((out / "plots").glob("*.png"))
 
 
@@ -88,6 +93,12 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
         (("{release}", "--suite", "aqua"), "agieval_aqua-rat.jsonl"),
         (("{release}", "--suite", "standard"), "TruthfulQA.csv: no such file; standard_truthfulqa_mc1 needs it"),
         (("{release}", "--select", "a,b"), "--select, --opponent, --judge-price: belong to --judge; give one"),
+        (("{release}", "--single", "text"), "--single: the headroom from it goes to --oracle; give that too"),
+        (("a={release}", "--oracle", "a,b"), "--oracle b: is no row of this table; choose of a"),
+        (
+            ("{release}", "--suite", "alpacaeval", "--judge", "file:none"),
+            "alpaca_eval_instructions.jsonl: its rows have no output",
+        ),
         (("openai:gpt",), "expected openai:MODEL@URL"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
 from ultrafuser_mega.evaluation.benchmarks import SUITES, benchmark
-from ultrafuser_mega.evaluation.results import results, write_results
+from ultrafuser_mega.evaluation.results import headroom, results, write_results
 from ultrafuser_mega.evaluation.results_page import page, write_page
 
 PAPER = [benchmark(name) for name in SUITES["paper"].benchmarks]
@@ -113,6 +113,20 @@ def test_the_page_marks_what_is_judged_and_compares_pairs(data: Path) -> None:
     assert pair.startswith("| fused - text | +30.0 (p 0.070) | +60.0 (p 0.070) | +0.00 (p 1.000) | +30.0 (")
     assert "| MT-Bench\u2020 | Avg. text\u2020 | Avg. math | Avg. all exact | Avg. all\u2020 |" in "".join(lines)
     assert "| fused: w_text | - | 0.226 | - |" in lines  # 7 * 4 tokens of 1/4, 3 of 0
+
+
+def test_the_page_says_what_is_recovered_of_the_headroom_of_exact_scores(data: Path) -> None:
+    text, fused = (of_shares(model, {"gsm8k": share}, 200) for model, share in (("text", 20.0), ("fused", 35.0)))
+    oracle = of_shares("oracle", {"gsm8k": 50.0}, 200)
+    judged = [sample(model, "alpacaeval", 1, 0.5) for model in ("text", "fused", "oracle")]
+    samples = [*text, *fused, *oracle, *judged]
+    found = headroom(samples, MIXED[:2], "text", "oracle")
+    assert found is not None and found["average"] == "all exact" and list(found["models"]) == ["fused"]
+    own = found["models"]["fused"]
+    assert own["share"] == pytest.approx(0.5) and 0.3 < own["low"] < 0.5 < own["high"] < 0.7
+    lines = page(results(samples, MIXED[:2], {}, data) | {"headroom": found}).splitlines()
+    assert any(line.startswith("| fused | 50% | ") for line in lines)
+    assert headroom(text, MIXED[:2], "text", "oracle") is None
 
 
 def test_what_waits_for_a_judge_has_no_score_and_no_average(data: Path) -> None:

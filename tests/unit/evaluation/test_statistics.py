@@ -10,7 +10,16 @@ from statistics import NormalDist, fmean
 import numpy as np
 import pytest
 
-from ultrafuser_mega.evaluation.statistics import DRAWS, Interval, Scores, holm, interval, paired_test
+from ultrafuser_mega.evaluation.statistics import (
+    DRAWS,
+    Interval,
+    Recovered,
+    Scores,
+    holm,
+    interval,
+    paired_test,
+    recovered,
+)
 
 ALONE = [str(place) for place in range(2000)]
 
@@ -157,3 +166,27 @@ def test_models_with_other_items_are_not_compared() -> None:
 def test_holms_adjustment() -> None:
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_the_share_of_a_headroom_is_that_of_the_means_and_its_interval_holds_the_truth() -> None:
+    """A single at 0.3, an oracle that is right where it is and at 0.7 elsewhere, a model half way: 200 draws."""
+    generator = np.random.default_rng(5)
+    held = 0
+    for seed in range(200):
+        single = (generator.random(300) < 0.3).astype(float)
+        oracle = np.maximum(single, generator.random(300) < 4 / 7)
+        model = np.where(generator.random(300) < 0.5, single, oracle)
+        parts = [[Scores.of(list(values), ALONE[:300])] for values in (model, single, oracle)]
+        found = recovered(*parts, seed)
+        assert found is not None and found.interval is not None
+        assert found.share == pytest.approx((model.mean() - single.mean()) / (oracle.mean() - single.mean()))
+        held += found.interval.low <= 0.5 <= found.interval.high
+    assert 0.87 <= held / 200 <= 0.999  # 95 % less 5 standard errors of 1.5 %
+
+
+def test_without_a_headroom_there_is_no_share_and_with_an_unsure_one_no_interval() -> None:
+    same = [Scores.of([0.0, 1.0] * 20, ALONE[:40])]
+    one_better = [Scores.of([1.0, *[1.0, 0.0] * 19, 1.0], ALONE[:40])]
+    assert recovered(same, same, same) is None
+    found = recovered(one_better, same, one_better)
+    assert found == Recovered(1.0, None)

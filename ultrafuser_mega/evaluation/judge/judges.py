@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.judge.ledger import Ledger, Reply, Request
@@ -104,10 +107,21 @@ class Endpoint(Judge):
         return self._model_name
 
     def _answer(self, missing: dict[str, Request]) -> None:
-        with ThreadPoolExecutor(self._parallel) as pool:
+        columns = TextColumn("judge {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"judge {self.name}: {len(missing):,} replies to ask", highlight=False, soft_wrap=True)
+        with (
+            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+            ThreadPoolExecutor(self._parallel) as pool,
+        ):
+            bar = progress.add_task(self._model_name, total=len(missing))
             running = [pool.submit(self._ask, request) for request in missing.values()]
             try:
-                wait(running, return_when=FIRST_EXCEPTION)
+                for future in as_completed(running):
+                    if future.exception() is not None:
+                        break
+                    progress.advance(bar)
             finally:
                 pool.shutdown(cancel_futures=True)
         ended = [future for future in running if not future.cancelled()]

@@ -26,7 +26,11 @@ HOST = "127.0.0.1"
 
 def main() -> None:
     """Load, meet the others, then step whenever it is asked for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the starting process's affair
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to all of a terminal or a service, the starting process's affair
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     pipe = Connection(int(sys.argv[1]))
     try:
