@@ -26,7 +26,7 @@ def meet(*ends: Callable[[Any], Any]) -> list[Any]:
         try:
             found[rank] = ends[rank](open_group("127.0.0.1", store.port, rank, len(ends), SHORT))
         except Exception as error:
-            found[rank] = error
+            found[rank] = error.with_traceback(None)  # whose frames would keep the group open
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ends))]
     for thread in threads:

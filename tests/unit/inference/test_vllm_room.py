@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.inference.vllm.placing import places_of
+from ultrafuser_mega.inference.model import described_model
+from ultrafuser_mega.inference.vllm.placing import Placing, jobs_of, places_of
 from ultrafuser_mega.inference.vllm.room import Room, Rooms
 
 
@@ -59,3 +63,31 @@ def test_places_are_one_for_all_or_one_each_and_may_be_several_devices(monkeypat
             places_of(wrong, names)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert places_of("auto", names) == {name: [None] for name in names}
+
+
+def test_each_engine_is_told_its_share_without_any_weight_being_read(releases: Any) -> None:
+    folder = releases["llamas"]
+    with described_model(str(folder), "bf16") as described:
+        folders = {name: Path(name) for name in described.model.names}
+        jobs = jobs_of(described.model, folders, Placing("cpu,cpu+cpu,cpu", rows=2, memory=0.001))
+        assert described.tokenizer("a")["input_ids"]
+    assert {name: (job.dtype, job.rows, len(job.devices)) for name, job in jobs.items()} == {
+        "text": ("bfloat16", 2, 1),
+        "code": ("bfloat16", 2, 2),
+        "math": ("bfloat16", 2, 1),
+    }
+    assert [job.positions for job in jobs.values()] == [256, 257, 258]
+    assert all(job.step_tokens == job.positions + 2 for job in jobs.values())
+    spent = sum(job.cache_bytes * len(job.devices) for job in jobs.values() if job.cache_bytes)
+    assert 0.001 * 2**30 < spent  # and the block of each that stands for none
+
+
+def test_specialists_that_share_a_gpu_need_to_be_told_how_much_they_may_take(
+    releases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with (
+        described_model(str(releases["llamas"]), None) as described,
+        pytest.raises(InputError, match="--memory: give it, as specialists share cuda:0"),
+    ):
+        jobs_of(described.model, {name: Path(name) for name in described.model.names}, Placing())

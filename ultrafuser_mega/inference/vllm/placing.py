@@ -79,6 +79,9 @@ def jobs_of(model: UltraFuserForCausalLM, folders: Mapping[str, Path], placing: 
     places = places_of(placing.devices, model.names)
     positions = positions_of(model)
     engines = Counter(device for devices in places.values() for device in devices)
+    shared = [device for device, count in engines.items() if device is not None and count > 1]
+    if shared and placing.memory is None:  # each would measure what is free while the others take it
+        raise InputError(f"--memory: give it, as specialists share cuda:{shared[0]} (GiB for the caches of all)")
     cores = len(os.sched_getaffinity(0))
     tokens = None
     if placing.memory is not None or None in engines:
