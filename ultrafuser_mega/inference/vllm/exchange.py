@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 Row = tuple[int, int]  # number of the request, position in its answer
 LEADER = 0
@@ -27,7 +27,7 @@ class OutOfStepError(RuntimeError):
     """Two engines do not work on the same answers."""
 
 
-def open_group(host: str, port: int, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+def open_group(host: str, port: int, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
     """The group of ``size`` engines whose store is at ``host``; waits for all of them."""
     store = PrefixStore("engines", TCPStore(host, port, is_master=False, timeout=timeout))
     return ProcessGroupGloo(store, rank, size, timeout)
@@ -41,7 +41,7 @@ class _End:
         rows: that an engine has at a time, at most.
     """
 
-    def __init__(self, group: ProcessGroup, rows: int) -> None:
+    def __init__(self, group: ProcessGroupGloo, rows: int) -> None:
         self._group, self._most = group, rows
 
     def _send(self, part: Tensor, to: int) -> None:
@@ -81,7 +81,7 @@ class Leading(_End):
         dtype: of the hidden states.
     """
 
-    def __init__(self, group: ProcessGroup, rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> None:
+    def __init__(self, group: ProcessGroupGloo, rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> None:
         super().__init__(group, rows)
         self._ranks = {name: rank for rank, name in enumerate(widths, 1)}
         self._widths, self._dtype = dict(widths), dtype
