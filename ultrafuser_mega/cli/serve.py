@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ultrafuser_mega.cli.sampling_options import Model
 from ultrafuser_mega.errors import InputError
 
+if TYPE_CHECKING:  # importing them for a --help would take seconds
+    from ultrafuser_mega.inference.embedded import Serving
+    from ultrafuser_mega.inference.model import OpenedModel
+    from ultrafuser_mega.inference.text_engine import TextEngine
+
+Kind = Literal["embedded", "vllm"]
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -40,8 +48,15 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    engine: Annotated[
+        Kind, typer.Option(help="embedded, or vllm: an engine of vLLM's for each specialist (docs/serving_vllm.md)")
+    ] = "embedded",
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda:N, or one per specialist: cuda:0,cuda:1,cuda:2")
+        str,
+        typer.Option(
+            help="auto, cpu, cuda:N, or one per specialist: cuda:0,cuda:1,cuda:2; with vllm, several that are joined, "
+            "as in cuda:0+cuda:1, share a specialist"
+        ),
     ] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored", show_default=False)
@@ -59,8 +74,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serve needs {error.name}: pip install 'ultrafuser_mega[serve]'") from None
-    from ultrafuser_mega.inference.embedded import Serving, text_engine
-    from ultrafuser_mega.inference.model import opened_model
+    from ultrafuser_mega.inference.embedded import Serving
     from ultrafuser_mega.serving.keys import Keys
     from ultrafuser_mega.serving.server import Settings, listen
     from ultrafuser_mega.serving.server import serve as run
@@ -71,7 +85,31 @@ def serve(
     listener = listen(host, port)
     called = name or Path(model.rstrip("/")).name
     settings = Settings(host, port, called, keys, most=queue, drain=drain)
-    with opened_model(model, device, dtype) as opened:
+    started = _vllm if engine == "vllm" else _embedded
+    with started(model, device, dtype, serving) as (opened, text):
         if host not in _LOCAL and not keys:
             logging.warning("anyone who reaches %s may ask: --api-keys or ULTRAFUSER_API_KEY sets keys", host)
-        raise typer.Exit(run(opened, text_engine(opened, serving), listener, settings))
+        raise typer.Exit(run(opened, text, listener, settings))
+
+
+@contextmanager
+def _embedded(model: str, device: str, dtype: str | None, serving: Serving) -> Iterator[tuple[OpenedModel, TextEngine]]:
+    from ultrafuser_mega.inference.embedded import text_engine
+    from ultrafuser_mega.inference.model import opened_model
+
+    with opened_model(model, device, dtype) as opened:
+        yield opened, text_engine(opened, serving)
+
+
+@contextmanager
+def _vllm(model: str, device: str, dtype: str | None, serving: Serving) -> Iterator[tuple[OpenedModel, TextEngine]]:
+    from ultrafuser_mega.inference.model import described_model
+    from ultrafuser_mega.inference.text_engine import TextEngine
+    from ultrafuser_mega.inference.vllm.engine import VllmEngine
+    from ultrafuser_mega.inference.vllm.placing import Placing
+
+    if serving.draft:
+        raise InputError(f"--draft {serving.draft}: not with --engine vllm, whose specialists work side by side")
+    placing = Placing(device, serving.rows, serving.memory)
+    with described_model(model, dtype) as opened, VllmEngine(model, opened, placing) as engine:
+        yield opened, TextEngine(engine, opened.tokenizer, opened.model.config.response_lead, opened.eos)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.address import Address
 from ultrafuser_mega.inference.mixing import GATE, RULES, Rule
+from ultrafuser_mega.inference.stored import StoredModel
 from ultrafuser_mega.models.dtypes import parse_dtype
 from ultrafuser_mega.release.check import loading
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
@@ -61,9 +62,25 @@ def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[Opened
         for name, device in places.items():
             loaded.specialists[name].to(device)
         loaded.gate.to(places[loaded.names[0]])
-        ends = GenerationConfig.from_pretrained(stored.described).eos_token_id
-        eos = frozenset(ends if isinstance(ends, list) else [ends])
-        yield OpenedModel(loaded, FastTokenizer.from_pretrained(stored.described), eos, rule)
+        yield _opened(stored, loaded, rule)
+
+
+@contextmanager
+def described_model(model: str, dtype: str | None) -> Iterator[OpenedModel]:
+    """A model without its weights, on the meta device: for whoever asks an engine elsewhere; see ``opened_model``."""
+    wanted = parse_dtype(dtype)
+    address = Address.parse(model)
+    with ExitStack() as stack:
+        stored = address.stored(stack)
+        with loading(address.path):
+            empty = stored.without_weights(wanted)
+        yield _opened(stored, empty, address.mixing(stored.config.names))
+
+
+def _opened(stored: StoredModel, model: UltraFuserForCausalLM, rule: Rule) -> OpenedModel:
+    ends = GenerationConfig.from_pretrained(stored.described).eos_token_id
+    eos = frozenset(ends if isinstance(ends, list) else [ends])
+    return OpenedModel(model, FastTokenizer.from_pretrained(stored.described), eos, rule)
 
 
 def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:

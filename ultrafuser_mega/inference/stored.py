@@ -46,6 +46,16 @@ class StoredModel:
     dtype: torch.dtype
     read: Callable[[str], Tensor]
 
+    def without_weights(self, dtype: torch.dtype | None, device: str = "meta") -> UltraFuserForCausalLM:
+        """The model, nothing in its parameters."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype or self.dtype)
+        try:
+            with no_init_weights(), torch.device(device):
+                return UltraFuserForCausalLM(self.config)
+        finally:
+            torch.set_default_dtype(before)
+
     @torch.no_grad()
     def load(self, dtype: torch.dtype | None) -> UltraFuserForCausalLM:
         """The model on the CPU, in ``dtype`` or in that of the weights.
@@ -54,13 +64,7 @@ class StoredModel:
             InputError: the weights are damaged, or hold a value that is beyond ``dtype``.
         """
         dtype = dtype or self.dtype
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with no_init_weights():
-                model = UltraFuserForCausalLM(self.config)
-        finally:
-            torch.set_default_dtype(before)
+        model = self.without_weights(dtype, "cpu")
         for name, parameter in model.named_parameters():
             parameter.copy_(narrowed(self.read(name), dtype, f"{self.origin}: tensor {name}"))
         return model

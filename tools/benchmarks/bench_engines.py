@@ -1,0 +1,138 @@
+"""How fast the engines answer: vLLM, a process for each specialist, beside the embedded engine with and without drafts.
+
+    python tools/benchmarks/bench_engines.py RELEASE_OR_RUN --out docs/benchmarks/engines.json     (vLLM beside it)
+
+All answer the same requests, prompts of 8 to ``--prompt-tokens`` random tokens for each specialist, greedily and past
+EOS, so many at a time. Rounds are interleaved; read the ratios. Answers that differ between engines are counted: in
+float32 there should be none but where two tokens are as likely but for rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ultrafuser_mega.inference.embedded import cache_tokens
+from ultrafuser_mega.inference.engine import EmbeddedEngine
+from ultrafuser_mega.inference.model import described_model, opened_model
+from ultrafuser_mega.inference.requests import Engine, Request, TokenEvent
+from ultrafuser_mega.inference.sampling import Sampling
+from ultrafuser_mega.inference.vllm.engine import VllmEngine
+from ultrafuser_mega.inference.vllm.placing import Placing
+
+PLAIN, DRAFTS, VLLM = "embedded", "embedded, drafts", "vLLM"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="release folder, checkpoint or run")
+    parser.add_argument("--device", default="auto", help="of the embedded engine, as for ultrafuser generate")
+    parser.add_argument("--vllm-device", default="auto", help="of the vLLM engine; + joins tensor parallel ranks")
+    parser.add_argument("--dtype", default=None, help="fp32, bf16 or fp16; default: as stored")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2, help="for each of the answers at a time")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    most = max(arguments.concurrency)
+    began = time.perf_counter()
+    with (
+        described_model(arguments.model, arguments.dtype) as described,
+        VllmEngine(arguments.model, described, Placing(arguments.vllm_device, most)) as vllm,
+        opened_model(arguments.model, arguments.device, arguments.dtype) as opened,
+    ):
+        start = time.perf_counter() - began
+        tokens = cache_tokens(opened.model, most)
+        engines: dict[str, Engine] = {
+            PLAIN: EmbeddedEngine(opened.model, tokens=tokens, rows=most),
+            DRAFTS: EmbeddedEngine(opened.model, tokens=tokens, rows=most, draft=4),
+            VLLM: vllm,
+        }
+        runs = [measure(engines, opened.model, at_a_time, arguments) for at_a_time in arguments.concurrency]
+    show(runs)
+    print(f"vLLM and the model in memory: {start:.0f} s")
+    if arguments.out:
+        machine = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "model")}
+        arguments.out.write_text(json.dumps({"machine": machine, "settings": settings, "runs": runs}, indent=1) + "\n")
+
+
+def measure(engines: Mapping[str, Engine], model: Any, at_a_time: int, arguments: Any) -> dict[str, Any]:
+    """Tokens per second of every engine with so many answers at a time, and how many answers are not the first's."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    other = dict.fromkeys(engines, 0)
+    for turn in range(arguments.rounds + 1):
+        requests = made(model, at_a_time * arguments.requests, arguments, seed=turn)
+        answers = {}
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            answers[name] = answered(engine, requests, at_a_time)
+            if turn:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+        for name, found in answers.items():
+            other[name] += sum(found[id] != answers[PLAIN][id] for id in found)
+    tokens = at_a_time * arguments.requests * arguments.new_tokens
+    return {
+        "concurrency": at_a_time,
+        "answers": (arguments.rounds + 1) * at_a_time * arguments.requests,
+        "tokens_per_second": {name: [tokens / s for s in taken] for name, taken in seconds.items()},
+        "other_answers": other,
+    }
+
+
+def made(model: Any, count: int, arguments: Any, seed: int) -> list[Request]:
+    """Requests that no engine has seen."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids() -> list[int]:
+        length = int(torch.randint(8, arguments.prompt_tokens + 1, (1,), generator=draw))
+        return torch.randint(3, model.config.vocab_size, (length,), generator=draw).tolist()
+
+    return [
+        Request(str(row), {name: ids() for name in model.names}, Sampling(), arguments.new_tokens, frozenset(), row)
+        for row in range(count)
+    ]
+
+
+def answered(engine: Engine, requests: list[Request], at_a_time: int) -> dict[str, list[int]]:
+    """Request -> its tokens; as one ends another begins."""
+    waiting, under_way = list(reversed(requests)), 0
+    answers: dict[str, list[int]] = {request.id: [] for request in requests}
+    while waiting or not engine.idle:
+        while waiting and under_way < at_a_time:
+            engine.submit(waiting.pop())
+            under_way += 1
+        for event in engine.step():
+            if not isinstance(event, TokenEvent):
+                raise RuntimeError(str(event))
+            answers[event.id].append(event.token)
+            under_way -= event.finish is not None
+    return answers
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """The medians, and each engine's ratio to the embedded one without drafts, round by round."""
+    table = Table("at a time", "engine", "tokens/s", "times embedded", "other answers")
+    for run in runs:
+        rates = run["tokens_per_second"]
+        for name, found in rates.items():
+            ratio = statistics.median(own / plain for own, plain in zip(found, rates[PLAIN], strict=True))
+            others = f"{run['other_answers'][name]} of {run['answers']}"
+            table.add_row(str(run["concurrency"]), name, f"{statistics.median(found):.0f}", f"{ratio:.2f}", others)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
