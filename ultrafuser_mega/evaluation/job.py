@@ -125,6 +125,8 @@ def _write(
         found["headroom"] = headroom(kept, benchmarks, job.single, ORACLE.format(", ".join(job.oracle)))
     write_results(job.out, found)
     print(scores_table(found))
+    for name, count in found["no_verdict"].items():
+        print(f"{count} items of {name} are left out: the judge gave no verdict on some answer to them")
     print(f"\nwrote {write_page(job.out, found)}")
 
 
