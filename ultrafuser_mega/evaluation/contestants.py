@@ -87,6 +87,8 @@ def contestant(text: str, computing: Computing) -> Contestant:
     name, equals, address = text.partition("=")
     if not equals or Path(text).exists() or "/" in name:
         name = address = text
+    elif not name:
+        raise InputError(f"MODEL {text}: a name is missing; expected NAME=ADDRESS, or the address alone")
     if address.startswith(_ENDPOINT):
         model, at, url = address.removeprefix(_ENDPOINT).partition("@")
         if not model or not at or not url.startswith(("http://", "https://")):

@@ -199,7 +199,13 @@ def _confirm(question: str) -> bool:
 
 
 def _suite(text: str) -> Suite:
-    return SUITES[text] if text in SUITES else Suite(tuple(text.split(",")))
+    if text in SUITES:
+        return SUITES[text]
+    names = tuple(text.split(","))
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--suite {text}: {name} stands twice; name it once")
+    return Suite(names)
 
 
 def _refuse_twice(contestants: Sequence[Contestant]) -> None:

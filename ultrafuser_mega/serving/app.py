@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
+from ultrafuser_mega.reporting.palette import COLORS
 from ultrafuser_mega.serving import chat, completions
 from ultrafuser_mega.serving.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from ultrafuser_mega.serving.errors import ApiError, refused_body, unavailable
@@ -88,10 +90,9 @@ def make_app(parts: Parts) -> ASGIApp:
     served, traffic, metrics = parts.served, parts.traffic, parts.metrics
     app = FastAPI(title="ultrafuser", version=version("ultrafuser_mega"), docs_url=None, redoc_url=None)
     created = int(time.time())
-    encoding = ThreadPoolExecutor(
-        1, "encoding"
-    )  # tokenizers are for one thread; a long text must not hold the others up
+    encoding = ThreadPoolExecutor(1, "encoding")  # tokenizers are for one thread, and a long text takes its time
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    page = page.replace("__COLORS__", json.dumps(COLORS))
 
     async def encoded(work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(encoding, work, *args)

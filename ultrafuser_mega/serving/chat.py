@@ -10,7 +10,7 @@ from ultrafuser_mega.inference.requests import PromptEvent, TokenEvent
 from ultrafuser_mega.serving.bodies import ChatBody
 from ultrafuser_mega.serving.grammar import Vocabulary
 from ultrafuser_mega.serving.served import Served, Wanted
-from ultrafuser_mega.serving.shapes import Shown, Usage, gate_weights, header, reason
+from ultrafuser_mega.serving.shapes import Shown, Usage, all_pieces, gate_weights, header, reason
 from ultrafuser_mega.serving.traffic import Traffic, all_answers
 
 
@@ -36,7 +36,7 @@ async def answered(
             tokens = [_logprob(served.vocabulary, token.id, token.logprob, token.top) for token in answer.tokens]
             choice["logprobs"] = {"content": tokens}
         if body.gate_weights:
-            choice["gate_weights"] = gate_weights(served, [(token.text, token.weights) for token in answer.tokens])
+            choice["gate_weights"] = gate_weights(served, all_pieces(answer.tokens))
         choices.append(choice)
     return {**header(id, "chat.completion", served), "choices": choices, "usage": usage.shown()}
 

@@ -10,7 +10,7 @@ from ultrafuser_mega.inference.requests import PromptEvent
 from ultrafuser_mega.serving.bodies import CompletionBody
 from ultrafuser_mega.serving.grammar import Vocabulary
 from ultrafuser_mega.serving.served import Served, Wanted
-from ultrafuser_mega.serving.shapes import Shown, Usage, gate_weights, header, reason
+from ultrafuser_mega.serving.shapes import Shown, Usage, all_pieces, gate_weights, header, reason
 from ultrafuser_mega.serving.traffic import Traffic, all_answers
 
 Top = Sequence[tuple[int, float]] | None
@@ -79,7 +79,7 @@ async def answered(
             logprobs = after if logprobs is None else {name: logprobs[name] + after[name] for name in after}
         choice: dict[str, Any] = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish}
         if body.gate_weights:
-            choice["gate_weights"] = gate_weights(served, [(token.text, token.weights) for token in tokens])
+            choice["gate_weights"] = gate_weights(served, all_pieces(tokens))
         choices.append(choice)
     return {**header(id, "text_completion", served), "choices": choices, "usage": usage.shown()}
 

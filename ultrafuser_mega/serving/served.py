@@ -184,7 +184,8 @@ class Served:
         if left < 1:
             raise bad_field(
                 param,
-                f"{len(prompt[name])} tokens for {name}, which takes {self.positions[name]} with an answer",
+                f"{len(prompt[name])} tokens for {name}; this model's maximum context length is {self.positions[name]} "
+                "tokens, with the answer",
                 code="context_length_exceeded",
             )
         return left

@@ -11,7 +11,7 @@ from typing import Any
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from ultrafuser_mega.inference.text import Piece
-from ultrafuser_mega.inference.text_engine import Answer
+from ultrafuser_mega.inference.text_engine import Answer, TracedToken
 from ultrafuser_mega.serving.errors import ApiError
 from ultrafuser_mega.serving.served import Served, Wanted
 
@@ -21,6 +21,11 @@ _PING, _PATIENCE = 15, 60  # seconds: between signs of life, and for a client to
 def header(id: str, kind: str, served: Served) -> dict[str, Any]:
     """The fields that an answer and all chunks of a stream begin with."""
     return {"id": id, "object": kind, "created": int(time.time()), "model": served.name}
+
+
+def all_pieces(tokens: Sequence[TracedToken]) -> list[tuple[int, str, list[float]]]:
+    """Those of an answer that is done, for ``gate_weights``."""
+    return [(place, token.text, token.weights) for place, token in enumerate(tokens)]
 
 
 def reason(answer: Answer) -> str:
@@ -72,9 +77,12 @@ class Usage:
         }
 
 
-def gate_weights(served: Served, tokens: Iterable[tuple[str, Sequence[float]]]) -> dict[str, Any]:
-    """This server's own: which specialist chose which piece of text."""
-    rounded = [{"text": text, "weights": [round(weight, 6) for weight in weights]} for text, weights in tokens]
+def gate_weights(served: Served, pieces: Iterable[tuple[int, str, Sequence[float]]]) -> dict[str, Any]:
+    """This server's own: which specialist chose which piece of text; (place of its token, text, weights)."""
+    rounded = [
+        {"index": place, "text": text, "weights": [round(weight, 6) for weight in weights]}
+        for place, text, weights in pieces
+    ]
     return {"specialists": served.names, "tokens": rounded}
 
 
@@ -88,13 +96,13 @@ class Shown:
         """A token came."""
         self._weights.append(weights)
 
-    def of(self, pieces: Iterable[Piece]) -> list[tuple[str, list[float]]]:
-        """Text with the weights of its token."""
-        return [(piece.text, self._weights[piece.token]) for piece in pieces]
+    def of(self, pieces: Iterable[Piece]) -> list[tuple[int, str, list[float]]]:
+        """Text with the place and the weights of its token."""
+        return [(piece.token, piece.text, self._weights[piece.token]) for piece in pieces]
 
 
 def _frame(chunk: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False))
+    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), sep="\n")
 
 
 async def stream(chunks: AsyncGenerator[dict[str, Any], None]) -> EventSourceResponse:
@@ -111,7 +119,7 @@ async def stream(chunks: AsyncGenerator[dict[str, Any], None]) -> EventSourceRes
             try:
                 async for chunk in chunks:
                     yield _frame(chunk)
-                yield ServerSentEvent("[DONE]")
+                yield ServerSentEvent("[DONE]", sep="\n")
             except ApiError as error:
                 yield _frame(error.body())
 

@@ -94,6 +94,8 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
         (("{release}", "--suite", "standard"), "TruthfulQA.csv: no such file; standard_truthfulqa_mc1 needs it"),
         (("{release}", "--select", "a,b"), "--select, --opponent, --judge-price: belong to --judge; give one"),
         (("{release}", "--single", "text"), "--single: the headroom from it goes to --oracle; give that too"),
+        (("{release}", "--suite", "gsm8k,gsm8k"), "--suite gsm8k,gsm8k: gsm8k stands twice; name it once"),
+        (("={release}",), "a name is missing; expected NAME=ADDRESS"),
         (("a={release}", "--oracle", "a,b"), "--oracle b: is no row of this table; choose of a"),
         (
             ("{release}", "--suite", "alpacaeval", "--judge", "file:none"),

@@ -11,6 +11,7 @@ from support.live_server import LiveServer
 from support.played_engine import PlayedEngine
 from support.release_fixtures import releases, specialists  # noqa: F401  fixtures
 
+from ultrafuser_mega.inference.embedded import Serving, text_engine
 from ultrafuser_mega.inference.model import OpenedModel, opened_model
 from ultrafuser_mega.inference.text_engine import TextEngine
 
@@ -59,6 +60,14 @@ def serve(opened: OpenedModel, engine: PlayedEngine) -> Iterator[Serve]:
 @pytest.fixture
 def server(serve: Serve) -> LiveServer:
     return serve()
+
+
+@pytest.fixture(scope="session")
+def computing(opened: OpenedModel) -> Iterator[LiveServer]:
+    """A server whose engine computes; nobody stops it."""
+    live = LiveServer(opened, text_engine(opened, Serving(rows=8, draft=2)))
+    yield live
+    live.stop()
 
 
 @pytest.fixture

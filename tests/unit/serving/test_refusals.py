@@ -58,7 +58,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"response_format": NOPE}, "response_format", "Invalid type: nope"),
     ({"response_format": AHEAD}, "response_format", "look-around"),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "ends where it is complete"),
-    ({"messages": [{"role": "user", "content": "so " * 400}]}, "messages", "which takes 256 with an answer"),
+    ({"messages": [{"role": "user", "content": "so " * 400}]}, "messages", "maximum context length is 256 tokens"),
 ]
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({}, "prompt", "missing"),
@@ -70,7 +70,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "x", "suffix": "y"}, "suffix", "not offered"),
     ({"prompt": "x", "best_of": 3}, "best_of", "not offered"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens", "is for echo"),
-    ({"prompt": "so " * 400}, "prompt", "which takes 256 with an answer"),
+    ({"prompt": "so " * 400}, "prompt", "maximum context length is 256 tokens"),
 ]
 
 
