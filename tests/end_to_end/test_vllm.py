@@ -79,7 +79,8 @@ def test_answers_are_those_of_the_embedded_engine_though_requests_join_and_leave
     engine: VllmEngine, model: UltraFuserForCausalLM
 ) -> None:
     expected = decode(engine_of(model), PROMPTS, LENGTHS)
-    waiting, events = asked(PROMPTS, LENGTHS), []
+    events: list[Any] = []
+    waiting = asked(PROMPTS, LENGTHS)
     while waiting or not engine.idle:
         for request in waiting[:2]:
             engine.submit(request)
@@ -152,7 +153,7 @@ def test_a_cancelled_request_leaves_its_room_and_the_others_as_they_were(
     expected = decode(engine_of(model), PROMPTS[:3], 10)
     for request in asked([*PROMPTS[:3], *PROMPTS[:3]], 10):
         engine.submit(request)
-    events = [event for _ in range(3) for event in engine.step()]
+    events: list[Any] = [event for _ in range(3) for event in engine.step()]
     engine.cancel("1")  # under way
     engine.cancel("5")  # waits
     engine.cancel("nobody")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class _End:
     """
 
     def __init__(self, group: ProcessGroupGloo, rows: int) -> None:
-        self._group, self._most = group, rows
+        self._group: Any = group  # of whose methods torch's stubs know few
+        self._most = rows
 
     def _send(self, part: Tensor, to: int) -> None:
         try:

@@ -39,7 +39,7 @@ class FusedSpecialist(nn.Module):
     model: nn.Module
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.part = Part.of(vllm_config.model_config.hf_config)
         self.lm_head = PPMissingLayer()
         if self.part.leads:
