@@ -35,7 +35,7 @@ def main() -> None:
     model = LlamaForCausalLM(unpacked.config)  # the loaded one refuses to be saved
     model.load_state_dict(unpacked.state_dict())
     model.generation_config = unpacked.generation_config
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(folder)
     print(f"wrote {folder}: {sum(tensor.numel() for tensor in model.parameters()):,} parameters")
 

@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.openai_client import one_line, open_client
+
+if TYPE_CHECKING:
+    from ultrafuser_mega.inference.model import OpenedModel  # brings torch: seconds
 
 Messages = Sequence[dict[str, str]]
 
@@ -118,12 +121,12 @@ class LocalModel:
         batch_size: conversations at once.
     """
 
-    def __init__(self, opened: object, batch_size: int) -> None:
+    def __init__(self, opened: OpenedModel, batch_size: int) -> None:
         from ultrafuser_mega.inference.answer import Answerer
         from ultrafuser_mega.inference.embedded import Serving
 
         self._opened, self._batch_size = opened, batch_size
-        self._answerer = Answerer(opened, Serving(batch_size))  # type: ignore[arg-type]
+        self._answerer = Answerer(opened, Serving(batch_size))
 
     def harness_model(self, benchmark: str) -> Any:
         """Shares the model's weights."""

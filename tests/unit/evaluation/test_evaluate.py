@@ -78,10 +78,10 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
     assert "| SAT-Math (harness) accuracy |" in capsys.readouterr().out
     found = {key: row for key, row in rows(out).items() if key[1] == "standard_sat_math"}
     assert len(found) == 2 * 2
-    for row in found.values():
-        assert row["turns"] == ["Q: 2 + 2? Answer Choices: (A)4 (B)5 (C)6 (D)7\nA: Among A through D, the answer is"]
-        likelihoods = [float(text) for text in row["replies"]]
-        assert row["score"] == float(likelihoods.index(max(likelihoods)) == 0)
+    for likely in found.values():
+        assert likely["turns"] == ["Q: 2 + 2? Answer Choices: (A)4 (B)5 (C)6 (D)7\nA: Among A through D, the answer is"]
+        likelihoods = [float(text) for text in likely["replies"]]
+        assert likely["score"] == float(likelihoods.index(max(likelihoods)) == 0)
 
 
 @pytest.mark.parametrize(

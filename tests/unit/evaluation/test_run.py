@@ -158,6 +158,9 @@ class Chatty:
             said = "" if number == 0 and len(messages) == 1 else f"{len(messages)} messages"
             yield number, Reply(said, 1 if len(messages) == 1 else 3, "eos", {"a": len(messages) / 4})
 
+    def harness_model(self, benchmark: str) -> Any:
+        raise NotImplementedError
+
 
 class TwoTurns(Sums):
     def score(self, item: Item, replies: Sequence[str]) -> Score:

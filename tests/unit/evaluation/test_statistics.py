@@ -176,8 +176,8 @@ def test_the_share_of_a_headroom_is_that_of_the_means_and_its_interval_holds_the
         single = (generator.random(300) < 0.3).astype(float)
         oracle = np.maximum(single, generator.random(300) < 4 / 7)
         model = np.where(generator.random(300) < 0.5, single, oracle)
-        parts = [[Scores.of(list(values), ALONE[:300])] for values in (model, single, oracle)]
-        found = recovered(*parts, seed)
+        own, first, best = ([Scores.of(list(values), ALONE[:300])] for values in (model, single, oracle))
+        found = recovered(own, first, best, seed)
         assert found is not None and found.interval is not None
         assert found.share == pytest.approx((model.mean() - single.mean()) / (oracle.mean() - single.mean()))
         held += found.interval.low <= 0.5 <= found.interval.high
