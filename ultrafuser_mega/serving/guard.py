@@ -7,6 +7,7 @@ import time
 import traceback
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -50,6 +51,8 @@ class Guard:
         except ApiError as error:
             if not status:
                 await error_response(error)(scope, receive, noted)
+        except ClientDisconnect:
+            pass  # before its request was whole
         except Exception as error:
             # Not its message, which may quote a body.
             where = "".join(traceback.format_tb(error.__traceback__)[-6:])

@@ -95,7 +95,7 @@ class Served:
 
     def raw(self, text: str, specials: bool | None = None) -> list[int]:
         """Ids of a text that is continued as it stands; ``specials``: BOS in front, where the tokenizer has that."""
-        return self._tokenizer(text, add_special_tokens=specials is not False)["input_ids"]
+        return self._tokenizer(text, add_special_tokens=specials is not False, verbose=False)["input_ids"]
 
     def text(self, ids: Sequence[int]) -> str:
         """What ids stand for, control tokens included."""
