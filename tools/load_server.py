@@ -97,6 +97,11 @@ class Server:
             time.sleep(0.1)
         return False
 
+    def begun(self) -> None:
+        """Wait until it computes an answer."""
+        while not self.numbers().get("num_requests_running"):
+            time.sleep(0.01)
+
     def mib(self) -> int:
         """Its memory."""
         return psutil.Process(self.process.pid).memory_info().rss >> 20
@@ -168,20 +173,19 @@ def leavers(model: str, requests: int) -> dict[str, Any]:
 def restart(model: str) -> dict[str, Any]:
     with ThreadPoolExecutor(16) as pool:
         with running(model) as server:
-            alone = [server.ask(body(number))[1] for number in range(8)]
-            under_way = [pool.submit(server.ask, body(number, stream=True)) for number in range(8)]
-            while not server.numbers().get("num_requests_running"):
-                time.sleep(0.01)
+            asked = [{**body(number), "max_tokens": 200, "ignore_eos": True} for number in range(8)]
+            alone = [server.ask(one)[1] for one in asked]
+            under_way = [pool.submit(server.ask, {**one, "stream": True}) for one in asked]
+            server.begun()
             code = server.end()
             drained = [one.result() for one in under_way]
         with running(model) as server:
-            lost = [pool.submit(server.ask, {**body(0), "max_tokens": 200, "ignore_eos": True}) for _ in range(8)]
-            while not server.numbers().get("num_requests_running"):
-                time.sleep(0.01)
+            lost = [pool.submit(server.ask, one) for one in asked]
+            server.begun()
             killed = server.end(signal.SIGKILL)
             failed = sum(one.exception() is not None for one in lost)
         with running(model) as server:
-            again = [server.ask(body(number))[1] for number in range(8)]
+            again = [server.ask(one)[1] for one in asked]
             server.end()
     # What came in before the signal is answered; what came behind it is told so.
     finished = sum(status == 200 for status, _ in drained)
