@@ -193,7 +193,8 @@ class Pool:
                 device=self._device,
             )
             written = written[meant]
-        gather = _Gather(length, s, None if s == length else looked.flatten(), written, meant)
+        new = not any(held.read for held in rows)
+        gather = _Gather(length, s, None if new else looked.flatten(), written, meant)
         for layer in self._layers:
             layer.gather = gather
         return Batch(ids, None if mask is None else mask.long())

@@ -62,6 +62,19 @@ def test_mixed_requests_get_the_same_tokens_at_any_concurrency_with_and_without_
         assert (stats.drafted > 0) == (draft > 0) and stats.tokens == sum(map(len, expected.values()))
 
 
+@pytest.mark.parametrize("chunk", [64, 20])
+def test_a_prompt_whose_beginning_is_known_is_read_beside_a_longer_new_one(model: Any, chunk: int) -> None:
+    beginning = random_ids(5, seed=1)
+    first, short = ([*beginning, *random_ids(3, seed=seed)] for seed in (2, 3))
+    prompts = [dict.fromkeys(model.names, ids) for ids in (first, short, random_ids(40, seed=4))]
+    requests = asked(prompts, 4)
+    expected = alone(model, requests)
+    engine = engine_of(model, chunk=chunk)
+    events = events_of(engine, requests[:1])
+    assert tokens_of(events + events_of(engine, requests[1:])) == expected
+    assert set(engine.stats().prefix_hits.values()) == {5}
+
+
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), st.integers(0, 11)),
