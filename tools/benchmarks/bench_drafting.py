@@ -15,8 +15,6 @@ draft for an ensemble (Fu et al., ICML 2025), see ``alternating_drafts``; its dr
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -27,8 +25,10 @@ from typing import Any
 
 import torch
 from alternating_drafts import answer_alternating
+from bench_mixture_ce import cpu_model
 from rich.console import Console
 from rich.table import Table
+from scripting import Parser, result_file, write_json
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answerer
@@ -58,7 +58,7 @@ class Found:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="release, checkpoint or run")
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--device", default="auto", help="as for ultrafuser generate")
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=result_file, help="JSON file to write")
     arguments = parser.parse_args()
     with opened_model(arguments.model, arguments.device, arguments.dtype) as opened:
         prompts = PromptFile(arguments.prompts).encode(Answerer(opened, Serving(rows=1)), None)
@@ -82,10 +82,7 @@ def main() -> None:
         ]
     show(runs, len(opened.model.names))
     if arguments.out:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"torch": torch.__version__, "machine": machine, "prompts": len(prompts), "runs": runs}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.out, machine() | {"prompts": len(prompts), "runs": runs})
         print(f"wrote {arguments.out}")
 
 
@@ -134,16 +131,30 @@ def answered(
     engine = EmbeddedEngine(
         opened.model, opened.rule, tokens=tokens, rows=batch, draft=8 if adapt else int(way), adapt=adapt
     )
-    for row, prompt in enumerate(prompts):
-        engine.submit(Request(str(row), prompt, Sampling(temperature, seed=5), new, opened.eos, row))
-    answers: list[list[int]] = [[] for _ in prompts]
-    while not engine.idle:
-        for event in engine.step():
-            assert isinstance(event, TokenEvent), event
-            answers[int(event.id)].append(event.token)
+    sampling = Sampling(temperature, seed=5)
+    answers = answers_of(
+        engine, [Request(str(row), prompt, sampling, new, opened.eos, row) for row, prompt in enumerate(prompts)]
+    )
     seconds, stats = clock() - began, engine.stats()
     behind_first = max(stats.tokens - len(prompts), 1) / min(batch, len(prompts))
     return Found(answers, sum(stats.passes.values()) / behind_first, stats.accepted / max(stats.drafted, 1), seconds)
+
+
+def machine() -> dict[str, Any]:
+    """What the times are of."""
+    return {"torch": torch.__version__, "machine": {"processor": cpu_model(), "threads": torch.get_num_threads()}}
+
+
+def answers_of(engine: EmbeddedEngine, requests: Sequence[Request]) -> list[list[int]]:
+    """Tokens of all requests, asked at once."""
+    answers: dict[str, list[int]] = {request.id: [] for request in requests}
+    for request in requests:
+        engine.submit(request)
+    while not engine.idle:
+        for event in engine.step():
+            assert isinstance(event, TokenEvent), event
+            answers[event.id].append(event.token)
+    return list(answers.values())
 
 
 def clock() -> float:

@@ -9,18 +9,17 @@ float32 there should be none but where two tokens are as likely but for rounding
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from bench_drafting import machine
 from rich.console import Console
 from rich.table import Table
+from scripting import Parser, result_file, write_json
 
 from ultrafuser_mega.inference.embedded import cache_tokens
 from ultrafuser_mega.inference.engine import EmbeddedEngine
@@ -34,7 +33,7 @@ PLAIN, DRAFTS, VLLM = "embedded", "embedded, drafts", "vLLM"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="release folder, checkpoint or run")
     parser.add_argument("--device", default="auto", help="of the embedded engine, as for ultrafuser generate")
     parser.add_argument("--vllm-device", default="auto", help="of the vLLM engine; + joins tensor parallel ranks")
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2, help="for each of the answers at a time")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=result_file, help="JSON file to write")
     arguments = parser.parse_args()
     most = max(arguments.concurrency)
     began = time.perf_counter()
@@ -64,9 +63,9 @@ def main() -> None:
     show(runs)
     print(f"vLLM and the model in memory: {start:.0f} s")
     if arguments.out:
-        machine = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+        cores = {"cores": len(os.sched_getaffinity(0))}
         settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "model")}
-        arguments.out.write_text(json.dumps({"machine": machine, "settings": settings, "runs": runs}, indent=1) + "\n")
+        write_json(arguments.out, machine() | cores | {"settings": settings, "runs": runs})
 
 
 def measure(engines: Mapping[str, Engine], model: Any, at_a_time: int, arguments: Any) -> dict[str, Any]:

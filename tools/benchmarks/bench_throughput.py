@@ -10,9 +10,6 @@ are of this process alone. Answers are compared with those of fixed batches of 8
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import random
 import statistics
 import sys
@@ -20,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_drafting import clock
+from bench_drafting import answers_of, clock, machine
 from fixed_batches import answer_batch
 from rich.console import Console
 from rich.table import Table
+from scripting import Parser, result_file, write_json
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.answer import Answerer
@@ -32,21 +29,21 @@ from ultrafuser_mega.inference.batch import PromptFile
 from ultrafuser_mega.inference.embedded import Serving, cache_tokens
 from ultrafuser_mega.inference.engine import EmbeddedEngine
 from ultrafuser_mega.inference.model import OpenedModel, opened_model
-from ultrafuser_mega.inference.requests import Prompt, Request, TokenEvent
+from ultrafuser_mega.inference.requests import Prompt, Request
 from ultrafuser_mega.inference.sampling import Sampling
 
 WAYS = ("fixed 8", "fixed 32", "engine 32", "engine 32, drafts")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="release, checkpoint or run")
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--device", default="auto", help="as for ultrafuser generate")
     parser.add_argument("--dtype", default=None, help="fp32, bf16 or fp16; default: as stored")
     parser.add_argument("--longest", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=result_file, help="JSON file to write")
     arguments = parser.parse_args()
     with opened_model(arguments.model, arguments.device, arguments.dtype) as opened:
         prompts = PromptFile(arguments.prompts).encode(Answerer(opened, Serving(rows=1)), None)
@@ -71,10 +68,7 @@ def main() -> None:
     ]
     show(runs)
     if arguments.out:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        report = {"torch": torch.__version__, "machine": machine, "requests": len(prompts), "runs": runs}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.out, machine() | {"requests": len(prompts), "runs": runs})
         print(f"wrote {arguments.out}")
 
 
@@ -90,14 +84,10 @@ def answered(opened: OpenedModel, prompts: Sequence[Prompt], lengths: Sequence[i
         return answers
     tokens = cache_tokens(opened.model, rows)
     engine = EmbeddedEngine(opened.model, opened.rule, tokens=tokens, rows=rows, draft=4 if drafts else 0)
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        engine.submit(Request(str(row), prompt, Sampling(), length, opened.eos, row))
-    answers = [[] for _ in prompts]
-    while not engine.idle:
-        for event in engine.step():
-            assert isinstance(event, TokenEvent), event
-            answers[int(event.id)].append(event.token)
-    return answers
+    rows_of = enumerate(zip(prompts, lengths, strict=True))
+    return answers_of(
+        engine, [Request(str(row), prompt, Sampling(), length, opened.eos, row) for row, (prompt, length) in rows_of]
+    )
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
