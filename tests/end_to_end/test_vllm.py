@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import asked, decode, engine_of, events_of, tokens_of
+from support.engines import Alternating, asked, decode, engine_of, events_of, tokens_of
 from support.release_folder import PIECES, write_release, write_specialist
 from support.release_prompts import of_row
 
@@ -124,23 +124,10 @@ def of_requests(events: list[Any]) -> dict[str, list[Any]]:
     return found
 
 
-class Odd:
-    """Odd and even tokens in turn."""
-
-    def __init__(self) -> None:
-        self.heard: list[int] = []
-
-    def mask(self, scores: Any) -> None:
-        scores[len(self.heard) % 2 :: 2] = float("-inf")
-
-    def accept(self, token: int) -> None:
-        self.heard.append(token)
-
-
 def test_a_constraint_masks_every_choice(engine: VllmEngine, model: UltraFuserForCausalLM) -> None:
     def requests() -> list[Request]:
         first, second = asked(PROMPTS[:2], 8)
-        return [replace(first, constraint=Odd()), second]
+        return [replace(first, constraint=Alternating()), second]
 
     found = tokens_of(events_of(engine, requests()))
     assert [token % 2 for token in found[0]] == [1, 0] * 4

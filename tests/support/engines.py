@@ -16,6 +16,19 @@ from ultrafuser_mega.inference.sampling import Sampling
 GREEDY = Sampling()
 
 
+class Alternating:
+    """A constraint: odd and even tokens in turn."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def mask(self, scores: Any) -> None:
+        scores[len(self.heard) % 2 :: 2] = float("-inf")
+
+    def accept(self, token: int) -> None:
+        self.heard.append(token)
+
+
 def engine_of(model: Any, rule: str | Rule = "gate", rows: int = 16, **options: Any) -> EmbeddedEngine:
     options = {"tokens": cache_tokens(model, rows), "adapt": False} | options
     return EmbeddedEngine(model, RULES[rule] if isinstance(rule, str) else rule, rows=rows, **options)

@@ -83,12 +83,7 @@ def results(
     Raises:
         InputError: two models answered different items of a benchmark.
     """
-    samples = list(samples)
-    void = {(sample.benchmark, sample.item) for sample in samples if sample.rule == NO_VERDICT}
-    by_place: dict[str, dict[str, list[Sample]]] = {}
-    for sample in samples:
-        if (sample.benchmark, sample.item) not in void:
-            by_place.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
+    by_place, void = _placed(samples)
     _check_same_items(by_place, benchmarks)
     models = {model: _model(own, benchmarks) for model, own in by_place.items()}
     known = _known(by_place, benchmarks)
@@ -132,11 +127,7 @@ def headroom(
     titles = average_members(benchmarks)
     title = "all exact" if "all exact" in titles else "all"
     members = titles.get(title, [])
-    parts: dict[str, dict[str, list[Sample]]] = {}
-    for sample in samples:
-        if sample.benchmark in members:
-            parts.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
-    known = _known(parts, [one for one in benchmarks if one.name in members])
+    known = _known(_placed(samples)[0], [one for one in benchmarks if one.name in members])
     whole = {model: [own[name] for name in members] for model, own in known.items() if set(members) <= own.keys()}
     if not members or not {single, oracle} <= whole.keys():
         return None
@@ -178,6 +169,17 @@ def sha256(path: Path) -> str:
     """Of a file, in hexadecimal digits."""
     with writing(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _placed(samples: Iterable[Sample]) -> tuple[dict[str, dict[str, list[Sample]]], set[tuple[str, str]]]:
+    """Model -> benchmark -> its samples, and the (benchmark, item) that are left out of them: without a verdict."""
+    samples = list(samples)
+    void = {(sample.benchmark, sample.item) for sample in samples if sample.rule == NO_VERDICT}
+    placed: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        if (sample.benchmark, sample.item) not in void:
+            placed.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
+    return placed, void
 
 
 def _check_same_items(by_place: Mapping[str, Mapping[str, list[Sample]]], benchmarks: Sequence[Benchmark]) -> None:

@@ -30,6 +30,8 @@ from ultrafuser_mega.inference.requests import (
     PromptEvent,
     Request,
     TokenEvent,
+    never_fits,
+    refuse_unknown,
 )
 from ultrafuser_mega.inference.sampling import choose
 from ultrafuser_mega.inference.underway import Underway
@@ -77,22 +79,14 @@ class EmbeddedEngine:
         """See :meth:`Engine.submit`."""
         if request.id in self._waiting or request.id in self._running or request.id in self._prefill.rows:
             raise ValueError(f"request {request.id!r} is under way already")
-        if set(request.prompt) != set(self._names):
-            raise InputError(f"the prompt is for {', '.join(request.prompt)}; the model has {', '.join(self._names)}")
+        refuse_unknown(request, self._names, self._vocabulary)
         if request.prompt_logprobs and self._rule.reads_text:
             raise InputError("prompt_logprobs: not known where specialists are mixed by the likelihood of the text")
-        for ids in (*request.prompt.values(), request.sampling.logit_bias):
-            for token in {min(ids, default=0), max(ids, default=0)}:
-                if not 0 <= token < self._vocabulary:
-                    raise InputError(f"token {token}: the vocabulary has 0 to {self._vocabulary - 1}")
         longest = self._longest(request)
         for name, ids in request.prompt.items():
             total = self.lanes.pools[name].slots.total
             if len(ids) + longest > total + 1:  # the last token is never read
-                raise InputError(
-                    f"a prompt of {len(ids)} tokens for {name} and an answer of {longest} do not fit into the "
-                    f"{total} tokens that --memory has room for; give more, or ask for a shorter answer"
-                )
+                raise never_fits(name, len(ids), longest, total)
         self._waiting[request.id] = request
 
     @torch.inference_mode()

@@ -70,6 +70,24 @@ class Request:
             raise InputError("prompt_logprobs: the specialists' prompts differ; they exist for raw text only")
 
 
+def refuse_unknown(request: Request, names: Sequence[str], vocabulary: int) -> None:
+    """InputError where a request's prompt is for other specialists than ``names``, or names a token beyond them."""
+    if set(request.prompt) != set(names):
+        raise InputError(f"the prompt is for {', '.join(request.prompt)}; the model has {', '.join(names)}")
+    for ids in (*request.prompt.values(), request.sampling.logit_bias):
+        for token in {min(ids, default=0), max(ids, default=0)}:
+            if not 0 <= token < vocabulary:
+                raise InputError(f"token {token}: the vocabulary has 0 to {vocabulary - 1}")
+
+
+def never_fits(name: str, prompt: int, answer: int, room: int) -> InputError:
+    """A prompt and an answer of so many tokens are more than the cache of specialist ``name`` has ``room`` for."""
+    return InputError(
+        f"a prompt of {prompt} tokens for {name} and an answer of {answer} do not fit into the {room} tokens that "
+        "--memory has room for; give more, or ask for a shorter answer"
+    )
+
+
 @dataclass(frozen=True)
 class Likely:
     """Of one place: the log-probability of the token there, and (token, log-probability) of the likeliest ones."""

@@ -39,7 +39,6 @@ class Usage:
     Args:
         served: the model.
         wanted: the answers.
-        prompts: how many of those are of different prompts, which come first of each ``n``.
     """
 
     def __init__(self, served: Served, wanted: Sequence[Wanted]) -> None:

@@ -14,6 +14,7 @@ from ultrafuser_mega.inference.text_engine import TextEvent
 from ultrafuser_mega.serving.errors import ApiError, bad_field, unavailable
 from ultrafuser_mega.serving.metrics import Metrics
 from ultrafuser_mega.serving.served import Wanted
+from ultrafuser_mega.serving.shapes import reason
 from ultrafuser_mega.serving.worker import Refused, ServedEvent, Worker
 
 _LOG = logging.getLogger(__name__)
@@ -93,8 +94,7 @@ class Traffic:
                     counts[place] += 1
                     if event.answer is not None:
                         left.discard(place)
-                        reason = "length" if event.answer.finish_reason == "length" else "stop"
-                        self._count(reason, wanted[place], counts[place], now - begun)
+                        self._count(reason(event.answer), wanted[place], counts[place], now - begun)
                 yield place, event
         finally:
             for place in left:
@@ -105,9 +105,9 @@ class Traffic:
             if not self._underway:
                 self._empty.set()
 
-    def _count(self, reason: str, wanted: Wanted, tokens: int, seconds: float) -> None:
+    def _count(self, outcome: str, wanted: Wanted, tokens: int, seconds: float) -> None:
         prompt = len(next(iter(wanted.request.prompt.values())))
-        self._metrics.answer(reason, prompt, tokens, seconds)
+        self._metrics.answer(outcome, prompt, tokens, seconds)
         self._usual += 0.1 * (seconds - self._usual)
 
     async def drain(self, seconds: float) -> None:

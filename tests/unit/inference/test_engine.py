@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import asked, decode, engine_of, events_of, tokens_of
+from support.engines import Alternating, asked, decode, engine_of, events_of, tokens_of
 from support.release_prompts import STEPS, batch, of_row, response
 
 from ultrafuser_mega.errors import InputError
@@ -235,16 +235,6 @@ def test_draws_have_the_probabilities_of_the_filtered_softmax(model: Any) -> Non
 
 
 def test_a_constraint_masks_every_choice_and_hears_of_every_token(model: Any) -> None:
-    class Alternating:
-        def __init__(self) -> None:
-            self.heard: list[int] = []
-
-        def mask(self, scores: Any) -> None:
-            scores[len(self.heard) % 2 :: 2] = float("-inf")
-
-        def accept(self, token: int) -> None:
-            self.heard.append(token)
-
     constraint = Alternating()
     events = events_of(engine_of(model, draft=3), asked([ROWS[0]], constraint=constraint))
     tokens = tokens_of(events)[0]

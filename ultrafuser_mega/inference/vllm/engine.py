@@ -26,7 +26,16 @@ from ultrafuser_mega.inference.engine import NOT_FINITE
 from ultrafuser_mega.inference.lanes import answer_room, positions_of
 from ultrafuser_mega.inference.mixing import GATE, RULES
 from ultrafuser_mega.inference.model import OpenedModel
-from ultrafuser_mega.inference.requests import EngineStats, Event, FailedEvent, Finish, Request, TokenEvent
+from ultrafuser_mega.inference.requests import (
+    EngineStats,
+    Event,
+    FailedEvent,
+    Finish,
+    Request,
+    TokenEvent,
+    never_fits,
+    refuse_unknown,
+)
 from ultrafuser_mega.inference.vllm.messages import Choice, Fresh, Step, Stepped
 from ultrafuser_mega.inference.vllm.part import FIELD, Part
 from ultrafuser_mega.inference.vllm.placing import Placing, jobs_of
@@ -113,20 +122,12 @@ class VllmEngine:
             raise ValueError(f"request {request.id!r} is under way already")
         if request.prompt_logprobs:
             raise InputError("prompt_logprobs: not with --engine vllm; the embedded engine has them")
-        if set(request.prompt) != set(self._names):
-            raise InputError(f"the prompt is for {', '.join(request.prompt)}; the model has {', '.join(self._names)}")
-        for ids in (*request.prompt.values(), request.sampling.logit_bias):
-            for token in {min(ids, default=0), max(ids, default=0)}:
-                if not 0 <= token < self._vocabulary:
-                    raise InputError(f"token {token}: the vocabulary has 0 to {self._vocabulary - 1}")
+        refuse_unknown(request, self._names, self._vocabulary)
         longest = self._longest(request)
         for name, ids in request.prompt.items():
             room = self._rooms.of[name]
             if room.wanted(len(ids) + longest) > room.blocks:
-                raise InputError(
-                    f"a prompt of {len(ids)} tokens for {name} and an answer of {longest} do not fit into the "
-                    f"{room.total} tokens that --memory has room for; give more, or ask for a shorter answer"
-                )
+                raise never_fits(name, len(ids), longest, room.total)
         self._waiting[request.id] = request
 
     def cancel(self, id: str) -> None:
