@@ -79,7 +79,8 @@ def test_a_container_that_goes_on_is_killed_by_its_name(docker: Path) -> None:
     lines = (docker / "log").read_text().splitlines()
     started = [line.split()[2] for line in lines if line.startswith("run")][1:]
     killed = [line.removeprefix("kill ") for line in lines if line.startswith("kill")]
-    assert killed and killed == started[: len(killed)]  # the tests may end by themselves behind the program's end
+    # Two start side by side, in any order; the tests may end by themselves behind the program's end.
+    assert killed and len(set(killed)) == len(killed) and set(killed) <= set(started)
 
 
 @pytest.mark.parametrize(
