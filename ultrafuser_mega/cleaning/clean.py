@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ultrafuser_mega.cleaning.contamination import Benchmarks, Hit
 from ultrafuser_mega.cleaning.duplicates import NearDuplicates, digest_of
+from ultrafuser_mega.cleaning.language import check_languages
 from ultrafuser_mega.cleaning.replies import find_in_replies
 from ultrafuser_mega.cleaning.report import Report
 from ultrafuser_mega.cleaning.rules import CONTAMINATED, EXACT, MALFORMED, NEAR, Finding, Rules
@@ -53,6 +54,7 @@ class Cleaner:
     """
 
     def __init__(self, rules: Rules, benchmarks: Benchmarks | None = None) -> None:
+        check_languages(rules.languages)
         self.rules = rules
         self.benchmarks = benchmarks if rules.asks(CONTAMINATED) else None
         self._seen: dict[int, str] = {}

@@ -31,11 +31,16 @@ _BOILERPLATE = re.compile(
     r"\bas an? (?:(?:ai|artificial intelligence|large|text-based|machine)[ -])?language model\b"
     r"|\bas an ai(?: assistant| model| chatbot)?,? i\b"
     r"|\bmy (?:knowledge cut-?off|training data)\b"
-    r"|\bi(?: was|'?m| am| have been) (?:created|trained|developed|made|built) by (?:openai|anthropic|google|meta|laion)\b"
+    r"|\bi(?: was|'?m| am| have been) (?:created|trained|developed|built) by (?:openai|anthropic|google|meta|laion)\b"
     r"|<\|(?:im_start|im_end|endoftext|eot_id|assistant|user|system|start_header_id|end_header_id)\|>"
     r"|\[/?INST\]|<</?SYS>>|</s>\s*\Z|^#{2,3} ?(?:instruction|response|input)s?:"
     r"|\[insert [^\]\n]{1,60}\]",
     re.IGNORECASE | re.MULTILINE,
+)
+# One of these stands in all that it finds; they are looked for first, since that takes a tenth of the time.
+_BOILERPLATE_HAS = (
+    *("language model", "as an ai", "my knowledge", "my training", " by openai", " by anthropic", " by google"),
+    *(" by meta", " by laion", "<|", "inst]", "sys>>", "</s>", "[insert ", "##"),
 )
 _LONGEST_PERIOD = 60  # words
 _ROUNDS = 4
@@ -66,7 +71,8 @@ def _refusal(question: str, reply: str, rules: Rules) -> str | None:
 
 
 def _boilerplate(question: str, reply: str, rules: Rules) -> str | None:
-    found = _BOILERPLATE.search(_straight(reply))
+    small = reply.lower()
+    found = any(part in small for part in _BOILERPLATE_HAS) and _BOILERPLATE.search(_straight(reply))
     return repr(found[0].strip()) if found else None
 
 

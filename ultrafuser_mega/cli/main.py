@@ -15,6 +15,7 @@ import typer
 from ultrafuser_mega.cli import (
     baseline,
     chat,
+    clean,
     doctor,
     evaluate,
     export,
@@ -40,6 +41,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser doctor                              is this machine ready?
   ultrafuser verify FOLDER --tp 2                does a sharded specialist compute what transformers computes?
   ultrafuser plan --config my.yaml               is everything there, does it fit, what goes where?
+  ultrafuser clean text=FILES --out DIR          data without copies, refusals, broken code, benchmarks' items
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
   ultrafuser train --config my.yaml              both stages, evaluation, checkpoints: runs/<name>/
   ultrafuser slurm --config my.yaml --submit     the same on a cluster: writes a batch script, submits it
@@ -80,6 +82,7 @@ def _options(
 
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("clean")(clean.clean)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("slurm")(slurm.slurm)
