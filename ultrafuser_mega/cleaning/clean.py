@@ -65,7 +65,7 @@ class Cleaner:
         finding = find_in_replies(conversation, self.rules)
         hits: tuple[Hit, ...] = ()
         if self.benchmarks is not None:
-            hits = tuple(self.benchmarks.search(_texts(conversation)))
+            hits = tuple(self.benchmarks.search(conversation))
             worst = next((hit for hit in hits if hit.removes), None)
             if finding is None and worst is not None:
                 finding = Finding(CONTAMINATED, str(worst))

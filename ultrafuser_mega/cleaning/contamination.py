@@ -3,8 +3,8 @@
 The paper names 13-grams and no more. Any that a row shares with an item (rule "any") is its literal reading, and marks
 innocent rows by phrases that everybody writes ("a time complexity of O(n) where n is the length of"). So by default
 (rule "share") a row goes where it holds at least half of the 13-grams of an item's question or of its answer. Questions
-of fewer than 13 words have none: they are looked for as a whole, from five words on. What two texts share but for their
-numbers is listed as near and removes nothing, since exercises often differ in their numbers alone.
+of fewer than 13 words have none: they are looked for as a whole, from five words on, in what a row's user says. What two
+texts share but for their numbers is listed as near and removes nothing, since exercises often differ in nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ultrafuser_mega.cleaning.words import words
+from ultrafuser_mega.data.conversation import Conversation
 from ultrafuser_mega.errors import InputError
 
 GRAM = 13  # words
@@ -71,36 +72,44 @@ class _Part:
     part: Kind
     words: Gram
 
-    def grams(self) -> set[Gram]:
-        return set(_grams(self.words, GRAM))
-
 
 class _Index:
-    """Parts by their 13-grams, short ones by their first words."""
+    """Parts by their 13-grams, short ones by their first words.
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
+    Args:
+        parts: all of five words or more.
+        least: words of a 13-gram that are no masked numbers; others say nothing.
+    """
+
+    def __init__(self, parts: Sequence[_Part], least: int = 0) -> None:
         self.parts = parts
-        self.sizes = [len(part.grams()) for part in parts]
-        grams: defaultdict[Gram, list[int]] = defaultdict(list)
-        short: defaultdict[Gram, list[int]] = defaultdict(list)
+        self._sizes: list[int] = []
+        self._grams: dict[Gram, list[int]] = {}
+        self._short: dict[Gram, list[int]] = {}
         for place, part in enumerate(parts):
-            for gram in part.grams():
-                grams[gram].append(place)
-            if not self.sizes[place]:
-                short[part.words[:SHORTEST]].append(place)
-        self._grams, self._short = dict(grams), dict(short)
+            grams = {gram for gram in _grams(part.words, GRAM) if GRAM - gram.count(_NUMBER) >= least}
+            self._sizes.append(len(grams))
+            for gram in grams:
+                self._grams.setdefault(gram, []).append(place)
+            if len(part.words) < GRAM:
+                self._short.setdefault(part.words[:SHORTEST], []).append(place)
 
-    def find(self, found: Sequence[str]) -> Iterator[tuple[int, float, str]]:
-        """(part, share of its 13-grams, longest run in common) for all that a text's words share anything with."""
-        if not self._grams.keys().isdisjoint(_grams(found, GRAM)):
-            yield from self._shared(found)
-        if not self._short.keys().isdisjoint(_grams(found, SHORTEST)):
-            yield from self._whole(found)
+    def find(self, said: Sequence[str], asked: Sequence[str]) -> Iterator[tuple[int, float, str]]:
+        """(part, share of its 13-grams, longest run in common) for all that a row shares anything with.
 
-    def _shared(self, found: Sequence[str]) -> Iterator[tuple[int, float, str]]:
+        Args:
+            said: all its words.
+            asked: its user's.
+        """
+        if not self._grams.keys().isdisjoint(_grams(said, GRAM)):
+            yield from self._shared(said)
+        if not self._short.keys().isdisjoint(_grams(asked, SHORTEST)):
+            yield from self._whole(asked)
+
+    def _shared(self, said: Sequence[str]) -> Iterator[tuple[int, float, str]]:
         shared: defaultdict[int, set[Gram]] = defaultdict(set)
         runs: dict[int, list[int]] = {}  # part -> begin, end of the run now; begin, end of the longest
-        for start, gram in enumerate(_grams(found, GRAM)):
+        for start, gram in enumerate(_grams(said, GRAM)):
             for place in self._grams.get(gram, ()):
                 shared[place].add(gram)
                 run = runs.setdefault(place, [start, start, start, start])
@@ -111,14 +120,14 @@ class _Index:
                     run[2:] = run[:2]
         for place, grams in shared.items():
             _, _, begin, end = runs[place]
-            yield place, len(grams) / self.sizes[place], " ".join(found[begin : end + GRAM][:_SHOWN])
+            yield place, len(grams) / self._sizes[place], " ".join(said[begin : end + GRAM][:_SHOWN])
 
-    def _whole(self, found: Sequence[str]) -> Iterator[tuple[int, float, str]]:
+    def _whole(self, asked: Sequence[str]) -> Iterator[tuple[int, float, str]]:
         told: set[int] = set()
-        for start, gram in enumerate(_grams(found, SHORTEST)):
+        for start, gram in enumerate(_grams(asked, SHORTEST)):
             for place in self._short.get(gram, ()):
                 whole = self.parts[place].words
-                if place not in told and tuple(found[start : start + len(whole)]) == whole:
+                if place not in told and tuple(asked[start : start + len(whole)]) == whole:
                     told.add(place)
                     yield place, 1.0, " ".join(whole)
 
@@ -162,17 +171,24 @@ class Benchmarks:
         self.items: Mapping[str, int] = counts
         self.too_short: Mapping[str, int] = short
         self._index = _Index(list(parts))
-        masked = [_Part(part.benchmark, part.id, part.part, _masked(part.words)) for part in parts]
         # But for its numbers, the answer to another exercise is the same; one without numbers was looked for already.
-        self._masked = _Index([part for part in masked if part.part == "question" and _NUMBER in part.words])
+        masked = [_Part(part.benchmark, part.id, part.part, _masked(part.words)) for part in parts]
+        numbers = [part.words.count(_NUMBER) if part.part == "question" else 0 for part in masked]
+        near = [part for part, count in zip(masked, numbers, strict=True) if 0 < count <= len(part.words) - SHORTEST]
+        self._masked = _Index(near, least=SHORTEST)
 
-    def search(self, texts: Iterable[str]) -> list[Hit]:
-        """All that texts, which follow each other, share with items; copies first, the larger shares first."""
-        found = [word for text in texts for word in words(text)]
-        hits = [self._hit(self._index.parts[place], share, text) for place, share, text in self._index.find(found)]
+    def search(self, conversation: Conversation) -> list[Hit]:
+        """All that a row shares with items; copies first, the larger shares first."""
+        system = words(conversation.system or "")
+        turns = [(words(user), words(assistant)) for user, assistant in conversation.turns]
+        said = [*system, *(word for turn in turns for text in turn for word in text)]
+        asked = [*system, *(word for user, _ in turns for word in user)]
+        hits = [
+            self._hit(self._index.parts[place], share, text) for place, share, text in self._index.find(said, asked)
+        ]
         copies = {(hit.id, hit.part) for hit in hits if hit.how == "copy"}
-        masked = _masked(found)
-        for place, share, text in self._masked.find(masked) if _NUMBER in masked else ():
+        masked = _masked(said)
+        for place, share, text in self._masked.find(masked, _masked(asked)) if _NUMBER in masked else ():
             part = self._masked.parts[place]
             if share >= self.share and (part.id, part.part) not in copies:
                 hits.append(Hit(part.benchmark, part.id, part.part, "near", share, text, removes=False))

@@ -1,7 +1,7 @@
 """Files of rows cleaned into a folder, of any size: what ``ultrafuser clean`` does.
 
     kept/NAME.jsonl   what is kept, file by file, ready for ``ultrafuser prepare``
-    removed.jsonl     what is not: class, file, line, rule, why, and the row
+    removed.jsonl     what is not: class, file, number in it, rule, why, and the row
     matches.jsonl     all that rows share with benchmarks' items, whether it removed them or not
     report.json       counts, examples
 
@@ -120,13 +120,14 @@ def _clean_file(
     kept, removed, matches = files
     for batch, results in batches:
         for read, examined in zip(batch, results, strict=True):
-            place = f"{source.path}:{read.row.line}"
+            lines = read.row.raw is not None
+            place = f"{source.path}:{read.row.line}" if lines else f"{source.path} row {read.row.number}"
             if read.conversation is None:
                 finding: Finding | None = Finding(MALFORMED, read.problem)
             else:
                 finding = examined.finding or cleaner.repeats(place, read.conversation)
             report.count(read.class_name, place, finding, read.conversation, examined.hits)
-            where = {"class": read.class_name, "file": str(source.path), "line": read.row.line}
+            where = {"class": read.class_name, "file": str(source.path), "number": read.row.number}
             for hit in examined.hits:
                 matches.write(json.dumps({**where, **asdict(hit)}) + "\n")
             if finding is None:

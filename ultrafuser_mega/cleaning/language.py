@@ -13,6 +13,7 @@ _NO_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+|\S*
 _LETTERS = re.compile(r"[^\W\d_]+")
 _LOOKED_AT = 400  # characters of prose
 _FEWEST = 40  # letters; half as many where a writing has a sign to a word
+_NONE = ("la", "zxx")  # Latin is what it says of HTML and of "lorem ipsum"; the other means no language
 _SURE = 0.95  # probability: of lines of code, which look like Latin or pidgin to it, it is never so sure
 
 
@@ -29,7 +30,7 @@ def foreign(text: str, codes: Sequence[str]) -> str | None:
     if letters < (_FEWEST if prose.isascii() else _FEWEST // 2):
         return None
     language, probability = _identifier().classify(prose)
-    if language in codes or probability < _SURE:
+    if language in (*codes, *_NONE) or probability < _SURE:
         return None
     return f"{language} ({float(probability):.2f})"
 

@@ -16,6 +16,7 @@ from ultrafuser_mega.data.conversation import Conversation
 
 _EXAMPLES = 5  # of every rule; of every benchmark and kind of match
 _EXCERPT = 240  # characters
+_FIRST = 96  # characters
 
 
 class Report:
@@ -98,16 +99,18 @@ class Report:
 
     def _rules_table(self) -> Table:
         table = Table(title="Rows")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for name in self.read:
-            table.add_column(Text(name), justify="right")
-        table.add_column("the first", overflow="ellipsis", no_wrap=True)
+            table.add_column(Text(name), justify="right", no_wrap=True)
+        table.add_column("the first", max_width=_FIRST)
         table.add_row("read", *(f"{count:,}" for count in self.read.values()), "")
         for rule in RULES:
             if self.rules.asks(rule) and not (rule == "language" and not self.rules.languages):
                 cells = [f"{self.removed[rule][name]:,}" if rule in self.removed else "0" for name in self.read]
                 example = self.examples[rule][0] if self.examples.get(rule) else None
-                table.add_row(rule, *cells, Text(f"{example['place']}: {example['why']}" if example else ""))
+                table.add_row(
+                    rule, *cells, Text(_shortened(f"{example['place']}: {example['why']}") if example else "")
+                )
         table.add_row("kept", *(f"{self.kept[name]:,}" for name in self.read), "")
         return table
 
@@ -126,6 +129,11 @@ class Report:
 
 def _three(counts: Counter[str]) -> str:
     return f"{counts['copy']:,} / {counts['any']:,} / {counts['near']:,}"
+
+
+def _shortened(text: str) -> str:
+    """The end of a long one: places begin alike."""
+    return text if len(text) <= _FIRST else ".." + text[2 - _FIRST :]
 
 
 def _excerpt(text: str) -> str:

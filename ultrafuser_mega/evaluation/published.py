@@ -1,4 +1,4 @@
-"""Benchmarks' items as their files have them, without the words in which a model is asked: what copies are looked for of.
+"""Benchmarks' items as their files have them, without the words in which a model is asked: what may have copies.
 
 Of every benchmark of the paper's tables, by the readers that also ask a model (benchmarks/); of any other file whose
 rows ``ultrafuser prepare`` could read, with or without answers.
