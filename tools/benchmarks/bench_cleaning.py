@@ -1,6 +1,6 @@
 """How fast `ultrafuser clean` is: rows a second of every rule by itself, MinHash libraries, and whole files.
 
-    python tools/benchmarks/bench_cleaning.py text=DATA/text code=DATA/code --benchmarks EVAL --out docs/benchmarks/cleaning.json
+    python tools/benchmarks/bench_cleaning.py text=DATA/text code=DATA/code --benchmarks EVAL --out cleaning.json
 
 The rules by themselves run over the rows in memory, in one process, best of three turns that go round all of them. The
 whole runs over files made of the same rows, repeated to --rows with their numbers and some words changed so that they
@@ -158,7 +158,8 @@ def _rensa(texts: Sequence[str]) -> set[int]:
 def _datasketch(texts: Sequence[str]) -> set[int]:
     from datasketch import MinHash, MinHashLSH
 
-    index, sets, matched = MinHashLSH(threshold=THRESHOLD, num_perm=128, weights=(0.1, 0.9)), {}, set()
+    sets: dict[int, frozenset[str]] = {}
+    index, matched = MinHashLSH(threshold=THRESHOLD, num_perm=128, weights=(0.1, 0.9)), set()
     for number, one in enumerate(map(_shingles, texts)):
         signature = MinHash(128, seed=1)
         signature.update_batch([token.encode() for token in one])

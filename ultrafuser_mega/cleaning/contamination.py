@@ -3,8 +3,8 @@
 The paper names 13-grams and no more. Any that a row shares with an item (rule "any") is its literal reading, and marks
 innocent rows by phrases that everybody writes ("a time complexity of O(n) where n is the length of"). So by default
 (rule "share") a row goes where it holds at least half of the 13-grams of an item's question or of its answer. Questions
-of fewer than 13 words have none: they are looked for as a whole, from five words on, in what a row's user says. What two
-texts share but for their numbers is listed as near and removes nothing, since exercises often differ in nothing else.
+of fewer than 13 words have none: they are looked for as a whole, from five words on, in what a row's user says. What is
+shared but for numbers is listed as near and removes nothing, since exercises often differ in nothing else.
 """
 
 from __future__ import annotations
