@@ -88,7 +88,8 @@ def clean(rows: Iterable[Any], rules: Rules, benchmarks: Benchmarks | None = Non
     """Clean rows that are in memory; files.py cleans files of any size.
 
     Args:
-        rows: of any shape that data/conversation.py knows; ``class``, where a row has it, is what it is counted under.
+        rows: of any shape that data/conversation.py knows; ``class``, where a row or its ``provenance`` has
+            it, is what it is counted under.
         rules: to ask.
         benchmarks: whose items must not stand in the rows.
     """
@@ -114,9 +115,10 @@ def clean(rows: Iterable[Any], rules: Rules, benchmarks: Benchmarks | None = Non
 
 
 def class_of(row: Any) -> str:
-    """The class that a row says it is of; "all" where it says nothing."""
-    name = row.get("class") if isinstance(row, dict) else None
-    return name if isinstance(name, str) and name else "all"
+    """The class that a row, or its provenance, says it is of; "all" where neither says anything."""
+    holders = (row, row.get("provenance")) if isinstance(row, dict) else ()
+    names = (holder.get("class") for holder in holders if isinstance(holder, dict))
+    return next((name for name in names if isinstance(name, str) and name), "all")
 
 
 def _questions(conversation: Conversation) -> list[str]:

@@ -3,7 +3,7 @@
     kept/NAME.jsonl   what is kept, file by file, ready for ``ultrafuser prepare``
     removed.jsonl     what is not: class, file, number in it, rule, why, and the row
     matches.jsonl     all that rows share with benchmarks' items, whether it removed them or not
-    report.json       counts, examples
+    report.json       counts, examples, which file is which
 
 A line of JSONL is kept byte by byte; a row of a JSON array or of Parquet becomes a line with the same values. Rows are
 examined by several processes and judged in their order, so the result does not depend on how many there are. In memory
@@ -103,7 +103,12 @@ def clean_files(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as kept:
                     _clean_file(source, cleaner, report, examine(_batches(source)), (kept, removed, matches), show)
-            (work / REPORT).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+            files = [
+                {"file": f"{KEPT}/{name.as_posix()}", "class": source.class_name, "from": str(source.path)}
+                for source, name in zip(sources, names, strict=True)
+            ]
+            whole = {**report.as_json(), "files": files}
+            (work / REPORT).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             stack.close()
             move_into_place(work, out)
     return report

@@ -79,7 +79,10 @@ def test_the_length_of_replies_is_counted_in_words(least: int, most: int, reply:
 
 def test_replies_in_other_languages_than_asked_for_are_removed() -> None:
     pytest.importorskip("py3langid")
-    spanish = "Claro, aquí tienes una receta sencilla: corta las patatas en trozos pequeños y fríelas con aceite. Después, añade sal y sirve el plato caliente."
+    spanish = (
+        "Claro, aquí tienes una receta sencilla: corta las patatas en trozos pequeños y fríelas con aceite. "
+        "Después, añade sal y sirve el plato caliente."
+    )
     english = "Of course, here is a simple recipe: cut the potatoes into small pieces and fry them in some oil."
     rules = Rules(languages=("en", "fr"))
     finding = found("How do I cook potatoes?", spanish, rules)
