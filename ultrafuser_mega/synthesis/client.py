@@ -29,6 +29,7 @@ from ultrafuser_mega.synthesis.requests import (
     REFUSED,
     Answer,
     Call,
+    Form,
     Reply,
     Request,
     UnreadableError,
@@ -44,7 +45,13 @@ _DEAD = 50  # failures in a row, without one answer between them
 _NEVER_ALIVE = 8  # the same, of an endpoint that has answered nothing yet
 _TURNED_AWAY_FOR_S = 1800.0  # then an endpoint that turns everything away ends the run
 _LONGEST_BACKOFF_S = 30.0
-_PROBE = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
+_PROBE = {
+    "type": "object",
+    "properties": {"words": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1}},
+    "required": ["words"],
+    "additionalProperties": False,
+}
+_REPAIR = "That has not the form that was asked for. Give the same again in this form."
 
 NO_ANSWER = "no answer"
 
@@ -139,9 +146,15 @@ class Asker:
     async def request(self, call: Call, step: Step, attempt: int, last: Reply | None) -> Request:
         """What is sent at this attempt, behind ``last``, which could not be used."""
         model = self.config.models[step.model]
+        form = call.form
+        schema = form.schema if form.schema is not None and await self._takes_schema(step.model) else None
+        said = form.as_text if schema is None else form.as_json
         messages = list(call.messages)
-        if attempt % 2 == 1 and call.repair and last is not None and last.fault is None:
-            messages += [{"role": "assistant", "content": last.text}, {"role": "user", "content": call.repair}]
+        if said:
+            messages[-1] = {**messages[-1], "content": f"{messages[-1]['content'].rstrip()}\n\n{said}"}
+        if attempt % 2 == 1 and said and last is not None and last.fault is None:
+            repair = {"role": "user", "content": f"{_REPAIR} {said}"}
+            messages += [{"role": "assistant", "content": last.text}, repair]
         number = f"{call.number}.{attempt}"
         body: dict[str, Any] = {"model": model.model, "messages": messages, **model.parameters}
         body[model.max_tokens_name] = step.max_tokens
@@ -150,8 +163,8 @@ class Asker:
         if model.seed:
             text = json.dumps([self.config.seed, call.of, call.step, messages, number], ensure_ascii=False)
             body["seed"] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
-        if call.schema is not None and await self._takes_schema(step.model):
-            body["response_format"] = _response_format(call.schema)
+        if schema is not None:
+            body["response_format"] = _response_format(schema)
         return Request(call.of, call.step, step.model, body, call.version, number)
 
     def most(self, request: Request, *, batch: bool = False) -> Amount:
@@ -195,11 +208,12 @@ class Asker:
         async with self._probes[name]:
             known = self.ledger.fact(fact)
             if known is None:
-                words: tuple[dict[str, str], ...] = ({"role": "user", "content": 'Say {"word": "yes"}.'},)
+                words: tuple[dict[str, str], ...] = ({"role": "user", "content": 'Say {"words": ["yes"]}.'},)
                 body = {"model": model.model, "messages": list(words), model.max_tokens_name: 32}
                 request = Request("", "probe", name, {**body, "response_format": _response_format(_PROBE)}, "1", "0")
                 try:
-                    reply = self.ledger.find(request.key) or await self._send(request, Call("", "probe", words, str))
+                    call = Call("", "probe", words, Form(str))
+                    reply = self.ledger.find(request.key) or await self._send(request, call)
                     known = "no" if reply.raw is not None else "yes"
                 except NoAnswerError:
                     known = "no"
@@ -311,7 +325,7 @@ def read_reply(call: Call, reply: Reply) -> tuple[Any, str | None]:
     if reply.fault is not None:
         return None, reply.fault
     try:
-        return call.read(reply.text), None
+        return call.form.read(reply.text), None
     except UnreadableError:
         return None, MALFORMED
 

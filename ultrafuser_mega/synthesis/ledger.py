@@ -64,6 +64,7 @@ class Ledger:
 
     Args:
         folder: of the run.
+        read_only: change nothing; others may be writing.
 
     Attributes:
         found: requests that were under way when the run before ended.
@@ -72,10 +73,14 @@ class Ledger:
         InputError: here and from any method: the file is none of this kind, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.path = folder / FILE
         with self._telling():
-            self._db = sqlite3.connect(self.path, isolation_level=None)
+            mode = "ro" if read_only else "rwc"
+            self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+            self.found = Lost(0, 0, 0.0)
+            if read_only:
+                return
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=normal")
             (form,) = self._db.execute("pragma user_version").fetchone()
@@ -83,7 +88,7 @@ class Ledger:
                 raise InputError(f"{self.path}: written by another version of this program (form {form})")
             self._db.executescript(_TABLES)
             self._db.execute(f"pragma user_version={_FORM}")
-            self.found = Lost(*self._db.execute("select count(*), total(tokens), total(cost) from sent").fetchone())
+            self.found = self._lost_in("sent")
             with self._together():
                 self._db.execute("insert into lost select *, 'the run ended' from sent")
                 self._db.execute("delete from sent")
@@ -134,13 +139,13 @@ class Ledger:
         with self._telling():
             rows = self._db.execute(
                 "select class, step, verdict, count(*), sum(read), sum(written), total(cost), count(*) - sum(counted) "
-                "from call group by class, step, verdict"
+                "from call group by class, step, verdict order by class, step, verdict"
             )
             return [Total(*row) for row in rows]
 
     def lost(self) -> Lost:
         """All that may have been paid for in vain."""
-        return Lost(*self._db.execute("select count(*), total(tokens), total(cost) from lost").fetchone())
+        return self._lost_in("lost")
 
     def fact(self, name: str) -> str | None:
         """Something found out about an endpoint."""
@@ -182,11 +187,15 @@ class Ledger:
 
     def under_way_in_batches(self) -> Lost:
         """What open batches can at most take."""
-        return Lost(*self._db.execute("select count(*), total(tokens), total(cost) from batched").fetchone())
+        return self._lost_in("batched")
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """Any other question to the tables."""
         yield from self._db.execute(query, values)
+
+    def _lost_in(self, table: str) -> Lost:
+        query = f"select count(*), coalesce(sum(tokens), 0), total(cost) from {table}"
+        return Lost(*self._db.execute(query).fetchone())
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -98,29 +98,38 @@ class UnreadableError(ValueError):
     """A reply has not the form that was asked for; the message says what is missing."""
 
 
-Reader = Callable[[str], Any]
+@dataclass(frozen=True)
+class Form:
+    """The form of a reply.
+
+    Attributes:
+        read: the text as what it was asked for; raises UnreadableError.
+        schema: for endpoints that hold models to one.
+        as_json: what is said of the form, behind the question, where the schema is sent along.
+        as_text: what is said of it where it is not.
+    """
+
+    read: Callable[[str], Any]
+    schema: dict[str, Any] | None = None
+    as_json: str = ""
+    as_text: str = ""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A question with what is done where its reply cannot be used.
+    """A question, and the form of its reply.
 
     Attributes:
         of, step, messages, version: as requests have them.
-        read: the reply as what it was asked for; raises UnreadableError.
         number: of the call among those that otherwise ask the same.
-        schema: the form of the reply, for endpoints that hold models to one.
-        repair: what is said to a reply that could not be read.
     """
 
     of: str
     step: str
     messages: Messages
-    read: Reader
+    form: Form
     version: str = "1"
     number: int = 0
-    schema: dict[str, Any] | None = None
-    repair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Answer:
     """What came of a call.
 
     Attributes:
-        value: as ``Call.read`` has it; None where nothing could be used.
+        value: as its form has it; None where nothing could be used.
         key: of the reply in the ledger.
         faults: of replies that could not be used, and of an endpoint that gave none.
     """
