@@ -28,6 +28,7 @@ from ultrafuser_mega.cli import (
     report,
     serve,
     slurm,
+    synthesize,
     train,
     verify,
 )
@@ -42,6 +43,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser doctor                              is this machine ready?
   ultrafuser verify FOLDER --tp 2                does a sharded specialist compute what transformers computes?
   ultrafuser plan --config my.yaml               is everything there, does it fit, what goes where?
+  ultrafuser synthesize --config synth.yaml --out DIR   instruction data, made by models behind endpoints
   ultrafuser clean text=FILES --out DIR          data without copies, refusals, broken code, benchmarks' items
   ultrafuser look DIR                            a page of it: topics, lengths, what was removed, samples
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
@@ -84,6 +86,7 @@ def _options(
 
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("synthesize")(synthesize.synthesize)
 app.command("clean")(clean.clean)
 app.command("look")(look.look)
 app.command("prepare")(prepare.prepare)

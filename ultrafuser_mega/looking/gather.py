@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ultrafuser_mega.looking.places import Seen
 
 BINS = 26  # lengths, each sqrt(2) as long as the one before; the last takes all that are longer
-_MOST_OF_A_TOPIC = 40
+_MOST_OF_A_TOPIC = 100
 _SEED = 0
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ultrafuser_mega.errors import InputError, writing
+from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.looking.gather import gather
 from ultrafuser_mega.looking.page import page
 from ultrafuser_mega.looking.places import find, rows_of
-from ultrafuser_mega.reporting.records import write_atomically
 
 SAMPLES = 1500
 

@@ -178,7 +178,7 @@ def _count(count: int) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
     """Of cells that are HTML already; the column ``text`` holds prose."""
-    head = "".join(f"<th>{cell}</th>" for cell in header)
+    head = "".join(f"<th{_kind(cell, at == text)}>{cell}</th>" for at, cell in enumerate(header))
     body = "".join(
         "<tr>" + "".join(f"<td{_kind(cell, at == text)}>{cell}</td>" for at, cell in enumerate(row)) + "</tr>"
         for row in rows
