@@ -47,7 +47,7 @@ def gather(rows: Iterable[Seen | None], samples: int) -> Gathered:
     What is drawn depends on the rows alone.
     """
     classes: dict[str, OfClass] = {}
-    drawn: dict[tuple[str, ...], list[Seen]] = {}
+    by_topic: dict[tuple[str, ...], list[Seen]] = {}
     generator = random.Random(_SEED)
     malformed = 0
     for row in rows:
@@ -63,12 +63,29 @@ def gather(rows: Iterable[Seen | None], samples: int) -> Gathered:
             count = len(assistant.split())
             of.words += count
             of.lengths["reply"][bin_of(count)] += 1
-        some = drawn.setdefault((row.class_name, *row.topic), [])
+        some = by_topic.setdefault((row.class_name, *row.topic), [])
         if len(some) < _MOST_OF_A_TOPIC:
             some.append(row)
         elif (place := generator.randrange(of.topics[row.topic])) < _MOST_OF_A_TOPIC:
             some[place] = row
-    return Gathered(classes, _even(list(drawn.values()), samples), malformed)
+    return Gathered(classes, _even(list(by_topic.values()), samples), malformed)
+
+
+def drawn(rows: Iterable[Seen | None], count: int) -> dict[str, list[Seen]]:
+    """Class -> ``count`` of its rows, or all of fewer, each as likely as any other."""
+    found: dict[str, list[Seen]] = {}
+    passed: Counter[str] = Counter()
+    generator = random.Random(_SEED)
+    for row in rows:
+        if row is None:
+            continue
+        some = found.setdefault(row.class_name, [])
+        passed[row.class_name] += 1
+        if len(some) < count:
+            some.append(row)
+        elif (place := generator.randrange(passed[row.class_name])) < count:
+            some[place] = row
+    return found
 
 
 def bin_of(words: int) -> int:
