@@ -55,9 +55,17 @@ def test_a_fused_models_vectors_are_its_specialists_end_to_end(release: Path) ->
     assert begin == fused.shape[1]
 
 
-def test_a_text_that_no_prompt_can_hold_has_no_vector(release: Path) -> None:
+def test_a_text_that_a_template_refuses_has_no_vector(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     with opened_model(f"{release}@text", "cpu", "fp32") as opened:
-        vectors = mean_states(opened, ["Who?", "Who</s>?"], told.append)
+        honest = opened.model.chat_ids
+
+        def strict(conversations: Any, tokenizer: Any) -> Any:
+            if "rude" in conversations[0][0]["content"]:
+                raise ValueError("be polite")
+            return honest(conversations, tokenizer)
+
+        monkeypatch.setattr(opened.model, "chat_ids", strict)
+        vectors = mean_states(opened, ["Who?", "Who, rude one?"], told.append)
     assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()
     assert told == [2]
