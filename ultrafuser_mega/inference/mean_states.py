@@ -22,8 +22,8 @@ def mean_states(
 ) -> np.ndarray:  # (texts, d) float32
     """The vector of every text as a user's message in the model's own template.
 
-    A fused model's is those of its specialists end to end, each as long as the others. One that the template refuses has
-    not-a-number in all places.
+    A fused model's is those of its specialists end to end, each as long as the others. A text that the template refuses
+    has not-a-number in all places.
 
     Args:
         opened: the model.
