@@ -115,7 +115,7 @@ def test_a_limit_holds_for_batches(endpoint: CountingEndpoint, tmp_path: Path) -
 def test_an_endpoint_without_batches_is_told_in_one_line(
     endpoint: CountingEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = (404, {}, json.dumps({"error": {"message": "no such path"}}))
+    error: tuple[int, dict[str, str], str] = (404, {}, json.dumps({"error": {"message": "no such path"}}))
     monkeypatch.setattr(endpoint, "_upload", lambda content: error)
     with pytest.raises(InputError, match=r"^endpoints.here: batches: Error code: 404 .*no such path.*; the same"):
         ask(tmp_path, endpoint, 3)

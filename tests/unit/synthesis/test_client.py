@@ -159,7 +159,7 @@ def test_a_list_without_the_form_is_repaired_in_the_same_conversation(
 def test_an_endpoint_without_schemas_is_found_out_once_and_asked_for_text(
     endpoint: CountingEndpoint, tmp_path: Path
 ) -> None:
-    refusal = (400, {}, '{"error": {"message": "response_format: no"}}')
+    refusal: Wrong = (400, {}, '{"error": {"message": "response_format: no"}}')
     endpoint.misbehave = lambda body: refusal if "response_format" in body else None
     call = Call(
         "text", "instructions", ({"role": "user", "content": "Write 3 different instructions."},), instruction_list(3)
@@ -192,7 +192,7 @@ def test_what_waiting_does_not_mend_ends_the_run_in_one_line(
 
 
 def test_a_request_that_is_refused_for_itself_ends_itself_alone(endpoint: CountingEndpoint, tmp_path: Path) -> None:
-    refusal = (400, {}, '{"error": {"message": "too long", "code": "context_length_exceeded"}}')
+    refusal: Wrong = (400, {}, '{"error": {"message": "too long", "code": "context_length_exceeded"}}')
     endpoint.misbehave = lambda body: refusal if body["messages"][0]["content"] == "question 1" else None
     answers = Run(tmp_path, endpoint).ask(calls(3))
     assert [answer.value for answer in answers] == [True, None, True]
@@ -242,7 +242,7 @@ def test_a_storm_ends_and_is_counted_to_the_token(endpoint: CountingEndpoint, tm
 @pytest.mark.parametrize("draw", [*range(6), *(pytest.param(draw, marks=pytest.mark.slow) for draw in range(6, 50))])
 def test_no_limit_is_ever_passed(draw: int, endpoint: CountingEndpoint, tmp_path: Path) -> None:
     chance = random.Random(draw)
-    limits = {
+    limits: dict[str, float] = {
         "requests": chance.randrange(1, 12),
         "tokens": chance.randrange(400, 6000),
         "money": chance.uniform(6e-4, 2e-2),

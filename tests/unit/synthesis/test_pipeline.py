@@ -152,7 +152,7 @@ def test_a_model_that_knows_no_more_ends_with_fewer_and_says_so(endpoint: Counti
 
 def test_an_instruction_without_a_response_is_listed(endpoint: CountingEndpoint, tmp_path: Path) -> None:
     plain = {"model": "m", "max_tokens": 64, "retries": 1}
-    first = []
+    first: list[str] = []
 
     def cutting(body: Body) -> tuple[int, dict[str, str], str] | None:
         text = body["messages"][-1]["content"]
