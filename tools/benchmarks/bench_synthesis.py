@@ -198,7 +198,8 @@ async def handle(reader, writer):
     try:
         while True:
             head = await reader.readuntil(b"\\r\\n\\r\\n")
-            length = next(int(l.split(b":")[1]) for l in head.lower().split(b"\\r\\n") if l.startswith(b"content-length"))
+            lines = head.lower().split(b"\\r\\n")
+            length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length"))
             await reader.readexactly(length)
             writer.write(HEAD + PAYLOAD)
             await writer.drain()

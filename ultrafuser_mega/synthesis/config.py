@@ -152,7 +152,7 @@ class SynthesisConfig(Section):
         0.7,
         gt=0,
         le=1,
-        description="likeness from which an instruction counts as one already there; null: equal only",
+        description="similarity from which an instruction repeats another; null: only the same words do",
     )
     rounds: PositiveInt = Field(20, description="most times that a class asks for what it still lacks")
     calls_per_round: PositiveInt = Field(

@@ -17,7 +17,7 @@ from ultrafuser_mega.errors import writing
 from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.synthesis.client import Asker, InterruptedRunError
 from ultrafuser_mega.synthesis.config import SUB_TOPICS, TOPICS, SynthesisConfig
-from ultrafuser_mega.synthesis.duplicates import Duplicates, SameWords
+from ultrafuser_mega.synthesis.duplicates import Duplicates, NearlySameWords, SameWords
 from ultrafuser_mega.synthesis.instructions import Gathering
 from ultrafuser_mega.synthesis.ledger import Ledger, Lost
 from ultrafuser_mega.synthesis.left_out import LeftOut
@@ -142,7 +142,7 @@ async def _topics(asker: Asker, of: str, templates: Templates, review: Review, l
 
 
 def _duplicates(config: SynthesisConfig) -> Duplicates:
-    return SameWords()
+    return SameWords() if config.near_duplicates is None else NearlySameWords(config.near_duplicates)
 
 
 def _limits(asker: Asker) -> str:

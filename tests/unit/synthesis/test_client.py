@@ -258,7 +258,7 @@ def test_no_limit_is_ever_passed(draw: int, endpoint: CountingEndpoint, tmp_path
         assert len(finished) == 10
     asker = run.asker
     assert asker is not None and asker.budget.reserved.requests == 0
-    spent = {"requests": len(endpoint.seen), "tokens": endpoint.read + endpoint.written}
+    spent: dict[str, float] = {"requests": len(endpoint.seen), "tokens": endpoint.read + endpoint.written}
     spent["money"] = (endpoint.read * 1.0 + endpoint.written * 10.0) / 1e6
     for name, value in limit.items():
         assert spent[name] <= value and getattr(asker.budget.spent, name) <= value
