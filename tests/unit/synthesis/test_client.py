@@ -284,6 +284,14 @@ def test_the_key_is_sent_and_kept_nowhere(
     assert (tmp_path / FILE).is_file()
 
 
+def test_parameters_of_a_model_are_sent_whether_openai_knows_them_or_not(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    Run(tmp_path, endpoint, models__m__parameters={"top_k": 40, "frequency_penalty": 0.5}).ask(calls(1))
+    (body,) = endpoint.seen
+    assert (body["top_k"], body["frequency_penalty"], body["max_tokens"], body["temperature"]) == (40, 0.5, 64, 1.0)
+
+
 def test_an_endpoint_with_a_key_of_its_own_does_not_get_openais(
     endpoint: CountingEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
