@@ -87,7 +87,8 @@ async def _run(
     review: Review,
     console: Console,
 ) -> Outcome:
-    progress, left_out = Progress(console, config.currency), LeftOut()
+    priced = any(model.price is not None for model in config.models.values())
+    progress, left_out = Progress(console, config.currency if priced else None), LeftOut()
     asker = Asker(config, ledger, progress)
     progress.limits = lambda: _limits(asker)
     outcome = Outcome(progress)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from support.counting_endpoint import CountingEndpoint
 from support.small_synthesis import config_text
 
 PAPER = Path(__file__).parents[3] / "examples" / "synthesis" / "paper.yaml"
-
-
-@pytest.fixture
-def endpoint() -> Iterator[CountingEndpoint]:
-    pytest.importorskip("openai")
-    one = CountingEndpoint()
-    yield one
-    one.close()
 
 
 def test_a_dry_run_asks_nothing_and_says_what_each_step_takes(
