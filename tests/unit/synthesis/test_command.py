@@ -83,7 +83,7 @@ def test_a_missing_key_is_told_by_the_variable_that_would_hold_it(
 def test_a_signal_waits_for_what_is_under_way_and_nothing_is_paid_twice(
     endpoint: CountingEndpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    endpoint.misbehave = lambda body: time.sleep(0.05)  # type: ignore[func-returns-value]
+    endpoint.misbehave = lambda body: time.sleep(0.05)
     config = tmp_path / "c.yaml"
     config.write_text(config_text(endpoint.url))
     command = [
