@@ -2,10 +2,13 @@
 
     python tools/benchmarks/bench_synthesis.py overhead --url http://127.0.0.1:8081/v1 --model smollm2
     python tools/benchmarks/bench_synthesis.py resume --requests 1000000
+    python tools/benchmarks/bench_synthesis.py storm --prompts 100 --retry-after 1
 
 overhead: the same prompts, with the same number under way, straight to an engine through OpenAI's client and through
 the pipeline's (ledger, gate, budget), in turn, ``--repeats`` times; tokens written per second of both and their ratio.
 Without ``--url``, a server of this process that answers at once is asked: what a request costs beside the engine.
+storm: an endpoint that turns 40 % of requests away (429, Retry-After) and breaks the JSON of 10 % of replies, beside
+itself without faults: seconds of both, and what the endpoint and the ledger say was paid for.
 resume: a ledger of so many replies is written, opened, and asked for every one of them.
 """
 
@@ -17,6 +20,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,10 +34,9 @@ from ultrafuser_mega.config.load import parse_config
 from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.synthesis.client import Asker
 from ultrafuser_mega.synthesis.config import SynthesisConfig
-from ultrafuser_mega.synthesis.forms import any_text
 from ultrafuser_mega.synthesis.ledger import FILE, Ledger
 from ultrafuser_mega.synthesis.progress import Progress
-from ultrafuser_mega.synthesis.requests import GOOD, Call, Reply, Request
+from ultrafuser_mega.synthesis.requests import GOOD, Call, Form, Reply, Request, UnreadableError
 
 SUBJECTS = ("bread", "rivers", "clocks", "tea", "glass", "maps", "wool", "bees")
 
@@ -40,22 +44,26 @@ SUBJECTS = ("bread", "rivers", "clocks", "tea", "glass", "maps", "wool", "bees")
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "resume"))
+    parser.add_argument("what", choices=("overhead", "resume", "storm"))
     parser.add_argument("--url", help="of an engine that speaks OpenAI's protocol")
     parser.add_argument("--model", default="played")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--retry-after", type=float, default=1.0, help="seconds, of a storm's 429")
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, help="JSON file to add the numbers to")
     arguments = parser.parse_args()
-    found = overhead(arguments) if arguments.what == "overhead" else resume(arguments.requests)
+    if arguments.what == "resume":
+        found = resume(arguments.requests)
+    else:
+        found = overhead(arguments) if arguments.what == "overhead" else storm(arguments)
     found["machine"] = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
     print(json.dumps(found, indent=1))
     if arguments.out is not None:
         known = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-        name = arguments.what if arguments.what == "resume" or arguments.url else "overhead_without_engine"
+        name = "overhead_without_engine" if arguments.what == "overhead" and not arguments.url else arguments.what
         write_atomically(arguments.out, json.dumps({**known, name: found}, indent=1) + "\n")
 
 
@@ -111,22 +119,29 @@ async def _straight(url: str, arguments: argparse.Namespace, prompts: Sequence[s
     return sum(counts)
 
 
-async def _pipeline(url: str, arguments: argparse.Namespace, prompts: Sequence[str]) -> int:
-    config = parse_config(SynthesisConfig, "benchmark", _config(url, arguments))
+async def _pipeline(url: str, arguments: argparse.Namespace, prompts: Sequence[str], retries: int = 0) -> int:
+    config = parse_config(SynthesisConfig, "benchmark", _config(url, arguments, retries))
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder))
         asker = Asker(config, ledger, Progress(Console(quiet=True)))
         messages = [({"role": "user", "content": prompt},) for prompt in prompts]
-        await asker.ask_all([Call("text", "responses", one, any_text()) for one in messages])
+        answers = await asker.ask_all([Call("text", "responses", one, Form(_word_list)) for one in messages])
+        assert not retries or all(answer.value for answer in answers), "something came to nothing"
         await asker.close()
         written = sum(total.written for total in ledger.totals())
         ledger.close()
     return written
 
 
-def _config(url: str, arguments: argparse.Namespace) -> str:
+def _word_list(text: str) -> bool:
+    if text.startswith("{"):  # what a storm breaks
+        raise UnreadableError("broken")
+    return True
+
+
+def _config(url: str, arguments: argparse.Namespace, retries: int) -> str:
     steps = ("meta_topics", "instructions", "related", "complicated", "responses")
-    step = {"model": "m", "max_tokens": arguments.max_tokens, "retries": 0}
+    step = {"model": "m", "max_tokens": arguments.max_tokens, "retries": retries}
     tree = {
         "endpoints": {"here": {"url": url, "concurrency": arguments.concurrency, "timeout_s": 600}},
         "models": {"m": {"endpoint": "here", "model": arguments.model}},
@@ -134,6 +149,20 @@ def _config(url: str, arguments: argparse.Namespace) -> str:
         "classes": {"text": {"domain": "d", "topics": [1], "instructions": 1}},
     }
     return json.dumps(tree)  # which is YAML as well
+
+
+def storm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds with and without faults; tokens by both sides' books."""
+    prompts = [f"Say something about {SUBJECTS[n % len(SUBJECTS)]}, number {n}." for n in range(arguments.prompts)]
+    found: dict[str, Any] = {"prompts": len(prompts), "concurrency": arguments.concurrency}
+    found["retry_after_s"] = arguments.retry_after
+    for name, turned_away, broken in (("calm", 0.0, 0.0), ("storm", 0.4, 0.1)):
+        server = _AtOnce(seconds=0.05, turned_away=turned_away, broken=broken, retry_after=arguments.retry_after)
+        began = time.perf_counter()
+        written = asyncio.run(_pipeline(server.url, arguments, prompts, retries=8))
+        found[name] = {"seconds": time.perf_counter() - began, "tokens_by_ledger": written, **server.close()}
+    found["seconds_ratio"] = found["storm"]["seconds"] / found["calm"]["seconds"]
+    return found
 
 
 def resume(number: int) -> dict[str, Any]:
@@ -172,28 +201,43 @@ def resume(number: int) -> dict[str, Any]:
 
 
 class _AtOnce:
-    """An endpoint in a process of its own that answers at once."""
+    """An endpoint in a process of its own that answers after ``seconds``, and misbehaves by chance."""
 
-    def __init__(self) -> None:
-        import subprocess
-        import sys
-
-        self._process = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True)
+    def __init__(
+        self, seconds: float = 0.0, turned_away: float = 0.0, broken: float = 0.0, retry_after: float = 0.0
+    ) -> None:
+        command = [sys.executable, "-c", _SERVER, *map(str, (seconds, turned_away, broken, retry_after))]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()
 
-    def close(self) -> None:
+    def close(self) -> dict[str, int]:
+        """End it; returns what it has counted."""
         self._process.terminate()
+        assert self._process.stdout is not None
+        counted: dict[str, int] = json.loads(self._process.stdout.read())
         self._process.wait()
+        return counted
 
 
 _SERVER = """
-import asyncio, json
-REPLY = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason":
-    "stop", "message": {"role": "assistant", "content": "word " * 48}}],
-    "usage": {"prompt_tokens": 10, "completion_tokens": 48, "total_tokens": 58}}
-PAYLOAD = json.dumps(REPLY).encode()
-HEAD = b"HTTP/1.1 200 OK\\r\\ncontent-type: application/json\\r\\ncontent-length: %d\\r\\n\\r\\n" % len(PAYLOAD)
+import asyncio, json, random, signal, sys
+seconds, turned_away, broken, retry_after = map(float, sys.argv[1:])
+draw, count = random.Random(0), {"replies": 0, "broken": 0, "turned_away": 0, "tokens": 0}
+def reply(text):
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    usage = {"prompt_tokens": 10, "completion_tokens": 48}
+    return json.dumps({"id": "x", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}).encode()
+def answer():
+    if draw.random() < turned_away:
+        count["turned_away"] += 1
+        return 429, b'{"error": {"message": "slowly"}}'
+    bad = draw.random() < broken
+    count["replies"] += 1
+    count["broken"] += bad
+    count["tokens"] += 48
+    return 200, reply('{"items": ["half' if bad else "word " * 48)
 async def handle(reader, writer):
     try:
         while True:
@@ -201,14 +245,21 @@ async def handle(reader, writer):
             lines = head.lower().split(b"\\r\\n")
             length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length"))
             await reader.readexactly(length)
-            writer.write(HEAD + PAYLOAD)
+            status, payload = answer()
+            await asyncio.sleep(seconds if status == 200 else 0)
+            head = (f"HTTP/1.1 {status} X", "content-type: application/json", f"retry-after: {retry_after:g}",
+                f"content-length: {len(payload)}")
+            writer.write("\\r\\n".join((*head, "", "")).encode() + payload)
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
 async def main():
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    await server.serve_forever()
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    await stopped.wait()
+    print(json.dumps(count))
 asyncio.run(main())
 """
 
