@@ -228,7 +228,8 @@ def reply(text):
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "finish_reason": "stop", "message": message}
     usage = {"prompt_tokens": 10, "completion_tokens": 48}
-    return json.dumps({"id": "x", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}).encode()
+    body = {"id": "x", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+    return json.dumps(body).encode()
 def answer():
     if draw.random() < turned_away:
         count["turned_away"] += 1
