@@ -62,6 +62,7 @@ def synthesize(
         outcome = run(loaded, out, review=review, console=console)
     except LimitReachedError as reached:
         console.print(f"stopped: {reached}; with a higher limit {again}", highlight=False, soft_wrap=True)
+        console.print(f"left to do: {_left(loaded, out)}", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_LIMIT) from None
     except InterruptedRunError as signal:
         console.print(f"ended by {signal}; {again}", highlight=False, soft_wrap=True)
@@ -87,6 +88,19 @@ def _show(outcome: Outcome, config: SynthesisConfig, out: Path, console: Console
         lines.append(f"{out / 'README.md'} says what is in it; {out / 'left_out.jsonl'} what is not, and why")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _left(config: SynthesisConfig, out: Path) -> str:
+    """What the whole set is expected to take beyond what the ledger holds."""
+    from ultrafuser_mega.synthesis.estimate import estimate
+
+    left = [(one.step, one.of, one.calls - one.measured, one) for one in estimate(config, out)]
+    more = [(of, step, calls, one) for step, of, calls, one in left if calls > 0]
+    calls = sum(calls for _, _, calls, _ in more)
+    tokens = sum(round((one.read + one.written) * calls / one.calls) for _, _, calls, one in more)
+    money = sum(one.money * calls / one.calls for _, _, calls, one in more)
+    steps = ", ".join(f"{of} {step} {calls:,}" for of, step, calls, _ in more)
+    return f"about {calls:,} calls, {tokens:,} tokens, {config.currency}{money:,.2f} ({steps})"
 
 
 def _show_estimate(config: SynthesisConfig, out: Path, console: Console) -> None:

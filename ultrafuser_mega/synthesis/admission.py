@@ -109,9 +109,10 @@ class Gate:
         each = median(one for one, _ in self._window)
         rate = sum(tokens for _, tokens in self._window) / max(now - self._window_began, 1e-9)
         self._window, self._window_began = [], now
-        if self._best is None or each < self._best[0]:
-            self._best = each, rate
-        elif each > _SLOWER * self._best[0] and rate < _NO_MORE * self._best[1]:
+        best_each, best_rate = self._best or (each, rate)
+        if each <= _SLOWER * best_each:
+            self._best = min(each, best_each), max(rate, best_rate)
+        elif rate < _NO_MORE * best_rate:
             self._lower(0.75)
 
     def _lower(self, factor: float) -> None:

@@ -230,6 +230,8 @@ class Asker:
         gate, model = self.gates[request.model], self.config.models[request.model]
         endpoint = self.config.endpoints[model.endpoint]
         client, most = self.client(request.model), self.most(request)
+        # What OpenAI's protocol does not know, as {top_k: 40}, the client takes apart from the rest.
+        known = {name: value for name, value in request.body.items() if name not in model.parameters}
         failed, turned_away_since = 0, None
         while True:
             left_at = await gate.enter()
@@ -245,7 +247,9 @@ class Asker:
                     self.ledger.sending(request, most.tokens, most.money)
                     began = time.monotonic()
                     try:
-                        raw = await client.chat.completions.with_raw_response.create(**request.body)
+                        raw = await client.chat.completions.with_raw_response.create(
+                            **known, extra_body=model.parameters or None
+                        )
                         text = raw.text
                     except Exception as error:
                         why, taken = self._failed(request, error, left_at, most)

@@ -11,10 +11,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
+from ultrafuser_mega.config.problems import first_problem
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.openai_client import KEY
 
@@ -150,7 +152,7 @@ class SynthesisConfig(Section):
         0.7,
         gt=0,
         le=1,
-        description="likeness from which an instruction counts as one already there; null: equal only",
+        description="similarity from which an instruction repeats another; null: only the same words do",
     )
     rounds: PositiveInt = Field(20, description="most times that a class asks for what it still lacks")
     calls_per_round: PositiveInt = Field(
@@ -172,7 +174,10 @@ class SynthesisConfig(Section):
             for step in self.used(name):
                 if step not in self.steps and step not in self.classes[name].steps:
                     raise ValueError(f"steps.{step} is missing, which class {name} needs; give it a model at least")
-                _known(f"steps.{step}.model", self.step(name, step).model, self.models)
+                try:
+                    _known(f"steps.{step}.model", self.step(name, step).model, self.models)
+                except ValidationError as error:
+                    raise ValueError(f"classes.{name}.steps.{step}: {first_problem(error, Step)}") from None
         if self.limit.money is not None:
             free = [name for name, model in self.models.items() if model.price is None]
             if free:

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from typing import Protocol
 
+from ultrafuser_mega.cleaning.duplicates import NearDuplicates
+
 _WORD = re.compile(r"\w+")
 
 
@@ -33,6 +35,31 @@ class SameWords:
 
     def add(self, key: str, text: str) -> None:
         self._keys.setdefault(normalised(text), key)
+
+
+class NearlySameWords:
+    """The same, and texts that are alike besides (:class:`cleaning.duplicates.NearDuplicates`).
+
+    Args:
+        threshold: the least similarity of texts that count as alike, of the sets of three successive words.
+
+    Raises:
+        InputError: rensa is not installed.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._same = SameWords()
+        self._near = NearDuplicates(threshold)
+
+    def match(self, text: str) -> str | None:
+        if (same := self._same.match(text)) is not None:
+            return same
+        near = self._near.match(text)
+        return None if near is None else near.key
+
+    def add(self, key: str, text: str) -> None:
+        self._same.add(key, text)
+        self._near.add(key, text)
 
 
 def normalised(text: str) -> str:

@@ -34,7 +34,7 @@ class Instruction:
     """One that was accepted.
 
     Attributes:
-        id: of its text, within its class.
+        id: of the text that it began as, within its class.
         text: as it is asked.
         topic: names from the top.
         origin: FIRST, STRONG or WEAK.
@@ -174,11 +174,8 @@ class Gathering:
                     self._of, COMPLICATED, f"repeats: {same}", " > ".join(one.topic), answer.value, answer.key
                 )
                 continue
-            changed = identity(answer.value)
-            self._duplicates.add(changed, answer.value)
-            pool[place] = replace(
-                one, id=changed, text=answer.value, keys=(*one.keys, str(answer.key)), simpler=one.text
-            )
+            self._duplicates.add(one.id, answer.value)
+            pool[place] = replace(one, text=answer.value, keys=(*one.keys, str(answer.key)), simpler=one.text)
         return pool
 
     def _hand_on(self) -> None:

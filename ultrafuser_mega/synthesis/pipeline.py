@@ -17,7 +17,7 @@ from ultrafuser_mega.errors import writing
 from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.synthesis.client import Asker, InterruptedRunError
 from ultrafuser_mega.synthesis.config import SUB_TOPICS, TOPICS, SynthesisConfig
-from ultrafuser_mega.synthesis.duplicates import Duplicates, SameWords
+from ultrafuser_mega.synthesis.duplicates import Duplicates, NearlySameWords, SameWords
 from ultrafuser_mega.synthesis.instructions import Gathering
 from ultrafuser_mega.synthesis.ledger import Ledger, Lost
 from ultrafuser_mega.synthesis.left_out import LeftOut
@@ -58,7 +58,8 @@ def synthesize(config: SynthesisConfig, folder: Path, *, review: bool, console: 
         LimitReachedError: the limit is reached.
         InterruptedRunError: by SIGINT or SIGTERM.
     """
-    templates = {of: Templates(data.prompts) for of, data in config.classes.items()}
+    # What can be wrong on this side is told before anything is paid for.
+    tools = {of: _tools(config, of) for of in config.classes}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
@@ -74,27 +75,50 @@ def synthesize(config: SynthesisConfig, folder: Path, *, review: bool, console: 
                     highlight=False,
                     soft_wrap=True,
                 )
-            return asyncio.run(_run(config, folder, ledger, templates, Review(folder, review), console))
+            return asyncio.run(_run(config, folder, ledger, tools, Review(folder, review), console))
         finally:
             ledger.close()
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What a class is made with: its prompts, the instructions that are there, and topics made by hand."""
+
+    templates: Templates
+    duplicates: Duplicates
+    topics: list[Topic]
+
+
+def _tools(config: SynthesisConfig, of: str) -> _Tools:
+    data = config.classes[of]
+    near = config.near_duplicates
+    return _Tools(
+        Templates(data.prompts),
+        SameWords() if near is None else NearlySameWords(near),
+        [] if data.topics_file is None else read_topics(data.topics_file),
+    )
 
 
 async def _run(
     config: SynthesisConfig,
     folder: Path,
     ledger: Ledger,
-    templates: dict[str, Templates],
+    tools: dict[str, _Tools],
     review: Review,
     console: Console,
 ) -> Outcome:
-    progress, left_out = Progress(console, config.currency), LeftOut()
+    priced = any(model.price is not None for model in config.models.values())
+    progress, left_out = Progress(console, config.currency if priced else None), LeftOut()
     asker = Asker(config, ledger, progress)
     progress.limits = lambda: _limits(asker)
     outcome = Outcome(progress)
     with _ending_on_signals(asker, console), progress.shown():
         try:
+            for of in config.classes:
+                for step in config.used(of):
+                    asker.client(config.step(of, step).model)
             made = await asyncio.gather(
-                *(_class(asker, of, templates[of], review, left_out) for of in config.classes), return_exceptions=True
+                *(_class(asker, of, tools[of], review, left_out) for of in config.classes), return_exceptions=True
             )
         finally:
             await asker.close()
@@ -113,14 +137,15 @@ async def _run(
     return outcome
 
 
-async def _class(asker: Asker, of: str, templates: Templates, review: Review, left_out: LeftOut) -> Made | Path:
+async def _class(asker: Asker, of: str, tools: _Tools, review: Review, left_out: LeftOut) -> Made | Path:
     """All of one class, or the list that is to be looked through first."""
-    topics = await _topics(asker, of, templates, review, left_out)
+    templates = tools.templates
+    topics = tools.topics or await _topics(asker, of, templates, review, left_out)
     if isinstance(topics, Path):
         return topics
     if not topics:
         return Made([], [])
-    gathering = Gathering(asker, of, topics, templates, _duplicates(asker.config), left_out)
+    gathering = Gathering(asker, of, topics, templates, tools.duplicates, left_out)
     pool = review.instructions(of, await gathering.all())
     if isinstance(pool, Path):
         return pool
@@ -129,8 +154,6 @@ async def _class(asker: Asker, of: str, templates: Templates, review: Review, le
 
 async def _topics(asker: Asker, of: str, templates: Templates, review: Review, left_out: LeftOut) -> list[Topic] | Path:
     data = asker.config.classes[of]
-    if data.topics_file is not None:
-        return read_topics(data.topics_file)
     assert data.topics is not None
     topics = review.topics(of, TOPICS, await first_level(asker, of, data.domain, data.topics[0], templates, left_out))
     for level, number in enumerate(data.topics[1:], start=2):
@@ -139,10 +162,6 @@ async def _topics(asker: Asker, of: str, templates: Templates, review: Review, l
         await next_level(asker, of, data.domain, topics, number, templates, left_out)
         topics = review.topics(of, SUB_TOPICS if level == 2 else f"{SUB_TOPICS}_{level}", topics)
     return topics
-
-
-def _duplicates(config: SynthesisConfig) -> Duplicates:
-    return SameWords()
 
 
 def _limits(asker: Asker) -> str:

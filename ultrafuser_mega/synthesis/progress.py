@@ -39,11 +39,14 @@ class Progress:
 
     Args:
         console: where to.
-        currency: of money.
-        limits: returns how many requests may be under way now, by model.
+        currency: of money; None: no model has a price, and money is not shown.
+
+    Attributes:
+        counts: by class and step.
+        limits: says how many requests are, and may be, under way now.
     """
 
-    def __init__(self, console: Console, currency: str = "$") -> None:
+    def __init__(self, console: Console, currency: str | None = "$") -> None:
         self.counts: dict[tuple[str, str], Count] = {}
         self.limits: Callable[[], str] = lambda: ""
         self._console = console
@@ -98,7 +101,8 @@ class Progress:
             f"{total.asked:,} asked ({total.asked / seconds:.1f}/s)",
         ]
         parts += [f"{total.kept:,} from the ledger"] if total.kept else []
-        parts += [f"{total.tokens:,} tokens", f"{self._currency}{total.money:.4f}"]
+        parts += [f"{total.tokens:,} tokens"]
+        parts += [f"{self._currency}{total.money:.4f}"] if self._currency else []
         for name, value in (("unusable", total.unusable), ("429/503", total.turned_away), ("failed", total.failed)):
             parts += [f"{value:,} {name}"] if value else []
         return " · ".join([*parts, self.limits()]).strip(" ·")
@@ -108,13 +112,14 @@ class Progress:
         table = Table(box=None, pad_edge=False)
         for name in ("class", "step"):
             table.add_column(name)
-        for name in ("calls", "kept", "asked", "unusable", "429/503", "failed", "tokens", "money"):
+        money = [self._currency] if self._currency else []
+        for name in ("calls", "kept", "asked", "unusable", "429/503", "failed", "tokens", *money):
             table.add_column(name, justify="right")
         for (of, step), count in self.counts.items():
             numbers = [f"{count.ended:,}/{count.planned:,}", count.kept, count.asked, count.unusable]
             numbers += [count.turned_away, count.failed, count.tokens]
             cells = [number if isinstance(number, str) else f"{number:,}" for number in numbers]
-            table.add_row(of or "-", step, *cells, f"{self._currency}{count.money:.4f}")
+            table.add_row(of or "-", step, *cells, *([f"{count.money:.4f}"] if money else []))
         return table
 
     @contextmanager

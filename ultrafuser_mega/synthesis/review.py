@@ -70,5 +70,5 @@ def _read_instructions(path: Path, made: Sequence[Instruction]) -> list[Instruct
         if one is None:
             kept.append(Instruction(identity(text), text, topic, BY_HAND, ()))
         else:
-            kept.append(one if one.text == text else replace(one, text=text, id=identity(text)))
+            kept.append(one if one.text == text else replace(one, text=text))
     return kept

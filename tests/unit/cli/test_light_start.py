@@ -14,6 +14,7 @@ COMMANDS = (
     "doctor",
     "clean",
     "look",
+    "synthesize",
     "plan",
     "prepare",
     "slurm",
