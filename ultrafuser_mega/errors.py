@@ -14,6 +14,8 @@ from pathlib import Path
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+#: A limit on what may be spent is reached: to start it again helps with a higher one only.
+EXIT_LIMIT = 4
 #: Ended behind a checkpoint because a signal asked for it: start it again. EX_TEMPFAIL of sysexits.h, which no error of
 #: Python, a shell or a signal has: a scheduler can be told to requeue by it.
 EXIT_GO_ON = 75

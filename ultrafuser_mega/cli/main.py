@@ -15,17 +15,20 @@ import typer
 from ultrafuser_mega.cli import (
     baseline,
     chat,
+    clean,
     doctor,
     evaluate,
     export,
     generate,
     import_,
     lm_eval,
+    look,
     plan,
     prepare,
     report,
     serve,
     slurm,
+    synthesize,
     train,
     verify,
 )
@@ -40,6 +43,9 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser doctor                              is this machine ready?
   ultrafuser verify FOLDER --tp 2                does a sharded specialist compute what transformers computes?
   ultrafuser plan --config my.yaml               is everything there, does it fit, what goes where?
+  ultrafuser synthesize --config synth.yaml --out DIR   instruction data, made by models behind endpoints
+  ultrafuser clean text=FILES --out DIR          data without copies, refusals, broken code, benchmarks' items
+  ultrafuser look DIR                            a page of it: topics, lengths, what was removed, samples
   ultrafuser prepare --config my.yaml            tokenise the data, see what was dropped and why
   ultrafuser train --config my.yaml              both stages, evaluation, checkpoints: runs/<name>/
   ultrafuser slurm --config my.yaml --submit     the same on a cluster: writes a batch script, submits it
@@ -80,6 +86,9 @@ def _options(
 
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("synthesize")(synthesize.synthesize)
+app.command("clean")(clean.clean)
+app.command("look")(look.look)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("slurm")(slurm.slurm)

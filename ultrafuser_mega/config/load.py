@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from ultrafuser_mega.config.fuser import FuserConfig
 from ultrafuser_mega.config.problems import first_problem
+from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.errors import InputError
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,27 +58,44 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> FuserConfig
         InputError: the file, an override or a value is wrong; one line that names the key.
     """
     if path is None:
-        source, text = "the embedded default", default_config_text()
-    elif path.is_file():
-        source, text = str(path), path.read_text(encoding="utf-8", errors="replace")
-    else:
+        return parse_config(FuserConfig, "the embedded default", default_config_text(), overrides)
+    return read_config(FuserConfig, path, overrides)
+
+
+def read_config(kind: type[Kind], path: Path, overrides: Sequence[str] = ()) -> Kind:
+    """What :func:`load_config` does, for a configuration of any kind that is in a file."""
+    if not path.is_file():
         raise InputError(f"--config {path}: {'a folder; give a YAML file' if path.is_dir() else 'no such file'}")
-    try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    return parse_config(kind, str(path), path.read_text(encoding="utf-8", errors="replace"), overrides)
+
+
+def parse_config(kind: type[Kind], source: str, text: str, overrides: Sequence[str] = ()) -> Kind:
+    """The same, of ``text`` that came from ``source``."""
+    tree = parse_yaml(source, text)
     if not isinstance(tree, dict):
         raise InputError(f"{source}: expected keys and values at the top level")
     for override in overrides:
         _apply(tree, override)
     try:
-        return FuserConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{source}: {first_problem(error)}") from None
+        raise InputError(f"{source}: {first_problem(error, kind)}") from None
 
 
-def dump_config(config: FuserConfig) -> str:
-    """YAML that :func:`load_config` reads back to the same object."""
+def parse_yaml(source: str, text: str) -> Any:
+    """YAML in which no key stands twice.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_config(config: Section) -> str:
+    """YAML that :func:`load_config` or :func:`read_config` reads back to the same object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

@@ -14,15 +14,15 @@ from ultrafuser_mega.config.fuser import FuserConfig
 from ultrafuser_mega.config.section import Section
 
 
-def first_problem(error: ValidationError) -> str:
-    """The one to mend first."""
+def first_problem(error: ValidationError, of: type[Section] = FuserConfig) -> str:
+    """The one to mend first, in a configuration of this kind."""
     # A misspelt key usually comes with "missing" for the right one; the spelling is what to mend.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     kind, value = problem["type"], problem.get("input")
     where = ".".join(str(part) for part in problem["loc"] if part not in ("disjoint", "colocated"))
     if kind == "extra_forbidden":
-        return f"unknown key {where}{_suggestion(where)}"
+        return f"unknown key {where}{_suggestion(where, of)}"
     if kind == "missing":
         return f"{where} is missing; it has no default"
     if kind == "union_tag_not_found":
@@ -36,9 +36,9 @@ def first_problem(error: ValidationError) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
-def _suggestion(unknown: str) -> str:
+def _suggestion(unknown: str, of: type[Section]) -> str:
     """The keys that were perhaps meant: of the nearest spelling, in the same section if it has one."""
-    known = [(section.split("."), name) for section, _, name in (key.rpartition(".") for key in _keys(FuserConfig))]
+    known = [(section.split("."), name) for section, _, name in (key.rpartition(".") for key in _keys(of))]
     *section, last = unknown.split(".")
     close = difflib.get_close_matches(last, {name for _, name in known}, n=1)
     meant = [place for place, name in known if name in close]

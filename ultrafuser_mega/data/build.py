@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ultrafuser_mega.data.align import Aligner, Dropped
 from ultrafuser_mega.data.columns import renamed
 from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, to_conversation
+from ultrafuser_mega.data.progress import reading_bar
 from ultrafuser_mega.data.readers import Row, read_rows
 from ultrafuser_mega.data.repeats import Repeats
 from ultrafuser_mega.data.store import DROPPED, SPLITS
@@ -63,7 +61,7 @@ def write_splits(
     repeats, malformed = Repeats(), _Malformed(on_malformed == "fail")
     with ExitStack() as stack:
         dropped = stack.enter_context((folder / DROPPED).open("w", encoding="utf-8"))
-        show = stack.enter_context(_progress_bar(sources, progress))
+        show = stack.enter_context(reading_bar([source.path for source in sources], "tokenising", progress))
         parts: _Parts = {}
         for name, split in ((name, split) for name in classes for split in SPLITS):
             writer = stack.enter_context(SplitWriter(folder / name / split, list(aligner.encoders), dtype))
@@ -216,22 +214,3 @@ def _write_batch(
 
 def _place(source: Source, row: Row) -> str:
     return f"{source.path}:{row.line} (row {row.number})"
-
-
-@contextmanager
-def _progress_bar(sources: Sequence[Source], wanted: bool) -> Iterator[Callable[[int | None], None]]:
-    """Yields show(bytes read of the current file, or None when it is done); a bar on stderr if wanted."""
-    sizes = [source.path.stat().st_size for source in sources]
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not wanted) as bar:
-        task = bar.add_task("tokenising", total=sum(sizes))
-        done = 0
-        files = iter(sizes)
-
-        def show(read: int | None) -> None:
-            nonlocal done
-            if read is None:
-                done += next(files)
-            bar.update(task, completed=done + (read or 0))
-
-        yield show

@@ -33,7 +33,8 @@ class Row:
 
     ``number`` counts rows from 1; ``line`` is the line (from 1) on which the row starts, in a table its
     number. ``end_byte`` is how much of the file has been read, for a progress bar. ``problem`` is None or
-    why the row could not be decoded, in which case ``value`` is None.
+    why the row could not be decoded, in which case ``value`` is None. ``raw`` is the line as it stands, but for white
+    space at its end; None where rows are no lines.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Row:
     end_byte: int
     value: Any
     problem: str | None = None
+    raw: bytes | None = None
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -109,7 +111,7 @@ def _line_rows(path: Path, file: Bytes, position: Callable[[], int]) -> Iterator
             problem = f"bad JSON at column {error.colno}: {error.msg}"
         except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
             problem = f"bad JSON: {error}"
-        yield Row(number, line, position(), value, problem)
+        yield Row(number, line, position(), value, problem, raw)
 
 
 def _array_rows(path: Path, file: Bytes, position: Callable[[], int]) -> Iterator[Row]:

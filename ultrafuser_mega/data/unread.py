@@ -23,6 +23,7 @@ from ultrafuser_mega.data.conversation import (
 )
 
 _SHORTEST_TEXT = 24  # characters; shorter ones are names, dates, sources
+_ORIGIN = "provenance"  # says where a row comes from, as `ultrafuser synthesize` writes it
 # These mean something however short they are.
 _CONTENT = {
     *(name for ask, answers in PAIRS for name in (ask, *answers)),
@@ -40,7 +41,7 @@ def unread_fields(row: dict[str, Any], columns: Mapping[str, str]) -> list[str]:
     shape = find_shape(value)
     assert shape is not None
     lists = message_lists(value, shape)
-    read = {*SYSTEM, *lists}
+    read = {*SYSTEM, _ORIGIN, *lists}
     of_messages: list[str] = []
     for field in lists:
         for message in value[field]:
@@ -49,7 +50,7 @@ def unread_fields(row: dict[str, Any], columns: Mapping[str, str]) -> list[str]:
     if not lists:
         read |= {shape, "history", str(answer_field(value, shape))} | ({"input"} if shape == "instruction" else set())
     if columns:
-        read = set(columns.values())
+        read = {_ORIGIN, *columns.values()}
     return list(dict.fromkeys([*_content_of(row, read), *of_messages]))
 
 

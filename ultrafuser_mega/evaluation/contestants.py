@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.evaluation.openai_client import one_line, open_client
+from ultrafuser_mega.openai_client import one_line, open_client
 
 if TYPE_CHECKING:
     from ultrafuser_mega.inference.model import OpenedModel  # brings torch: seconds

@@ -24,7 +24,7 @@ from typing import Any
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
 from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval, less, paired_test, recovered
-from ultrafuser_mega.reporting.records import write_atomically
+from ultrafuser_mega.files import write_atomically
 
 RESULTS_FILE = "results.json"
 _PACKAGES = (

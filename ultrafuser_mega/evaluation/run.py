@@ -36,7 +36,7 @@ from ultrafuser_mega.evaluation.samples import (
     rank_file,
     read_samples,
 )
-from ultrafuser_mega.reporting.records import write_atomically
+from ultrafuser_mega.files import write_atomically
 
 SETTINGS = "settings.json"
 _UNTIL_DONE = timedelta(days=365)

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.evaluation.benchmark import Sample
-from ultrafuser_mega.reporting.records import write_atomically
+from ultrafuser_mega.files import write_atomically
 
 SAMPLES = "samples.jsonl"
 Key = tuple[str, str, str]  # model, benchmark, item

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.reporting.sinks import Sink, TensorBoard, scalars_of
 
 FUSED = "fused"
@@ -333,13 +333,3 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(data, dict) or not isinstance(data.get("step"), int):
                 raise InputError(f"{path} line {number}: damaged ({line[:60].rstrip()!r}); remove that line")
             yield line, data
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader finds the old file or the new one, never half of one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

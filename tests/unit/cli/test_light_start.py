@@ -10,7 +10,22 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "numpy"}
-COMMANDS = ("doctor", "plan", "prepare", "slurm", "train", "report", "import", "export", "verify", "generate", "chat")
+COMMANDS = (
+    "doctor",
+    "clean",
+    "look",
+    "synthesize",
+    "plan",
+    "prepare",
+    "slurm",
+    "train",
+    "report",
+    "import",
+    "export",
+    "verify",
+    "generate",
+    "chat",
+)
 # Runs commands one after the other, as long as they import none of the heavy ones: a line of those behind each.
 PROGRAM = f"""
 import json, sys

@@ -175,7 +175,7 @@ def test_an_endpoint_that_talks_nonsense_is_told(text: str, server: Server, judg
 
 def test_an_endpoint_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai")
-    from ultrafuser_mega.evaluation import openai_client
+    from ultrafuser_mega import openai_client
 
     monkeypatch.setattr(openai_client, "_RETRIES", 0)
     one = open_judge("openai:m@http://127.0.0.1:9/v1", tmp_path / "judge.jsonl")

@@ -37,7 +37,7 @@ class TruthfulQa(Benchmark):
 
     def items(self, data: Path) -> list[Item]:
         path = source_file(self, data)
-        return checked(path, _items(path))
+        return checked(path, (item for row in rows(path) for item in _options(path, *row)))
 
     def score(self, item: Item, replies: Sequence[str]) -> Score:
         judgement = find_judgement(replies[0])
@@ -55,19 +55,24 @@ def find_judgement(reply: str) -> tuple[str, str] | None:
     return (words.pop(), "only one of both") if len(words) == 1 else None
 
 
-def _items(path: Path) -> Iterator[Item]:
+def rows(path: Path) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """(last line, number from 1, the columns that are read) of every row.
+
+    Raises:
+        InputError: the file is no such CSV, with the line.
+    """
     with writing(path):
         text = path.read_bytes()
     try:
-        rows = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
-        if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or ())]:
-            raise InputError(f"{path}:1: no column {missing[0]!r} among {', '.join(rows.fieldnames or ('none',))}")
-        for number, row in enumerate(rows, start=1):
-            yield from _options(path, rows.line_num, number, {name: row[name] or "" for name in _COLUMNS})
+        read = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
+        if missing := [name for name in _COLUMNS if name not in (read.fieldnames or ())]:
+            raise InputError(f"{path}:1: no column {missing[0]!r} among {', '.join(read.fieldnames or ('none',))}")
+        for number, row in enumerate(read, start=1):
+            yield read.line_num, number, {name: row[name] or "" for name in _COLUMNS}
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is no UTF-8 text ({error})") from None
     except csv.Error as error:
-        raise InputError(f"{path}: is no CSV behind line {rows.line_num} ({error})") from None
+        raise InputError(f"{path}: is no CSV behind line {read.line_num} ({error})") from None
 
 
 def _options(path: Path, line: int, number: int, row: dict[str, str]) -> Iterator[Item]:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.judge.ledger import Ledger, Reply, Request
-from ultrafuser_mega.evaluation.openai_client import one_line, open_client
+from ultrafuser_mega.openai_client import one_line, open_client
 
 _MALFORMED = 3  # answers of an endpoint that are none
 _FORMS = "openai:MODEL, openai:MODEL@URL or file:PATH"

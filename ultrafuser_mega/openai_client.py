@@ -1,0 +1,60 @@
+"""OpenAI's own client, for models, judges and writers of data behind an endpoint."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from ultrafuser_mega.errors import InputError
+
+KEY = "OPENAI_API_KEY"
+_RETRIES = 8  # by the client, after 0.5 s, 1 s, 2 s, ... 8 s, or as long as the endpoint says
+_TIMEOUT_S = 300.0
+
+
+def open_client(what: str, url: str | None) -> Any:
+    """An ``openai.OpenAI``, which tries again, more and more slowly, what is worth it.
+
+    Args:
+        what: is asked, for messages.
+        url: of the endpoint, as "https://host/v1"; None: OpenAI's.
+
+    Raises:
+        InputError: the package or a key is missing.
+    """
+    return _open("OpenAI", what, url, KEY, "evaluation", max_retries=_RETRIES, timeout=_TIMEOUT_S)
+
+
+def open_async_client(what: str, url: str | None, key: str, timeout_s: float) -> Any:
+    """An ``openai.AsyncOpenAI`` that tries nothing again, for a caller that counts what it asks.
+
+    Args:
+        what, url: as :func:`open_client` has them.
+        key: the environment variable that holds the endpoint's key.
+        timeout_s: of a request.
+
+    Raises:
+        InputError: the package or a key is missing.
+    """
+    return _open("AsyncOpenAI", what, url, key, "synthesis", max_retries=0, timeout=timeout_s)
+
+
+def one_line(error: Exception) -> str:
+    """What the client has to say, shortened."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _open(kind: str, what: str, url: str | None, key: str, extra: str, **settings: Any) -> Any:
+    if find_spec("openai") is None:
+        raise InputError(f"{what}: the openai client is not installed; pip install 'ultrafuser_mega[{extra}]'")
+    import openai
+
+    # An endpoint of one's own often wants no key, which the client does.
+    value = os.environ.get(key) or ("none" if url else None)
+    if value is None and key != KEY:  # without a key the client would take OpenAI's
+        raise InputError(f"{what}: no key; set {key}, or name an endpoint of your own")
+    try:
+        return getattr(openai, kind)(base_url=url, api_key=value, **settings)
+    except openai.OpenAIError as error:
+        raise InputError(f"{what}: {one_line(error)}; set {key}, or name an endpoint") from None

@@ -1,0 +1,74 @@
+"""Lists that a person looks through before the next step: written once, read back as they were left.
+
+``review/CLASS.STEP.yaml`` holds topics, ``review/CLASS.instructions.jsonl`` a line for each instruction. Lines may be
+changed, removed and added; what stands in such a file is what goes on, with or without ``--review``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.files import write_atomically
+from ultrafuser_mega.synthesis.instructions import Instruction, identity
+from ultrafuser_mega.synthesis.topics import Topic, read_topics, write_topics
+
+BY_HAND = "by hand"
+
+
+class Review:
+    """The lists of a run.
+
+    Args:
+        folder: of the run.
+        wanted: write lists and stop behind each; otherwise those that are there are read.
+    """
+
+    def __init__(self, folder: Path, wanted: bool) -> None:
+        self._folder = folder / "review"
+        self._wanted = wanted
+
+    def topics(self, of: str, step: str, made: list[Topic]) -> list[Topic] | Path:
+        """What goes on; or the file that is to be looked through first."""
+        path = self._folder / f"{of}.{step}.yaml"
+        if path.is_file():
+            return read_topics(path)
+        return self._write(path, write_topics(made)) if self._wanted else made
+
+    def instructions(self, of: str, made: list[Instruction]) -> list[Instruction] | Path:
+        """The same, of instructions."""
+        path = self._folder / f"{of}.instructions.jsonl"
+        if path.is_file():
+            return _read_instructions(path, made)
+        lines = [{"id": one.id, "topic": list(one.topic), "text": one.text} for one in made]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        return self._write(path, text) if self._wanted else made
+
+    def _write(self, path: Path, text: str) -> Path:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, text)
+        return path
+
+
+def _read_instructions(path: Path, made: Sequence[Instruction]) -> list[Instruction]:
+    known = {one.id: one for one in made}
+    kept: list[Instruction] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, topic = row["text"].strip(), tuple(map(str, row.get("topic", [])))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f'{path}:{number}: is no instruction; write {{"text": "...", "topic": [..]}}') from None
+        if not text:
+            raise InputError(f"{path}:{number}: the text is empty; remove the line, or write one")
+        one = known.get(row.get("id", ""))
+        if one is None:
+            kept.append(Instruction(identity(text), text, topic, BY_HAND, ()))
+        else:
+            kept.append(one if one.text == text else replace(one, text=text))
+    return kept
