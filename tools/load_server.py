@@ -103,9 +103,7 @@ def restart(model: str) -> dict[str, Any]:
     return {"held": held, "exit after SIGTERM": code, "drained": finished, "lost to kill -9": failed}
 
 
-def soak(
-    model: str, minutes: float, clients: int, pause: float, plot: Path | None, out: Path | None
-) -> dict[str, Any]:
+def soak(model: str, minutes: float, clients: int, pause: float, plot: Path | None, out: Path | None) -> dict[str, Any]:
     end = time.monotonic() + 60 * minutes
     statuses: Counter[str] = Counter()
 
@@ -187,9 +185,7 @@ def main() -> int:
     elif options.what == "restart":
         found = restart(options.model)
     else:
-        found = soak(
-            options.model, options.minutes, options.clients, options.pause, options.plot, options.out
-        )
+        found = soak(options.model, options.minutes, options.clients, options.pause, options.plot, options.out)
     print(json.dumps({"what": options.what, **found}))
     return int(not found["held"])
 
