@@ -24,8 +24,8 @@ class Server:
     """``ultrafuser serve`` in a process of its own."""
 
     def __init__(self, model: str, *options: str) -> None:
-        command = [sys.executable, "-c", "from ultrafuser_mega.cli import main; main()", "serve", model, "--port", "0"]
-        self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "ultrafuser_mega", "serve", model, "--port", "0", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.log: list[str] = []
         for line in self.process.stderr:
