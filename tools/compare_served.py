@@ -8,8 +8,8 @@ Conversations and raw texts, greedy and seeded, of different lengths, with stop 
 log-probabilities and gate weights, whole and as streams. Offline, each is answered alone and without drafts, as by
 ``ultrafuser generate``. The server gets them so many at a time, with and without drafts. In float32 the tokens must be
 the same; exit code 1 where they are not, and in any dtype where an answer has no 200. What differs is listed with the
-place of the first other token and, of greedy answers, how far apart (in nats) the two likeliest tokens were there: sums
-in another order decide between tokens that are nearly as likely, which is most of what bf16 differs by.
+place of the first other token and, of greedy answers without penalties, how far apart (in nats) the two likeliest
+tokens were there: sums in another order, as other rows beside it bring them, decide between tokens nearly as likely.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def compared(bodies: Sequence[dict[str, Any]], wanted: Sequence[Said], found: Se
         pairs = enumerate(zip(right.tokens, own.tokens, strict=False))
         at = next((place for place, (a, b) in pairs if a != b), min(len(right.tokens), len(own.tokens)))
         greedy = body["temperature"] == 0
-        gap = round(right.gaps[at], 5) if greedy and at < len(right.gaps) else None
+        plain = greedy and "logit_bias" not in body  # else the choice is between other numbers
+        gap = round(right.gaps[at], 5) if plain and at < len(right.gaps) else None
         places.append({"request": number, "greedy": greedy, "token": at, "nats between the likeliest": gap})
     return {"other": len(places), "other greedy": sum(place["greedy"] for place in places), "where": places}
 
