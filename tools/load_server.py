@@ -3,13 +3,14 @@ r"""Loads a server of its own, and looks at what it answers.
     python tools/load_server.py MODEL flood --requests 500 --memory 0.05
     python tools/load_server.py MODEL leavers --requests 100
     python tools/load_server.py MODEL restart
-    python tools/load_server.py MODEL soak --minutes 60 --out docs/benchmarks/serving_soak.json \
+    python tools/load_server.py MODEL soak --minutes 60 --memory 0.05 --out docs/benchmarks/serving_soak.json \
         --plot docs/images/serving_memory.png
 
 flood: so many requests at once; every one must be answered, or refused with 429 and when to come back. leavers: clients
 that hang up in mid-stream must leave the others' answers unchanged. restart: SIGTERM must let answers finish and end
 with 0; after kill -9 a new server must answer as before. soak: mixed load, leavers and bad requests, memory and handles
-all the while; at its end nothing may be under way. Each prints a line of JSON; exit code 1 where one does not hold.
+all the while; at its end nothing may be under way. What was read stays in the caches until --memory is used up, and
+memory grows until then: give little. Each prints a line of JSON; exit code 1 where one does not hold.
 """
 
 from __future__ import annotations
@@ -48,9 +49,13 @@ def body(number: int, *, longest: int = 32, stream: bool = False) -> dict[str, A
     }
 
 
+def budget(memory: float | None) -> list[str]:
+    """The server's option."""
+    return [] if memory is None else ["--memory", str(memory)]
+
+
 def flood(model: str, requests: int, memory: float | None) -> dict[str, Any]:
-    options = [] if memory is None else ["--memory", str(memory)]
-    with running(model, *options) as server:
+    with running(model, *budget(memory)) as server:
         begun, before = time.monotonic(), server.mib()
         with ThreadPoolExecutor(requests) as pool:
             answers = list(pool.map(lambda number: server.ask(body(number)), range(requests)))
@@ -103,7 +108,16 @@ def restart(model: str) -> dict[str, Any]:
     return {"held": held, "exit after SIGTERM": code, "drained": finished, "lost to kill -9": failed}
 
 
-def soak(model: str, minutes: float, clients: int, pause: float, plot: Path | None, out: Path | None) -> dict[str, Any]:
+def soak(
+    model: str,
+    minutes: float,
+    *,
+    clients: int,
+    pause: float,
+    memory: float | None,
+    plot: Path | None,
+    out: Path | None,
+) -> dict[str, Any]:
     end = time.monotonic() + 60 * minutes
     statuses: Counter[str] = Counter()
 
@@ -121,7 +135,7 @@ def soak(model: str, minutes: float, clients: int, pause: float, plot: Path | No
                 statuses[str(server.ask(asked)[0])] += 1
             time.sleep(pause * 2 * draw.random())
 
-    with running(model) as server:
+    with running(model, *budget(memory)) as server:
         samples: list[tuple[float, int, int]] = []
         begun = time.monotonic()
         with ThreadPoolExecutor(clients) as pool:
@@ -150,7 +164,7 @@ def soak(model: str, minutes: float, clients: int, pause: float, plot: Path | No
         "at rest: MiB, handles": at_rest,
     }
     if out is not None:
-        report = {**found, "clients": clients, "pause": pause, "samples": samples}
+        report = {**found, "clients": clients, "pause": pause, "memory": memory, "samples": samples}
         write_atomically(out, json.dumps(report) + "\n")
     return found
 
@@ -170,7 +184,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("what", choices=["flood", "leavers", "restart", "soak"])
     parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--memory", type=float, help="GiB for caches, of flood")
+    parser.add_argument("--memory", type=float, help="GiB for caches, of flood and soak")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=16, help="of soak")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds, on the average, between a client's requests")
@@ -185,7 +199,15 @@ def main() -> int:
     elif options.what == "restart":
         found = restart(options.model)
     else:
-        found = soak(options.model, options.minutes, options.clients, options.pause, options.plot, options.out)
+        found = soak(
+            options.model,
+            options.minutes,
+            clients=options.clients,
+            pause=options.pause,
+            memory=options.memory,
+            plot=options.plot,
+            out=options.out,
+        )
     print(json.dumps({"what": options.what, **found}))
     return int(not found["held"])
 
