@@ -1,12 +1,14 @@
 """Sends a server hostile requests and looks at what is left of it.
 
-    python tools/attack_server.py http://127.0.0.1:8000 --count 10000 --pid PID
+    ultrafuser serve MODEL 2> server.log &
+    python tools/attack_server.py http://127.0.0.1:8000 --count 10000 --pid PID --log server.log
 
 Random and hostile bodies (wrong types, sizes, depths, encodings, lone surrogates, numbers beyond every range), broken
 HTTP, slow senders, sockets that are half closed or torn down while an answer comes. Every response must be one of the
 server's own: an error in OpenAI's shape, nothing above 499 but a 503 of a server that ends. Afterwards nothing may be
-under way, the caches must be as free as before, and, with --pid, the handles must be back; its memory is printed. Exit
-code 1 otherwise. A key is taken from ULTRAFUSER_API_KEY.
+under way, the caches must be as free as before, and, with --pid, the handles must be back; its memory is printed. With
+--log, neither the key nor a word that is in every prompt may be in the server's log. Exit code 1 otherwise. A key is
+taken from ULTRAFUSER_API_KEY.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 
+from ultrafuser_mega.reporting.records import write_atomically
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = (CHAT, COMPLETIONS, "/tokenize", "/detokenize")
+CANARY = "plugh7f3a"  # in prompts, and in no log
 FIELDS = (
     *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "stream", "echo"),
     *("stream_options", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs"),
@@ -122,8 +128,8 @@ class Attacker:
     def good(self) -> tuple[str, dict[str, Any]]:
         """A request that is fine, and short."""
         if self._draw.random() < 0.5:
-            return CHAT, {"messages": [{"role": "user", "content": "Which city?"}], "max_tokens": 4}
-        return COMPLETIONS, {"prompt": "London is", "max_tokens": 4}
+            return CHAT, {"messages": [{"role": "user", "content": f"{CANARY}?"}], "max_tokens": 4}
+        return COMPLETIONS, {"prompt": f"London {CANARY}", "max_tokens": 4}
 
     def random_body(self) -> None:
         body = {name: self.value() for name in self._draw.sample(FIELDS, self._draw.randrange(8))}
@@ -206,7 +212,7 @@ class Attacker:
             self.note("slow_sender", connection.recv(65536))
 
     def long_stream(self) -> tuple[str, bytes]:
-        body = {"messages": [{"role": "user", "content": "Which city?"}], "stream": True, "ignore_eos": True}
+        body = {"messages": [{"role": "user", "content": CANARY}], "stream": True, "ignore_eos": True}
         return CHAT, json.dumps({**body, "max_tokens": 60, "n": self._draw.randrange(1, 3)}).encode()
 
     def request(self, path: str, body: Any) -> bytes:
@@ -267,9 +273,16 @@ def at_rest(attacker: Attacker) -> dict[str, float]:
 
 
 def attack(
-    url: str, count: int, *, key: str | None = None, seed: int = 0, clients: int = 8, pid: int | None = None
+    url: str,
+    count: int,
+    *,
+    key: str | None = None,
+    seed: int = 0,
+    clients: int = 8,
+    pid: int | None = None,
+    log: Path | None = None,
 ) -> tuple[Findings, dict[str, Any]]:
-    """Send ``count`` requests; what came back, and what is left."""
+    """Send ``count`` requests; what came back, and what is left; see the command's arguments."""
     attackers = [Attacker(url, key, seed + place) for place in range(clients)]
     process = psutil.Process(pid) if pid else None
 
@@ -298,6 +311,9 @@ def attack(
     after = held()
     if process and after["handles"] > before["handles"] + 2:
         whole.wrong.append(f"handles: {before['handles']} before, {after['handles']} after")
+    if log is not None:
+        text = log.read_text(errors="replace")
+        whole.wrong += [f"{log} holds {what}" for what in (CANARY, key) if what and what in text]
     return whole, {"before": before, "after": after, "at rest": under_way}
 
 
@@ -308,6 +324,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--pid", type=int, help="of the server, to look at its handles and memory")
+    parser.add_argument("--log", type=Path, help="what the server wrote, to look for keys and prompts in")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     begun = time.monotonic()
     findings, left = attack(
@@ -317,10 +335,16 @@ def main() -> int:
         seed=options.seed,
         clients=options.clients,
         pid=options.pid,
+        log=options.log,
     )
+    seconds = round(time.monotonic() - begun)
     for (kind, status), times in sorted(findings.seen.items(), key=str):
         print(f"{kind:16} {status!s:24} {times}")
-    print(f"{sum(findings.seen.values())} requests in {time.monotonic() - begun:.0f} s; {json.dumps(left)}")
+    print(f"{sum(findings.seen.values())} requests in {seconds} s; {json.dumps(left)}")
+    if options.out:
+        seen = [[kind, status, times] for (kind, status), times in sorted(findings.seen.items(), key=str)]
+        report = {"seed": options.seed, "seconds": seconds, "wrong": findings.wrong, **left, "seen": seen}
+        write_atomically(options.out, json.dumps(report) + "\n")
     for wrong in findings.wrong[:20]:
         print(f"WRONG {wrong}", file=sys.stderr)
     return int(bool(findings.wrong))

@@ -53,6 +53,7 @@ def main() -> None:
         opened_model(arguments.model, arguments.device, arguments.dtype) as opened,
     ):
         start = time.perf_counter() - began
+        print(f"vLLM and the model in memory: {start:.0f} s", flush=True)
         tokens = cache_tokens(opened.model, most)
         engines: dict[str, Engine] = {
             PLAIN: EmbeddedEngine(opened.model, tokens=tokens, rows=most),
@@ -61,7 +62,6 @@ def main() -> None:
         }
         runs = [measure(engines, opened.model, at_a_time, arguments) for at_a_time in arguments.concurrency]
     show(runs)
-    print(f"vLLM and the model in memory: {start:.0f} s")
     if arguments.out:
         cores = {"cores": len(os.sched_getaffinity(0))}
         settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "model")}
@@ -78,8 +78,12 @@ def measure(engines: Mapping[str, Engine], model: Any, at_a_time: int, arguments
         for name, engine in engines.items():
             began = time.perf_counter()
             answers[name] = answered(engine, requests, at_a_time)
+            took = time.perf_counter() - began
             if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
+            rate = len(requests) * arguments.new_tokens / took
+            which = f"round {turn}" if turn else "warm-up"
+            print(f"{at_a_time} at a time, {which}: {name}, {rate:.0f} tokens/s", flush=True)
         for name, found in answers.items():
             other[name] += sum(found[id] != answers[PLAIN][id] for id in found)
     tokens = at_a_time * arguments.requests * arguments.new_tokens

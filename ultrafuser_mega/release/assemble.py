@@ -11,6 +11,8 @@ its ``tie_word_embeddings`` becomes false; nothing else in its configuration cha
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.data import chat_format
+from ultrafuser_mega.data.chat_format import Chat
 from ultrafuser_mega.data.templates import PaperTemplate, ResponseFormat, Template, load_template, response_format
 from ultrafuser_mega.data.tokenizer import TextEncoder, check_tokenizers
 from ultrafuser_mega.errors import InputError
@@ -36,13 +39,26 @@ ADDITIONAL = "additional_chat_templates"
 CODE = {
     **{
         file: Path(__file__).with_name(file)
-        for file in ("configuration_ultrafuser.py", "modeling_ultrafuser.py", "chat_ultrafuser.py")
+        for file in (
+            "configuration_ultrafuser.py",
+            "modeling_ultrafuser.py",
+            "chat_ultrafuser.py",
+            "pipeline_ultrafuser.py",
+        )
     },
     "chat_format_ultrafuser.py": Path(chat_format.__file__),
 }
+_QUESTIONS = ("What?", "3", "(a", "Is it so.\n\nIt is", "été")  # of no common beginning or end
 _AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
     "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
+}
+_PIPELINES = {
+    "text-generation": {
+        "impl": "pipeline_ultrafuser.UltraFuserPipeline",
+        "pt": ["AutoModelForCausalLM"],
+        "type": "text",
+    }
 }
 
 
@@ -157,6 +173,23 @@ class _Parts:
             entries.append(entry if own is None else entry | {"tokenizer": own})
         return entries
 
+    def chat_marks(self) -> dict[str, list[int]] | None:
+        """See ``UltraFuserConfig``: what differing questions have in common in the first specialist's template."""
+        first, *others = (_template_fields(template) for template in self.templates.values())
+        if all(other == first for other in others):
+            return None
+        template, encoder = next(iter(self.templates.values())), self.first
+        prompts = [template.prompt(encoder, Chat(None, [question], [], [])) for question in _QUESTIONS]
+        bare = [[token for place, token in enumerate(ids) if place or token != encoder.bos_id] for ids in prompts]
+        begins = _common(bare)
+        return {"begins": begins, "ends": _common([ids[len(begins) :][::-1] for ids in bare])[::-1]}
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """What all begin with."""
+    same = (len(set(column)) == 1 for column in zip(*sequences, strict=False))
+    return list(sequences[0][: sum(itertools.takewhile(bool, same))])
+
 
 def _make_config(parts: _Parts, gate_units: int, gate_shared: bool, dtype: torch.dtype) -> UltraFuserConfig:
     try:
@@ -166,6 +199,7 @@ def _make_config(parts: _Parts, gate_units: int, gate_shared: bool, dtype: torch
             gate_units=gate_units,
             gate_shared=gate_shared,
             response_lead=parts.responses.lead,
+            chat_marks=parts.chat_marks(),
             bos_token_id=parts.first.bos_id,
             eos_token_id=parts.responses.end_id,
             pad_token_id=_pad_id(parts.first, parts.vocab_size),
@@ -181,6 +215,7 @@ def _make_config(parts: _Parts, gate_units: int, gate_shared: bool, dtype: torch
         if hasattr(torch.nn.ModuleDict(), name):
             raise InputError(f"specialists.{name}: PyTorch keeps this name for itself; call the specialist otherwise")
     config.auto_map = dict(_AUTO_MAP)
+    config.custom_pipelines = copy.deepcopy(_PIPELINES)
     return config
 
 

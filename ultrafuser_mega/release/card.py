@@ -160,9 +160,10 @@ for token, weights in zip(response[0].tolist(), output.gate_weights[0].tolist())
     print(repr(tokenizer.decode([token])), dict(zip(model.names, weights)))
 ```
 
+`pipeline("text-generation", MODEL, trust_remote_code=True)(messages)` gives every specialist its own prompt, too.
 `model(input_ids)` and `model.generate(input_ids)` give all specialists the same text, which is what evaluation tools
-do; `tokenizer.apply_chat_template` renders the template of {specialists[0].name}. The templates of all specialists are
-in `chat_templates/`.
+do; `tokenizer.apply_chat_template` renders the template of {specialists[0].name}, and the model warns once where all of
+them read that. The templates of all specialists are in `chat_templates/`.
 """
 
 

@@ -10,6 +10,7 @@ A template is a mapping, either of prompt pieces ``{"first": text, "later": text
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from .chat_format_ultrafuser import Chat, JinjaTemplate, Messages, PieceTemplate, SequenceTokenizer
+
+PIPELINE = "pipeline_ultrafuser.py"
 
 
 class SpecialistEncoder:
@@ -98,6 +101,15 @@ def decode_response(tokenizer: Any, ids: Sequence[int], response_lead: str) -> s
     return text if bare[:1].isspace() else bare
 
 
+def _holds(ids: Sequence[int], bos: int | None, begins: Sequence[int], ends: Sequence[int]) -> bool:
+    """Whether ``ids`` are a conversation with these marks, behind any number of BOS, or begin with one."""
+    start = next((place for place, token in enumerate(ids) if token != bos), 0)
+    if list(ids[start : start + len(begins)]) != list(begins):
+        return False
+    places = range(start + len(begins), len(ids) - len(ends) + 1)
+    return any(list(ids[place : place + len(ends)]) == list(ends) for place in places)
+
+
 class ChatMixin:
     """What a fused model does with conversations."""
 
@@ -106,6 +118,7 @@ class ChatMixin:
     device: Any
     generate: Any
     generation_config: Any
+    _told_of_templates = False
 
     def chat_inputs(self, conversations: Sequence[Messages], tokenizer: Any) -> dict[str, dict[str, Tensor]]:
         """What ``forward`` and ``generate`` take for a batch of conversations, each specialist's in its own template.
@@ -170,6 +183,26 @@ class ChatMixin:
             answers.append(decode_response(tokenizer, ids[:end], self.config.response_lead))
         return answers[0] if single and len(answers) == 1 else answers
 
+    def _tell_of_templates(self, ids: Tensor, mask: Tensor | None) -> None:  # both (b, s)
+        """Warn, once, where all specialists read a conversation in the template of the first, as tools that apply a
+        chat template and know nothing of specialists make it. Only the batch's first row is looked at."""
+        marks = self.config.chat_marks
+        if marks is None or self._told_of_templates or ids.is_meta or torch.compiler.is_compiling():
+            return
+        row = ids[0] if mask is None or mask.shape != ids.shape else ids[0][mask[0].bool()]
+        if not _holds(row.tolist(), self.config.bos_token_id, marks["begins"], marks["ends"]):
+            return
+        self._told_of_templates = True
+        template = self.config.entry(self.names[0])["template"]
+        others = [name for name in self.names if self.config.entry(name)["template"] != template]
+        warnings.warn(
+            f"input_ids: a conversation in {self.names[0]}'s chat template, which all specialists read now; "
+            f"{', '.join(others)} learnt another one and will answer worse. Each gets its own by "
+            "model.chat(messages, tokenizer=tokenizer), by model.generate(**model.chat_inputs([messages], tokenizer)) "
+            "and by pipeline('text-generation', FOLDER, trust_remote_code=True)",
+            stacklevel=3,
+        )
+
     def _ends(self) -> list[int]:
         """The tokens that end an answer; those of a chat template need not be marked as special ones."""
         ends = self.generation_config.eos_token_id
@@ -183,6 +216,10 @@ class ChatMixin:
         for part in ("tokenizers", "chat_templates", "licenses"):
             if (source / part).is_dir() and source.resolve() != target.resolve():
                 shutil.copytree(source / part, target / part, dirs_exist_ok=True)
+        if (
+            source / PIPELINE
+        ).is_file() and source.resolve() != target.resolve():  # transformers copies the model's code
+            shutil.copyfile(source / PIPELINE, target / PIPELINE)
 
     def _tokenizer_of(self, name: str, tokenizer: Any) -> Any:
         """``tokenizer``, or the specialist's own where the release keeps one for it."""

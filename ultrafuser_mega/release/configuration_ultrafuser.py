@@ -27,6 +27,8 @@ class UltraFuserConfig(PreTrainedConfig):
         gate_shared: one first gate layer for all specialists, or one for each (hidden sizes that differ).
         eos_token_id: what stands behind every response, which need not be the tokenizer's EOS.
         response_lead: text between a prompt and its response that belongs to the response's first token.
+        chat_marks: the ids that every conversation begins and ends with in the first specialist's template, BOS left
+            out, as ``{"begins": [..], "ends": [..]}``; None where one template is every specialist's.
 
     ``num_hidden_layers``, ``hidden_size``, ``num_attention_heads`` and ``max_position_embeddings`` follow from the
     specialists (the largest; the smallest for the last) and are there for tools that ask every model for them.
@@ -39,6 +41,7 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_units: int = 0
     gate_shared: bool = True
     response_lead: str = ""
+    chat_marks: dict[str, list[int]] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02

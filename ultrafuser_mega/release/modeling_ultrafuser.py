@@ -174,6 +174,8 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
             raise ValueError(f"past_key_values: a fused model needs the cache that it returned itself, found {kind}")
         if isinstance(logits_to_keep, Tensor):
             raise ValueError("logits_to_keep: a fused model takes how many last positions, not which positions")
+        if input_ids is not None and (past_key_values is None or not past_key_values.get_seq_length()):
+            self._tell_of_templates(input_ids, attention_mask)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache()
@@ -300,7 +302,8 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         """transformers' ``generate``; prompts are ``inputs`` for all specialists or one each, padded on the left.
 
         Args:
-            inputs: (b, s), also as ``input_ids=``.
+            inputs: (b, s), also as ``input_ids=``; beside ``specialist_input_ids`` the first specialist's, which tools
+                pass on by themselves.
             specialist_input_ids, specialist_attention_mask: name -> (b, s_j), as from ``chat_inputs``.
 
         Returns:
@@ -314,9 +317,15 @@ class UltraFuserForCausalLM(ChatMixin, PreTrainedModel, GenerationMixin):
         if kwargs.get("return_gate_weights"):
             raise ValueError("return_gate_weights: generate() keeps none; call forward() on the finished sequence")
         if specialist_input_ids is not None:
-            if inputs is not None or kwargs.get("input_ids") is not None or kwargs.get("attention_mask") is not None:
-                raise ValueError("input_ids, attention_mask: give them or specialist_input_ids and _mask, not both")
             ids, masks = self._per_specialist(specialist_input_ids, specialist_attention_mask)
+            first = self.names[0]
+            for given, own in (
+                (inputs, ids[first]),
+                (kwargs.pop("input_ids", None), ids[first]),
+                (kwargs.pop("attention_mask", None), masks[first]),
+            ):
+                if given is not None and (own is None or not torch.equal(given, own)):
+                    raise ValueError("input_ids, attention_mask: give them or specialist_input_ids and _mask, not both")
             for name, mask in masks.items():
                 if mask is not None and not bool((mask[:, -1] == 1).all()):
                     raise ValueError(f"specialist_attention_mask: {name} is padded on the right; pad on the left")

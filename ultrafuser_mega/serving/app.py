@@ -107,7 +107,7 @@ def make_app(parts: Parts) -> ASGIApp:
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {_BODY_SECONDS} s", code="timeout") from None
         try:
-            body = kind.model_validate_json(raw)
+            body = kind.model_validate_json(raw, strict=True)
         except ValidationError as error:
             raise refused_body(error) from None
         if body.model not in (None, served.name):

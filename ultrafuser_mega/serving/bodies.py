@@ -149,6 +149,7 @@ class ChatBody(AnswerBody):
     """Of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -157,8 +158,6 @@ class ChatBody(AnswerBody):
     def _check_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_field("top_logprobs", "only with logprobs = true")
-        if self.max_tokens == 0:
-            raise bad_field("max_tokens", "expected 1 or more, found 0")
         return self
 
     @property
@@ -193,7 +192,7 @@ class TokenizeBody(Body):
     """Of /tokenize: a text, or a conversation as each specialist gets it."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Generator
@@ -85,6 +86,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"--host {host} --port {port}: cannot listen there ({reason}); choose another") from None
 
 
+def tell_service_manager(state: str) -> None:
+    """As sd_notify(3) does, where systemd or another one of its kind started this process and wants to be told."""
+    if place := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.sendto(state.encode(), f"\0{place[1:]}" if place.startswith("@") else place)
+
+
 class Front:
     """All that serves one model; made once, run once.
 
@@ -157,12 +165,14 @@ def serve(opened: OpenedModel, engine: TextEngine, listener: socket.socket, sett
 
         def stop(number: int) -> None:
             signals.append(number)
+            tell_service_manager("STOPPING=1")
             front.stop()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
         host, port = listener.getsockname()[:2]
         _LOG.info("serving %s at http://%s:%d", settings.name, f"[{host}]" if ":" in host else host, port)
+        tell_service_manager("READY=1")
         return await front.run(listener)
 
     if (failure := asyncio.run(run())) is not None:
