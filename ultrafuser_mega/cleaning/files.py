@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -222,7 +223,16 @@ _here: list[Cleaner] = []  # in a process that examines: its own
 
 def _begin(cleaner: Cleaner) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that reads ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _here[:] = [cleaner]
+
+
+def _end_with_parent() -> None:
+    """One that was killed ends nobody."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _examine_here(batch: Sequence[Conversation | None]) -> list[Examined]:

@@ -22,8 +22,8 @@ def mean_states(
 ) -> np.ndarray:  # (texts, d) float32
     """The vector of every text as a user's message in the model's own template.
 
-    A fused model's is those of its specialists end to end, each as long as the others. A text that has none, because it
-    holds a control token of the tokenizer, has not-a-number in all places.
+    A fused model's is those of its specialists end to end, each as long as the others. A text that the template refuses
+    has not-a-number in all places.
 
     Args:
         opened: the model.
@@ -51,7 +51,7 @@ def mean_states(
 def _prompt(opened: OpenedModel, text: str) -> Prompt | None:
     try:
         prompt: Prompt = opened.model.chat_ids([[{"role": "user", "content": text}]], opened.tokenizer)[0]
-    except ValueError:  # the text of a control token
+    except ValueError:  # a template's own
         return None
     return prompt if all(len(ids) for ids in prompt.values()) else None
 

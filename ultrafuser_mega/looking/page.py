@@ -64,7 +64,8 @@ def _head(title: str, gathered: Gathered) -> str:
     told = f"{rows:,} rows of {len(gathered.classes)} {'class' if len(gathered.classes) == 1 else 'classes'}"
     if gathered.malformed:
         told += f"; {gathered.malformed:,} more are no conversations"
-    return f"<h1>{escape(title)}</h1><p>{told}.</p>"
+    links = " · ".join(f'<a href="#{place}">{name}</a>' for place, name in (("topics", "Topics"), ("read", "Samples")))
+    return f"<h1>{escape(title)}</h1><p>{told}. {links}</p>"
 
 
 def _classes(gathered: Gathered, colors: Colors) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from ultrafuser_mega.errors import InputError
@@ -21,7 +19,7 @@ def usable(vectors: np.ndarray) -> np.ndarray:  # (n, d) -> (n,) bool
 def on_plane(vectors: np.ndarray, seed: int = 0) -> np.ndarray:  # (n, d) -> (n, 2)
     """Where t-SNE places vectors; the same for one seed on one machine.
 
-    The 50 principal components, by openTSNE, with a perplexity of 30 or what few vectors allow.
+    Of the 50 principal components, by openTSNE, with a perplexity of 30 or what few vectors allow.
 
     Raises:
         InputError: fewer than five vectors, one that is not usable, or openTSNE is not installed.
@@ -41,7 +39,8 @@ def on_plane(vectors: np.ndarray, seed: int = 0) -> np.ndarray:  # (n, d) -> (n,
     components = min(_COMPONENTS, *centred.shape)
     reduced = PCA(components, random_state=seed).fit_transform(centred)
     perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, n_jobs=len(os.sched_getaffinity(0)), random_state=seed)
+    # One thread: several sum in any order, and wait for each other by spinning where cores are busy.
+    tsne = TSNE(perplexity=perplexity, n_jobs=1, random_state=seed)
     return np.asarray(tsne.fit(reduced))
 
 

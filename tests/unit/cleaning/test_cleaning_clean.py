@@ -39,7 +39,7 @@ _questions = st.lists(st.sampled_from(range(len(_ASKED))), max_size=3).map(
 _replies = st.sampled_from(
     ["The moon pulls the water.", "I cannot help with that.", "?", "```python\ndef f(:\n```", "Waves. " * 40, ""]
 )
-_rows = st.lists(
+_rows: st.SearchStrategy[list[Any]] = st.lists(
     st.one_of(
         st.fixed_dictionaries({"question": _questions, "answer": _replies}),
         st.fixed_dictionaries({"messages": st.just([])}),

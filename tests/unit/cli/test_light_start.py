@@ -12,6 +12,8 @@ import pytest
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "numpy"}
 COMMANDS = (
     "doctor",
+    "clean",
+    "look",
     "synthesize",
     "plan",
     "prepare",
