@@ -40,6 +40,7 @@ _OVERLOADED = (429, 503, 529)
 _ENDS_ALL = {401: "the key is refused", 403: "access is refused", 404: "there is no such model or address"}
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
 _FORBIDDEN = ("content_filter", "content_policy_violation", "context_length_exceeded")
+_REJECTED = "rejected: "  # before any model saw it
 _NEVER_LEFT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 _DEAD = 50  # failures in a row, without one answer between them
 _NEVER_ALIVE = 8  # the same, of an endpoint that has answered nothing yet
@@ -140,6 +141,8 @@ class Asker:
                 self.progress.ended(call.of, call.step)
                 return Answer(value, request.key, tuple(faults))
             faults.append(fault)
+            if (last.finish or "").startswith(_REJECTED):  # which asking again does not change
+                break
         self.progress.ended(call.of, call.step)
         return Answer(None, request.key, tuple(faults))
 
@@ -252,6 +255,10 @@ class Asker:
                         )
                         text = raw.text
                     except Exception as error:
+                        if (code := getattr(error, "code", None)) in _FORBIDDEN:
+                            reply = Reply("", finish=f"{_REJECTED}{code}", refusal=one_line(error))
+                            taken = self.keep(request, reply, REFUSED)
+                            return reply
                         why, taken = self._failed(request, error, left_at, most)
                     else:
                         reply = reply_of(text, request, time.monotonic() - began)
@@ -305,9 +312,6 @@ class Asker:
             return None, Amount()
         self.progress.failed(of, step, Amount())
         if status < 500 and status not in (408, 409):
-            if code in _FORBIDDEN:
-                reply = Reply("", refusal=one_line(error), finish=code)
-                self.keep(request, reply, REFUSED)
             if step != "probe":
                 self._count_failure(request.model, one_line(error))
             raise NoAnswerError(one_line(error))

@@ -196,8 +196,19 @@ def test_a_request_that_is_refused_for_itself_ends_itself_alone(endpoint: Counti
     endpoint.misbehave = lambda body: refusal if body["messages"][0]["content"] == "question 1" else None
     answers = Run(tmp_path, endpoint).ask(calls(3))
     assert [answer.value for answer in answers] == [True, None, True]
-    (fault,) = answers[1].faults
-    assert fault.startswith(NO_ANSWER) and "too long" in fault
+    assert answers[1].faults == (REFUSED,) and len(endpoint.seen) == 3
+    assert Run(tmp_path, endpoint).ask(calls(3)) == answers and len(endpoint.seen) == 3
+
+
+def test_a_request_that_the_endpoint_cannot_read_is_told_and_asked_by_the_next_run(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    refusal: Wrong = (400, {}, '{"error": {"message": "what is that"}}')
+    endpoint.misbehave = lambda body: refusal if body["messages"][0]["content"] == "question 1" else None
+    (fault,) = Run(tmp_path, endpoint).ask(calls(3))[1].faults
+    assert fault.startswith(NO_ANSWER) and "what is that" in fault
+    endpoint.misbehave = lambda body: None
+    assert all(answer.value for answer in Run(tmp_path, endpoint).ask(calls(3)))
 
 
 def test_an_endpoint_that_is_not_there_is_told_soon(endpoint: CountingEndpoint, tmp_path: Path) -> None:
