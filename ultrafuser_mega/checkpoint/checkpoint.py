@@ -155,7 +155,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         Progress(**record["progress"]).folder  # noqa: B018 (raises unless both are whole numbers)
         written = int(record.get("format", 1))
     except FileNotFoundError:
-        raise InputError(f"{path}: not a complete checkpoint (no {PROGRESS})") from None
+        why = f"not a complete checkpoint (no {PROGRESS})" if path.is_dir() else "no such folder"
+        raise InputError(f"{path}: {why}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{file}: damaged ({error!r})", path) from None
     if written > FORMAT:

@@ -77,6 +77,7 @@ def plan(
         preflight,
     )
     from ultrafuser_mega.reporting.plan_table import plan_table
+    from ultrafuser_mega.training.prepare import prepare
 
     ranks = ranks or first_layouts_ranks(loaded)
     ensure_toy(loaded, ranks)
@@ -87,6 +88,7 @@ def plan(
         return
     resolved, compared = _compared(preflight(loaded, ranks, resume))
     if (loaded.store_dir / MANIFEST).is_file():
+        prepare(loaded, resolved.vocab_size, compare_only=True)
         resolved = compared_with_data(resolved, TokenStore.open(loaded.store_dir, verify=False))
     console = wide_console()
     shares = rank_shares(resolved, device="cpu" if loaded.device == "cpu" else "cuda")

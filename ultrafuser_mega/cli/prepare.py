@@ -45,11 +45,12 @@ def prepare(
 
 def _prepare(config: FuserConfig, overwrite: bool) -> None:
     # Not for a copy: torch and Megatron take seconds.
-    from ultrafuser_mega.planning.preflight import shared_vocabulary
+    from ultrafuser_mega.planning.preflight import check_data_files, shared_vocabulary
     from ultrafuser_mega.training.prepare import data_notes, make_missing_toy
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     make_missing_toy(config)
+    check_data_files(config)
     report = prepare_data(config, shared_vocabulary(config), overwrite=overwrite)
     console = wide_console()
     console.print(report.table())

@@ -12,7 +12,7 @@ from ultrafuser_mega.config.data import Data
 from ultrafuser_mega.config.evaluation import Evaluation
 from ultrafuser_mega.config.faults import Faults
 from ultrafuser_mega.config.gate import GateOptions
-from ultrafuser_mega.config.layouts import DisjointLayout, Layout, Parallel
+from ultrafuser_mega.config.layouts import ColocatedLayout, DisjointLayout, Layout, Parallel
 from ultrafuser_mega.config.loss import Loss
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
@@ -32,7 +32,11 @@ class FuserConfig(Section):
     toy: Toy | None = Field(None, description="make the toy specialists and their data here when they are missing")
     models: Path = Field(Path(), description="relative specialist paths are taken from here")
     specialists: dict[str, Specialist] = Field(min_length=1)
-    layouts: list[Layout] = Field(min_length=1, description="the first that uses exactly the launched ranks is taken")
+    layouts: list[Layout] = Field(
+        [ColocatedLayout(kind="colocated")],
+        min_length=1,
+        description="the first that uses exactly the launched ranks is taken; default: all specialists on one rank",
+    )
     parallel: Parallel = Parallel()
     vocab_size: PositiveInt | None = Field(None, description="shared vocabulary; default: the specialists' smallest")
     gate: GateOptions = GateOptions()

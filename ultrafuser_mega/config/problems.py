@@ -13,6 +13,17 @@ from pydantic import ValidationError
 from ultrafuser_mega.config.fuser import FuserConfig
 from ultrafuser_mega.config.section import Section
 
+_EVERY_SPECIALIST = (
+    "a disjoint layout gives every specialist its own ranks, as in specialists: {text: {tp: 2}, code: {tp: 1, pp: 2}}"
+)
+_NUMBERS = {
+    "float_parsing": "number",
+    "float_type": "number",
+    "int_parsing": "whole number",
+    "int_type": "whole number",
+    "int_from_float": "whole number",
+}
+
 
 def first_problem(error: ValidationError, of: type[Section] = FuserConfig) -> str:
     """The one to mend first, in a configuration of this kind."""
@@ -24,9 +35,14 @@ def first_problem(error: ValidationError, of: type[Section] = FuserConfig) -> st
     if kind == "extra_forbidden":
         return f"unknown key {where}{_suggestion(where, of)}"
     if kind == "missing":
-        return f"{where} is missing; it has no default"
+        shown = f"; {_EVERY_SPECIALIST}" if "disjoint" in problem["loc"] and where.endswith(".specialists") else ""
+        return f"{where} is missing; it has no default{shown}"
     if kind == "union_tag_not_found":
         return f"{where}.kind is missing; use disjoint or colocated"
+    if kind == "union_tag_invalid":
+        return f"{where}.kind is {value['kind']!r}; use disjoint or colocated"
+    if kind in _NUMBERS:
+        return f"{where}: expected a {_NUMBERS[kind]} (found {value!r})"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: expected keys and values (found {value!r})"
     if kind in ("string_type", "path_type") and isinstance(value, int | float | datetime.date):
@@ -44,7 +60,8 @@ def _suggestion(unknown: str, of: type[Section]) -> str:
     meant = [place for place, name in known if name in close]
     here = ".".join([*section, *close])
     if section and here == unknown:  # known, but of another kind of layout
-        return f"; {'.'.join(section)} is of a kind that has none"
+        shown = f": {_EVERY_SPECIALIST}" if last in ("tp", "pp") else ""
+        return f"; {'.'.join(section)} is of a kind that has none{shown}"
     if any(_is_section(place, section) for place in meant):
         return f"; did you mean {here}?"
     elsewhere = dict.fromkeys(".".join([*place, *close]).removeprefix(".") for place in meant)

@@ -44,7 +44,8 @@ class TrainedModel:
             self.vocab_size = int(record["identity"]["vocab_size"])
             self.gate_units = int(record["identity"]["gate_units"])
         except FileNotFoundError:
-            raise InputError(f"{folder}: not a complete checkpoint (no {PROGRESS})") from None
+            why = f"not a complete checkpoint (no {PROGRESS})" if folder.is_dir() else "no such folder"
+            raise InputError(f"{folder}: {why}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
         self.trained = self.progress.trained

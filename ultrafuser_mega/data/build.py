@@ -170,7 +170,9 @@ def _conversations(source: Source, parts: _Parts, malformed: _Malformed) -> Iter
 
     None is given once a malformed one ends the work: from there on rows are only looked at, to tell all at once.
     """
+    rows = 0
     for row in read_rows(source.path):
+        rows += 1
         part = parts[source.class_name, source.split_of(row)]
         part.rows += 1
         try:
@@ -185,6 +187,8 @@ def _conversations(source: Source, parts: _Parts, malformed: _Malformed) -> Iter
         if not malformed.ends_the_work:
             yield row, conversation
     malformed.end_file(source)
+    if source.holdout is not None and source.holdout > rows:
+        raise InputError(f"{source.path}: {source.holdout} first rows are to be held out, and it has {rows}")
 
 
 def _write_batch(

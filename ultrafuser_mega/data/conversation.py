@@ -91,7 +91,7 @@ def to_conversation(row: Any) -> Conversation:
         found = ", ".join(sorted(map(str, row))[:6]) or "none"
         raise MalformedRowError(
             "unknown shape: expected messages, conversations, instruction, question or prompt, "
-            f"found the fields {found}"
+            f"found the fields {found} (data.classes.NAME.columns can say what a file calls them)"
         )
     if lists := message_lists(row, shape):
         return _from_messages(row, lists, system)

@@ -25,6 +25,8 @@ from ultrafuser_mega.data.tokenizer import check_tokenizers
 from ultrafuser_mega.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_ANOTHER_PLACE = "give the run another name or data.store, or run prepare --overwrite"
+_CALLED = {"responses": "the specialists' order or endings of answers"}
 
 
 def prepare_store(
@@ -39,6 +41,7 @@ def prepare_store(
     columns: Mapping[str | Path, Mapping[str, str]] | None = None,
     on_malformed: Literal["skip", "fail"] = "skip",
     overwrite: bool = False,
+    compare_only: bool = False,
     progress: bool = False,
 ) -> PrepareReport:
     """Tokenise the files of every class for every specialist into the store ``out_dir``.
@@ -53,6 +56,7 @@ def prepare_store(
     columns        one of ``sources`` or ``holdout_files`` -> its names for a row's fields (columns.py)
     on_malformed   "skip" counts and names malformed rows, "fail" makes no store of them and names those of all files
     overwrite      rebuild where ``out_dir`` holds a store made from other inputs
+    compare_only   make none: refuse the one that is there if other inputs made it, as far as sizes of files tell
     progress       show a bar on stderr
 
     Raises InputError for bad arguments and files, tokenizers that disagree, a class without a single
@@ -69,7 +73,10 @@ def prepare_store(
         for name, (_, template) in specialists.items()
     }
     aligner = Aligner(encoders, templates, vocab_size, max_length)
-    inputs = _inputs(planned, aligner, on_malformed)
+    inputs = _inputs(planned, aligner, on_malformed, hashed=not compare_only)
+    if compare_only:
+        _refuse_others(out, read_manifest(out)["inputs"], inputs)
+        return PrepareReport(out, read_manifest(out), reused=True)
     if _finished_before(out, inputs, overwrite):
         return PrepareReport(out, read_manifest(out), reused=True)
 
@@ -123,8 +130,8 @@ def _plan(
     return planned
 
 
-def _inputs(planned: Sequence[Source], aligner: Aligner, on_malformed: str) -> dict[str, Any]:
-    """All that decides what a store holds; another with the same is the same."""
+def _inputs(planned: Sequence[Source], aligner: Aligner, on_malformed: str, *, hashed: bool) -> dict[str, Any]:
+    """All that decides what a store holds; another with the same is the same. Of files not ``hashed``: their sizes."""
     encoders = aligner.encoders
     return {
         "vocab_size": aligner.vocab_size,
@@ -155,7 +162,7 @@ def _inputs(planned: Sequence[Source], aligner: Aligner, on_malformed: str) -> d
                 "holdout": source.holdout,
                 "columns": dict(source.columns),
                 "bytes": source.path.stat().st_size,
-                "blake2b": hash_file(source.path),
+                **({"blake2b": hash_file(source.path)} if hashed else {}),
             }
             for source in planned
         ],
@@ -199,8 +206,7 @@ def _check_names(kind: str, names: Iterable[str]) -> None:
 
 def _fingerprint(inputs: dict[str, Any]) -> str:
     """Of contents, not of file names: moving or renaming the sources changes nothing."""
-    sources = [{key: value for key, value in source.items() if key != "file"} for source in inputs["sources"]]
-    return digest({**inputs, "format": FORMAT_VERSION, "sources": sources})
+    return digest({**inputs, "format": FORMAT_VERSION, "sources": list(map(_contents, inputs["sources"]))})
 
 
 def _finished_before(out: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
@@ -219,19 +225,31 @@ def _finished_before(out: Path, inputs: dict[str, Any], overwrite: bool) -> bool
         return True
     if overwrite:
         return False
-    before = store.manifest["inputs"]
-    changed = [key for key in inputs if before.get(key) != inputs[key]] or ["format"]
-    files = _changed_files(before["sources"], inputs["sources"]) if "sources" in changed else []
-    which = f": {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else ""
-    raise InputError(
-        f"{out}: holds a store made from other inputs ({', '.join(changed)}{which}); "
-        "give the run another name or data.store, or run prepare --overwrite"
-    )
+    _refuse_others(out, store.manifest["inputs"], inputs)
+    raise InputError(f"{out}: holds a store of another version; {_ANOTHER_PLACE}")
+
+
+def _refuse_others(out: Path, before: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """InputError where the two differ in what both have; names of files are no difference."""
+    old, new = (list(map(_contents, one["sources"])) for one in (before, inputs))
+    if not all("blake2b" in source for source in new):
+        old = [{key: value for key, value in source.items() if key != "blake2b"} for source in old]
+    changed = [_CALLED.get(key, key) for key in inputs if key != "sources" and before.get(key) != inputs[key]]
+    if old != new:
+        files = _changed_files(before["sources"], inputs["sources"])
+        changed.append(f"sources{': ' if files else ''}{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}")
+    if changed:
+        raise InputError(f"{out}: holds a store made from other inputs ({', '.join(changed)}); {_ANOTHER_PLACE}")
+
+
+def _contents(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key != "file"}
 
 
 def _changed_files(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of source files with other contents, of new ones and of those that are no longer there."""
-    old, new = ({source["file"]: source["blake2b"] for source in sources} for sources in (before, now))
+    told = "blake2b" if all("blake2b" in source for source in now) else "bytes"
+    old, new = ({source["file"]: source[told] for source in sources} for sources in (before, now))
     words = {name: "is new" for name in new if name not in old}
     words |= {name: "is gone" for name in old if name not in new}
     words |= {name: "has changed" for name in new if name in old and new[name] != old[name]}

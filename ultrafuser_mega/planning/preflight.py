@@ -121,7 +121,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         check_positions("data.max_length", config.data.max_length, name, arch)
     vocab_size = shared_vocabulary(config)
     encoders = check_tokenizers(config.folders, vocab_size)
-    _check_data_files(config)
+    check_data_files(config)
     _check_microbatches(config)
     _check_run_dir(config.run_dir)
     _check_reports(config, world_size, resume)
@@ -288,7 +288,8 @@ def _check_microbatches(config: FuserConfig) -> None:
         )
 
 
-def _check_data_files(config: FuserConfig) -> None:
+def check_data_files(config: FuserConfig) -> None:
+    """That the data's files are there and its keys name them; InputError for the first that is not so."""
     root = config.data.root
     for name, part in config.data.classes.items():
         where = f"data.classes.{name}"
@@ -296,9 +297,10 @@ def _check_data_files(config: FuserConfig) -> None:
         _data_files(f"{where}.heldout", root, part.heldout)
         for path in part.heldout_first:
             if root / path not in train:
-                raise InputError(
-                    f"{where}.heldout_first: {path} is not one of its training files, {', '.join(map(str, part.train))}"
-                )
+                names = ", ".join(map(str, part.train))
+                within = [str(file.relative_to(root)) for file in train if file.name == path.name]
+                meant = f"; did you mean {within[0]}?" if within else ""
+                raise InputError(f"{where}.heldout_first: {path} is not one of its training files, {names}{meant}")
         for path, columns in part.columns.items():
             if path not in (*part.train, *part.heldout):
                 entries = ", ".join(map(str, [*part.train, *part.heldout]))

@@ -30,14 +30,16 @@ def make_missing_toy(config: FuserConfig) -> None:
         make_toy(config.toy.folder, recipe=ToyRecipe(branched=config.toy.branched))
 
 
-def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) -> PrepareReport:
-    """Tokenise the configured data into ``config.store_dir``, or find that this was done.
+def prepare(
+    config: FuserConfig, vocab_size: int, *, overwrite: bool = False, compare_only: bool = False
+) -> PrepareReport:
+    """Tokenise the configured data into ``config.store_dir``, or find that this was done; see ``prepare_store``.
 
     Raises:
         InputError: as ``prepare_store``, and for what the system has against the store's place.
     """
     try:
-        return _prepare(config, vocab_size, overwrite)
+        return _prepare(config, vocab_size, overwrite, compare_only)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         raise InputError(
@@ -45,7 +47,7 @@ def prepare(config: FuserConfig, vocab_size: int, *, overwrite: bool = False) ->
         ) from None
 
 
-def _prepare(config: FuserConfig, vocab_size: int, overwrite: bool) -> PrepareReport:
+def _prepare(config: FuserConfig, vocab_size: int, overwrite: bool, compare_only: bool) -> PrepareReport:
     root = config.data.root
     classes = config.data.classes.values()
     holdout: dict[str | Path, int] = {
@@ -62,6 +64,7 @@ def _prepare(config: FuserConfig, vocab_size: int, overwrite: bool) -> PrepareRe
         holdout_files={name: [root / path for path in part.heldout] for name, part in config.data.classes.items()},
         on_malformed=config.data.on_malformed,
         overwrite=overwrite,
+        compare_only=compare_only,
         progress=sys.stderr.isatty(),
     )
 

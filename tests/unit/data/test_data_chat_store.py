@@ -77,7 +77,7 @@ def test_another_first_specialist_makes_another_store_since_its_ending_is_traine
     specialists = {"plain": (bytelevel, "ultralm"), "chat": (tmp_path / "mistral", "hf")}
     arguments: dict[str, Any] = {"vocab_size": 474, "max_length": 200}
     sources = {"all": [tmp_path / "rows.jsonl"]}
-    with pytest.raises(InputError, match=r"holds a store made from other inputs \(responses\)"):
+    with pytest.raises(InputError, match=r"holds a store made from other inputs \(the specialists' order or endings"):
         prepare_store(report.folder, sources, specialists, **arguments)
     prepare_store(report.folder, sources, specialists, **arguments, overwrite=True)
     assert TokenStore.open(report.folder).eos_id == 2, "<|im_end|>"

@@ -54,6 +54,31 @@ def test_a_store_of_other_inputs_is_refused_unless_overwritten(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("change", ["max_length", "shorter", "template", "order"])
+def test_a_store_of_other_inputs_is_told_without_reading_the_data(
+    prepare: Any, sources: Any, specialists: Any, change: str
+) -> None:
+    prepare()
+    before = dict(specialists)
+    changes: dict[str, Any] = {
+        "max_length": {"max_length": 300},
+        "template": {"specialists": {**before, "math": (before["math"][0], "ultralm")}},
+        "order": {"specialists": dict(reversed(before.items()))},
+    }.get(change, {})
+    assert prepare(compare_only=True).reused
+    if change == "shorter":
+        text = sources["text"][0].read_text()
+        sources["text"][0].write_text(text[: text.rindex("\n", 0, -1) + 1])
+    word = {"template": "specialists", "shorter": "sources: .* has changed", "order": "the specialists' order"}
+    with pytest.raises(InputError, match=rf"made from other inputs \(.*{word.get(change, change)}"):
+        prepare(compare_only=True, **changes)
+
+
+def test_more_rows_to_hold_out_than_a_file_has_are_refused(prepare: Any, sources: Any) -> None:
+    with pytest.raises(InputError, match=r"99999 first rows are to be held out, and it has \d+$"):
+        prepare(holdout_rows={sources["text"][0]: 99999})
+
+
 def test_source_files_that_came_and_went_are_named(prepare: Any, sources: Any, tmp_path: Path) -> None:
     prepare()
     other = Path(shutil.copy(sources["code"][0], tmp_path / "other.jsonl"))
