@@ -110,6 +110,8 @@ def slurm(
         print(hand_over(script))
     elif output is None:
         print(script, end="")
+    else:
+        print(f"wrote {output}; sbatch {shlex.quote(str(output))}")
 
 
 def _container(pyxis: str | None, apptainer: str | None, mounts: str) -> Container | None:

@@ -89,7 +89,7 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
     [
         (("nowhere",), "nowhere: no such folder"),
         (("a={release}", "a={release}+uniform"), "MODEL a: stands twice; give the second another name"),
-        (("{release}", "--suite", "poetry"), "benchmark 'poetry': there is none; choose of"),
+        (("{release}", "--suite", "poetry"), "'poetry': there is no such suite or benchmark; suites are"),
         (("{release}", "--suite", "aqua"), "agieval_aqua-rat.jsonl"),
         (("{release}", "--suite", "standard"), "TruthfulQA.csv: no such file; standard_truthfulqa_mc1 needs it"),
         (("{release}", "--select", "a,b"), "--select, --opponent, --judge-price: belong to --judge; give one"),

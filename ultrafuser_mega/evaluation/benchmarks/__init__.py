@@ -70,7 +70,10 @@ def benchmark(name: str, check: ProgramCheck = check_program) -> Benchmark:
         return plain[name]()
     if name in with_programs:
         return with_programs[name](check)
-    raise InputError(f"benchmark {name!r}: there is none; choose of {', '.join([*plain, *with_programs])}")
+    raise InputError(
+        f"{name!r}: there is no such suite or benchmark; suites are {', '.join(SUITES)}, "
+        f"benchmarks {', '.join([*plain, *with_programs])}"
+    )
 
 
 def chosen(items: Sequence[Item], groups: int | None, seed: int) -> list[Item]:
