@@ -78,6 +78,7 @@ def plan(
     )
     from ultrafuser_mega.reporting.plan_table import plan_table
     from ultrafuser_mega.training.prepare import prepare
+    from ultrafuser_mega.training.run_folder import left_by_a_run
 
     ranks = ranks or first_layouts_ranks(loaded)
     ensure_toy(loaded, ranks)
@@ -99,6 +100,8 @@ def plan(
         lines.append(f"stage {number}: {workload_of(loaded, stage.samples_per_class).source}")
     if resolved.resume is not None:
         lines += [f"--resume: goes on from {resolved.resume[1]}", *(resolved.changes or ["as the run was before"])]
+    elif left_by_a_run(loaded.run_dir):
+        lines.append(f"note: {loaded.run_dir} holds an earlier run, which a new one keeps beside it under a number")
     lines += [*resolved.notices, *compared]
     lines.append("checked: folders, tensors, tokenizers, layout, batch sizes, data files exist (their rows: prepare)")
     for line in lines:

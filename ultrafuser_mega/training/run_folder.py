@@ -67,12 +67,17 @@ def begin_run(run_dir: Path, *, fresh: bool) -> Path | None:
     return kept
 
 
+def left_by_a_run(run_dir: Path) -> list[Path]:
+    """What is in its folder beside a token store, which ``prepare`` may have made before there was a run."""
+    return [path for path in run_dir.iterdir() if path.name not in ("store", _LOCK)] if run_dir.is_dir() else []
+
+
 def set_aside(run_dir: Path) -> Path | None:
     """Keep what an earlier run of the same name left: move it to ``<run_dir>.1`` (or .2, ...), all but its token store.
 
     Otherwise its checkpoints would pass for the new run's. Returns where it went, None if there was nothing.
     """
-    left = [path for path in run_dir.iterdir() if path.name not in ("store", _LOCK)] if run_dir.is_dir() else []
+    left = left_by_a_run(run_dir)
     if not left:
         return None
     run_dir = run_dir.resolve()  # a link leads to another disk, on which what is moved must stay
