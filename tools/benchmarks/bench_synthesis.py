@@ -197,10 +197,8 @@ def _fill(path: Path, keys: Sequence[str]) -> None:
     request = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Question " * 20}], "max_tokens": 512})
     text = "A reply of usual length, which says something. " * 8
     database = sqlite3.connect(path)
-    call = "insert into call values(?, 'text', 'responses', 'm', 'good', 'stop', 60, 80, 1, 1e-5, 'm', 1.0, 0.0)"
-    database.executemany(call, ((key,) for key in keys))
-    said = "insert into said values(?, ?, ?, null, null)"
-    database.executemany(said, ((key, request, text) for key in keys))
+    call = "'text', 'responses', 'm', 'good', 'stop', 60, 80, 1, 1e-5, 'm', 1.0, 0.0, null, ?, ?, null"
+    database.executemany(f"insert into call values(?, {call})", ((key, request, text) for key in keys))
     database.commit()
     database.close()
 
