@@ -81,9 +81,16 @@ def _show(outcome: Outcome, config: SynthesisConfig, out: Path, console: Console
         )
     for path in outcome.to_review:
         lines.append(f"to look through: {path}; edit it, then the same command goes on from what it holds")
+    rows = 0
     for path in outcome.files:
         with path.open(encoding="utf-8") as file:
-            lines.append(f"{path}: {sum(1 for _ in file):,} rows")
+            count = sum(1 for _ in file)
+        lines.append(f"{path}: {count:,} rows")
+        rows += count
+    if rows:
+        from ultrafuser_mega.looking import look
+
+        lines.append(f"{look([out], out / 'page.html', title=config.name)} shows topics, lengths and samples")
     if outcome.files:
         lines.append(f"{out / 'README.md'} says what is in it; {out / 'left_out.jsonl'} what is not, and why")
     for line in lines:

@@ -44,6 +44,20 @@ def test_a_dry_run_behind_some_replies_counts_with_what_they_took(
     assert responses[-1] == "12" and responses[5] == str(12 * 13) and len(endpoint.seen) == asked
 
 
+def test_a_finished_run_leaves_a_page_of_its_rows(
+    endpoint: CountingEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, page = tmp_path / "c.yaml", tmp_path / "out" / "page.html"
+    config.write_text(config_text(endpoint.url))
+    assert ultrafuser(monkeypatch, "synthesize", "--config", config, "--out", tmp_path / "out") == 0
+    assert "page.html shows topics, lengths and samples" in capsys.readouterr().out.replace("\n", "")
+    first = page.read_bytes()
+    rows = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out" / "data").iterdir())
+    assert f"{rows} rows of " in first.decode()
+    assert ultrafuser(monkeypatch, "synthesize", "--config", config, "--out", tmp_path / "out") == 0
+    assert page.read_bytes() == first
+
+
 def test_a_limit_ends_with_a_code_of_its_own_and_a_higher_one_goes_on(
     endpoint: CountingEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
