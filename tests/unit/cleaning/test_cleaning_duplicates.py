@@ -57,6 +57,16 @@ def test_texts_of_fewer_than_three_words_match_as_a_whole() -> None:
     assert near.match("+ - /") is None
 
 
+def test_a_match_is_found_among_very_many_that_are_somewhat_alike() -> None:
+    near = NearDuplicates(0.7)
+    exercises = [
+        f"{LAMPS} Name {n} of its {n + 7} hills, {n + 13} lakes and {n + 29} bays, all in order." for n in range(1500)
+    ]
+    assert all(near.match_or_add(str(n), text) is None for n, text in enumerate(exercises))
+    match = near.match(exercises[1234] + " Please!")
+    assert match == Match("1234", jaccard(exercises[1234], exercises[1234] + " Please!"))
+
+
 def test_nearly_all_similar_pairs_are_found() -> None:
     generator = random.Random(0)
     vocabulary = [f"word{number}" for number in range(2000)]
