@@ -24,6 +24,7 @@ from ultrafuser_mega.synthesis.config import Step, SynthesisConfig
 from ultrafuser_mega.synthesis.ledger import Ledger
 from ultrafuser_mega.synthesis.progress import Progress
 from ultrafuser_mega.synthesis.requests import (
+    EMPTY,
     GOOD,
     MALFORMED,
     REFUSED,
@@ -42,6 +43,7 @@ _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
 _FORBIDDEN = ("content_filter", "content_policy_violation", "context_length_exceeded")
 _REJECTED = "rejected: "  # before any model saw it
 _NEVER_LEFT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
+_LOOKED_UP = 500  # calls at once in the ledger
 _DEAD = 50  # failures in a row, without one answer between them
 _NEVER_ALIVE = 8  # the same, of an endpoint that has answered nothing yet
 _TURNED_AWAY_FOR_S = 1800.0  # then an endpoint that turns everything away ends the run
@@ -106,15 +108,17 @@ class Asker:
 
             return await ask_in_batches(self, calls, step)
         answers: list[Answer | None] = [None] * len(calls)
-        places = iter(range(len(calls)))
+        for first in range(0, len(calls), _LOOKED_UP):
+            answers[first : first + _LOOKED_UP] = await self._known(calls[first : first + _LOOKED_UP], step)
+            await asyncio.sleep(0)  # replies of the ledger wait for nothing: let others in
+        open_places = [place for place, answer in enumerate(answers) if answer is None]
+        places = iter(open_places)
 
         async def work() -> None:
-            for count, place in enumerate(places):
-                if count % 256 == 255:  # answers of the ledger wait for nothing: let others in
-                    await asyncio.sleep(0)
+            for place in places:
                 answers[place] = await self.ask(calls[place], step)
 
-        workers = min(len(calls), self.gates[step.model].most)
+        workers = min(len(open_places), self.gates[step.model].most)
         ended = await asyncio.gather(*(work() for _ in range(workers)), return_exceptions=True)
         for end in ended:
             if isinstance(end, BaseException):
@@ -145,6 +149,20 @@ class Asker:
                 break
         self.progress.ended(call.of, call.step)
         return Answer(None, request.key, tuple(faults))
+
+    async def _known(self, calls: Sequence[Call], step: Step) -> list[Answer | None]:
+        """What the ledger's replies to first attempts answer: in a run that goes on, nearly all."""
+        requests = [await self.request(call, step, 0, None) for call in calls]
+        replies = self.ledger.find_all([request.key for request in requests])
+        answers: list[Answer | None] = []
+        for call, request in zip(calls, requests, strict=True):
+            reply = replies.get(request.key)
+            value, fault = (None, EMPTY) if reply is None else read_reply(call, reply)
+            answers.append(Answer(value, request.key) if fault is None else None)
+            if fault is None:
+                self.progress.kept(call.of, call.step)
+                self.progress.ended(call.of, call.step)
+        return answers
 
     async def request(self, call: Call, step: Step, attempt: int, last: Reply | None) -> Request:
         """What is sent at this attempt, behind ``last``, which could not be used."""

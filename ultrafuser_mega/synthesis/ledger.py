@@ -25,8 +25,8 @@ _FORM = 1  # of the tables
 _TABLES = """
 create table if not exists call(
     key text primary key, class text, step text, model text, verdict text, finish text, read int, written int,
-    counted int, cost real, served text, seconds real, at real) without rowid;
-create table if not exists said(key text primary key, request text, text text, raw text, refusal text);
+    counted int, cost real, served text, seconds real, at real, refusal text, request text, text text, raw text);
+create index if not exists totals on call(class, step, verdict, read, written, cost, counted);
 create table if not exists sent(key text primary key, class text, step text, tokens int, cost real, at real);
 create table if not exists lost(key text, class text, step text, tokens int, cost real, at real, why text);
 create table if not exists fact(name text primary key, value text);
@@ -99,11 +99,16 @@ class Ledger:
 
     def find(self, key: str) -> Reply | None:
         """The reply of this name."""
-        row = self._db.execute(f"select {_REPLY} from said join call using (key) where key=?", (key,)).fetchone()
-        if row is None:
-            return None
-        text, raw, finish, read, written, counted, served, seconds, refusal = row
-        return Reply(text, raw, finish, read, written, bool(counted), served, seconds, refusal)
+        return self.find_all([key]).get(key)
+
+    def find_all(self, keys: Sequence[str]) -> dict[str, Reply]:
+        """Those of these names, at most some hundreds, that there are."""
+        places = ",".join("?" * len(keys))
+        rows = self._db.execute(f"select key, {_REPLY} from call where key in ({places})", keys)
+        return {
+            key: Reply(text, raw, finish, read, written, bool(counted), served, seconds, refusal)
+            for key, text, raw, finish, read, written, counted, served, seconds, refusal in rows
+        }
 
     def sending(self, request: Request, tokens: int, cost: float) -> None:
         """A request is about to leave, which takes at most so much."""
@@ -126,11 +131,10 @@ class Ledger:
         """Its reply came."""
         key, body = request.key, json.dumps(request.body, ensure_ascii=False)
         asked, took = (key, request.of, request.step, request.model), (reply.read, reply.written, int(reply.counted))
-        call = (*asked, verdict, reply.finish, *took, cost, reply.served, reply.seconds, time.time())
+        said = (reply.refusal, body, reply.text, reply.raw)
+        call = (*asked, verdict, reply.finish, *took, cost, reply.served, reply.seconds, time.time(), *said)
         with self._telling(), self._together():
             self._db.execute(f"insert or replace into call values({','.join('?' * len(call))})", call)
-            said = (key, body, reply.text, reply.raw, reply.refusal)
-            self._db.execute("insert or replace into said values(?,?,?,?,?)", said)
             self._db.execute("delete from sent where key=?", (key,))
             self._db.execute("delete from batched where key=?", (key,))
 

@@ -116,9 +116,12 @@ def card(
         rows = [[*key, f"{count:,}"] for key, count in left_out.counts().items()]
         lines += [f"Left out ({LEFT_OUT} has each with its reason):", ""]
         lines += [*_table(["class", "step", "reason", "number"], rows), ""]
-    header = ["class", "step", "replies", "of them unusable", "tokens read", "written", f"{config.currency}"]
+    priced = any(row["cost"] for row in took)
+    header = ["class", "step", "replies", "of them unusable", "tokens read", "written"]
+    header += [config.currency] if priced else []
     rows = [
-        [row["class"] or "-", row["step"], *(f"{row[name]:,}" for name in _COUNTED), f"{row['cost']:.4f}"]
+        [row["class"] or "-", row["step"], *(f"{row[name]:,}" for name in _COUNTED)]
+        + ([f"{row['cost']:.4f}"] if priced else [])
         for row in took
     ]
     lines += ["What was asked:", "", *_table(header, rows), ""]

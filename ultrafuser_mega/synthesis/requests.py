@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 Messages = tuple[dict[str, str], ...]
@@ -37,7 +38,7 @@ class Request:
     version: str
     number: str
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Its name in the ledger: nothing that the reply depends on can change without it."""
         parts = [self.of, self.step, self.body, self.version, self.number]

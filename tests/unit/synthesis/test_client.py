@@ -129,7 +129,7 @@ def test_a_reply_that_cannot_be_used_is_kept_paid_for_and_asked_for_again(
     verdicts = {total.verdict: total for total in run.ledger.totals()}
     assert set(verdicts) == {fault, GOOD} and verdicts[fault].cost > 0
     assert (verdicts[fault].uncounted == 0) == counted
-    (said,) = run.ledger.rows("select coalesce(raw, text) from said join call using (key) where verdict=?", (fault,))
+    (said,) = run.ledger.rows("select coalesce(raw, text) from call where verdict=?", (fault,))
     assert said[0] == (text if fault == BROKEN else json.loads(text)["choices"][0]["message"]["content"])
 
 
