@@ -60,11 +60,12 @@ def test_a_store_of_other_inputs_is_told_without_reading_the_data(
 ) -> None:
     prepare()
     before = dict(specialists)
-    changes: dict[str, Any] = {
+    every: dict[str, dict[str, Any]] = {
         "max_length": {"max_length": 300},
         "template": {"specialists": {**before, "math": (before["math"][0], "ultralm")}},
         "order": {"specialists": dict(reversed(before.items()))},
-    }.get(change, {})
+    }
+    changes = every.get(change, {})
     assert prepare(compare_only=True).reused
     if change == "shorter":
         text = sources["text"][0].read_text()
