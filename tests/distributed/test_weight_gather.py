@@ -16,7 +16,6 @@ from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training import trainer
 from ultrafuser_mega.training.prepare import prepare
 from ultrafuser_mega.training.run import run
 
@@ -54,43 +53,51 @@ def test_late_weights_are_waited_for_in_training_evaluation_and_checkpoints(
 
 
 def _train_twice(rank: int, tree: dict[str, Any]) -> int:
-    """Trains with weights that are gathered at once, and with such as come in the last moment; counts late buckets."""
+    """Trains with weights that are gathered at once, and with such as come in the last moment; counts late buckets.
+
+    Both with the same buckets: which part of a gradient a replica's norm is of depends on them, and so its last bits.
+    """
     draw_nothing()
     gradients_in_many_buckets()
-    make = trainer.make_trainable
-    trainer.make_trainable = lambda *of, **options: make(*of, **options | {"overlap": False})
+    gather = Bucket.start_param_sync
+    Bucket.start_param_sync = _started(gather, late=None)
     _train(tree | {"name": "at-once"})
-    trainer.make_trainable = make
-    started = _poison_until_waited_for()
+    buckets = set[int]()
+    Bucket.start_param_sync = _started(gather, late=buckets)
     _train(tree | {"name": "late"})
-    return len(started)
+    return len(buckets)
 
 
 def _train(tree: dict[str, Any]) -> None:
     run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
 
 
-def _poison_until_waited_for() -> set[int]:
-    """From now on a gather begins with NaN in all that replicas have to bring, and brings it when it is waited for."""
-    gather, started = Bucket.start_param_sync, set[int]()
+def _started(gather: Any, late: set[int] | None) -> Any:
+    """A gather that is over when it has begun; or ``late``, which collects the buckets.
 
-    class Late:
+    A late one begins with NaN in all that replicas have to bring, and brings it when it is waited for.
+    """
+
+    class Handle:
         def __init__(self, bucket: Bucket) -> None:
             self.bucket = bucket
 
         def wait(self) -> None:
             self.bucket.param_gather_handle = None
-            gather(self.bucket, force_sync=True)
+            if late is not None:
+                gather(self.bucket, force_sync=True)
 
     def start(bucket: Bucket, force_sync: bool = False) -> None:
         assert bucket.param_gather_handle is None and not force_sync
-        replicas = bucket.intra_distributed_optimizer_instance_size
-        for part in bucket.buckets:
-            for replica, shard in enumerate(part.param_data.chunk(replicas)):
-                if replica != bucket.intra_distributed_optimizer_instance_rank:
-                    shard.fill_(math.nan)
-        started.add(id(bucket))
-        bucket.param_gather_handle, bucket.param_gather_dispatched = Late(bucket), True
+        if late is None:
+            gather(bucket, force_sync=True)
+        else:
+            late.add(id(bucket))
+            replicas = bucket.intra_distributed_optimizer_instance_size
+            for part in bucket.buckets:
+                for replica, shard in enumerate(part.param_data.chunk(replicas)):
+                    if replica != bucket.intra_distributed_optimizer_instance_rank:
+                        shard.fill_(math.nan)
+        bucket.param_gather_handle, bucket.param_gather_dispatched = Handle(bucket), True
 
-    Bucket.start_param_sync = start
-    return started
+    return start

@@ -134,7 +134,7 @@ def test_chat_reads_lines_until_they_end(models: Any, transformers_model: Any, r
         (("{release}", "hi", "--stop", ""), "--stop: the empty string"),
         (("{release}", "hi", "-n", "0"), "--max-new-tokens 0: expected 1 or more"),
         (("{release}", "hi", "--device", "tpu"), "--device tpu: expected auto, cpu or cuda:N"),
-        (("{release}", "hi", "--device", "cpu,cpu"), "--device cpu,cpu: names 2 devices"),
+        (("{release}", "hi", "--device", "cpu,cpu"), "--device cpu,cpu: names 2 places"),
         (("{release}", "hi", "--dtype", "int4"), "--dtype int4: expected one of fp32, bf16, fp16"),
     ],
 )
@@ -182,3 +182,5 @@ def test_devices_are_one_for_all_or_one_for_each(monkeypatch: pytest.MonkeyPatch
     ]
     with pytest.raises(InputError, match=r"--device cuda:3: .* this machine has 3 GPUs"):
         choose_devices("cuda:3", names)
+    with pytest.raises(InputError, match=r"--device cuda:0\+cuda:1: only --engine vllm spreads one specialist"):
+        choose_devices("cuda:0+cuda:1", names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,6 +46,9 @@ class Saver:
         keep_every: those whose step of the stage is a multiple of it stay too; 0: none.
         identity: description of the model, checked on reading.
         sources: what they keep of the specialists; rank 0's, others need none.
+
+    Attributes:
+        seconds: from the call to the checkpoint's final name, of the last one that was written; 0: none yet.
     """
 
     def __init__(
@@ -58,12 +62,14 @@ class Saver:
         self._news: deque[str] = deque()
         self._problem: str | None = None
         self._error: BaseException | None = None
+        self.seconds = 0.0
 
     def save(self, progress: Progress, chunks: Sequence[Chunk]) -> None:
         """Begin to write ``chunks`` as ``stage<k>-step<s>``; collective. They may change when this returns."""
         self.wait()
+        begun = time.monotonic()
         copied = self._copied(chunks)
-        self._thread = threading.Thread(target=self._write, args=(progress, copied), name="saving", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(progress, copied, begun), name="saving", daemon=True)
         self._thread.start()
 
     def wait(self) -> str | None:
@@ -97,7 +103,7 @@ class Saver:
             torch.cuda.synchronize(device)
         return [replace(chunk, data=copy) for chunk, copy in zip(chunks, self._copies, strict=True)]
 
-    def _write(self, progress: Progress, chunks: Sequence[Chunk]) -> None:
+    def _write(self, progress: Progress, chunks: Sequence[Chunk], begun: float) -> None:
         final = self._folder / progress.folder
         partial, is_first = unfinished_of(final), dist.get_rank() == 0
         try:
@@ -111,6 +117,7 @@ class Saver:
                         remove_checkpoint(final)
                         finish(partial, final)
                         self._remove_old(progress)
+            self.seconds = time.monotonic() - begun
             self._news.append(f"checkpoint {final}")
         except InputError as problem:
             self._problem = str(problem)

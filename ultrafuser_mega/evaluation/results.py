@@ -304,7 +304,7 @@ def _average_pairs(known: Mapping[str, Mapping[str, Scores]], benchmarks: Sequen
             if not all(name in own and name in other for name in members):
                 continue
             parts = [less(own[name], other[name]) for name in members]
-            ends = interval(parts, _SEED)
+            ends = interval(parts, _SEED, -1.0)
             judged = any(one.judged for one in benchmarks if one.name in members)
             difference = {"difference": fmean(p.mean for p in parts), "low": ends.low, "high": ends.high}
             found.append({"first": first, "second": second, "average": title, **difference, "judged": judged})

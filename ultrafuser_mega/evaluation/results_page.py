@@ -97,17 +97,22 @@ def _pairs(found: Mapping[str, Any]) -> list[str]:
         return []
     columns = {name: one for name, one in found["benchmarks"].items() if any(p["benchmark"] == name for p in pairs)}
     titles = {pair["average"]: f"Avg. {pair['average']}{_mark(pair['judged'])}" for pair in averages}
-    rows: dict[str, dict[str, str]] = {}
+    on: dict[tuple[str, str], dict[str, str]] = {}  # a benchmark may be called as an average is
+    in_all: dict[tuple[str, str], dict[str, str]] = {}
     for pair in pairs:
         scale = columns[pair["benchmark"]]["scale"]
         sure = "\\*" if pair["p_holm"] < 0.05 else ""
         text = f"{pair['difference'] * scale:+.{1 if scale == 100.0 else 2}f} (p {_p(pair['p'])}){sure}"
-        rows.setdefault(f"{pair['first']} - {pair['second']}", {})[pair["benchmark"]] = text
+        on.setdefault((pair["first"], pair["second"]), {})[pair["benchmark"]] = text
     for pair in averages:
         difference, low, high = (f"{100 * pair[name]:+.1f}" for name in ("difference", "low", "high"))
-        rows[f"{pair['first']} - {pair['second']}"][pair["average"]] = f"{difference} ({low}, {high})"
+        in_all.setdefault((pair["first"], pair["second"]), {})[pair["average"]] = f"{difference} ({low}, {high})"
     head = ["Pair", *(f"{one['title']}{_mark(one['judged'])}" for one in columns.values()), *titles.values()]
-    shown = {pair: [row.get(name, _GAP) for name in (*columns, *titles)] for pair, row in rows.items()}
+    shown = {
+        f"{first} - {second}": [row.get(name, _GAP) for name in columns]
+        + [in_all.get((first, second), {}).get(title, _GAP) for title in titles]
+        for (first, second), row in on.items()
+    }
     return [
         "## Differences on the same items",
         _table(head, shown),
@@ -207,17 +212,21 @@ def _score(cell: Mapping[str, Any]) -> str:
 def _marked(
     rows: Mapping[str, Sequence[Any]], value: Callable[[Any], float | None], text: Callable[[Any], str]
 ) -> dict[str, list[str]]:
-    """Rows as texts, the highest of every column bold where there is more than one model."""
+    """Rows as texts, the highest of every column bold where models differ."""
     known = {model: [None if cell is None else value(cell) for cell in row] for model, row in rows.items()}
-    best = [max((x for x in column if x is not None), default=None) for column in zip(*known.values(), strict=True)]
+    best = [_best([x for x in column if x is not None]) for column in zip(*known.values(), strict=True)]
     shown = {}
     for model, row in rows.items():
         texts = [_GAP if x is None else text(cell) for cell, x in zip(row, known[model], strict=True)]
         shown[model] = [
-            f"**{cell}**" if len(rows) > 1 and x is not None and top is not None and math.isclose(x, top) else cell
+            f"**{cell}**" if x is not None and top is not None and math.isclose(x, top) else cell
             for cell, x, top in zip(texts, known[model], best, strict=True)
         ]
     return shown
+
+
+def _best(values: Sequence[float]) -> float | None:
+    return max(values) if values and max(values) > min(values) else None
 
 
 def _table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

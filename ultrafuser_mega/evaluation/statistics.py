@@ -3,8 +3,9 @@
 **Intervals** are bootstrap BCa (Efron 1987), 95 %, with groups resampled, since items of one group (the options of a
 TruthfulQA question) depend on each other. BCa and not percentiles: accuracies near 0 or 1 (MATH at 4 %) have skewed
 distributions, for which BCa's bias and acceleration correct to second order. The acceleration comes from the empirical
-influence values, which for a mean over items are exact and cost nothing. Where all items have one value, resampling
-shows no spread; a score that is all 0 or all 1 then gets Clopper and Pearson's exact bound over the groups.
+influence values, which for a mean over items are exact and cost nothing. Where all groups have one value, resampling
+shows no spread. How often groups of another value can be then is what Clopper and Pearson's exact bound says, and the
+interval is where the mean can be with so many of them at the least or the greatest value there is.
 
 **Tests** flip the signs of the groups' differences: under the null hypothesis that two models are alike, each group's
 difference is as likely to be its opposite. Two-sided, on the sum of differences. For right and wrong answers without
@@ -81,17 +82,18 @@ class PairedTest:
     exact: bool
 
 
-def interval(parts: Sequence[Scores], seed: int = 0) -> Interval:
+def interval(parts: Sequence[Scores], seed: int = 0, least: float = 0.0) -> Interval:
     """Of the mean of the parts' means: one part is a benchmark's score, several are an average of benchmarks.
 
     Args:
         parts: resampled each by itself.
         seed: of the draws; the same parts have the same interval.
+        least: value of an item: 0 of a score, -1 of a difference of two. The greatest is 1.
     """
     estimate = float(np.mean([part.mean for part in parts]))
     draws = np.mean([_draws(part, np.random.default_rng([seed, place])) for place, part in enumerate(parts)], axis=0)
     if np.ptp(draws) < 1e-12:  # rounding
-        return _without_spread(estimate, sum(len(part.groups) for part in parts))
+        return _without_spread(estimate, sum(len(part.groups) for part in parts), least)
     below = (np.count_nonzero(draws < estimate) + 0.5 * np.count_nonzero(draws == estimate)) / DRAWS
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / DRAWS), 1 - 0.5 / DRAWS))
     # Of a mean over items, group g's influence is (sum_g - mean count_g) / items.
@@ -107,7 +109,7 @@ def paired_test(first: Scores, second: Scores, seed: int = 0) -> PairedTest:
     units = np.rint(difference.sums * _UNIT)
     exact = bool(np.abs(difference.sums * _UNIT - units).max() < 1e-6)
     p = _exact_p(units.astype(np.int64)) if exact else _random_p(difference.sums, np.random.default_rng(seed))
-    return PairedTest(difference.mean, interval([difference], seed), p, exact)
+    return PairedTest(difference.mean, interval([difference], seed, -1.0), p, exact)
 
 
 def less(first: Scores, second: Scores) -> Scores:
@@ -188,11 +190,9 @@ def _joint_draws(parts: Sequence[Scores], random: np.random.Generator) -> np.nda
     return totals[:-1] / totals[-1]
 
 
-def _without_spread(estimate: float, groups: int) -> Interval:
-    reach = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
-    if estimate == 0.0:
-        return Interval(0.0, reach)
-    return Interval(1 - reach, 1.0) if estimate == 1.0 else Interval(estimate, estimate)
+def _without_spread(estimate: float, groups: int, least: float) -> Interval:
+    others = 1 - ((1 - LEVEL) / 2) ** (1 / groups)  # share of them, at most
+    return Interval(estimate - others * (estimate - least), estimate + others * (1 - estimate))
 
 
 def _corrected(z: float, bias: float, acceleration: float) -> float:

@@ -13,5 +13,5 @@ text_engine   an engine's tokens as text as it comes, stop strings found
 answer        prompts to answers, for a command or an evaluation
 batch         JSONL in, JSONL out
 scoring       how likely given texts are
-model         any release, checkpoint, run or folder (address, stored) as a model in memory, placed on devices
+model         any release, checkpoint, run or folder (address, stored) as a model in memory; devices: on which ones
 """

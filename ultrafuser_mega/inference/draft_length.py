@@ -1,8 +1,10 @@
 """How many tokens to draft: as many as pay, by how often drafts are accepted and what passes were seen to cost.
 
 A round takes F seconds for every forward pass of a specialist and c for every token that one reads; both are fitted to
-the latest rounds. Where reading the weights is what takes the time, c is next to nothing and drafts of a single answer
-pay as soon as some are accepted; with many answers, or none that one specialist leads, they soon do not.
+the latest rounds, those with drafts and those without weighing the same: rounds that are all alike cannot tell one cost
+from the other. Where reading the weights is what takes the time, c is next to nothing and drafts of a single answer pay
+as soon as some are accepted; with many answers, or none that one specialist leads, they soon do not. So that a mistake
+is found out, a round now and then is of the other kind: without drafts among those with, and the reverse.
 """
 
 from __future__ import annotations
@@ -11,8 +13,12 @@ from collections.abc import Sequence
 
 _DECAY = 0.95  # of what is remembered, from round to round
 _TOKENS_PER_PASS = 64  # that are taken to cost as much as a pass, until rounds have shown better
-_TRUST = 0.05  # of that assumption, beside what rounds show
-_RETRY = 32  # rounds without drafts, until one shows whether that is still right
+_TRUST = 0.01  # of that assumption, beside what rounds show
+_TRIAL = 32  # rounds with drafts, until one without shows whether that is still right
+_FIRST = 4  # rounds with drafts before the first trial without
+_REST = 256  # rounds without drafts, until one with shows whether costs are still so
+_FORGET = 0.98  # of what is remembered of accepted drafts, from round to round without any
+_GUESS = 2.0, 1.6  # drafts that were looked at and accepted, where nothing is remembered
 
 
 class DraftLength:
@@ -30,16 +36,17 @@ class DraftLength:
     def __init__(self, most: int, adapt: bool) -> None:
         self._most, self._adapt = most, adapt
         self.drafted = self.accepted = 0
-        self._tried, self._held = 5.0, 4.0  # drafts that were looked at, and those that were accepted; a first guess
-        self._sums = [0.0] * 5  # of u u, u r, r r, u t, r t: see _costs
-        self._rested = 0
+        self._tried = self._held = 0.0  # drafts that were looked at, and those that were accepted
+        self._plain = [0.0] * 6  # of 1, u u, u r, r r, u t, r t: see _costs
+        self._with_drafts = [0.0] * 6
+        self._drafts, self._alike = False, 0  # whether the latest rounds had drafts, and how many in turn are alike
 
     def choose(self, leaders: Sequence[int], specialists: int) -> int:
         """For a round of rows with these leaders, of so many specialists."""
         if not self._most or not self._adapt:
             return self._most
         batch, groups = len(leaders), len(set(leaders))
-        p = min(self._held / self._tried, 0.99)
+        p = min((self._held + _GUESS[1]) / (self._tried + _GUESS[0]), 0.99)
         of_pass, of_token = self._costs()
 
         def seconds_per_token(k: int) -> float:
@@ -48,9 +55,10 @@ class DraftLength:
             return seconds / (batch * (1 - p ** (k + 1)) / (1 - p))
 
         best = min(range(self._most + 1), key=seconds_per_token)
-        self._rested = 0 if best else self._rested + 1
-        if self._rested == _RETRY:
-            self._rested, best = 0, 1
+        if best and self._drafts and self._alike >= (_TRIAL if self._plain[0] else _FIRST):
+            return 0
+        if not best and not self._drafts and self._alike >= _REST:
+            return 1
         return best
 
     def learn(self, drafted: Sequence[int], accepted: Sequence[int], passes: int, tokens: int, seconds: float) -> None:
@@ -70,15 +78,22 @@ class DraftLength:
         if looked_at:
             self._tried = _DECAY * self._tried + looked_at
             self._held = _DECAY * self._held + sum(accepted)
+        else:
+            self._tried, self._held = _FORGET * self._tried, _FORGET * self._held
         u, r = passes + tokens / _TOKENS_PER_PASS, float(tokens)
-        new = u * u, u * r, r * r, u * seconds, r * seconds
-        self._sums = [_DECAY * old + more for old, more in zip(self._sums, new, strict=True)]
+        new = 1.0, u * u, u * r, r * r, u * seconds, r * seconds
+        drafts = any(drafted)
+        self._alike = self._alike + 1 if drafts == self._drafts else 1
+        self._drafts = drafts
+        kind = self._with_drafts if drafts else self._plain
+        kind[:] = [_DECAY * old + more for old, more in zip(kind, new, strict=True)]
 
     def _costs(self) -> tuple[float, float]:
         """Seconds of a pass and of a token; t = f u + d r by least squares, with d drawn towards 0."""
-        uu, ur, rr, ut, rt = self._sums
-        if not uu:
+        kinds = [kind for kind in (self._plain, self._with_drafts) if kind[0]]
+        if not kinds:
             return 1.0, 1 / _TOKENS_PER_PASS
+        uu, ur, rr, ut, rt = (sum(kind[i] / kind[0] for kind in kinds) for i in range(1, 6))
         rr *= 1 + _TRUST
         determinant = uu * rr - ur * ur
         f, d = (ut * rr - rt * ur) / determinant, (rt * uu - ut * ur) / determinant

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.address import Address
+from ultrafuser_mega.inference.devices import places_of
 from ultrafuser_mega.inference.mixing import GATE, RULES, Rule
 from ultrafuser_mega.inference.stored import StoredModel
 from ultrafuser_mega.models.dtypes import parse_dtype
@@ -85,21 +86,7 @@ def _opened(stored: StoredModel, model: UltraFuserForCausalLM, rule: Rule) -> Op
 
 def choose_devices(devices: str, names: list[str]) -> dict[str, torch.device]:
     """Specialist -> device; see :func:`opened_model`."""
-    gpus = torch.cuda.device_count()
-    if devices == "auto":
-        if gpus == 0:
-            return dict.fromkeys(names, torch.device("cpu"))
-        return {name: torch.device("cuda", i if gpus >= len(names) else 0) for i, name in enumerate(names)}
-    given = devices.split(",")
-    if len(given) not in (1, len(names)):
-        raise InputError(f"--device {devices}: names {len(given)} devices; give one, or one for each of {names}")
-    chosen = []
-    for text in given:
-        try:
-            device = torch.device(text)
-        except RuntimeError:
-            device = torch.device("meta")
-        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
-            raise InputError(f"--device {text}: expected auto, cpu or cuda:N; this machine has {gpus} GPUs")
-        chosen.append(device)
-    return dict(zip(names, chosen * (len(names) if len(chosen) == 1 else 1), strict=True))
+    places = places_of(devices, names)
+    if any(len(place) > 1 for place in places.values()):
+        raise InputError(f"--device {devices}: only --engine vllm spreads one specialist over several devices")
+    return {name: torch.device("cpu") if gpu is None else torch.device("cuda", gpu) for name, (gpu,) in places.items()}

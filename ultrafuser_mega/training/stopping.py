@@ -3,9 +3,10 @@
 A signal reaches ranks at different moments, and some not at all. So every rank puts what it was asked to do into the
 numbers that a step's statistics reduce in any case, and the largest counts for all; nobody waits for more than that.
 
-The bound: what runs is finished, at most an evaluation and a step; a checkpoint is written; that is all. Behind the
-last step the run is finished instead: an evaluation and the report. A second signal ends a rank at once. Before the
-weights are there is nothing to save: then a signal does what it does to any program.
+The bound: what runs is finished, at most an evaluation and a step, and a checkpoint that is being written; another one
+is written; that is all. ``Stopping.bound`` has it in seconds. Behind the last step the run is finished instead: an
+evaluation and the report. A second signal ends a rank at once. Before the weights are there is nothing to save: then a
+signal does what it does to any program.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Stopping:
     def __init__(self, begun: float, minutes: float | None) -> None:
         self._time_is_up = None if minutes is None else begun + 60 * minutes
         self._asked: tuple[int, float] | None = None  # the first signal, and when it came
+        self._longest: dict[str, float] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -80,6 +82,19 @@ class Stopping:
         if number == signal.SIGINT:  # by a person, who does not want it queued again
             return Stop("interrupted", 128 + number)
         return Stop(f"stopped by {number.name}", EXIT_GO_ON)
+
+    def took(self, what: str, seconds: float) -> None:
+        """A "step", an "evaluation" or a "checkpoint" was seen to take so long."""
+        self._longest[what] = max(seconds, self._longest.get(what, 0.0))
+
+    @property
+    def bound(self) -> str:
+        """Within which time a signal ends the run, in words, by the longest of everything until now."""
+        step, evaluation, save = (self._longest.get(what, 0.0) for what in ("step", "evaluation", "checkpoint"))
+        parts = f"a step {step:.1f}, an evaluation {evaluation:.1f}, two checkpoints of {save:.1f}"
+        return (
+            f"a signal ends the run within about {step + evaluation + 2 * save:.0f} s, by the longest so far: {parts}"
+        )
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

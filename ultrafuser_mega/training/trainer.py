@@ -80,6 +80,7 @@ class Trainer:
         self.watching: Callable[[], AbstractContextManager[None]] = nullcontext  # while steps are done
         self.at = (0, "before the first step")  # steps through both stages, and that for people
         self._went_back_to: Path | None = None
+        self._told_bound = False
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
         self.saver: Saver | None = None
         self.store_watch: StoreWatch | None = None
@@ -119,8 +120,10 @@ class Trainer:
 
     def evaluate(self, *, trained: bool = True) -> EvaluationResult:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
+        begun = time.monotonic()
         with self.phases("evaluation", whole=True):
             result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
+        self.stopping.took("evaluation", time.monotonic() - begun)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
                 if not math.isfinite(losses[model]):
@@ -290,6 +293,7 @@ class Trainer:
             rates = trainable.update(skip=skipped)
         self.phases.end_step()
         done, seconds = self.global_step(progress), time.perf_counter() - begun
+        self.stopping.took("step", seconds)
         record = self.measures.record(
             measured, reduced, batch, stage=number, step=done, loss=loss, rates=rates, seconds=seconds, skipped=skipped
         )
@@ -326,6 +330,11 @@ class Trainer:
         assert self.saver is not None
         for line in self.saver.news():
             report.note(line)
+        if self.saver.seconds:
+            self.stopping.took("checkpoint", self.saver.seconds)
+            if not self._told_bound:
+                self._told_bound = True
+                report.note(self.stopping.bound)
 
     def _settle(self, report: RunReport, *, must: bool) -> None:
         """Wait for the checkpoint that is being written; InputError where it cannot be but ``must``."""

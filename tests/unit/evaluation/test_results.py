@@ -107,12 +107,26 @@ def test_the_page_marks_what_is_judged_and_compares_pairs(data: Path) -> None:
     )
     assert table[1].startswith("| fused | **60.00 (")
     assert any("scored by a judge (gpt-x)" in line for line in lines)
-    assert "| Model | Writing | Math | Overall |" in lines and "| fused | **8.00** | **5.00** | **6.00** |" in lines
+    assert "| Model | Writing | Math | Overall |" in lines and "| fused | 8.00 | 5.00 | 6.00 |" in lines
     # 7 of the 8 items that differ are the first model's: 2 (1 + 8) / 2^8, and as much for half of each difference
     pair = next(line for line in lines if line.startswith("| fused - text |"))
     assert pair.startswith("| fused - text | +30.0 (p 0.070) | +60.0 (p 0.070) | +0.00 (p 1.000) | +30.0 (")
     assert "| MT-Bench\u2020 | Avg. text\u2020 | Avg. math | Avg. all exact | Avg. all\u2020 |" in "".join(lines)
     assert "| fused: w_text | - | 0.226 | - |" in lines  # 7 * 4 tokens of 1/4, 3 of 0
+
+
+def test_a_benchmark_that_is_called_as_an_average_is_has_a_column_of_its_own(data: Path) -> None:
+    shares = {"one": {"sat_math": 30.0, "math": 10.0}, "other": {"sat_math": 50.0, "math": 10.0}}
+    samples = [found for model, own in shares.items() for found in of_shares(model, own, 20)]
+    lines = page(results(samples, [benchmark("sat_math"), benchmark("math")], {}, data)).splitlines()
+    pair = next(line for line in lines if line.startswith("| one - other |"))
+    assert pair.startswith("| one - other | -20.0 (p 0.125) | +0.0 (p 1.000) | -10.0 (")
+
+
+def test_nothing_is_bold_where_all_are_alike(data: Path) -> None:
+    samples = [*of_shares("one", {"math": 10.0}, 20), *of_shares("other", {"math": 10.0}, 20)]
+    lines = page(results(samples, [benchmark("math")], {}, data)).splitlines()
+    assert all("**" not in line for line in lines if line.startswith(("| one |", "| other |")))
 
 
 def test_the_page_says_what_is_recovered_of_the_headroom_of_exact_scores(data: Path) -> None:

@@ -100,11 +100,23 @@ def test_an_average_of_benchmarks_has_their_variances_over_the_square_of_their_n
 
 @pytest.mark.parametrize(
     ("value", "count", "low", "high"),
-    [(0.0, 50, 0.0, 0.0711), (1.0, 50, 0.9289, 1.0), (0.0, 1, 0.0, 0.975), (0.5, 4, 0.5, 0.5)],
+    [(0.0, 50, 0.0, 0.0711), (1.0, 50, 0.9289, 1.0), (0.0, 1, 0.0, 0.975), (0.5, 4, 0.1988, 0.8012)],
 )
 def test_scores_that_are_all_alike_get_an_exact_bound(value: float, count: int, low: float, high: float) -> None:
     found = interval([Scores.of([value] * count, ALONE[:count])])
     assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.5, 0.0)])
+def test_a_difference_without_spread_may_be_either_way_and_turns_round_with_the_models(
+    first: float, second: float
+) -> None:
+    one, other = (Scores.of([value] * 4, ALONE[:4]) for value in (first, second))
+    found, turned = paired_test(one, other).interval, paired_test(other, one).interval
+    assert (found.low, found.high) == pytest.approx((-turned.high, -turned.low))
+    others = 1 - 0.025**0.25  # of four groups none is another: so many may be
+    middle = first - second
+    assert (found.low, found.high) == pytest.approx((middle - others * (middle + 1), middle + others * (1 - middle)))
 
 
 def test_an_interval_depends_on_nothing_but_its_seed() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.devices import places_of
 from ultrafuser_mega.inference.model import described_model
-from ultrafuser_mega.inference.vllm.placing import Placing, jobs_of, places_of
+from ultrafuser_mega.inference.vllm.placing import Placing, jobs_of
 from ultrafuser_mega.inference.vllm.room import Room, Rooms
 
 

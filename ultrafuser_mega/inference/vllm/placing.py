@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.cache import bytes_per_token
+from ultrafuser_mega.inference.devices import places_of
 from ultrafuser_mega.inference.embedded import cache_tokens
 from ultrafuser_mega.inference.lanes import positions_of
 from ultrafuser_mega.inference.vllm.messages import Job
@@ -36,33 +35,6 @@ class Placing:
     devices: str = "auto"
     rows: int = 64
     memory: float | None = None
-
-
-def places_of(devices: str, names: Sequence[str]) -> dict[str, list[int | None]]:
-    """Specialist -> its GPUs, or None for each tensor parallel rank on the CPU; raises InputError (``Placing``)."""
-    gpus = torch.cuda.device_count()
-    if devices == "auto":
-        if gpus == 0:
-            return {name: [None] for name in names}
-        return {name: [place if gpus >= len(names) else 0] for place, name in enumerate(names)}
-    given = devices.split(",")
-    if len(given) not in (1, len(names)):
-        raise InputError(f"--device {devices}: names {len(given)} places; give one, or one for each of {list(names)}")
-    places = [_place(devices, text, gpus) for text in given]
-    return dict(zip(names, places * (len(names) if len(places) == 1 else 1), strict=True))
-
-
-def _place(devices: str, text: str, gpus: int) -> list[int | None]:
-    parts = text.split("+")
-    if set(parts) == {"cpu"}:
-        return [None] * len(parts)
-    known = {f"cuda:{index}": index for index in range(gpus)}
-    if not set(parts) <= set(known) or len(set(parts)) < len(parts):
-        raise InputError(
-            f"--device {devices}: {text!r}: expected auto, cpu, cuda:N or several joined by +; "
-            f"this machine has {gpus} GPUs"
-        )
-    return [known[part] for part in parts]
 
 
 def jobs_of(model: UltraFuserForCausalLM, folders: Mapping[str, Path], placing: Placing) -> dict[str, Job]:
