@@ -1,6 +1,6 @@
 # make demo   fuse three toy specialists on 8 processes and show the result
 # make test   all tests that need no GPU but the slow ones; make test-slow runs those, make slurm-test the batch script,
-#             make vllm-test the engines of vLLM, make clients-test the server with the clients that people have
+#             make vllm-test the engines of vLLM, make extras-test what needs further packages
 # make lint   style, types, import rules
 # Each makes the environment it needs in .venv (Python 3.11+ and a C++ compiler are enough).
 
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow slurm-test vllm-test clients-test lint clean
+.PHONY: demo test test-slow slurm-test vllm-test extras-test lint clean
 
 demo: $(READY)
 	$(BIN)/python tools/make_toy_specialists.py --out toy
@@ -37,14 +37,15 @@ slurm-test: $(READY)
 vllm-test: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/end_to_end/test_vllm.py
 
-# The server with LiteLLM, LangChain, lm-evaluation-harness, locust, schemathesis and, where there is one, a browser. What
-# they bring does not change what the other tests run with, and comes into the same environment.
-CLIENTS_TESTS = tests/unit/serving/test_clients.py tests/unit/serving/test_schema.py tests/unit/serving/test_page.py
-clients-test: $(VENV)/.clients
-	$(PYTEST) $(CLIENTS_TESTS)
+# The server with LiteLLM, LangChain, lm-evaluation-harness, locust and schemathesis, pages in a browser where there is one,
+# t-SNE, the harness. The packages come into the same environment, where other processes start more slowly then (SciPy).
+EXTRAS_TESTS = tests/unit/serving/test_clients.py tests/unit/serving/test_schema.py tests/unit/serving/test_page.py \
+    tests/unit/looking tests/unit/evaluation/test_harness.py
+extras-test: $(VENV)/.extras
+	$(PYTEST) $(EXTRAS_TESTS)
 
-$(VENV)/.clients: $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[dev,clients]"
+$(VENV)/.extras: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,clients,synthesis]"
 	touch $@
 
 lint: $(READY)
