@@ -27,8 +27,9 @@ A head may have a buffer in which a trainer collects its gradient in the wide ty
 weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" by the sweep's GEMMs
 themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always so).
 
-Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs. Chunk sizes
-derive from numbers every rank shares, since each chunk is a collective.
+Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs; where all
+rows fit into one, there is one, and no next chunk. Chunk sizes derive from numbers every rank shares, since each chunk
+is a collective.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
-from ultrafuser_mega.ops.forward import buffer_budget, even_rows, forward_statistics
+from ultrafuser_mega.ops.forward import buffer_budget, cut, forward_statistics
 from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
 from ultrafuser_mega.ops.problem import Problem, readable
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
@@ -99,13 +100,12 @@ class Plan:
         self.settings = problem.settings
         self.grad_enabled = torch.is_grad_enabled()
         self.epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
-        self.buffers = 1 if problem.settings.group is None else 2
         self.buffer_bytes = buffer_bytes or buffer_budget(hidden.device)
-        shard = -(-problem.settings.vocab_size // problem.settings.shards)
         width, wide = sum(states.shape[1] for states in problem.hidden), problem.accumulate_dtype.itemsize
-        # a row in flight: its logits and x_j, per buffer, and dx_j
-        row_bytes = self.buffers * (shard * wide + width * self.epilogue.operand_dtype.itemsize) + width * wide
-        self.chunk_rows = even_rows(problem.rows, self.buffer_bytes // row_bytes)
+        columns, operand = problem.settings.vocab_size, self.epilogue.operand_dtype.itemsize
+        self.buffers, self.chunk_rows, _ = cut(
+            problem.rows, columns, problem.settings.shards, width, operand, wide, self.buffer_bytes
+        )
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk_rows):

@@ -34,6 +34,24 @@ def even_rows(rows: int, limit: int) -> int:
     return max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, rows))
 
 
+def cut(
+    rows: int, columns: int, shards: int, width: int, operand_bytes: int, wide_bytes: int, budget: int
+) -> tuple[int, int, int]:
+    """How ``rows`` are cut where gradients are formed: (buffers, rows of a chunk, bytes of a row in flight).
+
+    In flight are a row's logits and x_j, per buffer, and dx_j. Under a group there is a second buffer for the next
+    chunk's, unless one takes all rows. What decides is known to every rank, since each chunk is a collective.
+
+    Args:
+        columns: of the vocabulary, over all ``shards``.
+        width: hidden units of all specialists.
+    """
+    inputs, d_inputs = -(-columns // shards) * wide_bytes + width * operand_bytes, width * wide_bytes
+    buffers = 1 if shards == 1 or rows * (inputs + d_inputs) <= budget else 2
+    row_bytes = buffers * inputs + d_inputs
+    return buffers, even_rows(rows, budget // row_bytes), row_bytes
+
+
 def forward_statistics(
     problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None, each: bool = False
 ) -> Tensor:

@@ -62,7 +62,10 @@ class PendingStatistics:
             columns = local.new_full((local.shape[0], 1), real_rows)
             payload = torch.cat((local, columns), dim=1)  # (C, 5 + 3 n)
             self._gathered = payload.new_empty((settings.shards, *payload.shape))
-            self._work = dist.all_gather(list(self._gathered), payload, group=settings.group, async_op=True)
+            # into one tensor: NCCL gathers a list into a tensor of its own first and copies from there
+            self._work = dist.all_gather_into_tensor(
+                self._gathered.flatten(0, 1), payload, group=settings.group, async_op=True
+            )
 
     def wait(self) -> Tensor:  # (C, 4 + 3 n)
         """Statistics of the whole vocabulary. On a GPU the stream waits, not the host.
