@@ -103,9 +103,34 @@ class Plan:
         self.buffer_bytes = buffer_bytes or buffer_budget(hidden.device)
         width, wide = sum(states.shape[1] for states in problem.hidden), problem.accumulate_dtype.itemsize
         columns, operand = problem.settings.vocab_size, self.epilogue.operand_dtype.itemsize
-        self.buffers, self.chunk_rows, _ = cut(
+        self.buffers, self.chunk_rows, self.row_bytes = cut(
             problem.rows, columns, problem.settings.shards, width, operand, wide, self.buffer_bytes
         )
+
+    def own_heads(self, needs: Needs) -> list[int]:
+        """Those whose gradients are formed here rather than added to a buffer of the caller's."""
+        return [j for j, main in enumerate(self.main_grad) if needs.heads[j] and main is None]
+
+    def head_dtype(self, problem: Problem, needs: Needs) -> torch.dtype:
+        """In which the heads' gradients are formed: one product may round, what chunks add up to may not."""
+        operand = self.epilogue.operand_dtype
+        fits = parked_dlogits.fits(problem.rows, [problem.heads[j].shape[1] for j in self.own_heads(needs)])
+        if problem.rows and operand != torch.float16 and (self.chunk_rows >= problem.rows or fits):
+            return operand
+        return problem.accumulate_dtype
+
+    def workspace_bytes(self, problem: Problem, needs: Needs) -> int:
+        """The most memory beyond the gradients at once, short of what there is one number of per row."""
+        chunk = self.chunk_rows * self.row_bytes
+        own, wide = self.own_heads(needs), problem.accumulate_dtype
+        if not own or problem.heads[0].dtype == wide:
+            return chunk
+        if self.head_dtype(problem, needs) == wide:  # sums, of which the gradients are made
+            return chunk + sum(problem.heads[j].numel() for j in own) * wide.itemsize
+        if self.chunk_rows >= problem.rows:
+            return chunk
+        inputs = sum(states.numel() for states in problem.hidden) * self.epilogue.operand_dtype.itemsize
+        return max(chunk, inputs + parked_dlogits.WORKSPACE_BYTES)
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk_rows):
@@ -160,11 +185,7 @@ class Sweep:
             for states, need in zip(problem.hidden, needs.hidden, strict=True)
         ]
         self.into = tuple(into) or (None,) * n
-        # a gradient that comes from one product may be rounded by it; one that chunks add up to may not
-        own = [j for j, main in enumerate(plan.main_grad) if needs.heads[j] and main is None]
-        single = plan.chunk_rows >= rows
-        fits = parked_dlogits.fits(rows, [problem.heads[j].shape[1] for j in own])
-        rounded = plan.epilogue.operand_dtype if rows and self.scale == 1.0 and (single or fits) else wide
+        own, rounded = plan.own_heads(needs), plan.head_dtype(problem, needs)
         self.heads: list[Tensor | None] = [None] * n
         for j, head in enumerate(problem.heads):
             if needs.heads[j]:
@@ -172,7 +193,7 @@ class Sweep:
                 self.heads[j] = self._head_sum(head, rounded if j in own else wide) if given is None else given
         self.parked: ParkedDlogits | None = None
         self.parked_heads: list[int] = []
-        if own and not single and rounded != wide and problem.real_rows:
+        if own and plan.chunk_rows < rows and rounded != wide and problem.real_rows:
             self.parked_heads = own
             self.parked = ParkedDlogits([self._real(j) for j in own], rows)
 

@@ -52,6 +52,17 @@ def cut(
     return buffers, even_rows(rows, budget // row_bytes), row_bytes
 
 
+def _block_columns(problem: Problem) -> int:
+    return min(max(problem.real_rows, 1), BLOCK_COLUMNS.get(problem.target.device.type, BLOCK_COLUMNS["cuda"]))
+
+
+def statistics_row_bytes(problem: Problem, apart: bool, operand_bytes: int) -> int:
+    """What forward_statistics holds per row in flight: a block's logits, and the scaled inputs unless ``apart``."""
+    planes = len(problem.hidden) if apart else 1
+    width = 0 if apart else sum(states.shape[1] for states in problem.hidden)
+    return planes * _block_columns(problem) * problem.gate_logits.element_size() + width * operand_bytes
+
+
 def forward_statistics(
     problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None, each: bool = False
 ) -> Tensor:
@@ -71,9 +82,8 @@ def forward_statistics(
     n, real, kept = len(problem.hidden), problem.real_rows, problem.kept()
     planes, models = 1 if apart is None else n, 2 + n if each else 1
     gate_logits = problem.gate_logits
-    columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
-    width = sum(states.shape[1] for states in problem.hidden) if apart is None else 0
-    row_bytes = planes * columns * gate_logits.element_size() + width * epilogue.operand_dtype.itemsize
+    columns = _block_columns(problem)
+    row_bytes = statistics_row_bytes(problem, apart is not None, epilogue.operand_dtype.itemsize)
     if gate_logits.device.type == "cpu":
         buffer_bytes = min(buffer_bytes, HOST_BLOCK_BYTES)
     chunk_rows = even_rows(problem.rows, buffer_bytes // row_bytes)
