@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=result_file, help="JSON file")
     arguments = parser.parse_args()
     teach_gpu_arithmetic()
-    streaming_tiles.capability = lambda _tensor: CAPABILITY
+    streaming_tiles.capability = lambda tensor: CAPABILITY
     records: list[dict[str, Any]] = []
     for part, vocab in (("whole", arguments.vocab), ("an eighth", max(1, arguments.vocab // 8))):
         for name, dtype in DTYPES.items():

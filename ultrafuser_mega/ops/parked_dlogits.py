@@ -48,7 +48,7 @@ class ParkedDlogits:
                 first, last = max(rows.start, held.start), min(rows.stop, held.stop)
                 if first < last:
                     inside = slice(first - held.start, last - held.start)
-                    _copy(place[inside], dz[first - rows.start : last - rows.start, block])
+                    copy_rows(place[inside], dz[first - rows.start : last - rows.start, block])
 
     def finish(self, inputs: Sequence[Tensor]) -> None:
         """Write every gradient; inputs: x_j (N, d_j) of dz's type, one per gradient."""
@@ -56,7 +56,7 @@ class ParkedDlogits:
         for block in self._blocks():
             dz = workspace[:, : block.stop - block.start]
             for place, held in self._places(block):
-                _copy(dz[held], place[: held.stop - held.start])
+                copy_rows(dz[held], place[: held.stop - held.start])
             for gradient, x in zip(self.gradients, inputs, strict=True):
                 gemm.accumulate(gradient[block], dz.t(), x, add=False)
 
@@ -75,7 +75,7 @@ class ParkedDlogits:
             start = stop
 
 
-def _copy(out: Tensor, source: Tensor) -> None:
+def copy_rows(out: Tensor, source: Tensor) -> None:
     """Between rows that are apart, 8 bytes at a time where both begin and end at multiples of them: PyTorch finds the
     place of every element by itself."""
     each = 8 // out.element_size()

@@ -56,7 +56,12 @@ def planes_beyond_32_bits(file: str) -> tuple[Any, Any]:
     """What the kernel and its twin make of planes 2^30 numbers apart, in a file that is mostly holes. A distance of
     2^31 that wraps around leads 2^31 numbers before the first one: into a hole."""
     storage = torch.UntypedStorage.from_file(file, shared=True, nbytes=(2**32 + 2**12) * 4)
-    logits = torch.empty(0).set_(storage, 2**31, (3, 2, 50), (2**30 + 64, 64, 1))
+    logits = torch.empty(0).set_(
+        storage,  # type: ignore[arg-type]
+        2**31,
+        (3, 2, 50),
+        (2**30 + 64, 64, 1),
+    )
     logits.copy_(torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)))
     weights, target = torch.full((2, 3), 1 / 3), torch.tensor([7, 49])
     twin = TorchEpilogue(torch.float32).mixture_statistics(logits.contiguous(), weights, target)
