@@ -16,16 +16,20 @@ that sum would be a second copy twice as large as the gradients, so there dz of 
 memory until one product over all rows can be taken (parked_dlogits.py), as long as there are no more rows than hidden
 units: N <= sum d_j.
 
-The upstream gradient is not known in the forward. It is one scalar for "sum" and "mean", and one factor per row of dh
-and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
-the row losses alone and the backward runs the whole sweep with the upstream factors as row weights (4 passes in all).
+Where one chunk takes all rows it waits for the backward between its statistics and dz, with its logits and x_j: nothing
+is computed twice, and every factor that comes from upstream is in dz before any product.
+
+Elsewhere the upstream gradient is not known when gradients are formed. It is one scalar for "sum" and "mean", and one
+factor per row of dh and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case
+the forward computes the row losses alone and the backward runs the whole sweep with the upstream factors as row weights
+(4 passes in all).
 The sweep takes its statistics from its own z. The forward's were taken of other blocks of columns, and a BLAS gives a
 logit other bits in a product of another shape: a last bit of a logit of 1e6 is 6 % of a probability, so that under the
 forward's sum of exponentials a row of dz would no longer add up.
 
 A head may have a buffer in which a trainer collects its gradient in the wide type over several calls (Megatron's
-weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" by the sweep's GEMMs
-themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always so).
+weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" or one chunk by the sweep's
+GEMMs themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always so).
 
 Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs; where all
 rows fit into one, there is one, and no next chunk. Chunk sizes derive from numbers every rank shares, since each chunk
@@ -153,10 +157,32 @@ class _Chunk:
     pending: PendingStatistics
 
 
+def _buffers(problem: Problem, plan: Plan) -> Tensor:
+    pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
+    return problem.gate_logits.new_empty((plan.buffers, plan.chunk_rows, pitch))
+
+
+def _begun(problem: Problem, plan: Plan, rows: slice, buffer: Tensor, kept: Tensor, target: Tensor) -> _Chunk:
+    """The first half of a chunk's way, its logits in ``buffer``. kept, target (N,): of the problem, the local ones."""
+    gate_weights, inputs = gate_scale.scale_inputs(
+        problem.gate_logits[rows],
+        kept[rows],
+        [states[rows] for states in problem.hidden],
+        plan.epilogue.operand_dtype,
+    )
+    logits = buffer[: rows.stop - rows.start, : problem.real_rows]
+    for j, (x, head) in enumerate(zip(inputs, problem.heads, strict=True)):
+        gemm.accumulate(logits, x, head[: problem.real_rows].t(), add=j > 0)
+    local, scratch = plan.epilogue.statistics(logits, target[rows], keep=True)
+    pending = PendingStatistics(local, problem.real_rows, problem.settings)
+    return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
+
+
 class Sweep:
     """One pass over all chunks.
 
     ``into``: buffers that the heads' gradients are added to as they come, None for those that get a sum of their own.
+    ``begun``: the chunk of all rows where its first half is done.
 
     After run(): statistics (N, 4) of the whole vocabulary; gate (N, n), summed over the group; hidden n x (N, d_j),
     this shard's part; heads n x (V_local, d_j). What is not needed is None.
@@ -169,8 +195,9 @@ class Sweep:
         needs: Needs,
         weight: Tensor,  # (N,): 0 on ignored rows
         into: Sequence[Tensor | None] = (),
+        begun: _Chunk | None = None,
     ) -> None:
-        self.problem, self.plan, self.needs, self.weight = problem, plan, needs, weight
+        self.problem, self.plan, self.needs, self.weight, self.begun = problem, plan, needs, weight, begun
         wide = problem.accumulate_dtype
         n, rows = len(problem.hidden), problem.rows
         self.target = problem.local_target()
@@ -226,29 +253,17 @@ class Sweep:
             self.weight.new_empty((plan.chunk_rows, states.shape[1])) if need or self.needs.gate else None
             for states, need in zip(problem.hidden, self.needs.hidden, strict=True)
         ]
-        pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
-        buffers = self.weight.new_empty((plan.buffers, plan.chunk_rows, pitch))
+        if self.begun is not None:
+            self._finish(self.begun, d_inputs)
+            return
+        buffers = _buffers(problem, plan)
         started: deque[_Chunk] = deque()
         for index, rows in enumerate(plan.chunks(problem.rows)):
-            buffer = buffers[index % plan.buffers]
-            started.append(self._begin(rows, buffer[: rows.stop - rows.start, : problem.real_rows]))
+            started.append(_begun(problem, plan, rows, buffers[index % plan.buffers], self.kept, self.target))
             while len(started) >= plan.buffers:
                 self._finish(started.popleft(), d_inputs)
         while started:
             self._finish(started.popleft(), d_inputs)
-
-    def _begin(self, rows: slice, logits: Tensor) -> _Chunk:
-        gate_weights, inputs = gate_scale.scale_inputs(
-            self.problem.gate_logits[rows],
-            self.kept[rows],
-            [states[rows] for states in self.problem.hidden],
-            self.plan.epilogue.operand_dtype,
-        )
-        for j, (x, head) in enumerate(zip(inputs, self.real_heads, strict=True)):
-            gemm.accumulate(logits, x, head.t(), add=j > 0)
-        local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=True)
-        pending = PendingStatistics(local, self.problem.real_rows, self.problem.settings)
-        return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
 
     def _finish(self, chunk: _Chunk, buffers: list[Tensor | None]) -> None:
         rows = chunk.rows
@@ -299,9 +314,16 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.plan, ctx.needs = plan, needs
         ctx.main_grad = (None,) * (1 + n) + plan.main_grad  # of gate logits, hidden, heads
         ctx.dtypes = [tensor.dtype for tensor in (gate_logits, *tensors)]
-        ctx.deferred = per_row and any(needs.heads)
+        ctx.begun = None
+        single = 0 < problem.rows <= plan.chunk_rows
+        ctx.deferred = needs.any and (single or (per_row and any(needs.heads)))
 
-        if ctx.deferred or not needs.any:
+        if ctx.deferred and single:
+            everything, buffer = slice(0, problem.rows), _buffers(problem, plan)[0]
+            ctx.begun = _begun(problem, plan, everything, buffer, kept, problem.local_target())
+            statistics = ctx.begun.pending.wait()
+            ctx.save_for_backward(target, gate_logits, *tensors)
+        elif ctx.deferred or not needs.any:
             statistics = forward_statistics(problem, plan.epilogue, plan.buffer_bytes)
             ctx.save_for_backward(target, gate_logits, *tensors)
         else:
@@ -336,28 +358,34 @@ class _ChunkedLoss(torch.autograd.Function):
                 returned.append(None if gradient is None else _scaled(gradient, factor, dtype, reuse))
                 continue
             if gradient is not main:  # the sweep has added the rest itself
-                main.addcmul_(gradient, factor)  # factor: (), since dW of "none" is the sweep's
+                assert factor is not None  # (), since dW of "none" is the sweep's
+                main.addcmul_(gradient, factor)
             returned.append(None)
         return None, None, *returned
 
 
-def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients of reduction="none" with trainable heads, up to one common factor (): a sweep of its own."""
+def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
+    """The gradients that the backward forms, up to one common factor () if there is one: the rest of the chunk that is
+    begun, or, with "none" and in a second backward of the same graph, a sweep of its own."""
     target, gate_logits, *tensors = ctx.saved_tensors
     problem = ctx.plan.problem(target, gate_logits, tensors)
-    weight = torch.where(problem.kept(), upstream, 0.0)
-    factor, into = weight.new_ones(()), ctx.plan.main_grad
+    begun, ctx.begun = ctx.begun, None
+    kept = problem.kept()
+    weight = torch.where(kept, upstream, 0.0)
+    if ctx.plan.settings.reduction == "mean":
+        weight = weight / kept.sum().clamp(min=1)
+    factor, into = None, ctx.plan.main_grad
     if problem.hidden[0].dtype == torch.float16 and problem.rows:  # a loss scale of 2^16 does not fit fp16
         factor = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
         weight, into = weight / factor, ()
-    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, into)
+    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, into, begun)
     sweep.run()
     return [sweep.gate, *sweep.hidden, *sweep.heads], factor
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse: bool) -> Tensor:
     """gradient (rows, columns) times factor, () or (rows,), in ``dtype``; within its own memory where it may be."""
-    if factor.dim() == 0 and readable(factor) and factor.item() == 1.0:
+    if factor is None or (factor.dim() == 0 and readable(factor) and factor.item() == 1.0):
         return gradient.to(dtype, copy=not reuse)
     # two dimensions keep the factor in fp32: PyTorch would round a 0-dimensional one to the gradient's 16 bits
     out = gradient if reuse and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)

@@ -74,8 +74,8 @@ def mixture_cross_entropy_with_rows(
             += dW_j in the backward, unrounded (Megatron's weight.main_grad). Such a head's .grad stays as it is, and
             autograd's hooks on it do not run. Buffers of heads that require no gradient are not touched. Backend
             chunked alone, and not inside torch.compile. reduction="none" adds from within its matrix products and needs
-            no memory for it (but with fp16), at its 4 GEMM passes; "sum" and "mean" keep the 3 and hold one fp32 copy
-            of dW_j between forward and backward.
+            no memory for it (but with fp16), at its 4 GEMM passes; "sum" and "mean" keep the 3 and, unless one chunk
+            takes all rows, hold one fp32 copy of dW_j between forward and backward.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), () or (N,) for reduction="none", and every row's loss, detached, at no

@@ -68,7 +68,7 @@ class PendingStatistics:
             )
 
     def wait(self) -> Tensor:  # (C, 4 + 3 n)
-        """Statistics of the whole vocabulary. On a GPU the stream waits, not the host.
+        """Statistics of the whole vocabulary, as often as asked for. On a GPU the stream waits, not the host.
 
         Raises:
             InputError: the shards overlap or leave gaps, as far as their sizes show it. On the CPU, on every rank; on a
@@ -77,10 +77,13 @@ class PendingStatistics:
         if self._work is None:
             return self._local
         self._work.wait()
+        self._work = None
         columns = self._gathered[:, :1, -1]  # (S, 1), (S, 0) without rows
         if columns.numel() and readable(columns):
             check_shards(int(columns.sum()), self._vocab_size)
-        return combine(self._gathered[:, :, :-1], columns)
+        self._local = combine(self._gathered[:, :, :-1], columns)
+        del self._gathered
+        return self._local
 
 
 def row_loss(statistics: Tensor, kept: Tensor, settings: Settings) -> Tensor:
