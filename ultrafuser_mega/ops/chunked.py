@@ -29,7 +29,7 @@ forward's sum of exponentials a row of dz would no longer add up.
 
 A head may have a buffer in which a trainer collects its gradient in the wide type over several calls (Megatron's
 weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" or one chunk by the sweep's
-GEMMs themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always so).
+GEMMs themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always).
 
 Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs; where all
 rows fit into one, there is one, and no next chunk. Chunk sizes derive from numbers every rank shares, since each chunk
