@@ -1,13 +1,13 @@
-"""Bytes that the chunked loss moves outside its matrix products, counted operation by operation; needs no GPU.
+"""Bytes that the loss moves outside its matrix products, counted operation by operation; needs no GPU.
 
     python tools/benchmarks/loss_traffic.py [--tokens 8192 --width 5120] [--out FILE.json]
 
 The loss runs, forward and backward, on tensors without data, as rank 0 of a group that does not exist: with the
 kernels, buffers and types that it has on a GPU where the CUDA extension is built. An operation counts what it reads and
 what it writes, as if nothing stayed in a cache; products and what they write are left to the bare products' time. With
-the whole vocabulary and a shard of an eighth; each with a second buffer always and where it is of use, which is how it
-is. "Milliseconds" are the bytes at --bandwidth, "ratio" is that on top of the three products' time at --rate: a bound
-from below, without launches and collectives.
+the whole vocabulary and a shard of an eighth, training and the gate alone; training an eighth also with a second buffer
+always, which is how it was. "ms" are the bytes at --bandwidth, "ratio" is that on top of the time of the products
+(three passes, or one) at --rate: a bound from below, without launches, collectives, and what fp32 results cost them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from benchmark import TASKS
 from scripting import Parser, positive, result_file, write_json
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ultrafuser_mega.ops import chunked, forward, gate_scale_cuda
+from ultrafuser_mega.ops import chunked, forward, gate_only, gate_scale_cuda
 from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
 
 SPECIALISTS = 3
 OVERWRITE = ("copy_", "zero_", "fill_")
 SHARDS = {"whole": 1, "an eighth": 8}
+WHAT = [("train", "whole", "as it is"), ("train", "an eighth", "two always"), ("train", "an eighth", "as it is")]
+WHAT += [("gate_only", "whole", "as it is"), ("gate_only", "an eighth", "as it is")]
 MOVES_NOTHING = ("empty", "detach", "view", "alias", "set_", "device")
 
 
@@ -83,25 +86,23 @@ def main() -> None:
     parser.add_argument("--out", type=result_file, help="JSON file")
     arguments = parser.parse_args()
     records = []
-    print(f"{'vocabulary':10} {'buffers':16} {'chunks':>6} {'GB':>6} {'ms':>6} {'ratio':>6}  most of it")
-    for vocabulary, shards in SHARDS.items():
-        for buffers, always_two in (("two always", True), ("as it is", False)):
-            if shards == 1 and always_two:
-                continue
-            record = counted(arguments, shards, always_two)
-            records.append({"vocabulary": vocabulary, "buffers": buffers} | record)
-            most = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in list(record["bytes"].items())[:6])
-            print(f"{vocabulary:10} {buffers:16} {record['chunks']:6} {record['total'] / 1e9:6.2f} "
-                  f"{record['ms']:6.2f} {record['ratio']:6.3f}  {most}")  # fmt: skip
+    print(f"{'task':10} {'vocabulary':10} {'buffers':10} {'GB':>6} {'ms':>6} {'ratio':>6}  most of it")
+    for task, vocabulary, buffers in WHAT:
+        record = counted(arguments, task, SHARDS[vocabulary], buffers == "two always")
+        records.append({"task": task, "vocabulary": vocabulary, "buffers": buffers} | record)
+        most = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in list(record["bytes"].items())[:5])
+        print(f"{task:10} {vocabulary:10} {buffers:10} {record['total'] / 1e9:6.2f} "
+              f"{record['ms']:6.2f} {record['ratio']:6.3f}  {most}")  # fmt: skip
     if arguments.out:
-        write_json(arguments.out, {"tokens": arguments.tokens, "vocab": arguments.vocab, "records": records})
+        sizes = {"tokens": arguments.tokens, "vocab": arguments.vocab, "width": arguments.width}
+        write_json(arguments.out, sizes | {"records": records})
 
 
-def counted(arguments: argparse.Namespace, shards: int, always_two: bool) -> dict[str, Any]:
+def counted(arguments: argparse.Namespace, task: str, shards: int, always_two: bool) -> dict[str, Any]:
     tokens, widths = arguments.tokens, (arguments.width,) * SPECIALISTS
     held = -(-arguments.vocab // shards)
     with group_of(shards) as group, FakeTensorMode(), on_a_gpu(always_two):
-        half: dict[str, Any] = {"dtype": torch.bfloat16, "requires_grad": True}
+        half: dict[str, Any] = {"dtype": torch.bfloat16, "requires_grad": task == "train"}
         hidden = [torch.empty(tokens, d, **half) for d in widths]
         heads = [torch.empty(held, d, **half) for d in widths]
         gate = torch.empty(tokens, SPECIALISTS, requires_grad=True)
@@ -110,18 +111,16 @@ def counted(arguments: argparse.Namespace, shards: int, always_two: bool) -> dic
             hidden, heads, gate, target, group=group, vocab_start=0, vocab_size=arguments.vocab, ignore_index=-100,
             reduction="mean", label_smoothing=0.0, z_loss=0.0,
         )  # fmt: skip
-        options: dict[str, Any] = {"epilogue": TritonEpilogue(torch.bfloat16)}
-        options["buffer_bytes"] = forward.BUFFER_BYTES["cuda"]
-        chunks = len(list(chunked.Plan(problem, options["buffer_bytes"], options["epilogue"]).chunks(tokens)))
+        epilogue, budget = TritonEpilogue(torch.bfloat16), forward.BUFFER_BYTES["cuda"]
+        backend = chunked if task == "train" else gate_only
         upstream = torch.empty(())
         with Traffic() as traffic:
-            chunked.mixture_loss(problem, **options)[0].backward(upstream)
+            backend.mixture_loss(problem, buffer_bytes=budget, epilogue=epilogue)[0].backward(upstream)
     total = sum(traffic.bytes.values())
-    products_ms = 3 * 2 * tokens * held * sum(widths) / arguments.rate / 1e9
+    products_ms = TASKS[task][1] * 2 * tokens * held * sum(widths) / arguments.rate / 1e9
     ms = total / arguments.bandwidth / 1e6
     order = [name for name, _ in traffic.bytes.most_common()]
     return {
-        "chunks": chunks,
         "total": total,
         "products_ms": products_ms,
         "ms": ms,
