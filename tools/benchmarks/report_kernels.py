@@ -12,7 +12,10 @@ a loop, BLOCK_K numbers of k, as a warp issues it; "registers" or "shared memory
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,8 @@ def show(r: Resources) -> None:
 
 def loops(capabilities: list[int], dtype: str, counts: list[int], out: Path | None) -> None:
     records: list[dict[str, Any]] = []
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # what is compiled already takes no time
+    atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"])
     numbers = f"{'registers':>9} {'shared B':>8} {'local B':>7} {'compiled':>8}"
     print(f"{'kernel':28} {'sm':>3} {'n':>2} {'weights':15} {numbers}")
     for capability in capabilities:
