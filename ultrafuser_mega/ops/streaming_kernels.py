@@ -11,9 +11,10 @@ concatenated copy) on tensor cores, in one fp32 accumulator: z = sum_j w_j o_j, 
 How 16-bit operands are weighed: by Horner's rule, z = w_n (((o_1 r_2) + o_2) r_3 + o_3 ..) with r_j = w_(j-1) / w_j.
 The accumulator is multiplied once per segment, operands go from shared memory into the tensor cores as they are, and
 w_j h_j is rounded nowhere. A weight below TINY_WEIGHT would make a ratio that overflows: such a specialist leaves the
-row's accumulator in the units it has, and its operand is scaled (and rounded, which z cannot show) on its way through
-registers. Only a block of rows that holds such a weight pays for that, and only in that specialist's segment, where its
-other rows are multiplied by 1. A part of a logit beyond 1.8e19, some word's mask, may become infinite.
+row's accumulator in the units it has, and its operand is scaled on its way through registers, and rounded, which only a
+logit of its own beyond 1e14 could show. Only a block of rows that holds such a weight pays for that, and only in that
+specialist's segment, where its other rows are multiplied by 1. A part of a logit beyond 1.8e19, some word's mask, may
+become infinite.
 fp32 operands never meet a tensor core: there w_j h_j is formed in registers, as plain PyTorch does.
 
 An element of z has the same bits in every tile, whatever BLOCK_M, BLOCK_N and BLOCK_K are, forward and backward: its

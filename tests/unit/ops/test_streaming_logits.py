@@ -138,3 +138,17 @@ def test_a_masked_word_of_a_heavy_specialist_stays_finite_beside_a_light_one(
     (z,) = interpreted(in_blocks_of, case, (32,))
     error = (z.double() - true_logits(case)).abs()
     assert bool((error <= logit_bound(case)).all())
+
+
+@pytest.mark.parametrize("gate", [-10.0, -40.0, -100.0, -float("inf")])
+@pytest.mark.parametrize("mask", [-1e4, -1e10, -1e30])
+def test_a_light_specialist_that_masks_words_counts_as_much_as_its_gate_weight_says(
+    mask: float, gate: float, interpreted: Any
+) -> None:
+    """As test_streaming.py has it for fp32 and whole losses, whose gradients in 16 bits show dz's rounding alone."""
+    case = make_case(145, rows=8, vocab=30, widths=(8, 16, 8), dtype=torch.bfloat16)
+    case.hidden[1][:, 0], case.heads[1][:15, 0] = 1.0, mask
+    case.gate_logits[:, 1] = gate
+    (z,) = interpreted(in_blocks_of, case, (32,))
+    error = (z.double() - true_logits(case)).abs()
+    assert bool((error <= logit_bound(case)).all()), float((error / logit_bound(case)).max())
