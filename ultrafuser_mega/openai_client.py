@@ -42,7 +42,8 @@ def open_async_client(what: str, url: str | None, key: str, timeout_s: float) ->
 
 def one_line(error: Exception) -> str:
     """What the client has to say, shortened."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = "".join(sign if sign.isprintable() else " " for sign in str(error))  # what an endpoint says goes to consoles
+    return " ".join(said.split())[:300] or type(error).__name__
 
 
 def _open(kind: str, what: str, url: str | None, key: str, extra: str, **settings: Any) -> Any:
@@ -51,7 +52,9 @@ def _open(kind: str, what: str, url: str | None, key: str, extra: str, **setting
     import openai
 
     # An endpoint of one's own often wants no key, which the client does.
-    value = os.environ.get(key) or ("none" if url else None)
+    value = os.environ.get(key, "").strip() or ("none" if url else None)
+    if value is not None and not (value.isascii() and value.isprintable()):
+        raise InputError(f"{what}: the key in {key} holds what is no printable ASCII; set it again")
     if value is None and key != KEY:  # without a key the client would take OpenAI's
         raise InputError(f"{what}: no key; set {key}, or name an endpoint of your own")
     try:

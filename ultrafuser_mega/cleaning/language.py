@@ -9,7 +9,9 @@ from typing import Any
 
 from ultrafuser_mega.errors import InputError
 
-_NO_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+|\S*[(){}\[\];=<>\\_]\S*", re.DOTALL)
+_NO_PROSE = re.compile(  # the last one begins where a word may: tried in the middle of long ones it would take for ever
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+|(?<![^\s`$])\S*[(){}\[\];=<>\\_]\S*", re.DOTALL
+)
 _LETTERS = re.compile(r"[^\W\d_]+")
 _LOOKED_AT = 400  # characters of prose
 _FEWEST = 40  # letters; half as many where a writing has a sign to a word

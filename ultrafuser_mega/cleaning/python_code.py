@@ -14,11 +14,13 @@ _FENCE = re.compile(
 _NAMES = ("python", "py", "python3")
 _ASKED_FOR = re.compile(r"\bpython\b", re.IGNORECASE)
 _BEGINS = re.compile(r"(?:from|import|def|async def|class|@\w)\b")
-_OTHERS = re.compile(r"[{;]\s*$|^\s*(?:public|private|function|const|let|var|#include|package|use)\b", re.MULTILINE)
+_OTHERS = re.compile(
+    r"[{;][^\S\n]*$|^[^\S\n]*(?:public|private|function|const|let|var|#include|package|use)\b", re.MULTILINE
+)
 _PROSE = re.compile(
     r"^(?:[A-Z][a-z']*|[A-Z]?[a-z']+)(?:,? [\w'\"`()./-]+){3,}.*$|^#{1,4} |^\*\*|^\d+\. |^- ", re.MULTILINE
 )
-_PROMPT = re.compile(r"^\s*(?:>>>|In \[\d+\]:)", re.MULTILINE)
+_PROMPT = re.compile(r"^[^\S\n]*(?:>>>|In \[\d+\]:)", re.MULTILINE)
 _FRAGMENT = re.compile(r"\s*(?:elif|else|except|finally|case)\b")
 _MAGIC = re.compile(r"^[ \t]*[!%].*$", re.MULTILINE)
 _MOST = 20_000  # characters: Python's parser survives whatever stands in so few

@@ -61,11 +61,11 @@ def synthesize(
     try:
         outcome = run(loaded, out, review=review, console=console)
     except LimitReachedError as reached:
-        console.print(f"stopped: {reached}; with a higher limit {again}", highlight=False, soft_wrap=True)
-        console.print(f"left to do: {_left(loaded, out)}", highlight=False, soft_wrap=True)
+        console.print(f"stopped: {reached}; with a higher limit {again}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"left to do: {_left(loaded, out)}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_LIMIT) from None
     except InterruptedRunError as signal:
-        console.print(f"ended by {signal}; {again}", highlight=False, soft_wrap=True)
+        console.print(f"ended by {signal}; {again}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130 if str(signal) == "SIGINT" else EXIT_GO_ON) from None
     _show(outcome, loaded, out, wide_console())
 
@@ -111,6 +111,7 @@ def _left(config: SynthesisConfig, out: Path) -> str:
 
 
 def _show_estimate(config: SynthesisConfig, out: Path, console: Console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from ultrafuser_mega.synthesis.estimate import estimate
@@ -118,7 +119,7 @@ def _show_estimate(config: SynthesisConfig, out: Path, console: Console) -> None
     table = Table(box=None, pad_edge=False)
     for name in ("class", "step", "model"):
         table.add_column(name)
-    for name in ("calls", "tokens read", "written", config.currency, "GPU-hours", "measured on"):
+    for name in ("calls", "tokens read", "written", escape(config.currency), "GPU-hours", "measured on"):
         table.add_column(name, justify="right")
     found = estimate(config, out)
     for one in found:
@@ -126,7 +127,7 @@ def _show_estimate(config: SynthesisConfig, out: Path, console: Console) -> None
         hours = "-" if one.gpu_hours is None else f"{one.gpu_hours:,.1f}"
         money = "-" if model.price is None else f"{one.money:,.2f}"
         numbers = (f"{one.calls:,}", f"{one.read:,}", f"{one.written:,}", money, hours)
-        table.add_row(one.of, one.step, model.model, *numbers, f"{one.measured:,}" if one.measured else "-")
+        table.add_row(one.of, one.step, escape(model.model), *numbers, f"{one.measured:,}" if one.measured else "-")
     all_hours = sum(one.gpu_hours or 0.0 for one in found)
     totals = (sum(one.calls for one in found), sum(one.read for one in found), sum(one.written for one in found))
     table.add_row(

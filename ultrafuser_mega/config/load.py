@@ -90,7 +90,7 @@ def parse_yaml(source: str, text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45 is a date to PyYAML, and none to Python
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -105,7 +105,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r}: expected key.sub=value, as in stage1.steps=100")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     node: Any = tree
     *parents, last = key.split(".")

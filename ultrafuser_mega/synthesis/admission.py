@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from statistics import median
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
+_LONGEST_ASKED_S = 86400.0  # that an endpoint is believed to ask for
 _SLOWER, _NO_MORE = 2.0, 1.05  # times the best time per token; times the tokens a second of then
 _SMALLEST_WINDOW = 8  # replies
 
@@ -48,6 +49,7 @@ class Gate:
         self._pause_until = self._next_slot = self._lowered_at = float("-inf")
         self._in_a_row = 0  # waves without an answer between them
         self._changed = asyncio.Condition()
+        self._hurried = asyncio.Event()
         self._window: list[tuple[float, int]] = []  # seconds per token, tokens
         self._window_began: float | None = None
         self._best: tuple[float, float] | None = None  # seconds per token, tokens a second
@@ -63,10 +65,12 @@ class Gate:
                 wait = max(self._pause_until, self._next_slot) - self._clock()
                 if self.running >= max(1, int(self.limit)):
                     await self._changed.wait()
-                elif wait > 0:
+                elif wait > 0 and not self._hurried.is_set():
                     self._changed.release()
                     try:
-                        await asyncio.sleep(wait)
+                        await asyncio.wait_for(self._hurried.wait(), wait)
+                    except TimeoutError:
+                        pass
                     finally:
                         await self._changed.acquire()
                 else:
@@ -76,6 +80,10 @@ class Gate:
             if self._per_minute is not None:
                 self._next_slot = now + 60 / self._per_minute
             return now
+
+    def hurry(self) -> None:
+        """Nobody waits for the end of a pause any more: the run is over."""
+        self._hurried.set()
 
     async def leave(self) -> None:
         """The request is over, however it went."""
@@ -134,9 +142,10 @@ def retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float
             value = float(headers[name]) / unit
         except (KeyError, ValueError):
             continue
-        return value if 0 <= value < 86400 else None
+        return value if 0 <= value < _LONGEST_ASKED_S else None
     try:
         until = parsedate_to_datetime(headers["retry-after"]).timestamp()
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    return max(0.0, until - (time.time() if now is None else now))
+    value = max(0.0, until - (time.time() if now is None else now))
+    return value if value < _LONGEST_ASKED_S else None  # nobody means a year, but clocks may be wrong

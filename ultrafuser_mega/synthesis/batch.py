@@ -147,7 +147,7 @@ class _Batches:
             for file in (batch.output_file_id, batch.error_file_id):
                 if file:
                     text = (await self._client.files.content(file)).text
-                    for line in text.splitlines():
+                    for line in text.split("\n"):  # splitlines would cut at what ends a line inside a text, as U+2028
                         if line.strip():
                             await self._take(line, name, missing)
         except Exception as error:
@@ -161,9 +161,14 @@ class _Batches:
         try:
             row = json.loads(line)
             key, response = row["custom_id"], row.get("response")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return  # the request counts as not answered
-        if key not in missing or not isinstance(response, dict) or response.get("status_code") != 200:
+        if (
+            not isinstance(key, str)
+            or key not in missing
+            or not isinstance(response, dict)
+            or response.get("status_code") != 200
+        ):
             return
         planned = self._ledger.batched(name).get(key)
         if planned is None:

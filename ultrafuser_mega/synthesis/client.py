@@ -214,6 +214,8 @@ class Asker:
     def end(self, reason: BaseException) -> BaseException:
         """Nothing is sent any more; returns why, which is the first reason given."""
         self.stop = self.stop or reason
+        for gate in self.gates.values():
+            gate.hurry()
         return self.stop
 
     async def close(self) -> None:
@@ -307,15 +309,18 @@ class Asker:
         of, step = request.of, request.step
         name = self.config.models[request.model].endpoint
         if isinstance(error, APIConnectionError):
+            why = one_line(error)
+            if isinstance(error.__cause__, Exception):  # which says what kind of trouble it is
+                why = f"{why.rstrip('.')}: {one_line(error.__cause__)}"
             if type(error.__cause__).__name__ in _NEVER_LEFT:
                 self.ledger.unpaid(request.key)
                 taken = Amount()
             else:
-                self.ledger.lose(request.key, one_line(error))
+                self.ledger.lose(request.key, why)
                 taken = most
             self.progress.failed(of, step, taken)
-            self._count_failure(request.model, one_line(error))
-            return one_line(error), taken
+            self._count_failure(request.model, why)
+            return why, taken
         self.ledger.unpaid(request.key)
         if not isinstance(error, APIStatusError):
             raise error

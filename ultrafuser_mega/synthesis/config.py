@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -35,6 +37,18 @@ class Endpoint(Section):
     requests_per_minute: PositiveInt | None = None
     timeout_s: PositiveFloat = Field(300.0, description="of a request")
     tries: PositiveInt = Field(8, description="of a request that the endpoint does not answer")
+
+    @field_validator("url", mode="after")
+    @classmethod
+    def _with_a_host(cls, value: str | None) -> str | None:
+        try:
+            parts = urlsplit(value or "https://host")
+            whole = bool((parts.hostname or "").strip()) and parts.port != 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError('is no address; write it as in "https://host/v1" or "http://127.0.0.1:8000/v1"')
+        return value
 
     @field_validator("key", mode="after")
     @classmethod
@@ -68,8 +82,12 @@ class Model(Section):
     @classmethod
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
         ours = {"model", "messages", "n", "stream", "response_format", "seed", "max_tokens", "max_completion_tokens"}
-        if taken := ours & set(value):
+        if taken := (ours | {"temperature", "top_p"}) & set(value):
             raise ValueError(f"{min(taken)} is set by the steps or not supported; leave it out")
+        try:
+            json.dumps(value, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"cannot be sent as JSON ({error}); use texts, finite numbers, lists and keys") from None
         return value
 
 
@@ -79,7 +97,7 @@ class Step(Section):
     model: str
     temperature: float | None = Field(1.0, ge=0, le=2, description="null: the endpoint's own")
     top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: PositiveInt = Field(1024, description="of a reply; a longer one is cut, and counts as none")
+    max_tokens: PositiveInt = Field(1024, lt=2**31, description="of a reply; a longer one is cut, and counts as none")
     per_call: PositiveInt = Field(10, description="topics or instructions that a request asks for")
     retries: NonNegativeInt = Field(3, description="times that a reply which cannot be used is asked for again")
     batch: bool = Field(False, description="by the endpoint's batch interface: half the price, within a day")

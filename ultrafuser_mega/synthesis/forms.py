@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from ultrafuser_mega.synthesis.requests import Form, UnreadableError
+from ultrafuser_mega.synthesis.requests import Form, UnreadableError, whole_characters
 
 _FENCED = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
 _DASHES = re.compile(r"^\s*-{3,}\s*$", re.MULTILINE)
@@ -91,7 +91,7 @@ def _instructions(text: str, number: int) -> list[str]:
             found = [text]
         else:
             raise UnreadableError("no list of instructions")
-    texts = [_ITEM.sub("", item.strip(), count=1).strip() for item in found if isinstance(item, str)]
+    texts = [whole_characters(_ITEM.sub("", item.strip(), count=1).strip()) for item in found if isinstance(item, str)]
     if not any(texts):
         raise UnreadableError("no instruction")
     return [item for item in texts if item]
@@ -111,7 +111,7 @@ def _items_of_json(text: str) -> list[Any] | None:
     for candidate in (text, *_FENCED.findall(text)):
         try:
             found = json.loads(candidate)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):
             found = next((value for value in found.values() if isinstance(value, list)), None)
@@ -123,7 +123,7 @@ def _items_of_json(text: str) -> list[Any] | None:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(value.split()).strip(_MARKS) if isinstance(value, str) else ""
+    return whole_characters(" ".join(value.split()).strip(_MARKS)) if isinstance(value, str) else ""
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def synthesize(config: SynthesisConfig, folder: Path, *, review: bool, console: 
                 console.print(
                     f"{found.requests} requests were under way when the run before ended; they may have been paid for, "
                     f"with at most {found.tokens:,} tokens, {config.currency}{found.cost:.4f}",
+                    markup=False,
                     highlight=False,
                     soft_wrap=True,
                 )

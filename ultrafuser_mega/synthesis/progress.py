@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from ultrafuser_mega.synthesis.budget import Amount
@@ -112,7 +113,7 @@ class Progress:
         table = Table(box=None, pad_edge=False)
         for name in ("class", "step"):
             table.add_column(name)
-        money = [self._currency] if self._currency else []
+        money = [escape(self._currency)] if self._currency else []
         for name in ("calls", "kept", "asked", "unusable", "429/503", "failed", "tokens", *money):
             table.add_column(name, justify="right")
         for (of, step), count in self.counts.items():
@@ -132,10 +133,10 @@ class Progress:
                 await asyncio.sleep(_TABLE_EVERY_S if live else _LINE_EVERY_S)
                 if live:
                     table = self.table()
-                    table.caption = self.line()
+                    table.caption = escape(self.line())
                     live.update(table, refresh=True)
                 else:
-                    self._console.print(self.line(), highlight=False, soft_wrap=True)
+                    self._console.print(self.line(), markup=False, highlight=False, soft_wrap=True)
 
         if live:
             live.start()

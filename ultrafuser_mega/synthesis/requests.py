@@ -15,6 +15,7 @@ Messages = tuple[dict[str, str], ...]
 #: in it; no reply in OpenAI's protocol.
 GOOD, MALFORMED, REFUSED, CUT, EMPTY, BROKEN = "good", "malformed", "refused", "cut", "empty", "broken"
 
+_MOST_COUNTED = 2**53  # tokens that an endpoint can mean when it says so
 _OVERHEAD = 256, 16  # tokens that a chat template may add: to a conversation, to each of its messages
 
 
@@ -157,30 +158,35 @@ def reply_of(text: str, request: Request, seconds: float) -> Reply:
         content = message.get("content")
         refusal = message.get("refusal")
         finish = choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         body, content, refusal, finish = _object(text), None, None, None
         raw: str | None = text
     else:
         raw = None if content is None or isinstance(content, str) else text
     read, written, counted = _usage(body.get("usage"), request)
-    served = [str(body[name]) for name in ("model", "system_fingerprint") if body.get(name)]
+    served = [whole_characters(str(body[name])) for name in ("model", "system_fingerprint") if body.get(name)]
     return Reply(
-        text=content if isinstance(content, str) else "",
-        raw=raw,
-        finish=finish if isinstance(finish, str) else None,
+        text=whole_characters(content) if isinstance(content, str) else "",
+        raw=None if raw is None else whole_characters(raw),
+        finish=whole_characters(finish) if isinstance(finish, str) else None,
         read=read,
         written=written,
         counted=counted,
         served=" ".join(served) or None,
         seconds=seconds,
-        refusal=refusal if isinstance(refusal, str) and refusal else None,
+        refusal=whole_characters(refusal) if isinstance(refusal, str) and refusal else None,
     )
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair, which JSON can hold and no file or database can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _usage(usage: Any, request: Request) -> tuple[int, int, bool]:
     if isinstance(usage, dict):
         read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if isinstance(read, int) and isinstance(written, int):
+        if all(type(count) is int and 0 <= count < _MOST_COUNTED for count in (read, written)):
             return read, written, True
     return request.most_read, request.most_written, False
 
@@ -188,6 +194,6 @@ def _usage(usage: Any, request: Request) -> tuple[int, int, bool]:
 def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

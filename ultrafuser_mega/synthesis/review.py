@@ -10,11 +10,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.synthesis.instructions import Instruction, identity
-from ultrafuser_mega.synthesis.topics import Topic, read_topics, write_topics
+from ultrafuser_mega.synthesis.requests import whole_characters
+from ultrafuser_mega.synthesis.topics import Topic, read_topics, text_by_hand, write_topics
 
 BY_HAND = "by hand"
 
@@ -56,19 +58,28 @@ class Review:
 def _read_instructions(path: Path, made: Sequence[Instruction]) -> list[Instruction]:
     known = {one.id: one for one in made}
     kept: list[Instruction] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # splitlines would cut at what ends a line inside a text, as U+2028
+    for number, line in enumerate(text_by_hand(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            text, topic = row["text"].strip(), tuple(map(str, row.get("topic", [])))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            text, topic = whole_characters(row["text"]).strip(), _path(row.get("topic", []))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f'{path}:{number}: is no instruction; write {{"text": "...", "topic": [..]}}') from None
         if not text:
             raise InputError(f"{path}:{number}: the text is empty; remove the line, or write one")
-        one = known.get(row.get("id", ""))
+        one = known.get(str(row.get("id", "")))
         if one is None:
             kept.append(Instruction(identity(text), text, topic, BY_HAND, ()))
         else:
             kept.append(one if one.text == text else replace(one, text=text))
     return kept
+
+
+def _path(topic: Any) -> tuple[str, ...]:
+    """Names from the top; one name alone is a path too."""
+    names = [topic] if isinstance(topic, str) else topic
+    if not isinstance(names, list):
+        raise TypeError
+    return tuple(whole_characters(str(name)) for name in names)

@@ -20,13 +20,13 @@ from typing import Any
 import yaml
 
 from ultrafuser_mega.config.load import parse_yaml
-from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.synthesis.client import Asker
 from ultrafuser_mega.synthesis.config import SUB_TOPICS, TOPICS
 from ultrafuser_mega.synthesis.duplicates import normalised
 from ultrafuser_mega.synthesis.forms import topic_list
 from ultrafuser_mega.synthesis.left_out import LeftOut
-from ultrafuser_mega.synthesis.requests import Call
+from ultrafuser_mega.synthesis.requests import Call, whole_characters
 from ultrafuser_mega.synthesis.templates import Templates
 
 _SPARE_CALLS = 3  # beyond those that it takes if every name is new
@@ -141,11 +141,29 @@ def read_topics(path: Path) -> list[Topic]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file of topics")
-    found = parse_yaml(str(path), path.read_text(encoding="utf-8"))
-    topics = _read(found, str(path), "")
+    found = parse_yaml(str(path), text_by_hand(path))
+    try:
+        topics = _read(found, str(path), "")
+    except RecursionError:
+        raise InputError(f"{path}: topics within topics without end; an anchor (&) may not hold itself (*)") from None
     if not topics:
         raise InputError(f"{path}: holds no topic")
     return topics
+
+
+def text_by_hand(path: Path) -> str:
+    """What a person left in a file, without the mark that some editors put in front.
+
+    Raises:
+        InputError: it is no UTF-8.
+    """
+    with writing(path):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: is no UTF-8; save the file in that encoding") from None
 
 
 def write_topics(topics: Sequence[Topic]) -> str:
@@ -172,5 +190,7 @@ def _read(found: Any, source: str, where: str) -> list[Topic]:
         if unknown:
             raise InputError(f"{source}: {here}: unknown key {min(map(str, unknown))}; use name, about, topics")
         below = _read(item["topics"], source, f"{here}: ") if item.get("topics") else []
-        topics.append(Topic(item["name"].strip(), str(item.get("about") or ""), below))
+        topics.append(
+            Topic(whole_characters(item["name"].strip()), whole_characters(str(item.get("about") or "")), below)
+        )
     return topics

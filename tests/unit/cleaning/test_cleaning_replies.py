@@ -110,3 +110,11 @@ def test_rules_that_cannot_be_are_refused_in_one_line() -> None:
         Rules(min_words=5, max_words=4)
     with pytest.raises(InputError, match="similarity 7"):
         Rules(near=7)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("sign", ["\n", " \n", "x", "\u4e2d", "f(", "<a", "{\n", "x=", "`a", "$"])
+@pytest.mark.parametrize("question", ["Write a Python program.", "Answer in JSON, with yes or no."])
+def test_long_stretches_of_one_sign_take_no_time_to_speak_of(sign: str, question: str) -> None:
+    # Each of these took minutes or more where an expression was tried from every place to the end.
+    found(question, f"a{sign * 100_000}b", Rules(languages=("en",)))

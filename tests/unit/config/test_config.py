@@ -216,6 +216,8 @@ def test_names_that_reports_and_files_use_themselves_are_refused(section: str, n
     ("content", "message"),
     [
         ("a: [1,", "not valid YAML"),
+        ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("a: " + "[" * 5000, "not valid YAML"),
         ("name: {{ name }}", "not valid YAML: .*unhashable key"),  # somebody's template, not filled in
         ("? [a]\n: 1\n", "not valid YAML: .*unhashable key"),
         ("- 1\n- 2\n", "expected keys and values at the top level"),

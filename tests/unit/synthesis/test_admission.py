@@ -131,8 +131,26 @@ def test_a_host_that_serves_more_at_once_more_slowly_is_not() -> None:
         ({"retry-after": formatdate(999_000, usegmt=True)}, 0.0),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "-3"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "86400"}, None),  # longer than is believed, as is a date
+        ({"retry-after": formatdate(1_000_000 + 365 * 86400, usegmt=True)}, None),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 -2359"}, None),
         ({}, None),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after_s(headers, now=1_000_000) == seconds
+
+
+def test_a_run_that_is_over_waits_for_no_pause() -> None:
+    async def play() -> None:
+        gate = Gate(2)
+        gate.turned_away(await gate.enter(), 3600.0)
+        await gate.leave()
+        waiting = asyncio.create_task(gate.enter())
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        gate.hurry()
+        await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(play())

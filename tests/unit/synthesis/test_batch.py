@@ -119,3 +119,17 @@ def test_an_endpoint_without_batches_is_told_in_one_line(
     monkeypatch.setattr(endpoint, "_upload", lambda content: error)
     with pytest.raises(InputError, match=r"^endpoints.here: batches: Error code: 404 .*no such path.*; the same"):
         ask(tmp_path, endpoint, 3)
+
+
+def test_a_reply_may_hold_what_ends_lines_elsewhere(
+    endpoint: CountingEndpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "one\u2028two\x85three\x0cfour"
+    monkeypatch.setattr("support.counting_endpoint.said", lambda body: text)
+    monkeypatch.setattr(  # as endpoints write it that escape only what JSON has to
+        "support.counting_endpoint.json.dumps",
+        lambda value, dumps=json.dumps, **how: dumps(value, **{**how, "ensure_ascii": False}),
+    )
+    answers, asker = ask(tmp_path, endpoint, 3)
+    assert all(answer.value for answer in answers) and len(endpoint.batches) == 1
+    assert asker.budget.spent.requests == 3

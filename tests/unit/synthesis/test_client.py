@@ -309,3 +309,62 @@ def test_an_endpoint_with_a_key_of_its_own_does_not_get_openais(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     Run(tmp_path, endpoint, endpoints__here__key="UNSET_KEY").ask(calls(2))
     assert set(endpoint.keys) == {"Bearer none"}
+
+
+@pytest.mark.parametrize(("read", "written"), [(-1000, -1000), (5, 10**30), (True, True), (1.5, 2), ("5", "5")])
+def test_a_usage_that_cannot_be_true_counts_as_the_most_it_can_have_been(
+    read: Any, written: Any, endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    endpoint.misbehave = lambda body: (200, {}, json.dumps(chat("Well.", read, written)))
+    run = Run(tmp_path, endpoint)
+    (answer,) = run.ask(calls(1))
+    (total,) = run.ledger.totals()
+    assert answer.value and total.uncounted == 1 and total.written == 64 and total.read > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        (json.dumps(chat("half \ud83d of a pair")), GOOD),
+        (json.dumps({**chat("Well."), "model": "half \udc00"}), GOOD),
+        ("[" * 100_000, BROKEN),
+        (json.dumps(chat("[" * 100_000)), GOOD),
+    ],
+)
+def test_a_reply_that_no_file_can_hold_or_nobody_can_parse_ends_nothing(
+    body: str, verdict: str, endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    endpoint.misbehave = lambda _: (200, {}, body)
+    run = Run(tmp_path, endpoint)
+    run.ask(calls(1))
+    assert {total.verdict for total in run.ledger.totals()} == {verdict}
+    assert not any(
+        "\ud800" <= sign <= "\udfff" for (text,) in run.ledger.rows("select text from call") for sign in text
+    )
+
+
+def test_what_an_endpoint_says_moves_no_cursor(endpoint: CountingEndpoint, tmp_path: Path) -> None:
+    endpoint.misbehave = lambda body: (401, {}, '{"error": {"message": "no \\u001b[2J\\u0007 \\ud800 entry"}}')
+    with pytest.raises(InputError, match="the key is refused") as caught:
+        Run(tmp_path, endpoint).ask(calls(1))
+    assert str(caught.value).isprintable()
+
+
+def test_a_key_goes_without_the_end_of_its_line_and_is_never_shown(
+    endpoint: CountingEndpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
+    assert Run(tmp_path, endpoint).ask(calls(1))[0].value
+    assert endpoint.keys == ["Bearer sk-secret"]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secr\u00e9t")
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds what is no printable ASCII") as caught:
+        Run(tmp_path, endpoint).ask(calls(2))
+    assert "sk-" not in str(caught.value)
+
+
+def test_an_endpoint_that_is_not_there_is_told_with_the_systems_reason(tmp_path: Path) -> None:
+    endpoint = CountingEndpoint()
+    endpoint.close()
+    run = Run(tmp_path, endpoint, endpoints__here__tries=1)
+    (answer,) = run.ask(calls(1))
+    assert "Connection error: " in answer.faults[0] and run.ledger.lost().requests == 0

@@ -119,3 +119,37 @@ def test_a_signal_waits_for_what_is_under_way_and_nothing_is_paid_twice(
     assert process.returncode == 75 and "ended by SIGTERM; the same command goes on" in text
     assert ultrafuser(monkeypatch, "synthesize", "--config", config, "--out", tmp_path / "o") == 0
     assert max(endpoint.answered.values()) == 1
+
+
+@pytest.mark.parametrize("override", ["models.m.model=[/b] x", "currency=[/]"])
+def test_names_with_brackets_are_shown_as_they_are(
+    override: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(config_text("http://127.0.0.1:9/v1"))
+    quoted = f"{override.partition('=')[0]}='{override.partition('=')[2]}'"
+    args = ("--config", tmp_path / "c.yaml", "--out", tmp_path / "out", "--dry-run", quoted)
+    assert ultrafuser(monkeypatch, "synthesize", *args) == 0
+    assert override.partition("=")[2] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("models.m.parameters={temperature: 0.2}", "temperature is set by the steps"),
+        ("models.m.parameters={since: 2024-01-01}", "cannot be sent as JSON"),
+        ("models.m.parameters={bias: .nan}", "cannot be sent as JSON"),
+        ("models.m.parameters=&a {x: *a}", "cannot be sent as JSON"),
+        ("endpoints.here.url='http://[::1'", "is no address"),
+        ("endpoints.here.url=http:///v1", "is no address"),
+        ("endpoints.here.url=http://host:99999/v1", "is no address"),
+        ("steps.responses.max_tokens=99999999999999999999", "less than 2147483648"),
+    ],
+)
+def test_what_no_endpoint_could_be_sent_is_refused_before_anything_is(
+    override: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(config_text("http://127.0.0.1:9/v1"))
+    args = ("--config", tmp_path / "c.yaml", "--out", tmp_path / "out", override)
+    assert ultrafuser(monkeypatch, "synthesize", *args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (tmp_path / "out").exists()

@@ -66,3 +66,15 @@ def test_schemas_hold_a_model_to_the_number_asked_for() -> None:
     assert schema is not None
     items = schema["properties"]["items"]
     assert items["minItems"] == items["maxItems"] == 4 and schema["additionalProperties"] is False
+
+
+def test_what_is_nested_too_deeply_is_no_list() -> None:
+    with pytest.raises(UnreadableError):
+        topic_list(1).read('{"items": ' + "[" * 100_000)
+
+
+def test_half_of_a_surrogate_pair_becomes_a_sign_that_files_can_hold() -> None:
+    assert instruction_list(1).read('{"items": ["Say \\ud83d it."]}') == ["Say \ufffd it."]
+    assert topic_list(1).read('{"items": [{"name": "Law \\udc00s", "about": "\\ud83d\\ude00"}]}') == [
+        ("Law \ufffds", "\U0001f600")
+    ]

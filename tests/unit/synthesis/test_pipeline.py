@@ -21,7 +21,9 @@ from ultrafuser_mega.data.unread import unread_fields
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.synthesis import pipeline
 from ultrafuser_mega.synthesis.duplicates import normalised
+from ultrafuser_mega.synthesis.instructions import Instruction
 from ultrafuser_mega.synthesis.pipeline import Outcome
+from ultrafuser_mega.synthesis.review import Review
 
 
 def synthesize(endpoint: CountingEndpoint, folder: Path, *, review: bool = False, **keys: Any) -> Outcome:
@@ -277,3 +279,43 @@ def test_shipped_examples_are_valid_and_the_papers_counts_add_up() -> None:
     assert sum(data.instructions for data in paper.classes.values()) == 310_000
     assert len(read_config(SynthesisConfig, folder / "demo.yaml").classes) == 3
     assert yaml.safe_load(config_text("http://x"))["classes"]
+
+
+def _reviewed(folder: Path, content: bytes) -> Review:
+    (folder / "review").mkdir()
+    (folder / "review" / "text.instructions.jsonl").write_bytes(content)
+    (folder / "review" / "text.meta_topics.yaml").write_bytes(content)
+    return Review(folder, wanted=False)
+
+
+def test_a_list_is_read_as_it_was_written_whatever_its_texts_hold(tmp_path: Path) -> None:
+    made = [Instruction("1", "one\u2028two\x85three", ("a\u2028b",), "first", ("k",))]
+    assert isinstance(Review(tmp_path, wanted=True).instructions("text", made), Path)
+    assert Review(tmp_path, wanted=False).instructions("text", made) == made
+
+
+def test_an_editors_mark_and_a_topic_without_a_list_are_understood(tmp_path: Path) -> None:
+    content = '\ufeff{"text": "One.", "topic": "Law", "id": ["x"]}\r\n{"text": "Half \\ud83d."}\r\n'.encode()
+    found = _reviewed(tmp_path, content).instructions("text", [])
+    assert isinstance(found, list)
+    assert [(one.text, one.topic) for one in found] == [("One.", ("Law",)), ("Half \ufffd.", ())]
+
+
+@pytest.mark.parametrize("content", [b'{"text": "One."}\n{"text": "caf\xe9"}\n', b"\n" + b"[" * 100_000])
+def test_a_list_that_cannot_be_read_is_told_with_its_line(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"text\.instructions\.jsonl:2: is no "):
+        _reviewed(tmp_path, content).instructions("text", [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- caf\xe9\n", r":1: is no UTF-8"),
+        (b"- &a {name: Law, topics: [*a]}\n", "without end"),
+        (b"- 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        (b"- {name: a, topics: " + b"[" * 5000, "not valid YAML"),
+    ],
+)
+def test_topics_that_cannot_be_read_are_told_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        _reviewed(tmp_path, content).topics("text", "meta_topics", [])
