@@ -26,7 +26,8 @@ _ANY_PROGRAM = re.compile(
     r"\b(?:function|program|script|code|class|api|endpoint|quer(?:y|ies)|method)\b", re.IGNORECASE
 )
 _CODE = re.compile(
-    r"```|`[^`\n]+`|[{};]|\w\([^)\n]{0,500}\)|</?\w+[^>\n]{0,500}>|[\w\])] *[-+*/]?={1,2} *\S|\\[dwsb]|^[^\S\n]*(?:\$|#!)"
+    r"```|`[^`\n]+`|[{};]|\w\([^)\n]{0,500}\)|</?\w+[^>\n]{0,500}>|[\w\])] *[-+*/]?={1,2} *\S|\\[dwsb]"
+    r"|^[^\S\n]*(?:\$|#!)"
     r"|\b(?:select|update|insert|delete|create|alter|drop|def|class|import|echo|print|grep|awk|sed|return)\b",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -153,9 +153,12 @@ class PieceTemplate:
 
     def prompt(self, tokenizer: SequenceTokenizer, chat: Chat) -> list[int]:
         """The ids before the last turn."""
-        (prompts,) = self.prompts(tokenizer, [chat])
-        assert not isinstance(prompts, PromptError)
-        return prompts[-1]
+        opening, *following = self.texts(chat)
+        (ids,) = tokenizer.encode_first_prompts([opening])
+        later = tokenizer.encode_later_prompts(following)
+        for response, prompt in zip(chat.responses, later, strict=False):
+            ids += [*response, *prompt]
+        return ids
 
 
 class JinjaTemplate:

@@ -88,6 +88,12 @@ class Served:
             if not message["content"].strip() and message["role"] != "system":
                 raise bad_field(f"messages[{i}].content", "is empty; give some text")
         told = [message for message in told if message["content"].strip()]
+        if len(told) > self.longest:  # each is a token at least, and templates take their time over thousands
+            raise bad_field(
+                "messages",
+                f"{len(told)} messages; this model's maximum context length is {self.longest} tokens, with the answer",
+                code="context_length_exceeded",
+            )
         try:
             return encode_conversation(self._encoders, told, self._lead, self._end, self._rows)
         except ValueError as error:

@@ -9,9 +9,10 @@ import pytest
 from support.chats import as_chat, as_messages
 from transformers import AutoTokenizer
 
+from ultrafuser_mega.data.chat_format import Chat as ConversationOfIds
 from ultrafuser_mega.data.chat_format import PromptError, SequenceTokenizer
 from ultrafuser_mega.data.conversation import Conversation
-from ultrafuser_mega.data.templates import ChatTemplate, PaperTemplate, load_template, response_format
+from ultrafuser_mega.data.templates import PAPER_TEMPLATES, ChatTemplate, PaperTemplate, load_template, response_format
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import InputError
 
@@ -74,6 +75,16 @@ def test_the_templates_of_table_9_with_one_and_two_turns(name: Any, one: Any, tw
     assert template.texts(as_chat(ONE)) == one
     assert template.texts(as_chat(TWO)) == two
     assert template.response_lead == " " and template.end_id is None
+
+
+def test_the_last_prompt_alone_is_the_last_of_all_of_them(bytelevel: Any) -> None:
+    tokenizer = SequenceTokenizer(AutoTokenizer.from_pretrained(bytelevel, local_files_only=True))
+    users, answers = ["What is 2+2?", " And 3+3?", "And 4+4?"], ["4", "6"]
+    chat = ConversationOfIds("Be brief.", users, answers, [[7, 8], [9]])
+    for template in PAPER_TEMPLATES.values():
+        (prompts,) = template.prompts(tokenizer, [chat])
+        assert not isinstance(prompts, PromptError)
+        assert template.prompt(tokenizer, chat) == prompts[-1] and len(prompts) == 3
 
 
 def test_braces_in_the_instruction_are_ordinary_characters() -> None:

@@ -61,6 +61,12 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"response_format": AHEAD}, "response_format", "look-around"),
     ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "ends where it is complete"),
     ({"messages": [{"role": "user", "content": "so " * 400}]}, "messages", "maximum context length is 256 tokens"),
+    # A megabyte of turns, of which the memory for all their prompts would end the server.
+    (
+        {"messages": [USER, {"role": "assistant", "content": "So"}] * 20_000 + [USER]},
+        "messages",
+        "40001 messages; this",
+    ),
 ]
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({}, "prompt", "missing"),
