@@ -136,6 +136,7 @@ benchmark llama3-8b_eighth 25 --preset llama3-8b --vocab 16032 --repeats 10 --sk
 if [[ $device == cuda ]]; then
     step tests 120 pytest "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/gpu
 fi
+step questions 40 triton "$python" tools/benchmarks/kernel_questions.py --device "$device" --out "$parts/questions.json"
 step beside_plain 150 "$trainer" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" \
     tools/benchmarks/train_beside_plain.py --device "$device" --limit $((60 * scale)) --traces "$out" --out "$parts/beside_plain.json"
 step loss_profile 40 "" "$python" tools/benchmarks/profile_loss.py --device "$device" --trace "$out/trace_loss.json.gz" \

@@ -34,7 +34,7 @@ def on_shard(case: Case, rank: int) -> Case:
 
 
 def rank_answers(rank: int, store: str, cases: list[Case]) -> list[dict[str, Any]]:
-    from support.interpreter import teach_gpu_arithmetic
+    from gpu_arithmetic import teach_gpu_arithmetic
 
     from ultrafuser_mega.ops import streaming
     from ultrafuser_mega.ops.problem import checked_problem

@@ -133,7 +133,7 @@ def test_chat_reads_lines_until_they_end(models: Any, transformers_model: Any, r
         (("{release}", "hi", "--temperature", "1e-9"), "--temperature 1e-09: expected 0 (greedy) or 0.001 or more"),
         (("{release}", "hi", "--stop", ""), "--stop: the empty string"),
         (("{release}", "hi", "-n", "0"), "--max-new-tokens 0: expected 1 or more"),
-        (("{release}", "hi", "--device", "tpu"), "--device tpu: expected auto, cpu or cuda:N"),
+        (("{release}", "hi", "--device", "tpu"), "--device tpu: 'tpu': expected auto, cpu, cuda:N"),
         (("{release}", "hi", "--device", "cpu,cpu"), "--device cpu,cpu: names 2 places"),
         (("{release}", "hi", "--dtype", "int4"), "--dtype int4: expected one of fp32, bf16, fp16"),
     ],

@@ -21,6 +21,7 @@ from support.mixture_cases import (
 
 from ultrafuser_mega.ops import chunked, mixture_cross_entropy, parked_dlogits
 from ultrafuser_mega.ops.problem import checked_problem
+from ultrafuser_mega.ops.statistics import MAX, SUM_EXP
 
 pytestmark = [
     pytest.mark.gpu,
@@ -251,3 +252,34 @@ def test_what_an_ignored_row_holds_does_not_matter(backend: str) -> None:
     assert torch.equal(dirty.loss, clean.loss)
     for name, gradient in dirty.gradients().items():
         assert torch.equal(gradient, clean.gradients()[name]), name
+
+
+@pytest.mark.parametrize("widths", [(256, 320, 192), (33, 50, 70)], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_logit_of_streaming_has_the_same_bits_in_every_tile_and_by_either_loop(dtype: Any, widths: Any) -> None:
+    """What the backward relies on: its exp(z - M) add up to the forward's sum."""
+    from stored_tiles import stored_logits
+
+    from ultrafuser_mega.ops import streaming, streaming_tiles
+
+    case = make_case(140, rows=300, vocab=1000, widths=widths, dtype=dtype, device="cuda", gate_scale=4.0)
+    case.gate_logits[[3, 70, 139], [0, 1, 2]] = torch.tensor([-60.0, -100.0, -float("inf")], device="cuda")
+    aligned = widths[0] % 8 == 0
+    capability = streaming_tiles.capability(case.heads[0])
+    tiles = [streaming_tiles.tile(name, capability, dtype, 3, aligned) for name in ("statistics", "dlogits")]
+    first, *others = [
+        stored_logits(case.hidden, case.heads, case.gate_logits, tile, detour=detour)
+        for tile in tiles
+        for detour in (False, True)
+    ]
+    for z in others:
+        assert torch.equal(z, first)
+    problem = checked_problem(
+        case.hidden, case.heads, case.gate_logits, case.target, group=None, vocab_start=0, vocab_size=None,
+        ignore_index=-100, reduction="sum", label_smoothing=0.0, z_loss=0.0,
+    )  # fmt: skip
+    statistics = streaming.statistics(problem, streaming.gate_softmax(problem), per_specialist=False)
+    kept = case.target != IGNORE  # the others' gate weights are not theirs
+    assert torch.equal(statistics[kept, MAX], first.amax(1)[kept])
+    sums = (first - first.amax(1, keepdim=True)).double().exp().sum(1)[kept]
+    torch.testing.assert_close(statistics[kept, SUM_EXP].double(), sums, rtol=2e-6, atol=0.0)

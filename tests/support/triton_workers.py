@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.interpreter import teach_gpu_arithmetic
+from gpu_arithmetic import teach_gpu_arithmetic
 
 
 @pytest.fixture(scope="session")

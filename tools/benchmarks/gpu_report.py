@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 
 from bench_mixture_ce import PRESETS
 from benchmark import FLOOR, ONE_GEMM, PEERS, PLAIN, Shape
-from gpu_report_steps import beside_plain, layer_kernels, machine_rows, operators, saving, toy, values, warmed
+from gpu_report_steps import (
+    beside_plain,
+    layer_kernels,
+    machine_rows,
+    operators,
+    questions,
+    saving,
+    toy,
+    values,
+    warmed,
+)
 from markdown_lines import section, table
 from scripting import Parser, write_text
 
@@ -105,6 +115,7 @@ def lines(report: dict[str, Any], name: str) -> Iterator[str]:
             yield f"- absent: {peer} ({reason})"
         failed = {name: reason for name, reason in run["absent"].items() if name not in PEERS}
         yield from (f"- failed: {name} ({reason})" for name, reason in failed.items())
+    yield from questions(report.get("questions", {}))
     yield from beside_plain(report.get("beside_plain", {}))
     yield from operators("The loss", report.get("loss_profile", {}).get("operators", {}))
     if records := report.get("gate_kernels", {}).get("results"):

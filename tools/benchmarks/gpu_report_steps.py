@@ -102,6 +102,14 @@ def operators(what: str, tables: Part) -> Iterator[str]:
         yield from table(("operator or kernel", "calls", "own ms"), numbers)
 
 
+def questions(part: Part) -> Iterator[str]:
+    """How fast what the kernels are made of is, each beside what it could be instead."""
+    if records := part.get("questions"):
+        yield from section("What the kernels are made of")
+        rows = [(r["question"], r["what"], f"{r['ms']:.3f}", f"{r['rate']:.1f} {r['unit']}") for r in records]
+        yield from table(("question", "", "ms", "rate"), rows)
+
+
 def layer_kernels(part: Part) -> Iterator[str]:
     """A decoder layer's own operations and their peers beside a copy of as many bytes."""
     if records := part.get("results"):

@@ -6,17 +6,19 @@ the cuobjdump that ships with Triton. report_kernels.py prints this; a test hold
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from main_loops import TENSOR_CORE, MainLoop, main_loops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -24,9 +26,10 @@ from ultrafuser_mega.models import elementwise_triton
 from ultrafuser_mega.ops import epilogue_triton, streaming_kernels, streaming_tiles
 
 CAPABILITIES = (80, 90, 100)
-TENSOR_CORE = r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"  # Hopper's wgmma, Blackwell's tcgen05, mma
 TMA_LOAD = r"\bUTMALDG\b"
+ROUNDED_PRODUCT = r"\bFFMA R\d+(?:, -?\|?R\d+(?:\.reuse)?\|?){2}, RZ"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by Triton's names
+COEFFICIENTS = dict.fromkeys(("row_max", "coefficient_a", "coefficient_b", "coefficient_c"), "*fp32")
 USAGE_OF_FUNCTION = r"(\w+(?:<[^>]*>)?)\([^()]*\):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
 
 
@@ -39,6 +42,9 @@ class Resources:
     local_bytes: int  # per thread: spilled registers
     tensor_core: dict[str, int]  # instruction: how often it stands in the code
     tma_loads: int  # as often
+    rounded_products: int = 0  # as often: products of fp32 that stay products, whatever is added to them next
+    loops: tuple[MainLoop, ...] = ()  # those that hold tensor-core instructions
+    seconds: float = 0.0  # of CPU that compiling took
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,22 @@ class _Source:
     kernel: Any
     signature: dict[str, Any]
     constants: dict[str, Any]
-    warps: int
-    stages: int = 3
+    options: dict[str, Any]  # of Triton's compiler
 
 
 def report(capability: int, dtype: str = "bf16", specialists: int = 3) -> list[Resources]:
     """Every kernel compiled for sm_<capability> and so many specialists' heads of ``dtype``."""
-    sources = (*_sources(capability, dtype, specialists), *_layer_sources(dtype))
-    return [_compile(source, capability) for source in sources]
+    sources = (*_chunked_sources(dtype, specialists), *_streaming_sources(capability, dtype, specialists))
+    return [_compile(source, capability) for source in (*sources, *_layer_sources(dtype))]
+
+
+def streaming_report(capability: int, dtype: str, specialists: int, **constants: Any) -> list[Resources]:
+    """The streaming backend's kernels alone. ``constants`` take the place of their own where they have such."""
+    sources = _streaming_sources(capability, dtype, specialists)
+    changed = (
+        replace(s, constants=s.constants | {k: v for k, v in constants.items() if k in s.constants}) for s in sources
+    )
+    return [_compile(source, capability) for source in changed]
 
 
 def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILITIES) -> list[Resources]:
@@ -75,26 +89,25 @@ def cuda_report(nvcc: str, source: Path, capabilities: Sequence[int] = CAPABILIT
     return reports
 
 
-def _sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]:
+def _chunked_sources(dtype: str, specialists: int) -> Iterator[_Source]:
     rows = {"columns": "i32", "row_stride": "i64"}
     steps = epilogue_triton.STEPS
-    coefficients = dict.fromkeys(("row_max", "coefficient_a", "coefficient_b", "coefficient_c"), "*fp32")
     yield _Source(
         "chunked: row_statistics",
         epilogue_triton.row_statistics_kernel,
         {"logits": "*fp32", "target": "*i64", "statistics": "*fp32"} | rows,
         {"BLOCK": steps["row statistics"][0]},
-        steps["row statistics"][1],
+        epilogue_triton.options("row statistics"),
     )
     yield _Source(
         "chunked: dlogits",
         epilogue_triton.dlogits_kernel,
         {"logits": "*fp32", "gradient": f"*{dtype}", "target": "*i64"}
-        | coefficients
+        | COEFFICIENTS
         | rows
         | {"gradient_stride": "i64"},
         {"BLOCK": steps["dlogits"][0]},
-        steps["dlogits"][1],
+        epilogue_triton.options("dlogits"),
     )
     yield _Source(
         "gate_only: mixture_statistics",
@@ -107,8 +120,11 @@ def _sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]
             "PADDED": triton.next_power_of_2(specialists),
             "BLOCK": steps["mixture statistics"][0],
         },
-        steps["mixture statistics"][1],
+        epilogue_triton.options("mixture statistics"),
     )
+
+
+def _streaming_sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]:
     operands = {
         "hidden": (f"*{dtype}",) * specialists,
         "heads": (f"*{dtype}",) * specialists,
@@ -118,21 +134,21 @@ def _sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]
         "gate_weights": "*fp32",
         "target": "*i64",
     }
+    tiny = {"has_tiny": "*i1"}
     statistics = {"statistics": "*fp32", "N": "i32", "R": "i32", "split_columns": "i32"}
     gradient = {"gradient": f"*{dtype}", "N": "i32", "begin": "i32", "end": "i32", "gradient_stride": "i32"}
     for name, kernel, arguments in (
-        ("statistics", streaming_kernels.statistics_kernel, statistics),
+        ("statistics", streaming_kernels.statistics_kernel, tiny | statistics),
         ("gate statistics", streaming_kernels.gate_statistics_kernel, statistics),
-        ("dlogits", streaming_kernels.dlogits_kernel, coefficients | gradient),
+        ("dlogits", streaming_kernels.dlogits_kernel, tiny | COEFFICIENTS | gradient),
     ):
         tile = streaming_tiles.tile(name, capability, DTYPES[dtype], specialists)
         yield _Source(
             f"streaming: {name}",
             kernel,
             operands | arguments,
-            streaming_tiles.constants(tile, name, (tile.block_k,) * specialists),
-            tile.warps,
-            tile.stages,
+            streaming_tiles.constants(tile, name, (tile.block_k,) * specialists, DTYPES[dtype]),
+            streaming_tiles.options(tile),
         )
 
 
@@ -147,7 +163,7 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
             elementwise_triton.rms_norm_forward_kernel,
             {"x": x, "weight": x, "y": x, "rstd": "*fp32"} | rows | {"x_stride": "i32", "eps": "fp32"},
             {"ROWS": block_rows, "BLOCK": block},
-            warps,
+            {"num_warps": warps},
         )
         block, block_rows, warps = elementwise_triton.norm_tile(width, *elementwise_triton.BACKWARD)
         yield _Source(
@@ -157,7 +173,7 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
             | rows
             | {"dy_stride": "i32", "x_stride": "i32"},
             {"ROWS": block_rows, "BLOCK": block},
-            warps,
+            {"num_warps": warps},
         )
     block = elementwise_triton.SWIGLU_BLOCK
     yield _Source(
@@ -165,14 +181,14 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
         elementwise_triton.swiglu_forward_kernel,
         {"x": x, "y": x, "width": "i32", "x_stride": "i32"},
         {"BLOCK": block},
-        4,
+        {"num_warps": 4},
     )
     yield _Source(
         "layer: swiglu backward",
         elementwise_triton.swiglu_backward_kernel,
         {"dy": x, "x": x, "dx": x, "width": "i32", "dy_stride": "i32", "x_stride": "i32"},
         {"BLOCK": block},
-        4,
+        {"num_warps": 4},
     )
     sizes = dict.fromkeys(("groups", "each", "half"), "i32")
     strides = [f"{which}_{of}_stride" for which in "qkv" for of in ("token", "head")]
@@ -184,22 +200,23 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
             elementwise_triton.rotated_heads_forward_kernel,
             dict.fromkeys(("mixed", "cos", "sin", "q", "k", "v"), x) | sizes | {"mixed_stride": "i32"},
             tile,
-            4,
+            {"num_warps": 4},
         )
         yield _Source(
             f"layer: heads backward, {heads} of {width}",
             elementwise_triton.rotated_heads_backward_kernel,
             dict.fromkeys(("dq", "dk", "dv", "cos", "sin", "mixed"), x) | sizes | dict.fromkeys(strides, "i32"),
             tile,
-            4,
+            {"num_warps": 4},
         )
 
 
 def _compile(source: _Source, capability: int) -> Resources:
     signature = source.signature | dict.fromkeys(source.constants, "constexpr")
     ast = ASTSource(source.kernel, signature, constexprs=source.constants, attrs=_aligned(signature))
-    options = {"num_warps": source.warps, "num_stages": source.stages}
-    compiled = triton.compile(ast, GPUTarget("cuda", capability, 32), options)
+    begun = _cpu_seconds()
+    compiled = triton.compile(ast, GPUTarget("cuda", capability, 32), source.options)
+    seconds = _cpu_seconds() - begun
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -209,8 +226,23 @@ def _compile(source: _Source, capability: int) -> Resources:
         raise RuntimeError(f"cuobjdump says nothing of registers for {source.name} on sm_{capability}: {usage[:200]}")
     counts = dict(Counter(re.findall(TENSOR_CORE, code)))
     registers, stack, local = (int(number) for number in found.groups())
-    loads = len(re.findall(TMA_LOAD, code))
-    return Resources(source.name, capability, registers, compiled.metadata.shared, stack + local, counts, loads)
+    return Resources(
+        source.name,
+        capability,
+        registers,
+        compiled.metadata.shared,
+        stack + local,
+        counts,
+        len(re.findall(TMA_LOAD, code)),
+        len(re.findall(ROUNDED_PRODUCT, code)),
+        tuple(main_loops(code)),
+        seconds,
+    )
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the assemblers that it has called."""
+    return sum(os.times()[:4])
 
 
 def _aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:

@@ -16,19 +16,24 @@ that sum would be a second copy twice as large as the gradients, so there dz of 
 memory until one product over all rows can be taken (parked_dlogits.py), as long as there are no more rows than hidden
 units: N <= sum d_j.
 
-The upstream gradient is not known in the forward. It is one scalar for "sum" and "mean", and one factor per row of dh
-and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case the forward computes
-the row losses alone and the backward runs the whole sweep with the upstream factors as row weights (4 passes in all).
+Where one chunk takes all rows it waits for the backward between its statistics and dz, with its logits and x_j: nothing
+is computed twice, and every factor that comes from upstream is in dz before any product.
+
+Elsewhere the upstream gradient is not known when gradients are formed. It is one scalar for "sum" and "mean", and one
+factor per row of dh and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case
+the forward computes the row losses alone and the backward runs the whole sweep with the upstream factors as row weights
+(4 passes in all).
 The sweep takes its statistics from its own z. The forward's were taken of other blocks of columns, and a BLAS gives a
 logit other bits in a product of another shape: a last bit of a logit of 1e6 is 6 % of a probability, so that under the
 forward's sum of exponentials a row of dz would no longer add up.
 
 A head may have a buffer in which a trainer collects its gradient in the wide type over several calls (Megatron's
-weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" by the sweep's GEMMs
-themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always so).
+weight.main_grad). Its dW is added there, in the backward, and never rounded: with "none" or one chunk by the sweep's
+GEMMs themselves, without further memory; else from the forward's sums, times the upstream gradient (with fp16 always).
 
-Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs. Chunk sizes
-derive from numbers every rank shares, since each chunk is a collective.
+Under a group two buffers alternate, so that a chunk's collective travels while the next chunk's GEMM runs; where all
+rows fit into one, there is one, and no next chunk. Chunk sizes derive from numbers every rank shares, since each chunk
+is a collective.
 """
 
 from __future__ import annotations
@@ -45,7 +50,7 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
-from ultrafuser_mega.ops.forward import buffer_budget, even_rows, forward_statistics
+from ultrafuser_mega.ops.forward import buffer_budget, cut, forward_statistics
 from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
 from ultrafuser_mega.ops.problem import Problem, readable
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
@@ -99,13 +104,37 @@ class Plan:
         self.settings = problem.settings
         self.grad_enabled = torch.is_grad_enabled()
         self.epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
-        self.buffers = 1 if problem.settings.group is None else 2
         self.buffer_bytes = buffer_bytes or buffer_budget(hidden.device)
-        shard = -(-problem.settings.vocab_size // problem.settings.shards)
         width, wide = sum(states.shape[1] for states in problem.hidden), problem.accumulate_dtype.itemsize
-        # a row in flight: its logits and x_j, per buffer, and dx_j
-        row_bytes = self.buffers * (shard * wide + width * self.epilogue.operand_dtype.itemsize) + width * wide
-        self.chunk_rows = even_rows(problem.rows, self.buffer_bytes // row_bytes)
+        columns, operand = problem.settings.vocab_size, self.epilogue.operand_dtype.itemsize
+        self.buffers, self.chunk_rows, self.row_bytes = cut(
+            problem.rows, columns, problem.settings.shards, width, operand, wide, self.buffer_bytes
+        )
+
+    def own_heads(self, needs: Needs) -> list[int]:
+        """Those whose gradients are formed here rather than added to a buffer of the caller's."""
+        return [j for j, main in enumerate(self.main_grad) if needs.heads[j] and main is None]
+
+    def head_dtype(self, problem: Problem, needs: Needs) -> torch.dtype:
+        """In which the heads' gradients are formed: one product may round, what chunks add up to may not."""
+        operand = self.epilogue.operand_dtype
+        fits = parked_dlogits.fits(problem.rows, [problem.heads[j].shape[1] for j in self.own_heads(needs)])
+        if problem.rows and operand != torch.float16 and (self.chunk_rows >= problem.rows or fits):
+            return operand
+        return problem.accumulate_dtype
+
+    def workspace_bytes(self, problem: Problem, needs: Needs) -> int:
+        """The most memory beyond the gradients at once, short of what there is one number of per row."""
+        chunk = self.chunk_rows * self.row_bytes
+        own, wide = self.own_heads(needs), problem.accumulate_dtype
+        if not own or problem.heads[0].dtype == wide:
+            return chunk
+        if self.head_dtype(problem, needs) == wide:  # sums, of which the gradients are made
+            return chunk + sum(problem.heads[j].numel() for j in own) * wide.itemsize
+        if self.chunk_rows >= problem.rows:
+            return chunk
+        inputs = sum(states.numel() for states in problem.hidden) * self.epilogue.operand_dtype.itemsize
+        return max(chunk, inputs + parked_dlogits.WORKSPACE_BYTES)
 
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk_rows):
@@ -128,10 +157,32 @@ class _Chunk:
     pending: PendingStatistics
 
 
+def _buffers(problem: Problem, plan: Plan) -> Tensor:
+    pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
+    return problem.gate_logits.new_empty((plan.buffers, plan.chunk_rows, pitch))
+
+
+def _begun(problem: Problem, plan: Plan, rows: slice, buffer: Tensor, kept: Tensor, target: Tensor) -> _Chunk:
+    """The first half of a chunk's way, its logits in ``buffer``. kept, target (N,): of the problem, the local ones."""
+    gate_weights, inputs = gate_scale.scale_inputs(
+        problem.gate_logits[rows],
+        kept[rows],
+        [states[rows] for states in problem.hidden],
+        plan.epilogue.operand_dtype,
+    )
+    logits = buffer[: rows.stop - rows.start, : problem.real_rows]
+    for j, (x, head) in enumerate(zip(inputs, problem.heads, strict=True)):
+        gemm.accumulate(logits, x, head[: problem.real_rows].t(), add=j > 0)
+    local, scratch = plan.epilogue.statistics(logits, target[rows], keep=True)
+    pending = PendingStatistics(local, problem.real_rows, problem.settings)
+    return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
+
+
 class Sweep:
     """One pass over all chunks.
 
     ``into``: buffers that the heads' gradients are added to as they come, None for those that get a sum of their own.
+    ``begun``: the chunk of all rows where its first half is done.
 
     After run(): statistics (N, 4) of the whole vocabulary; gate (N, n), summed over the group; hidden n x (N, d_j),
     this shard's part; heads n x (V_local, d_j). What is not needed is None.
@@ -144,8 +195,9 @@ class Sweep:
         needs: Needs,
         weight: Tensor,  # (N,): 0 on ignored rows
         into: Sequence[Tensor | None] = (),
+        begun: _Chunk | None = None,
     ) -> None:
-        self.problem, self.plan, self.needs, self.weight = problem, plan, needs, weight
+        self.problem, self.plan, self.needs, self.weight, self.begun = problem, plan, needs, weight, begun
         wide = problem.accumulate_dtype
         n, rows = len(problem.hidden), problem.rows
         self.target = problem.local_target()
@@ -160,11 +212,7 @@ class Sweep:
             for states, need in zip(problem.hidden, needs.hidden, strict=True)
         ]
         self.into = tuple(into) or (None,) * n
-        # a gradient that comes from one product may be rounded by it; one that chunks add up to may not
-        own = [j for j, main in enumerate(plan.main_grad) if needs.heads[j] and main is None]
-        single = plan.chunk_rows >= rows
-        fits = parked_dlogits.fits(rows, [problem.heads[j].shape[1] for j in own])
-        rounded = plan.epilogue.operand_dtype if rows and self.scale == 1.0 and (single or fits) else wide
+        own, rounded = plan.own_heads(needs), plan.head_dtype(problem, needs)
         self.heads: list[Tensor | None] = [None] * n
         for j, head in enumerate(problem.heads):
             if needs.heads[j]:
@@ -172,7 +220,7 @@ class Sweep:
                 self.heads[j] = self._head_sum(head, rounded if j in own else wide) if given is None else given
         self.parked: ParkedDlogits | None = None
         self.parked_heads: list[int] = []
-        if own and not single and rounded != wide and problem.real_rows:
+        if own and plan.chunk_rows < rows and rounded != wide and problem.real_rows:
             self.parked_heads = own
             self.parked = ParkedDlogits([self._real(j) for j in own], rows)
 
@@ -205,29 +253,17 @@ class Sweep:
             self.weight.new_empty((plan.chunk_rows, states.shape[1])) if need or self.needs.gate else None
             for states, need in zip(problem.hidden, self.needs.hidden, strict=True)
         ]
-        pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
-        buffers = self.weight.new_empty((plan.buffers, plan.chunk_rows, pitch))
+        if self.begun is not None:
+            self._finish(self.begun, d_inputs)
+            return
+        buffers = _buffers(problem, plan)
         started: deque[_Chunk] = deque()
         for index, rows in enumerate(plan.chunks(problem.rows)):
-            buffer = buffers[index % plan.buffers]
-            started.append(self._begin(rows, buffer[: rows.stop - rows.start, : problem.real_rows]))
+            started.append(_begun(problem, plan, rows, buffers[index % plan.buffers], self.kept, self.target))
             while len(started) >= plan.buffers:
                 self._finish(started.popleft(), d_inputs)
         while started:
             self._finish(started.popleft(), d_inputs)
-
-    def _begin(self, rows: slice, logits: Tensor) -> _Chunk:
-        gate_weights, inputs = gate_scale.scale_inputs(
-            self.problem.gate_logits[rows],
-            self.kept[rows],
-            [states[rows] for states in self.problem.hidden],
-            self.plan.epilogue.operand_dtype,
-        )
-        for j, (x, head) in enumerate(zip(inputs, self.real_heads, strict=True)):
-            gemm.accumulate(logits, x, head.t(), add=j > 0)
-        local, scratch = self.plan.epilogue.statistics(logits, self.target[rows], keep=True)
-        pending = PendingStatistics(local, self.problem.real_rows, self.problem.settings)
-        return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
 
     def _finish(self, chunk: _Chunk, buffers: list[Tensor | None]) -> None:
         rows = chunk.rows
@@ -278,9 +314,16 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.plan, ctx.needs = plan, needs
         ctx.main_grad = (None,) * (1 + n) + plan.main_grad  # of gate logits, hidden, heads
         ctx.dtypes = [tensor.dtype for tensor in (gate_logits, *tensors)]
-        ctx.deferred = per_row and any(needs.heads)
+        ctx.begun = None
+        single = 0 < problem.rows <= plan.chunk_rows
+        ctx.deferred = needs.any and (single or (per_row and any(needs.heads)))
 
-        if ctx.deferred or not needs.any:
+        if ctx.deferred and single:
+            everything, buffer = slice(0, problem.rows), _buffers(problem, plan)[0]
+            ctx.begun = _begun(problem, plan, everything, buffer, kept, problem.local_target())
+            statistics = ctx.begun.pending.wait()
+            ctx.save_for_backward(target, gate_logits, *tensors)
+        elif ctx.deferred or not needs.any:
             statistics = forward_statistics(problem, plan.epilogue, plan.buffer_bytes)
             ctx.save_for_backward(target, gate_logits, *tensors)
         else:
@@ -315,28 +358,34 @@ class _ChunkedLoss(torch.autograd.Function):
                 returned.append(None if gradient is None else _scaled(gradient, factor, dtype, reuse))
                 continue
             if gradient is not main:  # the sweep has added the rest itself
-                main.addcmul_(gradient, factor)  # factor: (), since dW of "none" is the sweep's
+                assert factor is not None  # (), since dW of "none" is the sweep's
+                main.addcmul_(gradient, factor)
             returned.append(None)
         return None, None, *returned
 
 
-def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients of reduction="none" with trainable heads, up to one common factor (): a sweep of its own."""
+def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
+    """The gradients that the backward forms, up to one common factor () if there is one: the rest of the chunk that is
+    begun, or, with "none" and in a second backward of the same graph, a sweep of its own."""
     target, gate_logits, *tensors = ctx.saved_tensors
     problem = ctx.plan.problem(target, gate_logits, tensors)
-    weight = torch.where(problem.kept(), upstream, 0.0)
-    factor, into = weight.new_ones(()), ctx.plan.main_grad
+    begun, ctx.begun = ctx.begun, None
+    kept = problem.kept()
+    weight = torch.where(kept, upstream, 0.0)
+    if ctx.plan.settings.reduction == "mean":
+        weight = weight / kept.sum().clamp(min=1)
+    factor, into = None, ctx.plan.main_grad
     if problem.hidden[0].dtype == torch.float16 and problem.rows:  # a loss scale of 2^16 does not fit fp16
         factor = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
         weight, into = weight / factor, ()
-    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, into)
+    sweep = Sweep(problem, ctx.plan, ctx.needs, weight, into, begun)
     sweep.run()
     return [sweep.gate, *sweep.hidden, *sweep.heads], factor
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse: bool) -> Tensor:
     """gradient (rows, columns) times factor, () or (rows,), in ``dtype``; within its own memory where it may be."""
-    if factor.dim() == 0 and readable(factor) and factor.item() == 1.0:
+    if factor is None or (factor.dim() == 0 and readable(factor) and factor.item() == 1.0):
         return gradient.to(dtype, copy=not reuse)
     # two dimensions keep the factor in fp32: PyTorch would round a 0-dimensional one to the gradient's 16 bits
     out = gradient if reuse and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)

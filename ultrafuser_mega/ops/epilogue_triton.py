@@ -9,6 +9,8 @@ started and fills its first half, so one buffer serves both and the GEMM reads i
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,11 @@ STEPS = {
     "dlogits": (4096, 8),
     "mixture statistics": (1024, 8),  # columns of each of the n logit planes
 }
+
+
+def options(kernel: str) -> dict[str, Any]:
+    """How Triton is to compile it; what it fuses by default is another thing in every version."""
+    return {"num_warps": STEPS[kernel][1], "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -107,7 +114,7 @@ def mixture_statistics_kernel(
 ):
     """The four numbers of z = sum_j w_j o_j and, per specialist, its expectation, target and sum relative to z."""
     row = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, PADDED)
+    j = tl.arange(0, PADDED).to(tl.int64)  # n planes of one GPU's memory may pass 2^31 numbers
     real = j < specialists
     weight = tl.load(gate_weights + row * specialists + j, mask=real, other=0.0)  # (PADDED,)
     base = logits + j[:, None] * plane_stride + row * row_stride
@@ -150,10 +157,15 @@ def mixture_statistics_kernel(
 @launch_operator("triton_row_statistics(Tensor logits, Tensor target, Tensor(a!) statistics)")
 def _row_statistics(logits: Tensor, target: Tensor, statistics: Tensor) -> None:
     rows, columns = logits.shape
-    block, warps = STEPS["row statistics"]
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         row_statistics_kernel[(rows,)](
-            logits, target, statistics, columns, logits.stride(0), BLOCK=block, num_warps=warps
+            logits,
+            target,
+            statistics,
+            columns,
+            logits.stride(0),
+            BLOCK=STEPS["row statistics"][0],
+            **options("row statistics"),
         )
 
 
@@ -165,7 +177,6 @@ def _dlogits(
     logits: Tensor, gradient: Tensor, target: Tensor, row_max: Tensor, a: Tensor, b: Tensor, c: Tensor
 ) -> None:
     rows, columns = logits.shape
-    block, warps = STEPS["dlogits"]
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         dlogits_kernel[(rows,)](
             logits,
@@ -178,15 +189,14 @@ def _dlogits(
             columns,
             logits.stride(0),
             gradient.stride(0),
-            BLOCK=block,
-            num_warps=warps,
+            BLOCK=STEPS["dlogits"][0],
+            **options("dlogits"),
         )
 
 
 @launch_operator("triton_mixture_statistics(Tensor logits, Tensor gate_weights, Tensor target, Tensor(a!) statistics)")
 def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, statistics: Tensor) -> None:
     specialists, rows, columns = logits.shape
-    block, warps = STEPS["mixture statistics"]
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         mixture_statistics_kernel[(rows,)](
             logits,
@@ -198,8 +208,8 @@ def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, st
             logits.stride(0),
             specialists=specialists,
             PADDED=triton.next_power_of_2(specialists),
-            BLOCK=block,
-            num_warps=warps,
+            BLOCK=STEPS["mixture statistics"][0],
+            **options("mixture statistics"),
         )
 
 

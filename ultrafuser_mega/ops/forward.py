@@ -34,6 +34,35 @@ def even_rows(rows: int, limit: int) -> int:
     return max(1, min(limit, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE, rows))
 
 
+def cut(
+    rows: int, columns: int, shards: int, width: int, operand_bytes: int, wide_bytes: int, budget: int
+) -> tuple[int, int, int]:
+    """How ``rows`` are cut where gradients are formed: (buffers, rows of a chunk, bytes of a row in flight).
+
+    In flight are a row's logits and x_j, per buffer, and dx_j. Under a group there is a second buffer for the next
+    chunk's, unless one takes all rows. What decides is known to every rank, since each chunk is a collective.
+
+    Args:
+        columns: of the vocabulary, over all ``shards``.
+        width: hidden units of all specialists.
+    """
+    inputs, d_inputs = -(-columns // shards) * wide_bytes + width * operand_bytes, width * wide_bytes
+    buffers = 1 if shards == 1 or rows * (inputs + d_inputs) <= budget else 2
+    row_bytes = buffers * inputs + d_inputs
+    return buffers, even_rows(rows, budget // row_bytes), row_bytes
+
+
+def _block_columns(problem: Problem) -> int:
+    return min(max(problem.real_rows, 1), BLOCK_COLUMNS.get(problem.target.device.type, BLOCK_COLUMNS["cuda"]))
+
+
+def statistics_row_bytes(problem: Problem, apart: bool, operand_bytes: int) -> int:
+    """What forward_statistics holds per row in flight: a block's logits, and the scaled inputs unless ``apart``."""
+    planes = len(problem.hidden) if apart else 1
+    width = 0 if apart else sum(states.shape[1] for states in problem.hidden)
+    return planes * _block_columns(problem) * problem.gate_logits.element_size() + width * operand_bytes
+
+
 def forward_statistics(
     problem: Problem, epilogue: Epilogue, buffer_bytes: int, apart: Tensor | None = None, each: bool = False
 ) -> Tensor:
@@ -53,9 +82,8 @@ def forward_statistics(
     n, real, kept = len(problem.hidden), problem.real_rows, problem.kept()
     planes, models = 1 if apart is None else n, 2 + n if each else 1
     gate_logits = problem.gate_logits
-    columns = min(max(real, 1), BLOCK_COLUMNS.get(gate_logits.device.type, BLOCK_COLUMNS["cuda"]))
-    width = sum(states.shape[1] for states in problem.hidden) if apart is None else 0
-    row_bytes = planes * columns * gate_logits.element_size() + width * epilogue.operand_dtype.itemsize
+    columns = _block_columns(problem)
+    row_bytes = statistics_row_bytes(problem, apart is not None, epilogue.operand_dtype.itemsize)
     if gate_logits.device.type == "cpu":
         buffer_bytes = min(buffer_bytes, HOST_BLOCK_BYTES)
     chunk_rows = even_rows(problem.rows, buffer_bytes // row_bytes)

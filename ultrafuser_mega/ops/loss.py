@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import chunked, reference, registered
-from ultrafuser_mega.ops.problem import Problem, check_main_grad, checked_problem
+from ultrafuser_mega.ops import automatic, chunked, reference, registered
+from ultrafuser_mega.ops.problem import Problem, check_main_grad, checked_problem, trainable
 
 P = ParamSpec("P")
 
@@ -68,13 +68,14 @@ def mixture_cross_entropy_with_rows(
         label_smoothing: in [0, 1], over the GLOBAL vocabulary.
         z_loss: weight of lse^2, >= 0.
         backend: "auto", "reference", "chunked", "gate_only" or "streaming". auto takes gate_only where hidden and heads
-            are frozen and the gate is not, chunked elsewhere.
+            are frozen and the gate is not, chunked elsewhere; streaming where there is no group and a GPU has less
+            memory free than what these hold at once.
         head_main_grad: one fp32 (fp64 for fp64 inputs) buffer per head, or None for a head without one, that receives
             += dW_j in the backward, unrounded (Megatron's weight.main_grad). Such a head's .grad stays as it is, and
             autograd's hooks on it do not run. Buffers of heads that require no gradient are not touched. Backend
             chunked alone, and not inside torch.compile. reduction="none" adds from within its matrix products and needs
-            no memory for it (but with fp16), at its 4 GEMM passes; "sum" and "mean" keep the 3 and hold one fp32 copy
-            of dW_j between forward and backward.
+            no memory for it (but with fp16), at its 4 GEMM passes; "sum" and "mean" keep the 3 and, unless one chunk
+            takes all rows, hold one fp32 copy of dW_j between forward and backward.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), () or (N,) for reduction="none", and every row's loss, detached, at no
@@ -111,8 +112,7 @@ def mixture_cross_entropy_with_rows(
         z_loss=z_loss,
     )
     if backend == "auto":
-        gate_trains = torch.is_grad_enabled() and gate_logits.requires_grad
-        backend = "gate_only" if gate_trains and not _trainable(problem) else "chunked"
+        backend = automatic.backend_for(problem, can_stream=head_main_grad is None)
     if head_main_grad is not None:
         check_main_grad(head_main_grad, problem)
         if backend in ("reference", "streaming"):
@@ -121,7 +121,7 @@ def mixture_cross_entropy_with_rows(
             raise InputError(
                 "head_main_grad: buffers cannot be added to inside torch.compile; call the loss outside it"
             )
-    if backend == "gate_only" and (name := _trainable(problem)):
+    if backend == "gate_only" and (name := trainable(problem)):
         raise InputError(f"backend: gate_only gives no gradient for {name}, which requires one; use chunked")
     if backend == "streaming" and (target.device.type != "cuda" or hidden[0].dtype == torch.float64):
         found = f"{hidden[0].dtype} on {target.device.type}"
@@ -149,17 +149,6 @@ def _loss_alone(with_rows: Callable[P, LossWithRows]) -> Callable[P, Tensor]:
 
 #: :func:`mixture_cross_entropy_with_rows` without the rows: the loss alone, from the same arguments.
 mixture_cross_entropy = _loss_alone(mixture_cross_entropy_with_rows)
-
-
-def _trainable(problem: Problem) -> str:
-    """The first hidden state or head that needs a gradient; "" if all are frozen."""
-    if not torch.is_grad_enabled():
-        return ""
-    for name, tensors in (("hidden", problem.hidden), ("head_weight", problem.heads)):
-        for j, tensor in enumerate(tensors):
-            if tensor.requires_grad:
-                return f"{name}[{j}]"
-    return ""
 
 
 def _reference_loss(problem: Problem) -> LossWithRows:

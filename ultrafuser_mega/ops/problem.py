@@ -73,6 +73,17 @@ class Problem:
         return torch.where(here, column, -1)
 
 
+def trainable(problem: Problem) -> str:
+    """The first hidden state or head that needs a gradient; "" if all are frozen."""
+    if not torch.is_grad_enabled():
+        return ""
+    for name, tensors in (("hidden", problem.hidden), ("head_weight", problem.heads)):
+        for j, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                return f"{name}[{j}]"
+    return ""
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for everything but fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

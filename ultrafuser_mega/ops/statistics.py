@@ -62,10 +62,13 @@ class PendingStatistics:
             columns = local.new_full((local.shape[0], 1), real_rows)
             payload = torch.cat((local, columns), dim=1)  # (C, 5 + 3 n)
             self._gathered = payload.new_empty((settings.shards, *payload.shape))
-            self._work = dist.all_gather(list(self._gathered), payload, group=settings.group, async_op=True)
+            # into one tensor: NCCL gathers a list into a tensor of its own first and copies from there
+            self._work = dist.all_gather_into_tensor(
+                self._gathered.flatten(0, 1), payload, group=settings.group, async_op=True
+            )
 
     def wait(self) -> Tensor:  # (C, 4 + 3 n)
-        """Statistics of the whole vocabulary. On a GPU the stream waits, not the host.
+        """Statistics of the whole vocabulary, as often as asked for. On a GPU the stream waits, not the host.
 
         Raises:
             InputError: the shards overlap or leave gaps, as far as their sizes show it. On the CPU, on every rank; on a
@@ -74,10 +77,13 @@ class PendingStatistics:
         if self._work is None:
             return self._local
         self._work.wait()
+        self._work = None
         columns = self._gathered[:, :1, -1]  # (S, 1), (S, 0) without rows
         if columns.numel() and readable(columns):
             check_shards(int(columns.sum()), self._vocab_size)
-        return combine(self._gathered[:, :, :-1], columns)
+        self._local = combine(self._gathered[:, :, :-1], columns)
+        del self._gathered
+        return self._local
 
 
 def row_loss(statistics: Tensor, kept: Tensor, settings: Settings) -> Tensor:

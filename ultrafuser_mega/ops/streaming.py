@@ -38,7 +38,7 @@ from ultrafuser_mega.ops.statistics import (
     row_loss,
 )
 from ultrafuser_mega.ops.streaming_kernels import dlogits_kernel, gate_statistics_kernel, statistics_kernel
-from ultrafuser_mega.ops.streaming_tiles import Tile, launch
+from ultrafuser_mega.ops.streaming_tiles import Tile, has_tiny, launch
 
 SPLIT_COLUMNS = 4096  # of the vocabulary, walked by one program at most
 SPLITS = 8  # at least, so that a small vocabulary fills a GPU, too
@@ -102,10 +102,14 @@ def _fill_statistics(
     def programs(tile: Tile) -> int:
         return int(triton.cdiv(rows, tile.block_m)) * splits
 
+    def rest(tile: Tile) -> tuple[Any, ...]:
+        tiny = () if per_specialist else (has_tiny(gate_weights, tile.block_m),)
+        return gate_weights, target, *tiny, parts, rows, columns, split
+
     name, kernel = "statistics", statistics_kernel
     if per_specialist:
         name, kernel = "gate statistics", gate_statistics_kernel
-    launch(name, kernel, programs, hidden, heads, gate_weights, target, parts, rows, columns, split)
+    launch(name, kernel, programs, hidden, heads, rest)
 
 
 def split_columns(columns: int) -> int:
@@ -195,8 +199,11 @@ def _fill_dlogits(
     def programs(tile: Tile) -> int:
         return int(triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n))
 
-    per_row = (gate_weights, target, row_max, a, b, c)
-    launch("dlogits", dlogits_kernel, programs, hidden, heads, *per_row, out, rows, start, stop, out.stride(0))
+    def rest(tile: Tile) -> tuple[Any, ...]:
+        tiny = has_tiny(gate_weights, tile.block_m)
+        return gate_weights, target, tiny, row_max, a, b, c, out, rows, start, stop, out.stride(0)
+
+    launch("dlogits", dlogits_kernel, programs, hidden, heads, rest)
 
 
 class _StreamingLoss(torch.autograd.Function):

@@ -1,13 +1,27 @@
 """Triton kernels of the streaming backend: fused logits live and die in registers, tile by tile.
 
 A tile of BLOCK_M rows x BLOCK_N vocabulary columns walks the specialists' K-segments in place (ragged widths, no
-concatenated copy) on tensor cores: z = sum_j (w_j h_j) W_j^T in one fp32 accumulator. w_j h_j is formed in registers
-on its way to the tensor cores and rounded to the operand's type, as plain PyTorch rounds it. What happens to z differs:
+concatenated copy) on tensor cores, in one fp32 accumulator: z = sum_j w_j o_j, o_j = h_j W_j^T. What becomes of z:
 
     statistics_kernel       a program walks one split of the vocabulary with an online softmax and writes a few numbers
                             per row and split (statistics.py)
     gate_statistics_kernel  the same, and the expectations that the gate alone needs: one accumulator per specialist
     dlogits_kernel          z is turned into dz and written in the GEMM operand's type
+
+How 16-bit operands are weighed: by Horner's rule, z = w_n (((o_1 r_2) + o_2) r_3 + o_3 ..) with r_j = w_(j-1) / w_j.
+The accumulator is multiplied once per segment, operands go from shared memory into the tensor cores as they are, and
+w_j h_j is rounded nowhere. A weight below TINY_WEIGHT would make a ratio that overflows: such a specialist leaves the
+row's accumulator in the units it has, and its operand is scaled on its way through registers, and rounded, which only a
+logit of its own beyond 1e14 could show. Only a block of rows that holds such a weight pays for that, and only in that
+specialist's segment, where its other rows are multiplied by 1. A part of a logit beyond 1.8e19, some word's mask, may
+become infinite.
+fp32 operands never meet a tensor core: there w_j h_j is formed in registers, as plain PyTorch does.
+
+An element of z has the same bits in every tile, whatever BLOCK_M, BLOCK_N and BLOCK_K are, forward and backward: its
+sum over k runs in one order, what it is multiplied by depends on its row alone, and the last product is rounded before
+anything else is done to z. The backward needs that: its exp(z - M) are probabilities under the maximum and the sum that
+the forward found. Tiles may not mix instructions whose sums run in another order:
+those for one GPU and type are all wgmma, all tcgen05 or all mma.
 
 With TMA the operands are fetched through tensor descriptors (16-byte aligned rows, compute capability 9.0 and newer),
 which fill what lies beyond the edges with zeros; without, through pointers. SPECIALIZED gives the fetches warps of
@@ -33,6 +47,9 @@ import triton.language as tl
 # Programs that run at the same time share 16 blocks of rows and as many of columns as fill the GPU: about as many
 # operand rows of either kind, which is what the L2 cache likes best.
 GROUP = tl.constexpr(16)
+# Of gate weights. Ratios up to 2^64 leave as much room again below fp32's 2^128 for the logits themselves; gate logits
+# 44 apart are so rare that the detour costs nothing.
+TINY_WEIGHT = tl.constexpr(2.0**-64)
 
 
 @triton.jit
@@ -107,18 +124,38 @@ def segment_tile(
 
 @triton.jit
 def mixed_tile(
-    xs, ws, first_row, first_column, rows, columns, hidden_strides, head_strides, widths, gate_weights,
-    n: tl.constexpr, TMA: tl.constexpr, SPECIALIZED: tl.constexpr, EVEN_K: tl.constexpr,
+    xs, ws, first_row, first_column, rows, columns, hidden_strides, head_strides, widths, gate_weights, has_tiny,
+    n: tl.constexpr, HORNER: tl.constexpr, TMA: tl.constexpr, SPECIALIZED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z (BLOCK_M, BLOCK_N) fp32 of all n specialists."""
+    """z (BLOCK_M, BLOCK_N) fp32 of all n specialists, an element's bits the same in any tile; see above."""
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if not HORNER:
+        for j in tl.static_range(n):
+            z = segment_tile(
+                xs[j], ws[j], first_row, first_column, rows, columns, hidden_strides[j], head_strides[j], widths[j],
+                tl.load(gate_weights + rows * n + j), z, True, TMA, SPECIALIZED, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+        return z
+    unit = tl.full((BLOCK_M,), 1.0, tl.float32)  # z stands in units of it
     for j in tl.static_range(n):
-        z = segment_tile(
-            xs[j], ws[j], first_row, first_column, rows, columns, hidden_strides[j], head_strides[j], widths[j],
-            tl.load(gate_weights + rows * n + j), z, True, TMA, SPECIALIZED, EVEN_K, BLOCK_K,
-        )  # fmt: skip
-    return z
+        weight = tl.load(gate_weights + rows * n + j)
+        tiny = weight < TINY_WEIGHT
+        new_unit = tl.where(tiny, unit, weight)
+        if j > 0:
+            z *= (unit / new_unit)[:, None]
+        unit = new_unit
+        if tl.load(has_tiny + j) == 0:  # what every thread reads from one place, all take one way for
+            z = segment_tile(
+                xs[j], ws[j], first_row, first_column, rows, columns, hidden_strides[j], head_strides[j], widths[j],
+                weight, z, False, TMA, SPECIALIZED, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+        else:
+            z = segment_tile(
+                xs[j], ws[j], first_row, first_column, rows, columns, hidden_strides[j], head_strides[j], widths[j],
+                tl.where(tiny, weight / unit, 1.0), z, True, TMA, SPECIALIZED, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+    return tl.fma(z, unit[:, None], 0.0)  # rounded: a plain product could melt into what is done to z next
 
 
 @triton.jit
@@ -157,11 +194,13 @@ def statistics_kernel(
     widths,  # n
     gate_weights,  # (N, n) fp32
     target,  # (N,) int64: local column or -1
+    has_tiny,  # (row blocks, n) bool: whether one of the block's rows gives the specialist less than TINY_WEIGHT
     statistics,  # (splits, N, 4) fp32 out
     N,
     R,
     split_columns,
     n: tl.constexpr,
+    HORNER: tl.constexpr,  # for 16-bit operands
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,7 +225,7 @@ def statistics_kernel(
         columns = tl.minimum(start + tl.arange(0, BLOCK_N), R - 1).to(tl.int64)
         z = mixed_tile(
             xs, ws, row_block * BLOCK_M, start, rows, columns, hidden_strides, head_strides, widths, gate_weights,
-            n, TMA, SPECIALIZED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            has_tiny + row_block * n, n, HORNER, TMA, SPECIALIZED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if HALVES:
             half: tl.constexpr = BLOCK_N // 2
@@ -296,6 +335,7 @@ def dlogits_kernel(
     widths,  # n
     gate_weights,  # (N, n) fp32
     target,  # (N,) int64: local column or -1
+    has_tiny,  # (row blocks, n) bool: whether one of the block's rows gives the specialist less than TINY_WEIGHT
     row_max,  # (N,) fp32, over the whole vocabulary
     coefficient_a,  # (N,) fp32
     coefficient_b,  # (N,) fp32
@@ -306,6 +346,7 @@ def dlogits_kernel(
     end,
     gradient_stride,
     n: tl.constexpr,
+    HORNER: tl.constexpr,  # for 16-bit operands
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -324,7 +365,7 @@ def dlogits_kernel(
     ws = operands(heads, head_strides, widths, end, n, TMA, BLOCK_N, BLOCK_K)
     z = mixed_tile(
         xs, ws, row_block * BLOCK_M, start, rows, columns, hidden_strides, head_strides, widths, gate_weights,
-        n, TMA, SPECIALIZED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        has_tiny + row_block * n, n, HORNER, TMA, SPECIALIZED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     y = tl.load(target + rows).to(tl.int32)
     a = tl.load(coefficient_a + rows)

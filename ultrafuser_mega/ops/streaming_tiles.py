@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ultrafuser_mega.ops.streaming_kernels import TINY_WEIGHT
+
 
 class Tile(NamedTuple):
     block_m: int  # rows
@@ -22,11 +24,11 @@ class Tile(NamedTuple):
     halves: bool = False  # "statistics" alone: a tile is looked at in two halves
 
 
-# By kernel and compute capability: the largest found that spill no registers with two or three specialists and Triton
-# 3.6 and 3.9 (tests/unit/ops/test_kernel_report.py holds it; more specialists, or pointers to widths that BLOCK_K does
-# not divide, may spill a few words). On 9.0 only descriptors leave room for 128 x 256, which asks the L2 cache for
-# three quarters of what 128 x 128 does per product. None is timed yet; tools/benchmarks/tune_kernels.py times others.
-# In "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
+# By kernel and compute capability: the largest found that spill no registers in a loop with two or three specialists
+# and Triton 3.6 and 3.9 (tests/unit/tools/test_kernel_report.py holds it; more specialists, or pointers to widths that
+# BLOCK_K does not divide, may spill a few words). On 9.0 only descriptors leave room for 128 x 256, which asks the L2
+# cache for three quarters of what 128 x 128 does per product. None is timed yet; tools/benchmarks/tune_kernels.py times
+# others. In "gate statistics" the tiles of all specialists are alive at once: its entries are for up to three.
 TILES: dict[str, dict[int, Tile]] = {
     "statistics": {
         80: Tile(128, 128, 32, 8, 3, halves=True),
@@ -79,10 +81,11 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
-def constants(chosen: Tile, kernel: str, widths: Sequence[int]) -> dict[str, Any]:
-    """The compile-time arguments of the kernel for specialists of these widths."""
+def constants(chosen: Tile, kernel: str, widths: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of the kernel for specialists of these widths and operands of ``dtype``."""
     halves = {"HALVES": chosen.halves} if kernel == "statistics" else {}
-    return halves | {
+    horner = {} if kernel == "gate statistics" else {"HORNER": dtype.itemsize == 2}
+    return (halves | horner) | {
         "n": len(widths),
         "EVEN_K": chosen.tma or all(width % chosen.block_k == 0 for width in widths),
         "BLOCK_M": chosen.block_m,
@@ -93,19 +96,25 @@ def constants(chosen: Tile, kernel: str, widths: Sequence[int]) -> dict[str, Any
     }
 
 
+def options(chosen: Tile) -> dict[str, Any]:
+    """How Triton is to compile a kernel. Whether multiplications and additions are fused by default is another thing in
+    every version of it; said here, they all give the same bits."""
+    return {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": True}
+
+
 def launch(
     name: str,
     kernel: Any,
     programs: Callable[[Tile], int],
     hidden: Sequence[Tensor],
     heads: Sequence[Tensor],
-    *rest: Any,
+    rest: Callable[[Tile], tuple[Any, ...]],
 ) -> None:
     """Run ``kernel``, called ``name`` in the tables, in as many programs as its tile makes of the problem.
 
     Args:
         hidden, heads: n x (N, d_j) and n x (R, d_j).
-        rest: the kernel's arguments after the operands, their strides and widths.
+        rest: of the tile the kernel's arguments after the operands, their strides and widths.
     """
     hidden, heads = [_operand(t) for t in hidden], [_operand(t) for t in heads]
     aligned = all(map(_aligned_rows, (*hidden, *heads)))
@@ -124,13 +133,20 @@ def launch(
                 tuple(heads),
                 *strides,
                 widths,
-                *rest,
-                **constants(chosen, name, widths),
-                num_warps=chosen.warps,
-                num_stages=chosen.stages,
+                *rest(chosen),
+                **constants(chosen, name, widths, hidden[0].dtype),
+                **options(chosen),
             )
 
     contextvars.copy_context().run(run)
+
+
+def has_tiny(gate_weights: Tensor, block_rows: int) -> Tensor:  # gate_weights (N, n)
+    """(row blocks, n) bool: whether a row of the block gives the specialist less than TINY_WEIGHT."""
+    rows, n = gate_weights.shape
+    tiny = gate_weights.new_zeros((triton.cdiv(rows, block_rows) * block_rows, n), dtype=torch.bool)
+    torch.lt(gate_weights, TINY_WEIGHT.value, out=tiny[:rows])
+    return tiny.view(-1, block_rows, n).any(1)
 
 
 def _operand(matrix: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Literal
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture
 from ultrafuser_mega.models.pipeline import stage_layers
-from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, even_rows
+from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, cut, even_rows
 from ultrafuser_mega.planning.microbatch import Microbatch, workload_of
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
@@ -304,9 +304,7 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> 
     own = width * rows * _own_widths(plan, role) if plan.layout.kind == "disjoint" and role.fusion > 1 else 0.0
     gate = _gate_bytes(plan, role, rows)
     operand = _WIDE if device == "cpu" else width
-    buffers = 1 if role.fusion == 1 else 2
-    row_bytes = buffers * (-(-plan.vocab_size // role.fusion) * _WIDE + total * operand) + total * _WIDE
-    chunk = even_rows(int(rows), BUFFER_BYTES[device] // row_bytes)
+    _, chunk, row_bytes = cut(int(rows), plan.vocab_size, role.fusion, total, operand, _WIDE, BUFFER_BYTES[device])
     single_product = chunk >= rows or rows <= total
     head = role.vocab_rows * total * (operand if single_product else _WIDE)
     forward = own + states + gate + chunk * row_bytes + states + head

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 Messages = tuple[dict[str, str], ...]
 
@@ -186,9 +186,13 @@ def whole_characters(text: str) -> str:
 def _usage(usage: Any, request: Request) -> tuple[int, int, bool]:
     if isinstance(usage, dict):
         read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if all(type(count) is int and 0 <= count < _MOST_COUNTED for count in (read, written)):
+        if _is_count(read) and _is_count(written):
             return read, written, True
     return request.most_read, request.most_written, False
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MOST_COUNTED
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_what_cannot_be_exported_is_refused_by_name(folders: dict[str, Path], tm
     assert list(TrainedModel(tmp_path / "checkpoint").sources) == ["a"]
     (tmp_path / "there").mkdir()
     for arguments, named in (
-        ((tmp_path / "gone", tmp_path / "out", "fused"), "not a complete checkpoint"),
+        ((tmp_path / "gone", tmp_path / "out", "fused"), "gone: no such folder"),
         ((tmp_path / "checkpoint", tmp_path / "there", "specialist:a"), "there: exists already"),
         ((tmp_path / "checkpoint", tmp_path / "out", "specialist:b"), "--what specialist:b: .* holds a"),
         (

@@ -52,6 +52,27 @@ def test_mixture_kernel_equals_the_twin(specialists: Any, columns: Any, interpre
     torch.testing.assert_close(interpreted(mixture_kernel_on, logits, weights, target), expected, rtol=1e-4, atol=1e-3)
 
 
+def planes_beyond_32_bits(file: str) -> tuple[Any, Any]:
+    """What the kernel and its twin make of planes 2^30 numbers apart, in a file that is mostly holes. A distance of
+    2^31 that wraps around leads 2^31 numbers before the first one: into a hole."""
+    storage = torch.UntypedStorage.from_file(file, shared=True, nbytes=(2**32 + 2**12) * 4)
+    logits = torch.empty(0).set_(
+        storage,  # type: ignore[arg-type]
+        2**31,
+        (3, 2, 50),
+        (2**30 + 64, 64, 1),
+    )
+    logits.copy_(torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)))
+    weights, target = torch.full((2, 3), 1 / 3), torch.tensor([7, 49])
+    twin = TorchEpilogue(torch.float32).mixture_statistics(logits.contiguous(), weights, target)
+    return mixture_kernel_on(logits, weights, target), twin
+
+
+def test_planes_may_lie_further_apart_than_32_bits_can_count(interpreted: Any, tmp_path: Any) -> None:
+    found, twin = interpreted(planes_beyond_32_bits, str(tmp_path / "planes"))
+    torch.testing.assert_close(found, twin, rtol=1e-4, atol=1e-4)
+
+
 def test_ignored_rows_and_masked_words_are_exact(interpreted: Any) -> None:
     logits = torch.randn(2, 50)
     logits[0] = torch.nan

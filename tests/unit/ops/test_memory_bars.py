@@ -7,6 +7,7 @@ CUDA kernels are absent, so what plain PyTorch needs in their place counts, too.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ultrafuser_mega.ops import chunked, gate_only
+from ultrafuser_mega.ops import automatic, chunked, gate_only
 from ultrafuser_mega.ops.forward import BUFFER_BYTES
 from ultrafuser_mega.ops.problem import checked_problem
 
@@ -141,3 +142,39 @@ def test_streaming_stays_within_64_mebibytes(
     monkeypatch.setattr(streaming, "launch", lambda *args: None)
     used = workspace(streaming.mixture_loss, shape, task, reduction)
     assert ROWS * 4 * 4 / MIB < used <= 64  # more than the statistics alone
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_auto_expects_a_backend_to_hold_is_what_it_holds(
+    shape: Any, task: Any, reduction: str, silent_products: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrafuser_mega.ops.chunked.epilogue_for", lambda *_of: SilentEpilogue())
+    for module in (automatic, chunked, gate_only):
+        monkeypatch.setattr(module, "buffer_budget", lambda _device: BUFFER_BYTES["cuda"])
+    with torch.set_grad_enabled(task != "forward"):
+        problem, gradients = problem_of(shape, TASKS[task], reduction)
+        backend = automatic.choose(problem, None)
+        expected = automatic.planned_bytes(problem, backend)
+        assert automatic.choose(problem, expected) == backend == ("gate_only" if task == "gate alone" else "chunked")
+        assert automatic.choose(problem, expected - 1) == "streaming"
+
+    def loss_of(problem: Any) -> Any:
+        module = gate_only if backend == "gate_only" else chunked
+        return module.mixture_loss(problem, epilogue=SilentEpilogue())
+
+    held = workspace(loss_of, shape, task, reduction) * MIB + gradients * (task != "gate alone")
+    assert 0.7 * held <= expected <= 1.3 * held
+
+
+def test_free_memory_is_the_drivers_and_what_pytorch_keeps_of_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = problem_of("llama2-13b", TASKS["train"], "mean")
+    assert automatic.free_bytes(problem) is None  # no GPU
+    for name, value in {"mem_get_info": (700, 1000), "memory_reserved": 200, "memory_allocated": 150}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert automatic.free_bytes(problem) == 750
+    sharded = replace(problem, settings=replace(problem.settings, group=object()))
+    assert automatic.free_bytes(sharded) is None

@@ -119,6 +119,15 @@ def test_a_specialist_that_masks_words_counts_as_much_as_its_gate_weight_says(
     assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
 
 
+def test_a_mask_too_large_for_a_ratio_of_weights_is_a_mask_still(interpreted: Any) -> None:
+    """-1e30 of a specialist of weight 1/2 beside one of 2e-18: in units of the smaller one it is below fp32's range."""
+    case = make_case(80, rows=6, vocab=300, widths=(6, 8, 4), dtype=torch.bfloat16, ignored=0.0)
+    case.hidden[0][:, 0], case.heads[0][:150, 0] = 1.0, -1e30
+    case.gate_logits[:] = torch.tensor([0.0, -40.0, 0.0])
+    case.target[:] = torch.arange(150, 156)  # a masked one would have an infinite loss
+    assert rule_violations(interpreted(streamed, case, EVERYTHING), case) == []
+
+
 def splits_of(columns: int) -> int:
     from ultrafuser_mega.ops import streaming
 

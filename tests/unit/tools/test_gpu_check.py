@@ -28,7 +28,8 @@ case "$*" in
 esac
 """
 IN_ORDER = ["versions", "build", "build_cuda", "values", "toy", "llama2-13b", "llama3-8b", "llama2-13b_eighth"]
-IN_ORDER += ["llama3-8b_eighth", "tests", "beside_plain", "loss_profile", "gate_kernels", "layer_kernels", "tiles"]
+IN_ORDER += ["llama3-8b_eighth", "tests", "questions", "beside_plain", "loss_profile", "gate_kernels", "layer_kernels"]
+IN_ORDER += ["tiles"]
 
 
 def gpu_check(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
