@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -215,7 +216,13 @@ def _examiners(cleaner: Cleaner, processes: int) -> Iterator[Callable[[Iterable[
             for rest, result in waiting:
                 yield rest, result.result()
 
-        yield examine
+        try:
+            yield examine
+        except BrokenProcessPool:
+            raise InputError(
+                f"clean: one of {processes} processes that examine rows was ended from outside, perhaps for want of "
+                "memory; nothing is left of this run, --processes takes fewer"
+            ) from None
 
 
 _here: list[Cleaner] = []  # in a process that examines: its own

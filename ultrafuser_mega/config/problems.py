@@ -48,7 +48,8 @@ def first_problem(error: ValidationError, of: type[Section] = FuserConfig) -> st
     if kind in ("string_type", "path_type") and isinstance(value, int | float | datetime.date):
         return f"{where}: YAML makes {value} of what stands there unquoted; put it in quotes: '\"...\"' in a command"
     message = problem["msg"].removeprefix("Value error, ")
-    shown = f" (found {value!r})" if where and not isinstance(value, dict | list) else ""
+    secret = where.rpartition(".")[2] == "key"  # it names a variable, but some put there what the variable holds
+    shown = f" (found {value!r})" if where and not isinstance(value, dict | list) and not secret else ""
     return f"{where}: {message}{shown}" if where else message
 
 

@@ -16,6 +16,7 @@ from ultrafuser_mega.data.readers import read_rows
 from ultrafuser_mega.errors import InputError, writing
 
 _MADE, _LEFT_OUT = "data", "left_out.jsonl"  # of a synthesis
+_REPORTED = {"rows": dict, "rules": dict, "removed": dict, "examples": dict, "benchmarks": dict, "matches": list}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def find(place: Path) -> Found:
         report = _json(place / REPORT)
         try:
             files = tuple((place / one["file"], one["class"]) for one in report["files"])
+            if any(not isinstance(report[name], kind) for name, kind in _REPORTED.items()):
+                raise TypeError
         except (KeyError, TypeError):
             raise InputError(f"{place / REPORT}: is no report of ultrafuser clean") from None
         return Found(files, report)

@@ -53,7 +53,7 @@ class Endpoint(Section):
     @field_validator("key", mode="after")
     @classmethod
     def _a_name(cls, value: str) -> str:
-        if value.startswith("sk_") or len(value) > 60:
+        if value.startswith(("sk_", "gsk_", "hf_", "AIza")) or len(value) > 60:
             raise ValueError("give the name of an environment variable, not a key")
         return value
 

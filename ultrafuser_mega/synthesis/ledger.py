@@ -104,7 +104,8 @@ class Ledger:
     def find_all(self, keys: Sequence[str]) -> dict[str, Reply]:
         """Those of these names, at most some hundreds, that there are."""
         places = ",".join("?" * len(keys))
-        rows = self._db.execute(f"select key, {_REPLY} from call where key in ({places})", keys)
+        with self._telling():
+            rows = self._db.execute(f"select key, {_REPLY} from call where key in ({places})", keys).fetchall()
         return {
             key: Reply(text, raw, finish, read, written, bool(counted), served, seconds, refusal)
             for key, text, raw, finish, read, written, counted, served, seconds, refusal in rows
@@ -153,7 +154,8 @@ class Ledger:
 
     def fact(self, name: str) -> str | None:
         """Something found out about an endpoint."""
-        row = self._db.execute("select value from fact where name=?", (name,)).fetchone()
+        with self._telling():
+            row = self._db.execute("select value from fact where name=?", (name,)).fetchone()
         return None if row is None else row[0]
 
     def note(self, name: str, value: str) -> None:
@@ -182,11 +184,13 @@ class Ledger:
     def open_batches(self, model: str) -> list[tuple[str, str | None]]:
         """(name, the endpoint's id or None where the run ended before it was known), oldest first."""
         wanted = "select name, id from batch where model=? and state in ('planned', 'open') order by at, name"
-        return list(self._db.execute(wanted, (model,)))
+        with self._telling():
+            return list(self._db.execute(wanted, (model,)))
 
     def batched(self, name: str) -> dict[str, tuple[int, float]]:
         """Key -> most tokens and money, of those in a batch that have no reply yet."""
-        rows = self._db.execute("select key, tokens, cost from batched where batch=?", (name,))
+        with self._telling():
+            rows = self._db.execute("select key, tokens, cost from batched where batch=?", (name,)).fetchall()
         return {key: (tokens, cost) for key, tokens, cost in rows}
 
     def under_way_in_batches(self) -> Lost:
@@ -195,11 +199,13 @@ class Ledger:
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """Any other question to the tables."""
-        yield from self._db.execute(query, values)
+        with self._telling():
+            yield from self._db.execute(query, values)
 
     def _lost_in(self, table: str) -> Lost:
         query = f"select count(*), coalesce(sum(tokens), 0), total(cost) from {table}"
-        return Lost(*self._db.execute(query).fetchone())
+        with self._telling():
+            return Lost(*self._db.execute(query).fetchone())
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -216,6 +222,9 @@ class Ledger:
         try:
             yield
         except sqlite3.DatabaseError as error:
+            if not isinstance(error, sqlite3.OperationalError) or "decode" in str(error):
+                told = "is damaged, or no ledger; put back a copy of it, or move it away to begin anew"
+                raise InputError(f"{self.path}: {told} ({error})") from None
             raise InputError(
                 f"{self.path}: {error}; what was answered before is kept, and the same command goes on once it can be "
                 "written"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,14 @@ def test_what_is_wrong_ends_it_before_anything_is_written(tmp_path: Path) -> Non
         with pytest.raises(InputError, match=said):
             clean_files(sources, tmp_path / out, Rules(), processes=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.jsonl", "there"]
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_the_system_ends_is_told_in_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "Deep?", "answer": "Yes."}\n')
+    monkeypatch.setattr("ultrafuser_mega.cleaning.files._examine", lambda cleaner, batch: os._exit(9))
+    with pytest.raises(InputError, match="one of 2 processes that examine rows was ended from outside"):
+        clean_files([Source(tmp_path / "a.jsonl")], tmp_path / "out", Rules(), processes=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -53,7 +53,13 @@ def test_what_is_nothing_to_look_at_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bad\.jsonl: no conversation to look at"):
         look([tmp_path / "bad.jsonl"], tmp_path / "page.html")
     (tmp_path / "out/kept").mkdir(parents=True)
-    for text, said in (("{", "is no JSON"), ("[]", "no JSON object"), ("{}", "no report of ultrafuser clean")):
+    nothing = '{"files": [], "rows": {}, "rules": null, "removed": {}, "examples": {}, "benchmarks": {}, "matches": []}'
+    for text, said in (
+        ("{", "is no JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "no report of ultrafuser clean"),
+        (nothing, "no report"),
+    ):
         (tmp_path / "out/report.json").write_text(text)
         with pytest.raises(InputError, match=said):
             find(tmp_path / "out")

@@ -153,3 +153,13 @@ def test_what_no_endpoint_could_be_sent_is_refused_before_anything_is(
     assert ultrafuser(monkeypatch, "synthesize", *args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["sk-proj-SECRET", "gsk_SECRET", "hf_SECRET", "AIzaSECRET"])
+def test_a_key_where_its_variable_belongs_is_refused_and_not_repeated(
+    key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(config_text("http://127.0.0.1:9/v1", endpoints__here__key=key))
+    assert ultrafuser(monkeypatch, "synthesize", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "endpoints.here.key: " in line and "SECRET" not in line and not (tmp_path / "out").exists()

@@ -56,7 +56,7 @@ def test_what_was_under_way_at_the_end_counts_as_paid_for(tmp_path: Path) -> Non
 
 def test_a_file_that_is_no_ledger_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"no database at all, but long enough to be looked at" * 40)
-    with pytest.raises(InputError, match=r"ledger.sqlite: file is not a database; what was answered before is kept"):
+    with pytest.raises(InputError, match=r"ledger.sqlite: is damaged, or no ledger; .* \(file is not a database\)"):
         Ledger(tmp_path)
 
 
@@ -71,3 +71,23 @@ def test_a_ledger_that_cannot_be_written_ends_in_one_line_and_loses_nothing(tmp_
     again = Ledger(tmp_path)
     assert again.find(request().key) is not None
     again.close()
+
+
+def test_a_ledger_that_is_damaged_somewhere_ends_in_one_line_whatever_is_asked(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for number in range(40):
+        ledger.keep(request(number=str(number)), Reply("x" * 20_000), 0.0, GOOD)
+    ledger.close()
+    path = tmp_path / FILE
+    content = bytearray(path.read_bytes())
+    for page in range(40, len(content) // 4096):  # behind the tables' own
+        content[page * 4096 : page * 4096 + 4] = b"\xff" * 4
+    path.write_bytes(content)
+    ledger = Ledger(tmp_path)
+    with pytest.raises(InputError, match=r"ledger.sqlite: is damaged, or no ledger; put back a copy") as caught:
+        for number in range(40):
+            ledger.find(request(number=str(number)).key)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="is damaged"):
+        list(ledger.rows("select text from call"))
+    ledger.close()
