@@ -22,7 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, count, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -188,8 +188,9 @@ def _kept_names(paths: Sequence[Path]) -> list[Path]:
         stem = path.name
         for suffix in _SUFFIXES:
             stem = stem.removesuffix(suffix)
-        name = path.relative_to(top).with_name(f"{stem or path.name}.jsonl")
-        names.append(name if name not in names else name.with_name(f"{path.name}.jsonl"))
+        within = path.relative_to(top)
+        wanted = chain((stem or path.name, path.name), (f"{path.name}.{number}" for number in count(2)))
+        names.append(next(name for one in wanted if (name := within.with_name(f"{one}.jsonl")) not in names))
     return names
 
 

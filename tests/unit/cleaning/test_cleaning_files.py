@@ -121,3 +121,16 @@ def test_a_process_that_the_system_ends_is_told_in_one_line_and_leaves_nothing(
     with pytest.raises(InputError, match="one of 2 processes that examine rows was ended from outside"):
         clean_files([Source(tmp_path / "a.jsonl")], tmp_path / "out", Rules(), processes=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_every_file_has_a_name_of_its_own_for_what_is_kept(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    questions = ["Where is the lake of Garda?", "What grows beside a vineyard?", "Who wrote the long letter?"]
+    first, second, third = ({"question": question, "answer": "It is in the north."} for question in questions)
+    parquet.write_table(pyarrow.Table.from_pylist([first]), tmp_path / "a.json.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(second) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps([third]))
+    sources = [Source(tmp_path / name) for name in ("a.json.parquet", "a.jsonl", "a.json")]
+    clean_files(sources, tmp_path / "out", Rules(), processes=1)
+    kept = {path.name: read_lines(path) for path in (tmp_path / "out/kept").iterdir()}
+    assert kept == {"a.json.jsonl": [first], "a.jsonl": [second], "a.json.2.jsonl": [third]}
