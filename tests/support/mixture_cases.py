@@ -172,7 +172,9 @@ def closed_form(case: Case, roundings: Roundings | None = None) -> tuple[Answer,
     gates = []
     for d_inputs in (dx, [dz @ head for head in heads]):
         dw = torch.stack([(states * d).sum(1) for states, d in zip(hidden, d_inputs, strict=True)], 1)  # (N, n)
-        gates.append(weights * (dw - (weights * dw).sum(1, keepdim=True)))
+        # Not w_j (dw_j - sum_k w_k dw_k), of which even float64 leaves nothing where one weight is next to 1.
+        apart = dw[:, :, None] - dw[:, None, :]
+        gates.append((weights[:, :, None] * weights[:, None, :] * apart).sum(2))
     answer = Answer(loss, gates[0], [weights[:, j, None] * d for j, d in enumerate(dx)], list(padded))
     return answer, {"rows": rows, "gate alone": gates[1]}
 

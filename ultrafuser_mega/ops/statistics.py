@@ -13,6 +13,8 @@ For a gate that trains alone, three more numbers per specialist, with d_j = o_j 
     A_j = sum_v exp(z_v - m) d_jv,      T_j = d_jy (0 where y lies elsewhere),      Q_j = sum_v d_jv
     da_j = w_j (a A_j - b T_j - c Q_j)
 since dw_j - sum_k w_k dw_k = sum_v dz_v (o_jv - z_v). What all o_j have in common cancels before anything is summed.
+The specialist with the largest weight gets what makes the sum over j zero, as it is: where its weight is next to 1 its
+own d_j is smaller than the rounding of the logits.
 """
 
 from __future__ import annotations
@@ -111,4 +113,7 @@ def gate_gradient(statistics: Tensor, gate_weights: Tensor, weight: Tensor, sett
     """da (N, n) from statistics (N, 4 + 3 n) of the whole vocabulary, w (N, n) and the rows' weights (N,)."""
     a, b, c = (coefficient[:, None] for coefficient in dlogit_coefficients(statistics, weight, settings))
     expectation, at_target, total = statistics[:, COLUMNS:].chunk(3, dim=1)  # each (N, n)
-    return torch.where(weight[:, None] == 0, 0.0, gate_weights * (a * expectation - b * at_target - c * total))
+    terms = torch.where(weight[:, None] == 0, 0.0, gate_weights * (a * expectation - b * at_target - c * total))
+    leader = gate_weights.argmax(dim=1, keepdim=True)
+    others = terms.scatter(1, leader, 0.0)
+    return others.scatter(1, leader, -others.sum(dim=1, keepdim=True))
