@@ -74,7 +74,7 @@ class Job:
         began = time.monotonic()
         while not condition():
             facts = self.cluster.facts(self.number)
-            alive = facts["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "PREEMPTED")
+            alive = facts["JobState"] in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "PREEMPTED")
             in_time = time.monotonic() - began < DEADLINE_S
             assert (alive and in_time) or condition(), f"no {what}: {facts}\n{self.said()}\n{self.cluster.last_words()}"
             time.sleep(0.2)
