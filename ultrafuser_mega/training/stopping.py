@@ -93,7 +93,7 @@ class Stopping:
         step, evaluation, save = (self._longest.get(what, 0.0) for what in ("step", "evaluation", "checkpoint"))
         parts = f"a step {step:.1f}, an evaluation {evaluation:.1f}, two checkpoints of {save:.1f}"
         return (
-            f"a signal ends the run within about {step + evaluation + 2 * save:.0f} s, by the longest so far: {parts}"
+            f"a signal ends the run within about {step + evaluation + 2 * save:.1f} s, by the longest so far: {parts}"
         )
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
