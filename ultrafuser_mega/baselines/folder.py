@@ -24,6 +24,7 @@ from ultrafuser_mega.config import FuserConfig, dump_config
 from ultrafuser_mega.errors import writing
 from ultrafuser_mega.release.assemble import assemble_single
 from ultrafuser_mega.release.card import SpecialistFacts
+from ultrafuser_mega.reporting.markdown import markdown_table
 from ultrafuser_mega.reporting.records import FUSED, EvalRecord, write_summary
 
 BASELINE = "baseline.json"
@@ -134,7 +135,7 @@ def write_card(folder: Path, account: Account, title: str, losses: Mapping[str, 
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n",
         f"{account.words}\n\nStructure, tokenizer and chat template are those of {account.like}.\n",
-        _table(
+        markdown_table(
             ("made of", "folder", "architecture", "licence"),
             [(one.name, one.folder, one.architecture, one.licence) for one in facts],
         ),
@@ -144,10 +145,5 @@ def write_card(folder: Path, account: Account, title: str, losses: Mapping[str, 
         sections.append("\n".join(f"- {line}" for line in account.notices) + "\n")
     if losses is not None:
         rows = [(name, f"{loss:.4f}") for name, loss in losses.items()]
-        sections.append(f"## Held-out loss, nats per response token\n\n{_table(('class', 'loss'), rows)}")
+        sections.append(f"## Held-out loss, nats per response token\n\n{markdown_table(('class', 'loss'), rows)}")
     (folder / "README.md").write_text("\n".join(sections), encoding="utf-8")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

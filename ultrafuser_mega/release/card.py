@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.reporting.markdown import markdown_table
 from ultrafuser_mega.reporting.records import MEAN, PER_TOKEN, SUMMARY_FILE, EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
@@ -124,7 +125,7 @@ def _introduction(specialists: Sequence[SpecialistFacts], origins: Mapping[str, 
     names = ", ".join(facts.name for facts in specialists)
     folders = {facts.name: PurePath(origins.get(facts.name, "")).name or facts.folder for facts in specialists}
     rows = [(facts.name, folders[facts.name], facts.architecture, facts.template) for facts in specialists]
-    table = _markdown(("specialist", "folder", "architecture", "template"), rows)
+    table = markdown_table(("specialist", "folder", "architecture", "template"), rows)
     gate = "one first layer for all" if model.gate_shared else "one first layer per specialist"
     return (
         f"{len(specialists)} specialised language models ({names}) fused token by token: every specialist reads the "
@@ -168,7 +169,7 @@ them read that. The templates of all specialists are in `chat_templates/`.
 
 
 def _licences(specialists: Sequence[SpecialistFacts]) -> str:
-    table = _markdown(("specialist", "licence"), [(facts.name, facts.licence) for facts in specialists])
+    table = markdown_table(("specialist", "licence"), [(facts.name, facts.licence) for facts in specialists])
     return (
         "## Licences\n\nThis model is derived from all its specialists. What their folders state"
         f" (files copied to `licenses/`):\n\n{table}"
@@ -178,7 +179,7 @@ def _licences(specialists: Sequence[SpecialistFacts]) -> str:
 def _rounded(rounded: Mapping[str, str]) -> list[str]:
     if not rounded:
         return []
-    table = _markdown(("specialist", "before fusing"), rounded.items())
+    table = markdown_table(("specialist", "before fusing"), rounded.items())
     return [f"## Rounding\n\nThese specialists came in wider element types than were fused:\n\n{table}"]
 
 
@@ -211,9 +212,9 @@ def _training(config: FuserConfig) -> str:
     optimizer, loss = config.optimizer, config.loss
     return (
         "## Training\n\nData, one class per kind of instruction:\n\n"
-        f"{_markdown(('class', 'trained on', 'held out'), classes)}\n"
+        f"{markdown_table(('class', 'trained on', 'held out'), classes)}\n"
         f"{how_many}, every global batch {_sampling(config.data.sampling)}.{begun}\n\n"
-        f"{_markdown(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
+        f"{markdown_table(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
         f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
         f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
         f"{loss.normalize}, label smoothing {loss.label_smoothing:g}, z-loss {loss.z_loss:g}, {config.dtype}, "
@@ -259,11 +260,6 @@ def _record(summary: Mapping[str, Any], step: int) -> EvalRecord:
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from ultrafuser_mega.files import whole, write_atomically
+from ultrafuser_mega.reporting.markdown import markdown_table
 from ultrafuser_mega.synthesis.config import SynthesisConfig
 from ultrafuser_mega.synthesis.ledger import Ledger
 from ultrafuser_mega.synthesis.left_out import LeftOut
@@ -96,7 +97,7 @@ def card(
         [of, f"{one['rows']:,}", " / ".join(f"{count:,}" for count in one["topics"]), one["examples"]]
         for of, one in statistics.items()
     ]
-    lines += [*_table(header, rows), ""]
+    lines.append(markdown_table(header, rows))
     header = ["class", *_ORIGINS, "made more complex", "turns", "words of instruction", "of response"]
     rows = [
         [
@@ -111,11 +112,11 @@ def card(
         ]
         for of, one in statistics.items()
     ]
-    lines += [*_table(header, rows), ""]
+    lines.append(markdown_table(header, rows))
     if left_out.counts():
         rows = [[*key, f"{count:,}"] for key, count in left_out.counts().items()]
         lines += [f"Left out ({LEFT_OUT} has each with its reason):", ""]
-        lines += [*_table(["class", "step", "reason", "number"], rows), ""]
+        lines.append(markdown_table(["class", "step", "reason", "number"], rows))
     priced = any(row["cost"] for row in took)
     header = ["class", "step", "replies", "of them unusable", "tokens read", "written"]
     header += [config.currency] if priced else []
@@ -124,7 +125,7 @@ def card(
         + ([f"{row['cost']:.4f}"] if priced else [])
         for row in took
     ]
-    lines += ["What was asked:", "", *_table(header, rows), ""]
+    lines += ["What was asked:", "", markdown_table(header, rows)]
     lines += [
         "Every row has `messages` and `provenance`: topic path, origin, the instruction before it was made more "
         "complex, the model as asked and as served, and the keys of the replies in `ledger.sqlite`.",
@@ -184,7 +185,7 @@ def _examples(topics: Sequence[Topic]) -> str:
     for topic in topics[:_EXAMPLES]:
         below = ", ".join(one.name for one in topic.topics[:_EXAMPLES])
         some.append(f"{topic.name} {{{below}}}" if below else topic.name)
-    return ", ".join(some).replace("|", "\\|")
+    return ", ".join(some)
 
 
 def _took(ledger: Ledger) -> list[dict[str, Any]]:
@@ -198,10 +199,6 @@ def _took(ledger: Ledger) -> list[dict[str, Any]]:
         row["written"] += total.written
         row["cost"] = round(row["cost"] + total.cost, 9)
     return list(found.values())
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _write_parquet(source: Path, path: Path) -> None:
