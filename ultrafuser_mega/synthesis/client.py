@@ -103,6 +103,7 @@ class Asker:
         if not calls:
             return []
         step = self.config.step(calls[0].of, calls[0].step)
+        self.progress.plan(calls[0].of, calls[0].step, len(calls))
         if step.batch:
             from ultrafuser_mega.synthesis.batch import ask_in_batches
 

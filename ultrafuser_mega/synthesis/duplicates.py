@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from typing import Protocol
 
 from ultrafuser_mega.cleaning.duplicates import NearDuplicates
-
-_WORD = re.compile(r"\w+")
+from ultrafuser_mega.cleaning.words import words
 
 
 class Duplicates(Protocol):
@@ -64,5 +61,4 @@ class NearlySameWords:
 
 def normalised(text: str) -> str:
     """What equal texts have in common."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_WORD.findall(plain)) or plain.strip()
+    return " ".join(words(text)) or text.strip()

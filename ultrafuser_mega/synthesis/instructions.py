@@ -96,7 +96,7 @@ class Gathering:
     async def _round(self, places: list[int]) -> None:
         before = [len(accepted) for accepted in self._accepted]
         calls = [call for place in places for call in self._calls_for(place)]
-        answers = await self._ask([call for _, _, call in calls])
+        answers = await self._asker.ask_all([call for _, _, call in calls])
         new = []
         for (place, wanted, call), answer in zip(calls, answers, strict=True):
             self._left_out.faults(call, answer, self._leaves[place][0])
@@ -129,7 +129,7 @@ class Gathering:
             path, topic = self._leaves[place]
             prompt = self._render(RELATED, path, topic, instruction=one.text, strong=related.strong, weak=related.weak)
             calls.append(self._call(RELATED, prompt, 0, instruction_list(related.each)))
-        answers = await self._ask(calls)
+        answers = await self._asker.ask_all(calls)
         for (place, one), call, answer in zip(new, calls, answers, strict=True):
             self._left_out.faults(call, answer, one.topic, one.text)
             origins = [STRONG] * related.strong + [WEAK] * related.weak
@@ -163,7 +163,7 @@ class Gathering:
             for place in places
         ]
         calls = [self._call(COMPLICATED, prompt, 0, one_text()) for prompt in prompts]
-        for place, call, answer in zip(places, calls, await self._ask(calls), strict=True):
+        for place, call, answer in zip(places, calls, await self._asker.ask_all(calls), strict=True):
             one = pool[place]
             self._left_out.faults(call, answer, one.topic, one.text)
             if answer.value is None:
@@ -202,11 +202,6 @@ class Gathering:
     def _call(self, step: str, prompt: str, number: int, form: Any) -> Call:
         messages = ({"role": "user", "content": prompt},)
         return Call(self._of, step, messages, form, self._templates.version(step), number)
-
-    async def _ask(self, calls: list[Call]) -> list[Answer]:
-        if calls:
-            self._asker.progress.plan(self._of, calls[0].step, len(calls))
-        return await self._asker.ask_all(calls)
 
 
 def identity(text: str) -> str:

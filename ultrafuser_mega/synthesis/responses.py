@@ -10,7 +10,7 @@ from ultrafuser_mega.synthesis.config import RESPONSES, USER
 from ultrafuser_mega.synthesis.forms import any_text, one_text
 from ultrafuser_mega.synthesis.instructions import Instruction, identity
 from ultrafuser_mega.synthesis.left_out import LeftOut
-from ultrafuser_mega.synthesis.requests import Answer, Call
+from ultrafuser_mega.synthesis.requests import Call
 from ultrafuser_mega.synthesis.templates import Templates
 
 
@@ -55,7 +55,7 @@ class _Replying:
         version = self._templates.version(RESPONSES)
         calls = [Call(self._of, RESPONSES, self._messages(one), any_text(), version) for one in conversations]
         answered = []
-        for one, call, answer in zip(conversations, calls, await self._ask(calls), strict=True):
+        for one, call, answer in zip(conversations, calls, await self._asker.ask_all(calls), strict=True):
             self._left_out.faults(call, answer, one.instruction.topic, one.said[-1])
             if answer.value is not None:
                 one.replies.append(str(answer.key))
@@ -71,7 +71,7 @@ class _Replying:
             for one in conversations
         ]
         spoken = []
-        for one, call, answer in zip(conversations, calls, await self._ask(calls), strict=True):
+        for one, call, answer in zip(conversations, calls, await self._asker.ask_all(calls), strict=True):
             self._left_out.faults(call, answer, one.instruction.topic, one.said[-1])
             if answer.value is not None:
                 spoken.append(one)
@@ -96,8 +96,3 @@ class _Replying:
                 assert reply is not None
                 messages.append({"role": "assistant", "content": reply.text})
         return tuple(messages)
-
-    async def _ask(self, calls: list[Call]) -> list[Answer]:
-        if calls:
-            self._asker.progress.plan(self._of, calls[0].step, len(calls))
-        return await self._asker.ask_all(calls)

@@ -118,7 +118,6 @@ class _Asking:
 
     async def ask(self, messages: tuple[dict[str, str], ...], number: int, version: str) -> bool:
         """Whether an answer could be used."""
-        self._asker.progress.plan(self._of, self._step, 1)
         call = Call(self._of, self._step, messages, topic_list(number), version, self._calls)
         (answer,) = await self._asker.ask_all([call])
         self._calls += 1
