@@ -64,10 +64,7 @@ def gather(rows: Iterable[Seen | None], samples: int) -> Gathered:
             of.words += count
             of.lengths["reply"][bin_of(count)] += 1
         some = by_topic.setdefault((row.class_name, *row.topic), [])
-        if len(some) < _MOST_OF_A_TOPIC:
-            some.append(row)
-        elif (place := generator.randrange(of.topics[row.topic])) < _MOST_OF_A_TOPIC:
-            some[place] = row
+        _draw(some, row, of.topics[row.topic], _MOST_OF_A_TOPIC, generator)
     return Gathered(classes, _even(list(by_topic.values()), samples), malformed)
 
 
@@ -79,13 +76,17 @@ def drawn(rows: Iterable[Seen | None], count: int) -> dict[str, list[Seen]]:
     for row in rows:
         if row is None:
             continue
-        some = found.setdefault(row.class_name, [])
         passed[row.class_name] += 1
-        if len(some) < count:
-            some.append(row)
-        elif (place := generator.randrange(passed[row.class_name])) < count:
-            some[place] = row
+        _draw(found.setdefault(row.class_name, []), row, passed[row.class_name], count, generator)
     return found
+
+
+def _draw(some: list[Seen], row: Seen, number: int, most: int, generator: random.Random) -> None:
+    """Have ``row``, the ``number``-th, in ``some`` as likely as any before it (Vitter 1985, algorithm R)."""
+    if len(some) < most:
+        some.append(row)
+    elif (place := generator.randrange(number)) < most:
+        some[place] = row
 
 
 def bin_of(words: int) -> int:

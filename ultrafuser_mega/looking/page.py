@@ -121,7 +121,7 @@ def _removed(report: Mapping[str, Any]) -> str:
         if rule == "language" and not report["rules"]["languages"]:
             continue
         counts = report["removed"].get(rule, {})
-        body.append([escape(rule), *(_count(counts.get(name, 0)) for name in names), escape(RULES.get(rule, ""))])
+        body.append([escape(rule), *(f"{counts.get(name, 0):,}" for name in names), escape(RULES.get(rule, ""))])
     body.append(["kept", *(f"{one['kept']:,}" for one in report["rows"].values()), ""])
     table = _table(["rule", *map(escape, names), "what it removes"], body, text=len(names) + 1)
     examples = "".join(_examples(rule, some) for rule, some in report["examples"].items())
@@ -147,7 +147,7 @@ def _benchmarks(report: Mapping[str, Any]) -> str:
         for name in names:
             met = one["rows"].get(name, {})
             counts = [met.get(how, 0) for how in ("copy", "any", "near")]
-            cells.append(" / ".join(f"{count:,}" for count in counts) if any(counts) else _count(0))
+            cells.append(" / ".join(f"{count:,}" for count in counts) if any(counts) else "0")
         body.append([escape(benchmark), f"{one['items']:,}", f"{one['too_short']:,}", *cells])
     table = _table(["benchmark", "items", "too short", *map(escape, names)], body)
     found: dict[tuple[str, str], list[str]] = {}
@@ -171,10 +171,6 @@ def _benchmarks(report: Mapping[str, Any]) -> str:
 def _left_out(counts: Mapping[tuple[str, str, str], int]) -> str:
     body = [[*map(escape, key), f"{count:,}"] for key, count in counts.items()]
     return "<h2>Left out in the making</h2>" + _table(["class", "step", "reason", "number"], body)
-
-
-def _count(count: int) -> str:
-    return f"{count:,}" if count else "0"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ultrafuser_mega.cleaning.clean import class_of
-from ultrafuser_mega.cleaning.files import REPORT
+from ultrafuser_mega.cleaning.files import KEPT, REPORT
 from ultrafuser_mega.data.conversation import Conversation, MalformedRowError, to_conversation
 from ultrafuser_mega.data.files import expand_files
 from ultrafuser_mega.data.readers import read_rows
@@ -52,7 +53,7 @@ def find(place: Path) -> Found:
     Raises:
         InputError: there is nothing, or a report that is none.
     """
-    if (place / REPORT).is_file() and (place / "kept").is_dir():
+    if (place / REPORT).is_file() and (place / KEPT).is_dir():
         report = _json(place / REPORT)
         try:
             files = tuple((place / one["file"], one["class"]) for one in report["files"])
@@ -62,7 +63,7 @@ def find(place: Path) -> Found:
             raise InputError(f"{place / REPORT}: is no report of ultrafuser clean") from None
         return Found(files, report)
     if (place / _MADE).is_dir():
-        left_out = dict(_left_out(place / _LEFT_OUT)) if (place / _LEFT_OUT).is_file() else None
+        left_out = _left_out(place / _LEFT_OUT) if (place / _LEFT_OUT).is_file() else None
         return Found(tuple((path, None) for path in expand_files(place / _MADE)), left_out=left_out)
     return Found(tuple((path, None) for path in expand_files(place)))
 
@@ -102,11 +103,10 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _left_out(path: Path) -> Iterator[tuple[tuple[str, str, str], int]]:
-    counts: dict[tuple[str, str, str], int] = {}
+def _left_out(path: Path) -> dict[tuple[str, str, str], int]:
+    counts: Counter[tuple[str, str, str]] = Counter()
     for row in read_rows(path):
         if isinstance(row.value, dict):
             of, step, reason = (str(row.value.get(name, "")) for name in ("class", "step", "reason"))
-            key = of, step, reason.partition(":")[0]
-            counts[key] = counts.get(key, 0) + 1
-    yield from sorted(counts.items())
+            counts[of, step, reason.partition(":")[0]] += 1
+    return dict(sorted(counts.items()))
