@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browser import opened_page
 
 from ultrafuser_mega.cleaning import Benchmarks, BenchmarkText, Rules
 from ultrafuser_mega.cleaning.files import Source, clean_files
 from ultrafuser_mega.looking import look
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"> & <b>"
 
 
@@ -73,21 +72,10 @@ def test_counts_of_rules_and_benchmarks_are_on_it(written: Path) -> None:
 
 @pytest.fixture
 def page(written: Path) -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme="dark")
-        page.wrong, page.loaded = [], []
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.on("request", lambda request: page.loaded.append(request.url))
-        page.goto(written.as_uri())
-        page.wait_for_selector("#samples details")
+    with opened_page(written.as_uri(), "#samples details") as page:
         yield page
-        assert not page.wrong and page.title() == "Instruction data"
+        assert page.title() == "Instruction data"
         assert [url for url in page.loaded if not url.startswith("data:")] == [written.as_uri()]
-        browser.close()
 
 
 @pytest.mark.timeout(120)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 import pytest
+from support.browser import opened_page
 from support.live_server import LiveServer
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_the_page_loads_nothing_from_elsewhere(server: LiveServer) -> None:
@@ -26,19 +24,8 @@ def test_the_page_loads_nothing_from_elsewhere(server: LiveServer) -> None:
 
 @pytest.fixture
 def page(server: LiveServer) -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme="dark")
-        page.wrong = []
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.goto(server.url)
-        page.wait_for_selector("#legend .chip")
+    with opened_page(server.url, "#legend .chip") as page:
         yield page
-        assert not page.wrong
-        browser.close()
 
 
 def test_a_conversation_by_keyboard(page: Any) -> None:
