@@ -30,10 +30,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+from server_process import CHAT, COMPLETIONS
 
-from ultrafuser_mega.reporting.records import write_atomically
+from ultrafuser_mega.files import write_atomically
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = (CHAT, COMPLETIONS, "/tokenize", "/detokenize")
 CANARY = "plugh7f3a"  # in prompts, and in no log
 FIELDS = (

@@ -29,13 +29,13 @@ from typing import Any
 
 from server_process import CHAT, COMPLETIONS, running
 
+from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.inference.answer import Answerer
 from ultrafuser_mega.inference.embedded import Serving
 from ultrafuser_mega.inference.model import OpenedModel, opened_model
 from ultrafuser_mega.inference.requests import FailedEvent, PromptEvent, Request
 from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.models.dtypes import parse_dtype
-from ultrafuser_mega.reporting.records import write_atomically
 from ultrafuser_mega.serving.grammar import Vocabulary
 
 WORDS = (

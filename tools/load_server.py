@@ -29,9 +29,9 @@ from typing import Any
 
 from server_process import Server, running
 
+from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.reporting.canvas import panels_of, save, style
 from ultrafuser_mega.reporting.palette import COLORS
-from ultrafuser_mega.reporting.records import write_atomically
 
 QUESTIONS = ("Which city?", "Ines buys 8 apples. How many?", "Write a function that adds two numbers.", "Say hello.")
 
