@@ -145,6 +145,12 @@ def noted_bytes(path: Path) -> int:
     return sum(noted["bytes"] for noted in _read_record(path).get("files", {}).values())
 
 
+def no_checkpoint(path: Path) -> InputError:
+    """What is wrong with a folder that holds no PROGRESS."""
+    why = f"not a complete checkpoint (no {PROGRESS})" if path.is_dir() else "no such folder"
+    return InputError(f"{path}: {why}")
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """What progress.json says: "progress", "identity" and "files"."""
     file = path / PROGRESS
@@ -155,8 +161,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         Progress(**record["progress"]).folder  # noqa: B018 (raises unless both are whole numbers)
         written = int(record.get("format", 1))
     except FileNotFoundError:
-        why = f"not a complete checkpoint (no {PROGRESS})" if path.is_dir() else "no such folder"
-        raise InputError(f"{path}: {why}") from None
+        raise no_checkpoint(path) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{file}: damaged ({error!r})", path) from None
     if written > FORMAT:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress, no_checkpoint
 from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, Source, held_type, read_sources, rounding
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.errors import InputError
@@ -44,8 +44,7 @@ class TrainedModel:
             self.vocab_size = int(record["identity"]["vocab_size"])
             self.gate_units = int(record["identity"]["gate_units"])
         except FileNotFoundError:
-            why = f"not a complete checkpoint (no {PROGRESS})" if folder.is_dir() else "no such folder"
-            raise InputError(f"{folder}: {why}") from None
+            raise no_checkpoint(folder) from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
         self.trained = self.progress.trained

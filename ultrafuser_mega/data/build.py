@@ -172,7 +172,7 @@ def _conversations(source: Source, parts: _Parts, malformed: _Malformed) -> Iter
     """
     rows = 0
     for row in read_rows(source.path):
-        rows += 1
+        rows = row.number
         part = parts[source.class_name, source.split_of(row)]
         part.rows += 1
         try:

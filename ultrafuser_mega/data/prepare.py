@@ -75,8 +75,9 @@ def prepare_store(
     aligner = Aligner(encoders, templates, vocab_size, max_length)
     inputs = _inputs(planned, aligner, on_malformed, hashed=not compare_only)
     if compare_only:
-        _refuse_others(out, read_manifest(out)["inputs"], inputs)
-        return PrepareReport(out, read_manifest(out), reused=True)
+        manifest = read_manifest(out)
+        _refuse_others(out, manifest["inputs"], inputs)
+        return PrepareReport(out, manifest, reused=True)
     if _finished_before(out, inputs, overwrite):
         return PrepareReport(out, read_manifest(out), reused=True)
 

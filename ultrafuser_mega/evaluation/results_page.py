@@ -97,22 +97,18 @@ def _pairs(found: Mapping[str, Any]) -> list[str]:
         return []
     columns = {name: one for name, one in found["benchmarks"].items() if any(p["benchmark"] == name for p in pairs)}
     titles = {pair["average"]: f"Avg. {pair['average']}{_mark(pair['judged'])}" for pair in averages}
-    on: dict[tuple[str, str], dict[str, str]] = {}  # a benchmark may be called as an average is
-    in_all: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[str, dict[tuple[str, str], str]] = {}  # a benchmark may be called as an average is
     for pair in pairs:
         scale = columns[pair["benchmark"]]["scale"]
         sure = "\\*" if pair["p_holm"] < 0.05 else ""
         text = f"{pair['difference'] * scale:+.{1 if scale == 100.0 else 2}f} (p {_p(pair['p'])}){sure}"
-        on.setdefault((pair["first"], pair["second"]), {})[pair["benchmark"]] = text
+        rows.setdefault(f"{pair['first']} - {pair['second']}", {})["benchmark", pair["benchmark"]] = text
     for pair in averages:
         difference, low, high = (f"{100 * pair[name]:+.1f}" for name in ("difference", "low", "high"))
-        in_all.setdefault((pair["first"], pair["second"]), {})[pair["average"]] = f"{difference} ({low}, {high})"
+        rows[f"{pair['first']} - {pair['second']}"]["average", pair["average"]] = f"{difference} ({low}, {high})"
     head = ["Pair", *(f"{one['title']}{_mark(one['judged'])}" for one in columns.values()), *titles.values()]
-    shown = {
-        f"{first} - {second}": [row.get(name, _GAP) for name in columns]
-        + [in_all.get((first, second), {}).get(title, _GAP) for title in titles]
-        for (first, second), row in on.items()
-    }
+    keys = [*(("benchmark", name) for name in columns), *(("average", title) for title in titles)]
+    shown = {pair: [row.get(key, _GAP) for key in keys] for pair, row in rows.items()}
     return [
         "## Differences on the same items",
         _table(head, shown),

@@ -213,12 +213,12 @@ class ChatMixin:
         parent: Any = super()
         parent.save_pretrained(save_directory, *args, **kwargs)
         source, target = Path(self.config.name_or_path or ""), Path(save_directory)
+        if source.resolve() == target.resolve():
+            return
         for part in ("tokenizers", "chat_templates", "licenses"):
-            if (source / part).is_dir() and source.resolve() != target.resolve():
+            if (source / part).is_dir():
                 shutil.copytree(source / part, target / part, dirs_exist_ok=True)
-        if (
-            source / PIPELINE
-        ).is_file() and source.resolve() != target.resolve():  # transformers copies the model's code
+        if (source / PIPELINE).is_file():  # transformers copies the code of models alone
             shutil.copyfile(source / PIPELINE, target / PIPELINE)
 
     def _tokenizer_of(self, name: str, tokenizer: Any) -> Any:
