@@ -30,8 +30,8 @@ def unparsed(question: str, reply: str) -> str | None:
     """What Python says against the first program in a reply that it cannot parse; None: it parses all of them.
 
     A program is what is fenced as Python; without any fence a whole reply that begins as one, to a question that asks
-    for Python. Prose behind that is cut off. Sessions of an interpreter and branches
-    without their beginning are not looked at, nor lines for a notebook.
+    for Python. Prose behind that is cut off. What was typed into an interpreter, branches without their beginning and
+    lines for a notebook are not looked at.
     """
     for program in _programs(question, reply):
         if _PROMPT.search(program) or _FRAGMENT.match(program) or len(program) > _MOST:

@@ -1,7 +1,7 @@
 """Real vocabulary sizes and row counts, every specialist count, type and kind of value, in a set that covers pairs.
 
 Widths are tiny: what breaks at V = 151936 or N = 4096 is the softmax and the cutting into blocks, not the width.
-Everything is held to the rule of plain PyTorch in the same type (testing.Rule).
+Everything is held to the rule of plain PyTorch in the same type (mixture_cases.Rule).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_4096_rows_of_32000_words(backend: str, needs: Any) -> None:
     """64 rows repeated 64 times: the truth of the 64 is the truth of all, and only the answer pays for the size.
 
     Sums over words are held to the rule. In a sum over rows that repeat roundings repeat, too, and add up: there only
-    the certain bound n u T holds in any order (testing.Roundings), with T below 4 times the sum's size here.
+    the certain bound n u T holds in any order (mixture_cases.Roundings), with T below 4 times the sum's size here.
     """
     few = make_case(114, rows=64, vocab=32000, widths=(4, 3, 5), reduction="sum")
     repeats = 64
