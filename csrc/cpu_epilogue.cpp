@@ -264,6 +264,41 @@ void some_mixture_rows(const Chunk<const T>& chunk, int64_t begin, int64_t end, 
                         weights + i * specialists, chunk.target[i], statistics + i * width, sums.data());
 }
 
+// dz = a e - c.
+template <typename T>
+UFM_INLINE void gradient(T* __restrict e, T a, T c, int64_t count) {
+#pragma omp simd
+    for (int64_t v = 0; v < count; ++v) e[v] = e[v] * a - c;
+}
+UFM_MULTIVERSION void gradient_block(float* e, float a, float c, int64_t count) { gradient(e, a, c, count); }
+void gradient_block(double* e, double a, double c, int64_t count) { gradient(e, a, c, count); }
+
+template <typename T>
+void some_mixture_dlogits(const Chunk<T>& chunk, int64_t begin, int64_t end, int64_t plane_stride, int64_t specialists,
+                          const T* weights, const T* row_max, const T* a, const T* b, const T* c) {
+    alignas(64) T z[kBlock];
+    alignas(64) T e[kBlock];
+    for (int64_t i = begin; i < end; ++i) {
+        T* const row = chunk.logits + i * chunk.row_stride;
+        const bool ignored = a[i] == T(0) && b[i] == T(0) && c[i] == T(0);
+        for (int64_t first = 0; first < chunk.cols; first += kBlock) {
+            const int64_t count = std::min(kBlock, chunk.cols - first);
+            T* const o = row + first;
+            if (ignored) {
+                for (int64_t j = 0; j < specialists; ++j) std::fill_n(o + j * plane_stride, count, T(0));
+                continue;
+            }
+            const T* const w = weights + i * specialists;
+            for (int64_t j = 0; j < specialists; ++j) mix_block(o + j * plane_stride, w[j], j == 0, count, z);
+            exp_block(z, row_max[i], count, e);
+            gradient_block(e, a[i], c[i], count);
+            const int64_t target = chunk.target[i] - first;
+            if (target >= 0 && target < count) e[target] -= b[i];
+            for (int64_t j = 0; j < specialists; ++j) mix_block(e, w[j], true, count, o + j * plane_stride);
+        }
+    }
+}
+
 // The clones: target_clones works on plain functions, so each type has its own.
 UFM_MULTIVERSION void keep_f32(const Chunk<float>& chunk, int64_t begin, int64_t end, float* stats, float* kept) {
     some_rows<float, true>(chunk, begin, end, stats, kept);
@@ -356,6 +391,14 @@ void mixture_statistics(const Chunk<const T>& chunk, int64_t plane_stride, int64
     });
 }
 
+template <typename T>
+void mixture_dlogits(const Chunk<T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
+                     const T* row_max, const T* a, const T* b, const T* c, int threads) {
+    over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
+        some_mixture_dlogits(chunk, begin, end, plane_stride, specialists, weights, row_max, a, b, c);
+    });
+}
+
 template <>
 void exp_nonpositive(const float* x, float* y, int64_t count) {
     exp_f32(x, y, count);
@@ -369,5 +412,9 @@ template void row_statistics<float>(const Chunk<float>&, float*, float*, int);
 template void row_statistics<double>(const Chunk<double>&, double*, double*, int);
 template void mixture_statistics<float>(const Chunk<const float>&, int64_t, int64_t, const float*, float*, int);
 template void mixture_statistics<double>(const Chunk<const double>&, int64_t, int64_t, const double*, double*, int);
+template void mixture_dlogits<float>(const Chunk<float>&, int64_t, int64_t, const float*, const float*, const float*,
+                                     const float*, const float*, int);
+template void mixture_dlogits<double>(const Chunk<double>&, int64_t, int64_t, const double*, const double*,
+                                      const double*, const double*, const double*, int);
 
 }  // namespace ufm

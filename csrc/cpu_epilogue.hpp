@@ -45,6 +45,12 @@ template <typename T>
 void mixture_statistics(const Chunk<const T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
                         T* statistics, int threads);
 
+// The gradients of the n planes, w_j dz, in their place: z as mixture_statistics formed it, to the last bit, and dz of it
+// as dlogits has it, b at the target's column. A row with a = b = c = 0 becomes exactly zero in every plane.
+template <typename T>
+void mixture_dlogits(const Chunk<T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
+                     const T* row_max, const T* a, const T* b, const T* c, int threads);
+
 // exp of non-positive numbers as the kernels above compute it, exported for its own test.
 template <typename T>
 void exp_nonpositive(const T* x, T* y, int64_t count);

@@ -44,6 +44,15 @@ void bind(py::module_& m, const char* suffix) {
               ufm::mixture_statistics<T>(chunk_at<const T>(logits, target, rows, cols, row_stride), plane_stride,
                                          specialists, at<const T>(weights), at<T>(statistics), threads);
           });
+    m.def(("mixture_dlogits_" + type).c_str(),
+          [](std::uintptr_t logits, std::uintptr_t target, int64_t rows, int64_t cols, int64_t row_stride,
+             int64_t plane_stride, int64_t specialists, std::uintptr_t weights, std::uintptr_t row_max,
+             std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, int threads) {
+              py::gil_scoped_release unlocked;
+              ufm::mixture_dlogits<T>(chunk_at<T>(logits, target, rows, cols, row_stride), plane_stride, specialists,
+                                      at<const T>(weights), at<const T>(row_max), at<const T>(a), at<const T>(b),
+                                      at<const T>(c), threads);
+          });
     m.def(("exp_nonpositive_" + type).c_str(), [](std::uintptr_t x, std::uintptr_t y, int64_t count) {
         py::gil_scoped_release unlocked;
         ufm::exp_nonpositive<T>(at<const T>(x), at<T>(y), count);

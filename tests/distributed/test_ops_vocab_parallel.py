@@ -122,6 +122,54 @@ def test_bf16_shards_keep_the_precision_of_one_process(layout: Any, ranks: Any) 
             assert relative_error(total, true.hidden[j]) <= 4 * 2**-9
 
 
+def rank_planes(rank: int) -> dict[Any, dict[str, Any]]:
+    """As rank_answers, of hidden states so wide that every specialist's logits are kept apart, which is checked."""
+    from ultrafuser_mega.ops import planes
+
+    original, taken = planes.mixture_loss, []
+
+    def spy(*arguments: Any) -> Any:
+        taken.append(arguments)
+        return original(*arguments)
+
+    planes.mixture_loss = spy  # type: ignore[assignment]
+    answers = {}
+    for layout, rows in SHARDS.items():
+        group = dist.new_group(list(range(len(rows))))
+        if rank >= len(rows):
+            continue
+        for index, case in enumerate(wide_cases()):
+            answer = answer_of(mixture_cross_entropy, on_shard(case, rank, rows), group=group, backend="chunked")
+            answers[layout, index] = as_lists(answer)
+            assert len(taken) == len(answers)
+    return answers
+
+
+def wide_cases() -> list[Case]:
+    common: dict[str, Any] = {"rows": 23, "widths": (40, 60, 30), "vocab": VOCAB, "padding": 8, "dtype": torch.float64}
+    options: list[dict[str, Any]] = [
+        {"reduction": "mean"},
+        {"reduction": "none", "label_smoothing": 0.1, "z_loss": 0.01},
+    ]
+    return [make_case(38, **common, **each) for each in options]
+
+
+def test_shards_of_wide_hidden_states_equal_one_process() -> None:
+    answers = run_ranks(rank_planes, 4)
+    for layout in SHARDS:
+        for index, case in enumerate(wide_cases()):
+            true, parts = truth(case), parts_of(answers, layout, index)
+            assert len(parts) == len(SHARDS[layout])
+            assert all(torch.equal(part[name], parts[0][name]) for part in parts for name in ("loss", "gate"))
+            assert relative_error(parts[0]["loss"], true.loss) <= 1e-12
+            assert relative_error(parts[0]["gate"], true.gate) <= 1e-11
+            for j in range(3):
+                total = torch.stack([part[f"hidden[{j}]"] for part in parts]).sum(0)
+                assert relative_error(total, true.hidden[j]) <= 1e-11
+                heads = torch.cat([part[f"heads[{j}]"] for part in parts if part[f"heads[{j}]"].numel()])
+                assert relative_error(heads, true.heads[j][: heads.shape[0]]) <= 1e-11
+
+
 def refusals_and_repeats(rank: int) -> tuple[list[str], bool]:
     case = on_shard(cases(torch.float32)[1], rank, SHARDS["two even"])
     group = dist.group.WORLD

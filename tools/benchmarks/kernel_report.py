@@ -122,6 +122,16 @@ def _chunked_sources(dtype: str, specialists: int) -> Iterator[_Source]:
         },
         epilogue_triton.options("mixture statistics"),
     )
+    yield _Source(
+        "chunked: mixture_dlogits",
+        epilogue_triton.mixture_dlogits_kernel,
+        {"logits": "*fp32", "gradient": f"*{dtype}", "gate_weights": "*fp32", "target": "*i64"}
+        | COEFFICIENTS
+        | rows
+        | {"plane_stride": "i64", "gradient_stride": "i64", "gradient_plane_stride": "i64"},
+        {"specialists": specialists, "BLOCK": steps["mixture dlogits"][0]},
+        epilogue_triton.options("mixture dlogits"),
+    )
 
 
 def _streaming_sources(capability: int, dtype: str, specialists: int) -> Iterator[_Source]:

@@ -46,6 +46,7 @@ CANDIDATES: dict[str, list[Any]] = {
     "chunked: row statistics": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
     "chunked: dlogits": [(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)],
     "chunked: mixture statistics": [(block, warps) for block in (512, 1024, 2048) for warps in (4, 8)],
+    "chunked: mixture dlogits": [(block, warps) for block in (512, 1024, 2048, 4096) for warps in (4, 8)],
     GATE_BLOCKS: [2048, 4096, 8192, 16384, 32768],
 }  # fmt: skip
 
@@ -112,12 +113,15 @@ def epilogue_calls(problem: Problem, gate_weights: torch.Tensor) -> dict[str, Ca
     chunk = min(problem.rows, 2048)
     logits = torch.randn(chunk, problem.real_rows, device=gate_weights.device)
     planes = torch.randn(len(problem.hidden), chunk, min(problem.real_rows, 8192), device=gate_weights.device)
-    target = problem.target[:chunk]
+    target, weights = problem.target[:chunk], gate_weights[:chunk]
     ones = torch.ones(chunk, device=gate_weights.device)
     return {
         "chunked: row statistics": lambda: epilogue.statistics(logits, target, keep=True),
         "chunked: dlogits": lambda: epilogue.dlogits(logits, None, target, ones, (ones, ones, 0 * ones)),
-        "chunked: mixture statistics": lambda: epilogue.mixture_statistics(planes, gate_weights[:chunk], target),
+        "chunked: mixture statistics": lambda: epilogue.mixture_statistics(planes, weights, target),
+        "chunked: mixture dlogits": lambda: epilogue.mixture_dlogits(
+            planes, weights, target, ones, (ones, ones, 0 * ones)
+        ),
     }
 
 

@@ -58,5 +58,35 @@ def mixture_statistics_f64(
     statistics: int,
     threads: int,
 ) -> None: ...
+def mixture_dlogits_f32(
+    logits: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    plane_stride: int,
+    specialists: int,
+    weights: int,
+    row_max: int,
+    a: int,
+    b: int,
+    c: int,
+    threads: int,
+) -> None: ...
+def mixture_dlogits_f64(
+    logits: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    plane_stride: int,
+    specialists: int,
+    weights: int,
+    row_max: int,
+    a: int,
+    b: int,
+    c: int,
+    threads: int,
+) -> None: ...
 def exp_nonpositive_f32(x: int, y: int, count: int) -> None: ...
 def exp_nonpositive_f64(x: int, y: int, count: int) -> None: ...

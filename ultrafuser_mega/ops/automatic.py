@@ -24,14 +24,12 @@ def choose(problem: Problem, free: int | None) -> str:
 
 def planned_bytes(problem: Problem, backend: str) -> int:
     """What the backend will hold at once, gradients included, short of what there is one number of per row."""
-    tensors = (problem.gate_logits, *problem.hidden, *problem.heads)
-    grad = torch.is_grad_enabled()
-    wanted = [grad and tensor.requires_grad for tensor in tensors]
-    n, apart = len(problem.hidden), backend == "gate_only"
-    if apart or not any(wanted):
+    needs, apart = Needs.of(problem), backend == "gate_only"
+    if apart or not needs.any:
         row_bytes = statistics_row_bytes(problem, apart, problem.hidden[0].element_size())
         return min(buffer_budget(problem.target.device), problem.rows * row_bytes)
-    needs = Needs(wanted[0], tuple(wanted[1 : 1 + n]), tuple(wanted[1 + n :]))
+    wanted = (needs.gate, *needs.hidden, *needs.heads)
+    tensors = (problem.gate_logits, *problem.hidden, *problem.heads)
     gradients = sum(t.numel() * t.element_size() for t, want in zip(tensors, wanted, strict=True) if want)
     return gradients + Plan(problem).workspace_bytes(problem, needs)
 

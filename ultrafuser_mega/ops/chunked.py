@@ -16,8 +16,9 @@ that sum would be a second copy twice as large as the gradients, so there dz of 
 memory until one product over all rows can be taken (parked_dlogits.py), as long as there are no more rows than hidden
 units: N <= sum d_j.
 
-Where one chunk takes all rows it waits for the backward between its statistics and dz, with its logits and x_j: nothing
-is computed twice, and every factor that comes from upstream is in dz before any product.
+Where all rows fit and a shard has few words for its hidden units, planes.py takes over, which scales nothing. Else,
+where one chunk takes all rows, it waits for the backward between its statistics and dz, with its logits and x_j:
+nothing is computed twice, and every factor that comes from upstream is in dz before any product.
 
 Elsewhere the upstream gradient is not known when gradients are formed. It is one scalar for "sum" and "mean", and one
 factor per row of dh and da for "none", so it is applied in the backward. Only dW under "none" mixes rows: in that case
@@ -48,28 +49,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits
+from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits, planes
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
 from ultrafuser_mega.ops.forward import buffer_budget, cut, forward_statistics
 from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
-from ultrafuser_mega.ops.problem import Problem, readable
+from ultrafuser_mega.ops.problem import Needs, Problem, readable
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
 
-PITCH_MULTIPLE = 64  # columns: every row of the buffer starts on a cache line, also when it holds 16-bit numbers
 FP16_SCALE = 256.0  # fp16 probabilities below 6e-5 would be subnormal: dz is stored scaled, its GEMMs scale back
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are wanted."""
-
-    gate: bool
-    hidden: tuple[bool, ...]
-    heads: tuple[bool, ...]
-
-    @property
-    def any(self) -> bool:
-        return self.gate or any(self.hidden) or any(self.heads)
 
 
 def mixture_loss(
@@ -85,7 +72,9 @@ def mixture_loss(
 
     ``buffer_bytes`` bounds what grows with a chunk (logits, x_j, dx_j), all together; the default suits the device.
     """
-    plan = Plan(problem, buffer_bytes, epilogue, head_main_grad)
+    plan, needs = Plan(problem, buffer_bytes, epilogue, head_main_grad), Needs.of(problem)
+    if needs.any and planes.serve(problem, plan.epilogue, plan.buffer_bytes):
+        return planes.mixture_loss(problem, needs, plan.epilogue, head_main_grad)
     return _ChunkedLoss.apply(plan, problem.target, problem.gate_logits, *problem.hidden, *problem.heads)
 
 
@@ -125,6 +114,11 @@ class Plan:
 
     def workspace_bytes(self, problem: Problem, needs: Needs) -> int:
         """The most memory beyond the gradients at once, short of what there is one number of per row."""
+        if planes.serve(problem, self.epilogue, self.buffer_bytes):
+            widths, wide = [states.shape[1] for states in problem.hidden], problem.accumulate_dtype
+            return problem.rows * planes.row_bytes(
+                problem.real_rows, widths, self.epilogue.operand_dtype.itemsize, wide.itemsize
+            )
         chunk = self.chunk_rows * self.row_bytes
         own, wide = self.own_heads(needs), problem.accumulate_dtype
         if not own or problem.heads[0].dtype == wide:
@@ -158,7 +152,7 @@ class _Chunk:
 
 
 def _buffers(problem: Problem, plan: Plan) -> Tensor:
-    pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
+    pitch = -(-problem.real_rows // planes.PITCH_MULTIPLE) * planes.PITCH_MULTIPLE
     return problem.gate_logits.new_empty((plan.buffers, plan.chunk_rows, pitch))
 
 

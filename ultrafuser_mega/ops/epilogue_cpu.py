@@ -21,6 +21,7 @@ except ImportError as error:
 
 STATISTICS = {torch.float32: _cpu_epilogue.row_statistics_f32, torch.float64: _cpu_epilogue.row_statistics_f64}
 MIXTURE = {torch.float32: _cpu_epilogue.mixture_statistics_f32, torch.float64: _cpu_epilogue.mixture_statistics_f64}
+MIXTURE_DLOGITS = {torch.float32: _cpu_epilogue.mixture_dlogits_f32, torch.float64: _cpu_epilogue.mixture_dlogits_f64}
 DLOGITS = {torch.float32: _cpu_epilogue.dlogits_f32, torch.float64: _cpu_epilogue.dlogits_f64}
 
 
@@ -78,6 +79,31 @@ def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, st
     )
 
 
+@launch_operator(
+    "cpu_mixture_dlogits(Tensor(a!) logits, Tensor gate_weights, Tensor target, Tensor row_max,"
+    " Tensor a, Tensor b, Tensor c)"
+)
+def _mixture_dlogits(
+    logits: Tensor, gate_weights: Tensor, target: Tensor, row_max: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> None:
+    specialists, rows, columns = logits.shape
+    MIXTURE_DLOGITS[logits.dtype](
+        logits.data_ptr(),
+        target.data_ptr(),
+        rows,
+        columns,
+        logits.stride(1),
+        logits.stride(0),
+        specialists,
+        gate_weights.data_ptr(),
+        row_max.data_ptr(),
+        a.data_ptr(),
+        b.data_ptr(),
+        c.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 class CpuEpilogue:
     """fp32 or fp64 logits; their gradient has the same type."""
 
@@ -109,3 +135,14 @@ class CpuEpilogue:
         out = logits.new_empty((rows, 4 + 3 * specialists))
         _mixture_statistics(logits, gate_weights.contiguous(), target.contiguous(), out)
         return out
+
+    def mixture_dlogits(
+        self,
+        logits: Tensor,
+        gate_weights: Tensor,
+        target: Tensor,
+        row_max: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        _mixture_dlogits(logits, *(t.contiguous() for t in (gate_weights, target, row_max, *coefficients)))
+        return logits

@@ -56,3 +56,15 @@ class TorchEpilogue:
             column = target.clamp(min=0).expand(logits.shape[0], -1)[:, :, None]
             at_target = torch.where(target >= 0, deviation.gather(2, column).squeeze(2), 0.0)
         return torch.cat((statistics, expectation.t(), at_target.t(), deviation.sum(2).t()), dim=1)
+
+    def mixture_dlogits(
+        self,
+        logits: Tensor,
+        gate_weights: Tensor,
+        target: Tensor,
+        row_max: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        weights = gate_weights.t()[:, :, None]  # (n, C, 1)
+        dz = self.dlogits((logits * weights).sum(0), None, target, row_max, coefficients)
+        return torch.mul(dz, weights, out=logits)

@@ -1,4 +1,4 @@
-"""The chunked backend's epilogue on a GPU: three Triton kernels behind the interface of epilogue.py.
+"""The chunked backend's epilogue on a GPU: four Triton kernels behind the interface of epilogue.py.
 
 One program per row. The chunk holds fp32 logits (the GEMMs accumulate the specialists' segments there without
 rounding). Their gradient is written over them in the GEMM's operand type: a 16-bit row starts where its fp32 row
@@ -24,6 +24,7 @@ STEPS = {
     "row statistics": (4096, 8),
     "dlogits": (4096, 8),
     "mixture statistics": (1024, 8),  # columns of each of the n logit planes
+    "mixture dlogits": (1024, 8),  # likewise
 }
 
 
@@ -100,6 +101,17 @@ def dlogits_kernel(
 
 
 @triton.jit
+def mixed(first, plane_stride, inside, weights, specialists: tl.constexpr):
+    """z = sum_j w_j o_j where the first plane's are at ``first``. Fused explicitly, one specialist after the other: the
+    same bits in every kernel, whatever its tiles and the compiler's taste."""
+    z = 0.0
+    for j in tl.static_range(specialists):
+        o = tl.load(first + plane_stride.to(tl.int64) * j, mask=inside, other=0.0)
+        z = tl.fma(o, tl.load(weights + j), z)
+    return z
+
+
+@triton.jit
 def mixture_statistics_kernel(
     logits,  # (n, C, R) fp32
     gate_weights,  # (C, n) fp32
@@ -116,8 +128,8 @@ def mixture_statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, PADDED).to(tl.int64)  # n planes of one GPU's memory may pass 2^31 numbers
     real = j < specialists
-    weight = tl.load(gate_weights + row * specialists + j, mask=real, other=0.0)  # (PADDED,)
-    base = logits + j[:, None] * plane_stride + row * row_stride
+    first, weights = logits + row * row_stride, gate_weights + row * specialists
+    base = first + j[:, None] * plane_stride
     top = -float("inf")
     total = 0.0
     shifted = 0.0
@@ -127,7 +139,7 @@ def mixture_statistics_kernel(
         v = start + tl.arange(0, BLOCK)
         inside = v < columns
         o = tl.load(base + v[None, :], mask=real[:, None] & inside[None, :], other=0.0)  # (PADDED, BLOCK)
-        z = tl.sum(weight[:, None] * o, 0)  # (BLOCK,)
+        z = mixed(first + v, plane_stride, inside, weights, specialists)  # (BLOCK,)
         new_top = tl.maximum(top, tl.max(tl.where(inside, z, -float("inf")), 0))
         origin = tl.where(new_top == -float("inf"), 0.0, new_top)  # -inf - -inf is NaN
         scale = tl.exp(top - origin)
@@ -142,8 +154,8 @@ def mixture_statistics_kernel(
     y = tl.load(target + row)
     here = (y >= 0) & (y < columns)
     column = tl.where(here, y, 0)
-    o_y = tl.load(logits + j * plane_stride + row * row_stride + column, mask=real, other=0.0)
-    z_y = tl.sum(weight * o_y, 0)
+    o_y = tl.load(first + j * plane_stride + column, mask=real, other=0.0)
+    z_y = mixed(first + column, plane_stride, here, weights, specialists)
     out = statistics + row * (4 + 3 * specialists)
     tl.store(out + 0, top)
     tl.store(out + 1, total)
@@ -152,6 +164,47 @@ def mixture_statistics_kernel(
     tl.store(out + 4 + j, expectation, mask=real)
     tl.store(out + 4 + specialists + j, tl.where(here, o_y - z_y, 0.0), mask=real)
     tl.store(out + 4 + 2 * specialists + j, deviation_sum, mask=real)
+
+
+@triton.jit
+def mixture_dlogits_kernel(
+    logits,  # (n, C, R) fp32 in
+    gradient,  # (n, C, R) out, the same memory: strides doubled if 16-bit
+    gate_weights,  # (C, n) fp32
+    target,  # (C,) int64: local column or -1
+    row_max,  # (C,) fp32
+    coefficient_a,  # (C,) fp32
+    coefficient_b,  # (C,) fp32
+    coefficient_c,  # (C,) fp32
+    columns,
+    row_stride,
+    plane_stride,
+    gradient_stride,
+    gradient_plane_stride,
+    specialists: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """o_j -> w_j (a exp(z - M) - b [v = y] - c) in place; exactly 0 where a = b = c = 0."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target + row)
+    top = tl.load(row_max + row)
+    a = tl.load(coefficient_a + row)
+    b = tl.load(coefficient_b + row)
+    c = tl.load(coefficient_c + row)
+    dead = (a == 0) & (b == 0) & (c == 0)
+    weights = gate_weights + row * specialists
+    for start in range(0, columns, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        inside = v < columns
+        z = mixed(logits + row * row_stride + v, plane_stride, inside, weights, specialists)
+        # 16-bit results land on fp32 logits of this or an earlier block: all threads must have read theirs
+        tl.debug_barrier()
+        dz = a * tl.exp(z - top) - c - tl.where(v == y, b, 0.0)
+        dz = tl.where(dead, 0.0, dz)
+        out = gradient + row * gradient_stride + v
+        for j in tl.static_range(specialists):
+            scaled = (tl.load(weights + j) * dz).to(gradient.dtype.element_ty)
+            tl.store(out + gradient_plane_stride.to(tl.int64) * j, scaled, mask=inside)
 
 
 @launch_operator("triton_row_statistics(Tensor logits, Tensor target, Tensor(a!) statistics)")
@@ -213,6 +266,42 @@ def _mixture_statistics(logits: Tensor, gate_weights: Tensor, target: Tensor, st
         )
 
 
+@launch_operator(
+    "triton_mixture_dlogits(Tensor(a!) logits, Tensor(b!) gradient, Tensor gate_weights, Tensor target,"
+    " Tensor row_max, Tensor a, Tensor b, Tensor c)"
+)
+def _mixture_dlogits(
+    logits: Tensor,
+    gradient: Tensor,
+    gate_weights: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+) -> None:
+    specialists, rows, columns = logits.shape
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        mixture_dlogits_kernel[(rows,)](
+            logits,
+            gradient,
+            gate_weights,
+            target,
+            row_max,
+            a,
+            b,
+            c,
+            columns,
+            logits.stride(1),
+            logits.stride(0),
+            gradient.stride(1),
+            gradient.stride(0),
+            specialists=specialists,
+            BLOCK=STEPS["mixture dlogits"][0],
+            **options("mixture dlogits"),
+        )
+
+
 class TritonEpilogue:
     """fp32 logits in; gradients in ``operand_dtype`` (bf16, fp16 or fp32)."""
 
@@ -244,7 +333,20 @@ class TritonEpilogue:
         _mixture_statistics(logits, gate_weights.contiguous(), target.contiguous(), out)
         return out
 
+    def mixture_dlogits(
+        self,
+        logits: Tensor,
+        gate_weights: Tensor,
+        target: Tensor,
+        row_max: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        gradient = in_place_view(logits, self.operand_dtype)
+        given = (t.contiguous() for t in (gate_weights, target, row_max, *coefficients))
+        _mixture_dlogits(logits, gradient, *given)
+        return gradient
+
 
 def in_place_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, R) of ``dtype`` whose row i starts at the same address as row i of the fp32 ``logits``."""
-    return logits.view(dtype)[:, : logits.shape[1]]
+    """(.., C, R) of ``dtype`` whose row i starts at the same address as row i of the fp32 ``logits``."""
+    return logits.view(dtype)[..., : logits.shape[-1]]

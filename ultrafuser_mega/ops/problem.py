@@ -73,6 +73,26 @@ class Problem:
         return torch.where(here, column, -1)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted."""
+
+    gate: bool
+    hidden: tuple[bool, ...]
+    heads: tuple[bool, ...]
+
+    @property
+    def any(self) -> bool:
+        return self.gate or any(self.hidden) or any(self.heads)
+
+    @classmethod
+    def of(cls, problem: Problem) -> Needs:
+        """Those of what requires one, where gradients are on."""
+        grad = torch.is_grad_enabled()
+        hidden, heads = (tuple(grad and t.requires_grad for t in ts) for ts in (problem.hidden, problem.heads))
+        return cls(grad and problem.gate_logits.requires_grad, hidden, heads)
+
+
 def trainable(problem: Problem) -> str:
     """The first hidden state or head that needs a gradient; "" if all are frozen."""
     if not torch.is_grad_enabled():

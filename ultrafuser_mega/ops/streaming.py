@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.ops import gate_only, gate_scale, gemm
-from ultrafuser_mega.ops.chunked import FP16_SCALE, Needs
+from ultrafuser_mega.ops.chunked import FP16_SCALE
 from ultrafuser_mega.ops.operators import launch_operator
-from ultrafuser_mega.ops.problem import Problem
+from ultrafuser_mega.ops.problem import Needs, Problem
 from ultrafuser_mega.ops.statistics import (
     COLUMNS,
     MAX,

@@ -30,6 +30,7 @@ from ultrafuser_mega.planning.memory import (
     Device,
     RankMemory,
     exchange_numbers,
+    in_planes,
     rank_memory,
     recomputed_layers,
 )
@@ -141,7 +142,7 @@ def rank_cost(
     return RankCost(
         memory=memory,
         products=_products(plan, role, microbatch, stage),
-        traffic=tuple(_traffic(plan, role, rank, microbatch, stage)),
+        traffic=tuple(_traffic(plan, role, rank, microbatch, stage, device)),
         moved=_moved(plan, role, microbatch, stage, program),
         moved_per_step=_moved_per_step(plan, role, stage),
         read=(_BACK_AND_FORTH if stage == 2 else 1) * NUMBER[plan.config.dtype] * sum(role.matrices.values()),
@@ -174,7 +175,9 @@ def _products(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int) -> 
     }
 
 
-def _traffic(plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, stage: int) -> Sequence[Traffic]:
+def _traffic(
+    plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, stage: int, device: Device
+) -> Sequence[Traffic]:
     width, layout = NUMBER[plan.config.dtype], plan.layout
     sequence = plan.config.parallel.sequence_parallel and role.tp > 1
     trains = stage == 2
@@ -203,9 +206,11 @@ def _traffic(plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, stage
             found.append(Traffic("fusion", group, 1, numbers * width))
         if trains:
             found.append(Traffic("fusion", group, 1, numbers * _WIDE))
-        columns = _STATISTICS + (0 if trains else 3 * len(plan.architectures))
+        # The gate's gradient: part of the statistics, or summed up from what the chunked loss makes of the products.
+        mixed = trains and not in_planes(plan, role, microbatch.rows, device)
+        columns = _STATISTICS + (0 if mixed else 3 * len(plan.architectures))
         found.append(Traffic("fusion", group, 1, rows * columns * role.fusion))
-        found.append(Traffic("fusion", group, 1 + trains, (1 + trains) * rows * len(plan.architectures), 2))
+        found.append(Traffic("fusion", group, 1 + mixed, (1 + mixed) * rows * len(plan.architectures), 2))
     if role.pp > 1:
         group = _group_of(layout.pipeline_groups(role.names[0]), rank)
         ways = (not role.is_first) + (not role.is_last)

@@ -29,6 +29,7 @@ from typing import Literal
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture
 from ultrafuser_mega.models.pipeline import stage_layers
+from ultrafuser_mega.ops import planes
 from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, cut, even_rows
 from ultrafuser_mega.planning.microbatch import Microbatch, workload_of
 from ultrafuser_mega.planning.preflight import RunPlan
@@ -293,9 +294,10 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> 
     """The chunked loss with gate and exchange, at its fullest.
 
     Forward: hidden rows (b N D; disjoint also the rank's own before the exchange), the gate's activations (b + 4 per
-    row, specialist and unit), a chunk's logits, inputs and their gradients (``ops.chunked``), and the gradients that
-    form there: b N D of rows, b V D of heads. Backward: rows, gate, the rows' gradients, and the exchange's float32
-    buffer; or the heads' gradients on their way to the buffer.
+    row, specialist and unit), a chunk's logits, inputs and their gradients (``ops.chunked``) or every specialist's
+    logits of all rows (``ops.planes``), and the gradients that form there: b N D of rows, b V D of heads. Backward:
+    rows, gate, the rows' gradients, and the exchange's float32 buffer; or the heads' gradients on their way to the
+    buffer.
     """
     if not role.is_last:
         return 0.0
@@ -305,6 +307,8 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> 
     gate = _gate_bytes(plan, role, rows)
     operand = _WIDE if device == "cpu" else width
     _, chunk, row_bytes = cut(int(rows), plan.vocab_size, role.fusion, total, operand, _WIDE, BUFFER_BYTES[device])
+    if in_planes(plan, role, rows, device):
+        chunk, row_bytes = int(rows), planes.row_bytes(*_plane_sizes(plan, role, device))
     single_product = chunk >= rows or rows <= total
     head = role.vocab_rows * total * (operand if single_product else _WIDE)
     forward = own + states + gate + chunk * row_bytes + states + head
@@ -314,6 +318,17 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> 
         numbers = exchange_numbers(plan, role, rows)
         exchange = numbers * _WIDE * (1 + 1 / role.fusion) + width * rows * _own_widths(plan, role)
     return max(forward, heads, states + gate + states + exchange)
+
+
+def in_planes(plan: RunPlan, role: Role, rows: float, device: Device) -> bool:
+    """Whether stage 2's loss of so many rows keeps every specialist's logits apart."""
+    return planes.pay_and_fit(int(rows), *_plane_sizes(plan, role, device), BUFFER_BYTES[device])
+
+
+def _plane_sizes(plan: RunPlan, role: Role, device: Device) -> tuple[int, list[int], int, int]:
+    operand = _WIDE if device == "cpu" else NUMBER[plan.config.dtype]
+    widths = [arch.hidden_size for arch in plan.architectures.values()]
+    return -(-plan.vocab_size // role.fusion), widths, operand, _WIDE
 
 
 def _gate_loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:

@@ -65,6 +65,39 @@ def test_mixture_statistics_equal_the_twins(specialists: int, columns: Any, dtyp
     torch.testing.assert_close(mine, twins, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [0, 1, BLOCK, 3 * BLOCK + 7])
+@pytest.mark.parametrize("specialists", [1, 2, 5])
+def test_mixture_gradients_equal_the_twins(specialists: int, columns: Any, dtype: Any) -> None:
+    rows = 4
+    draw = torch.Generator().manual_seed(1)
+    logits = torch.randn(specialists, rows, columns + 5, generator=draw, dtype=dtype)[:, :, :columns] * 4
+    weights = torch.softmax(torch.randn(rows, specialists, generator=draw, dtype=dtype), 1)
+    target = torch.randint(-1, max(columns, 1), (rows,), generator=draw)
+    coefficients = torch.rand(3, rows, generator=draw, dtype=dtype)
+    coefficients[:, 1] = 0.0  # a row that counts nothing
+    logits[:, 1] = math.nan
+    given: Any = (weights, target, torch.full((rows,), 20.0, dtype=dtype), tuple(coefficients))
+    mine = CpuEpilogue(dtype).mixture_dlogits(logits.clone(), *given)
+    twins = TorchEpilogue(dtype).mixture_dlogits(logits.clone(), *given)
+    assert torch.count_nonzero(mine[:, 1]) == 0
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-13, 1e-13)
+    torch.testing.assert_close(mine, twins, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("epilogue", [CpuEpilogue, TorchEpilogue])
+def test_a_mixtures_exponentials_add_up_to_the_sum_of_its_statistics_at_any_offset(epilogue: Any) -> None:
+    """A last bit of a logit of 1e6 is 6 % of a probability: both calls form the same bits of it."""
+    draw = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 5, 2 * BLOCK + 3, generator=draw) + 1e6
+    weights = torch.softmax(torch.randn(5, 3, generator=draw), 1)
+    target = torch.full((5,), -1)
+    statistics = epilogue(torch.float32).mixture_statistics(logits, weights, target)
+    one, zero = torch.ones(5), torch.zeros(5)
+    planes = epilogue(torch.float32).mixture_dlogits(logits, weights, target, statistics[:, 0], (one, zero, zero))
+    torch.testing.assert_close(planes.sum((0, 2)), statistics[:, 1], rtol=1e-5, atol=0.0)
+
+
 def test_looking_leaves_the_logits_alone_and_sees_the_same() -> None:
     logits, target, _ = chunk(7, 2 * BLOCK + 3, torch.float32)
     looked_at = logits.clone()

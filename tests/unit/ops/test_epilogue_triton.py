@@ -52,6 +52,45 @@ def test_mixture_kernel_equals_the_twin(specialists: Any, columns: Any, interpre
     torch.testing.assert_close(interpreted(mixture_kernel_on, logits, weights, target), expected, rtol=1e-4, atol=1e-3)
 
 
+def mixture_gradients_on(dtype: torch.dtype, logits: Any, *given: Any) -> Any:
+    """The gradients in their planes, with the sums of exponentials that the statistics' kernel found of them."""
+    from ultrafuser_mega.ops.epilogue_triton import TritonEpilogue
+
+    sums = TritonEpilogue(dtype).mixture_statistics(logits, given[0], given[1])[:, 1]
+    return TritonEpilogue(dtype).mixture_dlogits(logits, *given).clone(), sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("specialists", "columns"), [(1, 333), (2, 1), (3, 2500), (5, 1024)])
+def test_mixture_gradients_equal_the_twins(specialists: Any, columns: Any, dtype: Any, interpreted: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(specialists, 3, columns + 7, generator=draw)[:, :, :columns] * 4
+    weights = torch.softmax(torch.randn(3, specialists, generator=draw), 1)
+    target = torch.tensor([-1, 0, columns - 1])
+    coefficients = torch.rand(3, 3, generator=draw)
+    coefficients[:, 1] = 0.0  # a row that counts nothing
+    logits[:, 1] = torch.nan
+    given = (weights, target, torch.full((3,), 20.0), tuple(coefficients))
+    expected = TorchEpilogue(torch.float32).mixture_dlogits(logits.clone(), *given)
+    found, _ = interpreted(mixture_gradients_on, dtype, logits, *given)
+    assert torch.count_nonzero(found[:, 1]) == 0
+    rounding = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=1e-6)
+
+
+def test_a_mixtures_exponentials_add_up_to_the_sum_of_its_statistics_at_any_offset(interpreted: Any) -> None:
+    """A last bit of a logit of 1e6 is 6 % of a probability: both kernels form the same bits of it."""
+    draw = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 5, 2500, generator=draw) + 1e6
+    weights = torch.softmax(torch.randn(5, 3, generator=draw), 1)
+    top, one, zero = (logits * weights.t()[:, :, None]).sum(0).amax(1) + 1, torch.ones(5), torch.zeros(5)
+    given = (weights, torch.full((5,), -1), top, (one, zero, zero))
+    planes, sums = interpreted(mixture_gradients_on, torch.float32, logits, *given)
+    shifts = planes.sum((0, 2)) / sums  # exp(the kernel's maximum - top): a whole number of steps of 1 / 16
+    steps = shifts.log() * 16
+    torch.testing.assert_close(steps, steps.round(), rtol=0.0, atol=1e-3)
+
+
 def planes_beyond_32_bits(file: str) -> tuple[Any, Any]:
     """What the kernel and its twin make of planes 2^30 numbers apart, in a file that is mostly holes. A distance of
     2^31 that wraps around leads 2^31 numbers before the first one: into a hole."""

@@ -40,7 +40,7 @@ def launches(widths: tuple[int, ...], rows: int, vocab: int) -> list[Launch]:
 
 
 KERNELS = {"statistics_kernel", "gate_statistics_kernel", "dlogits_kernel", "row_statistics_kernel"}
-KERNELS |= {"mixture_statistics_kernel"}
+KERNELS |= {"mixture_statistics_kernel", "mixture_dlogits_kernel"}
 
 
 @pytest.mark.parametrize("widths", [(64, 128, 96), (33, 50, 1)], ids=["aligned", "unaligned"])
