@@ -173,7 +173,7 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
             elementwise_triton.rms_norm_forward_kernel,
             {"x": x, "weight": x, "y": x, "rstd": "*fp32"} | rows | {"x_stride": "i32", "eps": "fp32"},
             {"ROWS": block_rows, "BLOCK": block},
-            {"num_warps": warps},
+            {"num_warps": warps} | elementwise_triton.FUSION,
         )
         block, block_rows, warps = elementwise_triton.norm_tile(width, *elementwise_triton.BACKWARD)
         yield _Source(
@@ -183,7 +183,7 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
             | rows
             | {"dy_stride": "i32", "x_stride": "i32"},
             {"ROWS": block_rows, "BLOCK": block},
-            {"num_warps": warps},
+            {"num_warps": warps} | elementwise_triton.FUSION,
         )
     block = elementwise_triton.SWIGLU_BLOCK
     yield _Source(
@@ -191,14 +191,14 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
         elementwise_triton.swiglu_forward_kernel,
         {"x": x, "y": x, "width": "i32", "x_stride": "i32"},
         {"BLOCK": block},
-        {"num_warps": 4},
+        {"num_warps": 4} | elementwise_triton.FUSION,
     )
     yield _Source(
         "layer: swiglu backward",
         elementwise_triton.swiglu_backward_kernel,
         {"dy": x, "x": x, "dx": x, "width": "i32", "dy_stride": "i32", "x_stride": "i32"},
         {"BLOCK": block},
-        {"num_warps": 4},
+        {"num_warps": 4} | elementwise_triton.FUSION,
     )
     sizes = dict.fromkeys(("groups", "each", "half"), "i32")
     strides = [f"{which}_{of}_stride" for which in "qkv" for of in ("token", "head")]
@@ -210,14 +210,14 @@ def _layer_sources(dtype: str) -> Iterator[_Source]:
             elementwise_triton.rotated_heads_forward_kernel,
             dict.fromkeys(("mixed", "cos", "sin", "q", "k", "v"), x) | sizes | {"mixed_stride": "i32"},
             tile,
-            {"num_warps": 4},
+            {"num_warps": 4} | elementwise_triton.FUSION,
         )
         yield _Source(
             f"layer: heads backward, {heads} of {width}",
             elementwise_triton.rotated_heads_backward_kernel,
             dict.fromkeys(("dq", "dk", "dv", "cos", "sin", "mixed"), x) | sizes | dict.fromkeys(strides, "i32"),
             tile,
-            {"num_warps": 4},
+            {"num_warps": 4} | elementwise_triton.FUSION,
         )
 
 

@@ -30,6 +30,7 @@ GATE_BLOCKS = "gate_only: columns of a block"
 CANDIDATES: dict[str, list[Any]] = {
     "statistics": [
         Tile(128, 256, 64, 8, 4, tma=True, halves=True), Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(128, 256, 128, 8, 2, tma=True, halves=True),
         Tile(256, 128, 64, 8, 4, tma=True, halves=True), Tile(128, 128, 64, 8, 4, tma=True),
         Tile(128, 128, 64, 8, 4, tma=True, specialized=True), Tile(128, 256, 64, 8, 4, tma=True, specialized=True),
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4, halves=True), Tile(64, 128, 64, 4, 4),
@@ -40,6 +41,7 @@ CANDIDATES: dict[str, list[Any]] = {
     ],
     "dlogits": [
         Tile(128, 256, 64, 8, 3, tma=True), Tile(256, 128, 64, 8, 4, tma=True), Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(128, 256, 128, 8, 2, tma=True),
         Tile(128, 128, 64, 8, 4, tma=True, specialized=True), Tile(128, 256, 64, 8, 4, tma=True, specialized=True),
         Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3),
     ],

@@ -23,6 +23,7 @@ PROGRAMS = 264  # that share the rows: two for each of an H100's 132 multiproces
 MAX_WARPS = 16
 SWIGLU_BLOCK = 1024  # columns per program; 8 per thread
 PAIRS = 1024  # of heads' numbers per program; 8 per thread
+FUSION = {"enable_fp_fusion": True}  # of products and sums; the default is another one in every version
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     with torch.cuda.device_of(x):  # Triton launches on the current device
         rms_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
             matrix, weight, y, rstd, rows, width, matrix.stride(0), eps,
-            ROWS=block_rows, BLOCK=block, num_warps=warps,
+            ROWS=block_rows, BLOCK=block, num_warps=warps, **FUSION,
         )  # fmt: skip
     return y, rstd
 
@@ -245,7 +246,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     with torch.cuda.device_of(x):
         rms_norm_backward_kernel[(programs,)](
             upstream, matrix, weight, rstd, dx, partial_dw, rows, width, upstream.stride(0), matrix.stride(0),
-            ROWS=block_rows, BLOCK=block, num_warps=warps,
+            ROWS=block_rows, BLOCK=block, num_warps=warps, **FUSION,
         )  # fmt: skip
     return dx, partial_dw.sum(0).to(weight.dtype)
 
@@ -263,7 +264,9 @@ def swiglu_forward(x: Tensor) -> Tensor:
     y = x.new_empty((*x.shape[:-1], width))
     block = min(SWIGLU_BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device_of(x):
-        swiglu_forward_kernel[(rows, triton.cdiv(width, block))](matrix, y, width, matrix.stride(0), BLOCK=block)
+        swiglu_forward_kernel[(rows, triton.cdiv(width, block))](
+            matrix, y, width, matrix.stride(0), BLOCK=block, **FUSION
+        )
     return y
 
 
@@ -274,7 +277,7 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     block = min(SWIGLU_BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device_of(x):
         swiglu_backward_kernel[(rows, triton.cdiv(width, block))](
-            upstream, matrix, dx, width, upstream.stride(0), matrix.stride(0), BLOCK=block
+            upstream, matrix, dx, width, upstream.stride(0), matrix.stride(0), BLOCK=block, **FUSION
         )
     return dx
 
@@ -288,7 +291,7 @@ def rotated_heads_forward(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) 
     with torch.cuda.device_of(mixed):
         rotated_heads_forward_kernel[(tokens, triton.cdiv(heads, block))](
             matrix, cos.contiguous(), sin.contiguous(), q, k, v, groups, heads // groups, half, matrix.stride(0),
-            HEADS=block, HALF=padded,
+            HEADS=block, HALF=padded, **FUSION,
         )  # fmt: skip
     return q, k, v
 
@@ -302,7 +305,7 @@ def rotated_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin:
         rotated_heads_backward_kernel[(tokens, triton.cdiv(heads, block))](
             dq, dk, dv, cos.contiguous(), sin.contiguous(), mixed, groups, heads // groups, width // 2,
             dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
-            HEADS=block, HALF=padded,
+            HEADS=block, HALF=padded, **FUSION,
         )  # fmt: skip
     return mixed
 
