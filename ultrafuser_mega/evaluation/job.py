@@ -19,7 +19,7 @@ from ultrafuser_mega.evaluation.benchmarks import SUITES, Suite, benchmark, chos
 from ultrafuser_mega.evaluation.benchmarks.chats import AlpacaEval
 from ultrafuser_mega.evaluation.benchmarks.humaneval import ProgramCheck
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
-from ultrafuser_mega.evaluation.judge import FileJudge, grade_chats, judge_pairs, open_judge
+from ultrafuser_mega.evaluation.judge import FileJudge, check_judge, grade_chats, judge_pairs, open_judge
 from ultrafuser_mega.evaluation.programs import check_program
 from ultrafuser_mega.evaluation.results import headroom, results, write_results
 from ultrafuser_mega.evaluation.results_page import scores_table, write_page
@@ -92,6 +92,8 @@ def evaluate_share(job: Job, console: Console) -> None:
 
 def _evaluate(job: Job, share: Share, console: Console) -> None:
     suite = _suite(job.suite)
+    if job.judging.judge is not None:
+        check_judge(job.judging.judge, job.judging.prices)
     contestants = [contestant(text, job.computing) for text in job.models]
     _refuse_twice(contestants)
     groups = suite.groups if job.limit is None else job.limit
@@ -125,6 +127,8 @@ def _write(
         found["headroom"] = headroom(kept, benchmarks, job.single, ORACLE.format(", ".join(job.oracle)))
     write_results(job.out, found)
     print(scores_table(found))
+    for line in found["not_asked"]:
+        print(line)
     for name, count in found["no_verdict"].items():
         print(f"{count} items of {name} are left out: the judge gave no verdict on some answer to them")
     print(f"\nwrote {write_page(job.out, found)}")
@@ -139,8 +143,8 @@ def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
         "--opponent": [opponent],
         "--single": [job.single],
     }.items():
-        for row in filter(None, rows):
-            if row not in models:
+        for row in rows:
+            if row is not None and row not in models:
                 raise InputError(f"{option} {row}: is no row of this table; choose of {', '.join(models)}")
     if job.judging.judge is None or opponent is not None:
         return

@@ -111,7 +111,7 @@ class Ledger:
                 self.replies[row["key"]] = Reply(
                     _text(row["reply"]), int(row.get("input_tokens", 0)), int(row.get("output_tokens", 0))
                 )
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{self.path}:{number}: is no line of a ledger ({error!r}); every one has a key and a reply"
                 ) from None
