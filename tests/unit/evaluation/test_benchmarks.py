@@ -186,7 +186,7 @@ def test_programs_go_to_whoever_runs_them(tmp_path: Path) -> None:
         ("mt_bench", ROWS["mt_bench"][0], r"two items have the id 'mt_bench/81'"),
         ("toy_text", {"id": 1, "instruction": "", "check": {"kind": "x"}}, r":3: check.kind 'x' is none of number"),
         ("toy_text", {"id": 1, "instruction": "", "check": {"kind": "exact"}}, r":3: check.answer must be a text"),
-        ("toy_text", {"id": 1, "instruction": "", "check": {"kind": ["exact"]}}, r":3: check.kind \['exact'\] is none of"),
+        ("toy_text", {"id": 1, "instruction": "", "check": {"kind": ["exact"]}}, r":3: check.kind \['exact'\] is none"),
         (
             "toy_code",
             {"id": 1, "instruction": "", "check": ROWS["toy_code"][0]["check"] | {"setup": 5}},

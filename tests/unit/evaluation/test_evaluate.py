@@ -118,7 +118,8 @@ def test_what_a_model_cannot_be_asked_is_said(
         (("a={release}", "--oracle", ","), "--oracle : is no row of this table; choose of a"),
         (("{release}", "--judge", "gpt-4"), "--judge 'gpt-4': write openai:MODEL"),
         (("{release}", "--judge", "file:{release}"), "is a folder; name a file, which need not be there yet"),
-        (("{release}", "--judge", "file:none", "--judge-price", "1", "nan"), "--judge-price 1 nan: a price is a number"),
+        (("{release}", "--judge", "file:none", "--judge-price", "1", "nan"), "--judge-price 1 nan: a price is"),
+        (("openai:gpt@http://[::1/v1",), "http://[::1/v1 is no address"),
         (("a\nb={release}",), "its name holds what cannot be printed"),
     ],
 )
