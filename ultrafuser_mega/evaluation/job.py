@@ -27,6 +27,8 @@ from ultrafuser_mega.evaluation.rows import ORACLE, oracle_row, selected_row
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
 from ultrafuser_mega.evaluation.sandbox import open_sandbox
 
+_LEDGER = "judge.jsonl"  # in OUT, of an endpoint's replies
+
 
 @dataclass(frozen=True)
 class Judging:
@@ -104,6 +106,9 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
         length = min(found.max_new_tokens, job.max_new_tokens or found.max_new_tokens)
         tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed), length))
     _check_rows(job, [one.name for one in contestants], tasks)
+    if job.judging.judge is not None and share.rank == 0:
+        # Now, and not when all is answered: the key may be missing, the ledger damaged or in another run's hands.
+        open_judge(job.judging.judge, job.out / _LEDGER, job.judging.prices).ledger.close()
     settings = settings_of(contestants, tasks, job.data, job.seed, job.code_sandbox, job.computing.dtype)
     samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
     if share.rank == 0:
@@ -159,7 +164,7 @@ def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
 def _judged(job: Job, tasks: Sequence[Task], samples: list[Sample]) -> list[Sample]:
     """The samples with what the judge says of them; with the row that it picks, where that was asked for."""
     assert job.judging.judge is not None
-    judge = open_judge(job.judging.judge, job.out / "judge.jsonl", job.judging.prices)
+    judge = open_judge(job.judging.judge, job.out / _LEDGER, job.judging.prices)
     judged = []
     for task in tasks:
         own = [sample for sample in samples if sample.benchmark == task.benchmark.name]

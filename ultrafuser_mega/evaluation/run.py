@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ultrafuser_mega.checkpoint.unfinished import alone
-from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.answering import answer_items
 from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
 from ultrafuser_mega.evaluation.contestants import Contestant
@@ -118,7 +118,8 @@ def run_evaluation(
     Raises:
         InputError: another process evaluates into ``out``, or it was made with other settings.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if share.rank == 0:
             stack.enter_context(alone(out))

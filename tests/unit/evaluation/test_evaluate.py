@@ -117,6 +117,8 @@ def test_what_a_model_cannot_be_asked_is_said(
         (("openai:gpt",), "expected openai:MODEL@URL"),
         (("a={release}", "--oracle", ","), "--oracle : is no row of this table; choose of a"),
         (("{release}", "--judge", "gpt-4"), "--judge 'gpt-4': write openai:MODEL"),
+        (("{release}", "--judge", "openai:gpt-4"), "set OPENAI_API_KEY, or name an endpoint"),
+        (("{release}", "--judge", "file:{release}/config.json"), "config.json:1: is no line of a ledger"),
         (("{release}", "--judge", "file:{release}"), "is a folder; name a file, which need not be there yet"),
         (("{release}", "--judge", "file:none", "--judge-price", "1", "nan"), "--judge-price 1 nan: a price is"),
         (("openai:gpt@http://[::1/v1",), "http://[::1/v1 is no address"),
@@ -128,6 +130,8 @@ def test_bad_input_is_one_line(
     release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
     filled = [argument.format(release=release) for argument in arguments]
     suite = () if "--suite" in arguments else ("--suite", "gsm8k")
     assert ultrafuser(monkeypatch, "evaluate", *filled, *suite, "--data", data, "--out", tmp_path / "out") == 2
