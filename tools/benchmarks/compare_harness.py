@@ -14,6 +14,7 @@ the model alone.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,6 +71,9 @@ def main() -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    for name in filter(None, (str(options.model), options.fused)):
+        if not Path(name).is_dir():
+            parser.error(f"{name}: no such folder")
     models = {"ultrafuser": Timed(ours(options.ours or str(options.model), options))} | {
         peer: Timed(theirs(peer, options)) for peer in filter(None, options.peers.split(","))
     }
@@ -156,7 +160,8 @@ def agreement(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[s
                 texts += 1
                 same += one[0] == two[0]
             else:
-                largest = max(largest, abs(float(one[0][0]) - float(two[0][0])))
+                apart = abs(float(one[0][0]) - float(two[0][0]))
+                largest = max(largest, math.inf if math.isnan(apart) else apart)  # max() would pass a NaN over
     return {"largest_difference": largest, "same_texts": same, "texts": texts}
 
 
