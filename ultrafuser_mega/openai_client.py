@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
 
 from ultrafuser_mega.errors import InputError
 
@@ -47,6 +48,10 @@ def one_line(error: Exception) -> str:
 
 
 def _open(kind: str, what: str, url: str | None, key: str, extra: str, **settings: Any) -> Any:
+    try:
+        urlsplit(url or "").port  # noqa: B018  its error is what is wanted
+    except ValueError as error:
+        raise InputError(f"{what}: {url} is no address ({error}); expected one as http://localhost:8000/v1") from None
     if find_spec("openai") is None:
         raise InputError(f"{what}: the openai client is not installed; pip install 'ultrafuser_mega[{extra}]'")
     import openai

@@ -2,16 +2,19 @@
 
     python tools/benchmarks/compare_harness.py MODEL_FOLDER --data BENCHMARKS --limit 100 --out harness.json
 
-Both classes are loaded with the same weights in float32 and asked the same items of the same tasks, in turn, each task
-by itself; with --peers vllm the harness's vLLM class as well, where it is installed. What is compared are the
+Both classes are loaded with the same weights in float32 and asked the same items of the same tasks, in turn, each
+task by itself; with --peers vllm the harness's vLLM class as well, where it is installed. What is compared are the
 log-likelihood of every option and the text of every answer; speed is items per second of the class alone, without
-building requests. With --float64 the ``hf`` class computes once more in float64, and every other one's distance from
-that is told: what float32 costs this model at all. With --fused a release of n specialists of the model's size is
-asked as well: what one specialist costs in it, in parts of the model alone.
+building requests, by the clock and by the processor time of this process: on a machine that others use as well the
+latter counts (a vLLM that shares it needs VLLM_ENABLE_V1_MULTIPROCESSING=0). With --float64 the ``hf`` class computes
+once more in float64, and every other one's distance from that is told: what float32 costs this model at all. With
+--fused a release of n specialists of the model's size is asked as well: what one specialist costs in it, in parts of
+the model alone.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,23 +30,25 @@ TASKS = "ultrafuser_truthfulqa_mc1,ultrafuser_truthfulqa_mc2,ultrafuser_aqua,ult
 _ASKED = ("loglikelihood", "generate_until")
 _EXACT = "hf float64"
 _FUSED = "fused"
+_SECONDS = {"seconds": "ours_faster", "cpu_seconds": "ours_faster_by_cpu"}
 
 
 class Timed:
     """What a model's answers took."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.seconds = model, 0.0
+        self.model, self.seconds, self.cpu_seconds = model, 0.0, 0.0
         for name in _ASKED:
             setattr(model, name, self._timed(getattr(model, name)))
 
     def _timed(self, answer: Any) -> Any:
         def timed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             try:
                 return answer(*arguments, **options)
             finally:
                 self.seconds += time.perf_counter() - began
+                self.cpu_seconds += time.process_time() - cpu_began
 
         return timed
 
@@ -66,6 +71,9 @@ def main() -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    for name in filter(None, (str(options.model), options.fused)):
+        if not Path(name).is_dir():
+            parser.error(f"{name}: no such folder")
     models = {"ultrafuser": Timed(ours(options.ours or str(options.model), options))} | {
         peer: Timed(theirs(peer, options)) for peer in filter(None, options.peers.split(","))
     }
@@ -85,7 +93,7 @@ def main() -> None:
         for task in options.tasks.split(","):
             found, entry = {}, {}
             for name, timed in models.items():
-                timed.seconds = 0.0
+                timed.seconds = timed.cpu_seconds = 0.0
                 result = simple_evaluate(
                     timed.model,
                     tasks=[task],
@@ -104,15 +112,18 @@ def main() -> None:
                 entry[name] = {
                     "scores": scores,
                     "seconds": timed.seconds,
+                    "cpu_seconds": timed.cpu_seconds,
                     "items_per_second": options.limit / timed.seconds,
                 }
             for peer in list(models)[1:]:
                 entry[peer] |= agreement(found["ultrafuser"], found[peer])
-                entry[peer]["ours_faster"] = entry[peer]["seconds"] / entry["ultrafuser"]["seconds"]
+                for unit, name in _SECONDS.items():
+                    entry[peer][name] = entry[peer][unit] / entry["ultrafuser"][unit]
             if options.fused:
                 specialists = len(models[_FUSED].model.get_model_info()["model_specialists"])
-                of_one = entry[_FUSED]["seconds"] / specialists
-                entry[_FUSED]["of_a_specialist"] = of_one / entry["ultrafuser"]["seconds"]
+                entry[_FUSED]["of_a_specialist"] = {
+                    unit: entry[_FUSED][unit] / specialists / entry["ultrafuser"][unit] for unit in _SECONDS
+                }
             if options.float64:
                 for name in found.keys() - {_EXACT}:
                     entry[name]["from_float64"] = agreement(found[name], found[_EXACT])["largest_difference"]
@@ -149,7 +160,8 @@ def agreement(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[s
                 texts += 1
                 same += one[0] == two[0]
             else:
-                largest = max(largest, abs(float(one[0][0]) - float(two[0][0])))
+                apart = abs(float(one[0][0]) - float(two[0][0]))
+                largest = max(largest, math.inf if math.isnan(apart) else apart)  # max() would pass a NaN over
     return {"largest_difference": largest, "same_texts": same, "texts": texts}
 
 

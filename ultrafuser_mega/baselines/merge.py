@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ def parse_parts(config: FuserConfig, text: str | None) -> dict[str, float]:
         try:
             parts[name] = float(weight) if weight else 1.0
         except ValueError:
-            raise InputError(f"--of {text}: {weight!r} is no number; expected as in {name}=0.5") from None
+            parts[name] = math.nan
+        if not math.isfinite(parts[name]):
+            raise InputError(f"--of {text}: {weight!r} is no number; expected as in {name}=0.5")
     return parts
 
 
@@ -160,6 +163,8 @@ def _coefficients(how: Merge) -> dict[str, float]:
 def _settings(how: Merge) -> dict[str, Any]:
     settings: dict[str, Any] = {"weights": dict(how.weights)}
     if how.base is not None:
+        if not math.isfinite(how.scale):
+            raise InputError(f"--scale {how.scale:g}: expected a number, as 0.4")
         settings |= {"base": str(how.base), "scale": how.scale}
     if how.by_mergekit:
         density = DENSITY[how.method] if how.density is None else how.density

@@ -12,6 +12,8 @@ Domain = Literal["text", "code", "math"]
 
 #: A sample's rule where a judge was asked and none of its replies says anything.
 NO_VERDICT = "no verdict"
+#: How a reply's finish begins where the model could not be asked; the reason stands behind.
+NOT_ASKED = "not asked: "
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.evaluation.benchmark import NOT_ASKED
 from ultrafuser_mega.openai_client import one_line, open_client
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def contestant(text: str, computing: Computing) -> Contestant:
     name, equals, address = text.partition("=")
     if not equals or Path(text).exists() or "/" in name:
         name = address = text
+    elif not name.isprintable():
+        raise InputError(f"MODEL {text!r}: its name holds what cannot be printed; choose another")
     elif not name:
         raise InputError(f"MODEL {text}: a name is missing; expected NAME=ADDRESS, or the address alone")
     if address.startswith(_ENDPOINT):
@@ -145,7 +148,7 @@ class LocalModel:
             try:
                 prompts[number] = self._answerer.encode(list(messages))
             except InputError as error:
-                yield number, Reply("", 0, f"not asked: {error}")
+                yield number, Reply("", 0, f"{NOT_ASKED}{error}")
         order = sorted(prompts, key=lambda number: -max(map(len, prompts[number].values())))
         sorted_prompts = [prompts[number] for number in order]
         limits = Limits(max_new_tokens)
@@ -207,7 +210,7 @@ class Endpoint:
                 temperature=0.0,
             )
         except openai.BadRequestError as error:  # as of a prompt that is too long
-            return Reply("", 0, f"not asked: {one_line(error)}")
+            return Reply("", 0, f"{NOT_ASKED}{one_line(error)}")
         except openai.OpenAIError as error:
             raise InputError(f"{_ENDPOINT}{self._model}@{self._client.base_url}: {one_line(error)}") from None
         if not completion.choices:

@@ -19,13 +19,15 @@ from ultrafuser_mega.evaluation.benchmarks import SUITES, Suite, benchmark, chos
 from ultrafuser_mega.evaluation.benchmarks.chats import AlpacaEval
 from ultrafuser_mega.evaluation.benchmarks.humaneval import ProgramCheck
 from ultrafuser_mega.evaluation.contestants import Computing, Contestant, contestant
-from ultrafuser_mega.evaluation.judge import FileJudge, grade_chats, judge_pairs, open_judge
+from ultrafuser_mega.evaluation.judge import FileJudge, check_judge, grade_chats, judge_pairs, open_judge
 from ultrafuser_mega.evaluation.programs import check_program
 from ultrafuser_mega.evaluation.results import headroom, results, write_results
 from ultrafuser_mega.evaluation.results_page import scores_table, write_page
 from ultrafuser_mega.evaluation.rows import ORACLE, oracle_row, selected_row
 from ultrafuser_mega.evaluation.run import Share, Task, run_evaluation, settings_of
 from ultrafuser_mega.evaluation.sandbox import open_sandbox
+
+_LEDGER = "judge.jsonl"  # in OUT, of an endpoint's replies
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def evaluate_share(job: Job, console: Console) -> None:
 
 def _evaluate(job: Job, share: Share, console: Console) -> None:
     suite = _suite(job.suite)
+    if job.judging.judge is not None:
+        check_judge(job.judging.judge, job.judging.prices)
     contestants = [contestant(text, job.computing) for text in job.models]
     _refuse_twice(contestants)
     groups = suite.groups if job.limit is None else job.limit
@@ -102,6 +106,9 @@ def _evaluate(job: Job, share: Share, console: Console) -> None:
         length = min(found.max_new_tokens, job.max_new_tokens or found.max_new_tokens)
         tasks.append(Task(found, chosen(found.items(job.data), groups, job.seed), length))
     _check_rows(job, [one.name for one in contestants], tasks)
+    if job.judging.judge is not None and share.rank == 0:
+        # Now, and not when all is answered: the key may be missing, the ledger damaged or in another run's hands.
+        open_judge(job.judging.judge, job.out / _LEDGER, job.judging.prices).ledger.close()
     settings = settings_of(contestants, tasks, job.data, job.seed, job.code_sandbox, job.computing.dtype)
     samples = run_evaluation(contestants, tasks, settings, job.out, share, console)
     if share.rank == 0:
@@ -125,6 +132,8 @@ def _write(
         found["headroom"] = headroom(kept, benchmarks, job.single, ORACLE.format(", ".join(job.oracle)))
     write_results(job.out, found)
     print(scores_table(found))
+    for line in found["not_asked"]:
+        print(line)
     for name, count in found["no_verdict"].items():
         print(f"{count} items of {name} are left out: the judge gave no verdict on some answer to them")
     print(f"\nwrote {write_page(job.out, found)}")
@@ -139,8 +148,8 @@ def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
         "--opponent": [opponent],
         "--single": [job.single],
     }.items():
-        for row in filter(None, rows):
-            if row not in models:
+        for row in rows:
+            if row is not None and row not in models:
                 raise InputError(f"{option} {row}: is no row of this table; choose of {', '.join(models)}")
     if job.judging.judge is None or opponent is not None:
         return
@@ -155,7 +164,7 @@ def _check_rows(job: Job, models: Sequence[str], tasks: Sequence[Task]) -> None:
 def _judged(job: Job, tasks: Sequence[Task], samples: list[Sample]) -> list[Sample]:
     """The samples with what the judge says of them; with the row that it picks, where that was asked for."""
     assert job.judging.judge is not None
-    judge = open_judge(job.judging.judge, job.out / "judge.jsonl", job.judging.prices)
+    judge = open_judge(job.judging.judge, job.out / _LEDGER, job.judging.prices)
     judged = []
     for task in tasks:
         own = [sample for sample in samples if sample.benchmark == task.benchmark.name]

@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ultrafuser_mega.errors import InputError, writing
-from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, Benchmark, Sample
+from ultrafuser_mega.evaluation.benchmark import NO_VERDICT, NOT_ASKED, Benchmark, Sample
 from ultrafuser_mega.evaluation.statistics import LEVEL, Scores, holm, interval, less, paired_test, recovered
 from ultrafuser_mega.files import write_atomically
 
@@ -83,6 +83,7 @@ def results(
     Raises:
         InputError: two models answered different items of a benchmark.
     """
+    samples = list(samples)
     by_place, void = _placed(samples)
     _check_same_items(by_place, benchmarks)
     models = {model: _model(own, benchmarks) for model, own in by_place.items()}
@@ -103,6 +104,7 @@ def results(
             for one in benchmarks
         },
         "no_verdict": dict(Counter(benchmark for benchmark, _ in void)),
+        "not_asked": _not_asked(samples),
         "models": models,
         "pairs": _pairs(known, benchmarks),
         "average_pairs": _average_pairs(known, benchmarks),
@@ -180,6 +182,18 @@ def _placed(samples: Iterable[Sample]) -> tuple[dict[str, dict[str, list[Sample]
         if (sample.benchmark, sample.item) not in void:
             placed.setdefault(sample.model, {}).setdefault(sample.benchmark, []).append(sample)
     return placed, void
+
+
+def _not_asked(samples: Iterable[Sample]) -> list[str]:
+    """A line for every model and benchmark with items that it could not be asked, which have no right answer then."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for sample in samples:
+        if reasons := [finish for finish in sample.finish if finish.startswith(NOT_ASKED)]:
+            found.setdefault((sample.model, sample.benchmark), []).append(reasons[0].removeprefix(NOT_ASKED))
+    return [
+        f"{model}: {len(reasons):,} items of {benchmark} could not be asked, and count as wrong: {reasons[0]}"
+        for (model, benchmark), reasons in found.items()
+    ]
 
 
 def _check_same_items(by_place: Mapping[str, Mapping[str, list[Sample]]], benchmarks: Sequence[Benchmark]) -> None:

@@ -63,6 +63,7 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
         judge = found["settings"].get("judge")
         by = f" ({judge})" if isinstance(judge, str) else ""
         notes.append(f"{_JUDGED} scored by a judge{by}, or an average that holds such scores.")
+    notes += [f"{line}." for line in found["not_asked"]]
     notes += [f"{count} items of {name} are left out: no verdict." for name, count in found["no_verdict"].items()]
     for model, own in found["models"].items():
         waiting = {name: cell["unjudged"] for name, cell in own["scores"].items() if cell["unjudged"]}

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ultrafuser_mega.checkpoint.unfinished import alone
-from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.evaluation.answering import answer_items
 from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
 from ultrafuser_mega.evaluation.contestants import Contestant
@@ -118,7 +118,8 @@ def run_evaluation(
     Raises:
         InputError: another process evaluates into ``out``, or it was made with other settings.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if share.rank == 0:
             stack.enter_context(alone(out))
@@ -160,22 +161,33 @@ def merge_settings(path: Path, settings: dict[str, Any]) -> None:
         InputError: the folder's answers were given under others; names the first that differs.
     """
     if path.is_file():
-        try:
-            before: dict[str, Any] = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path}: not valid JSON; choose another --out") from None
+        before = _settings_in(path)
         for key in ("seed", "dtype", "decoding", "code sandbox"):
             _same(path, key, before.get(key), settings[key])
         for name, entry in settings["models"].items():
             if (known := before["models"].get(name)) is not None:
-                _same(path, f"models.{name}", known["identity"], entry["identity"])
+                _same(path, f"models.{name}", known.get("identity"), entry["identity"])
         for name, entry in settings["benchmarks"].items():
             if (known := before["benchmarks"].get(name)) is not None:
                 for field in ("sha256", "max_new_tokens"):
-                    _same(path, f"benchmarks.{name}.{field}", known[field], entry[field])
+                    _same(path, f"benchmarks.{name}.{field}", known.get(field), entry[field])
         for part in ("models", "benchmarks"):
             settings = settings | {part: before[part] | settings[part]}
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        before: dict[str, Any] = json.loads(path.read_text())
+        for part in ("models", "benchmarks"):
+            for name, entry in before[part].items():
+                if not isinstance(entry, dict):
+                    raise TypeError(f"{part}.{name} is {entry!r}")
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not valid JSON; choose another --out") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no settings of an evaluation ({error}); choose another --out") from None
+    return before
 
 
 def _same(path: Path, key: str, before: Any, now: Any) -> None:

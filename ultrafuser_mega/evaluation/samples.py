@@ -38,7 +38,7 @@ def read_samples(path: Path) -> list[Sample]:
             continue
         try:
             samples.append(_sample(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if number == len(lines):  # no line break behind it
                 break
             raise InputError(f"{path}:{number}: damaged ({error}); remove the line to have it answered again") from None

@@ -134,6 +134,8 @@ def test_what_cannot_be_merged_is_refused_in_one_line(
     assert "'maths' is no specialist" in refusal("average", "--of", "text,maths")
     assert "'text' stands twice" in refusal("average", "--of", "text,text")
     assert "weights of an average" in refusal("average", "--of", "text=0,math=0")
+    assert "'nan' is no number" in refusal("average", "--of", "text=nan,math=1")
+    assert "--scale nan" in refusal("task-arithmetic", "--base", branched / "base", "--scale", "nan")
     assert "--density 2" in refusal("ties", "--base", branched / "base", "--density", 2, "--mergekit", "/bin/true")
     assert "has no mergekit" in refusal("dare", "--base", branched / "base")
     other = shutil.copytree(branched / "math", tmp_path / "other")

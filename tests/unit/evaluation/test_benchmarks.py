@@ -186,6 +186,16 @@ def test_programs_go_to_whoever_runs_them(tmp_path: Path) -> None:
         ("mt_bench", ROWS["mt_bench"][0], r"two items have the id 'mt_bench/81'"),
         ("toy_text", {"id": 1, "instruction": "", "check": {"kind": "x"}}, r":3: check.kind 'x' is none of number"),
         ("toy_text", {"id": 1, "instruction": "", "check": {"kind": "exact"}}, r":3: check.answer must be a text"),
+        ("toy_text", {"id": 1, "instruction": "", "check": {"kind": ["exact"]}}, r":3: check.kind \['exact'\] is none"),
+        (
+            "toy_code",
+            {"id": 1, "instruction": "", "check": ROWS["toy_code"][0]["check"] | {"setup": 5}},
+            r":3: check.setup must be a text, not 5",
+        ),
+        ("gsm8k", "[" * 100_000, r":3: is no JSON \(maximum recursion depth"),
+        ("sat_math", ROWS["sat_math"][0] | {"passage": {}}, r":3: passage must be a text, not \{\}"),
+        ("alpacaeval", {"instruction": "Hi", "output": 7}, r":3: output must be the reply to compare with, .* not 7"),
+        ("mt_bench", ROWS["mt_bench"][1] | {"reference": ["a", 1]}, r":3: reference must be a text for every turn"),
     ],
 )
 def test_a_malformed_line_is_named(name: str, row: object, problem: str, tmp_path: Path) -> None:
@@ -214,6 +224,19 @@ def test_a_missing_file_says_where_to_get_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         found.items(tmp_path)
     assert str(error.value) == (f"{tmp_path / found.source}: no such file; {name} needs it: get it from {found.origin}")
+
+
+def test_line_separators_within_a_text_do_not_end_its_line(tmp_path: Path) -> None:
+    question = "a\u2028b\u2029c\x85d"
+    row = json.dumps({"question": question, "answer": "#### 1"}, ensure_ascii=False)
+    (one,) = items_of("gsm8k", tmp_path, [row])
+    assert one.turns == (question,)
+
+
+def test_a_packed_file_with_damage_within_is_told(tmp_path: Path) -> None:
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(b"{}")[:10] + b"\xff" * 20)
+    with pytest.raises(InputError, match=r"HumanEval.jsonl.gz: is no packed UTF-8 text \(Error -3"):
+        benchmark("humaneval").items(tmp_path)
 
 
 def test_a_file_that_is_not_packed_is_told(tmp_path: Path) -> None:

@@ -84,6 +84,19 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
         assert likely["score"] == float(likelihoods.index(max(likelihoods)) == 0)
 
 
+@pytest.mark.parametrize("trio", ["qwens"], indirect=True)
+def test_what_a_model_cannot_be_asked_is_said(
+    release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (data / "gsm8k_test.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "1 + 1? " * 20_000, "answer": "#### 2"}) + "\n")
+    out = tmp_path / "out"
+    options = ("--suite", "gsm8k", "--data", data, "--out", out, "--max-new-tokens", "4")
+    assert ultrafuser(monkeypatch, "evaluate", f"a={release}", *options) == 0
+    line = "a: 1 items of gsm8k could not be asked, and count as wrong: "
+    assert line in capsys.readouterr().out and line in (out / "results.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +115,14 @@ def test_what_the_harness_asks_and_scores_stands_in_the_same_table(
             "alpaca_eval_instructions.jsonl: its rows have no output",
         ),
         (("openai:gpt",), "expected openai:MODEL@URL"),
+        (("a={release}", "--oracle", ","), "--oracle : is no row of this table; choose of a"),
+        (("{release}", "--judge", "gpt-4"), "--judge 'gpt-4': write openai:MODEL"),
+        (("{release}", "--judge", "openai:gpt-4"), "set OPENAI_API_KEY, or name an endpoint"),
+        (("{release}", "--judge", "file:{release}/config.json"), "config.json:1: is no line of a ledger"),
+        (("{release}", "--judge", "file:{release}"), "is a folder; name a file, which need not be there yet"),
+        (("{release}", "--judge", "file:none", "--judge-price", "1", "nan"), "--judge-price 1 nan: a price is"),
+        (("openai:gpt@http://[::1/v1",), "http://[::1/v1 is no address"),
+        (("a\nb={release}",), "its name holds what cannot be printed"),
     ],
 )
 @pytest.mark.parametrize("trio", ["qwens"], indirect=True)
@@ -109,6 +130,8 @@ def test_bad_input_is_one_line(
     release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...], message: str,
 ) -> None:  # fmt: skip
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
     filled = [argument.format(release=release) for argument in arguments]
     suite = () if "--suite" in arguments else ("--suite", "gsm8k")
     assert ultrafuser(monkeypatch, "evaluate", *filled, *suite, "--data", data, "--out", tmp_path / "out") == 2

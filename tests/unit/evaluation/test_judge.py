@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -228,6 +229,15 @@ def test_a_ledger_goes_on_behind_a_line_that_was_cut(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another run writes this ledger"):
         Ledger(path)
     ledger.close()
+
+
+@pytest.mark.parametrize("text", ["no ledger", '{"key": "a", "reply": "x"}\nno ledger', "no\nledger"])
+def test_a_file_that_is_read_only_to_be_judged_from_is_left_as_it_is(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_text(text)
+    with contextlib.suppress(InputError):
+        open_judge(f"file:{path}", tmp_path / "unused.jsonl").ledger.close()
+    assert path.read_text() == text
 
 
 def test_a_damaged_ledger_is_told_by_line(tmp_path: Path) -> None:

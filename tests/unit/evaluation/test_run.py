@@ -120,6 +120,24 @@ def test_a_folder_of_other_settings_is_refused_by_name(evaluate: Any) -> None:
         evaluate(contestant(Adder()))
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "no settings of an evaluation"),
+        ("{}", "no settings of an evaluation"),
+        ('{"models": {"adder": 1}, "benchmarks": {}}', "models.adder is 1"),
+        ('{"models": {}, "benchmarks": []}', "no settings of an evaluation"),
+    ],
+)
+def test_settings_that_are_none_are_refused(evaluate: Any, text: str, problem: str) -> None:
+    evaluate.out.mkdir()
+    (evaluate.out / SETTINGS).write_text(text)
+    with pytest.raises(InputError, match=rf"settings.json: .*{problem}.*; choose another --out"):
+        evaluate(contestant(Adder()))
+
+
 class ThreadsStore:
     """What ranks share, for ranks that are threads."""
 
@@ -147,9 +165,10 @@ def test_a_damaged_line_in_the_middle_is_told(evaluate: Any) -> None:
     evaluate(contestant(Adder()))
     path = evaluate.out / SAMPLES
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "{", *lines[1:]]) + "\n")
-    with pytest.raises(InputError, match=r"samples.jsonl:2: damaged .*; remove the line to have it answered again"):
-        gather_samples(evaluate.out)
+    for damaged in ("{", "[" * 100_000, "[1]"):
+        path.write_text("\n".join([lines[0], damaged, *lines[1:]]) + "\n")
+        with pytest.raises(InputError, match=r"samples.jsonl:2: damaged .*; remove the line to have it answered again"):
+            gather_samples(evaluate.out)
 
 
 class Chatty:

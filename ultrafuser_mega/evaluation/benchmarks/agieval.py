@@ -31,6 +31,8 @@ class _Choice(JsonlBenchmark):
             raise ValueError(f"options must be 2 to {len(_LETTERS)} texts, not {options}")
         if len(row["label"]) != 1 or row["label"] not in letters:
             raise ValueError(f"label {row['label']!r} is none of {letters}")
+        if not isinstance(row.get("passage"), str | None):
+            raise ValueError(f"passage must be a text, not {row['passage']!r}")
         question = f"{row.get('passage') or ''}Q: {row['question']} Answer Choices: {' '.join(options)}"
         ask = f"{question}\nA: Among A through {letters[-1]}, the answer is"
         return Item(f"{self.name}/{number}", (ask,), {"label": row["label"], "letters": letters})

@@ -32,8 +32,10 @@ class AlpacaEval(JsonlBenchmark):
     fields = {"instruction": str}  # noqa: RUF012
 
     def item(self, row: dict[str, Any], number: int) -> Item:
-        ask = _PROMPT.format(question=row["instruction"])
-        reference = {"instruction": row["instruction"], "output": row.get("output")}
+        ask, output = _PROMPT.format(question=row["instruction"]), row.get("output")
+        if not isinstance(output, str | None):
+            raise ValueError(f"output must be the reply to compare with, a text, not {output!r}")
+        reference = {"instruction": row["instruction"], "output": output}
         return Item(f"alpacaeval/{number}", (ask,), reference)
 
     def score(self, item: Item, replies: Sequence[str]) -> Score:
@@ -64,7 +66,9 @@ class MtBench(JsonlBenchmark):
             raise ValueError(f"turns must be two texts, not {turns}")
         if row["category"] not in _WITH_REFERENCE:
             reference = None
-        if reference is not None and (not isinstance(reference, list) or len(reference) != len(turns)):
+        if reference is not None and not (
+            isinstance(reference, list) and len(reference) == len(turns) and all(isinstance(r, str) for r in reference)
+        ):
             raise ValueError("reference must be a text for every turn")
         return Item(f"mt_bench/{row['question_id']}", tuple(turns), reference, category=row["category"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ def source_file(benchmark: Benchmark, data: Path) -> Path:
 
 def jsonl_rows(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) for every line that is not blank."""
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    # Not splitlines, which also cuts at characters that JSON allows within a text, as U+2028.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             yield number, at_line(path, number, _row, line, fields)
 
@@ -78,14 +80,14 @@ def _text(path: Path) -> str:
         packed = path.read_bytes()
     try:
         return (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8-sig")
-    except (EOFError, OSError, UnicodeDecodeError, ValueError) as error:
+    except (EOFError, OSError, UnicodeDecodeError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: is no {'packed ' if path.suffix == '.gz' else ''}UTF-8 text ({error})") from None
 
 
 def _row(line: str, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"is no JSON object but {line[:40]}")

@@ -38,10 +38,10 @@ class _Toy(JsonlBenchmark):
 
     def item(self, row: dict[str, Any], number: int) -> Item:
         check = row["check"]
-        needed = _CHECKS.get(check.get("kind", ""))
-        if needed is None:
-            raise ValueError(f"check.kind {check.get('kind')!r} is none of {', '.join(_CHECKS)}")
-        for name in needed:
+        kind = check.get("kind")
+        if not isinstance(kind, str) or kind not in _CHECKS:
+            raise ValueError(f"check.kind {kind!r} is none of {', '.join(_CHECKS)}")
+        for name in (*_CHECKS[kind], *({"setup"} & check.keys())):
             if not isinstance(check.get(name), str):
                 raise ValueError(f"check.{name} must be a text, not {check.get(name)!r}")
         return Item(str(row["id"]), (row["instruction"],), check)

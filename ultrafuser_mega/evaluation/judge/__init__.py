@@ -4,7 +4,7 @@ judge = open_judge("openai:gpt-4o", out / "judge.jsonl", prices=(2.5, 10.0))
 samples = grade_chats(judge, samples, {item.id: item for item in items})
 """
 
-from ultrafuser_mega.evaluation.judge.judges import Endpoint, FileJudge, Judge, Spent, open_judge
+from ultrafuser_mega.evaluation.judge.judges import Endpoint, FileJudge, Judge, Spent, check_judge, open_judge
 from ultrafuser_mega.evaluation.judge.ledger import Ledger, Reply, Request
 from ultrafuser_mega.evaluation.judge.verdicts import grade_chats, judge_pairs, select_answers
 
@@ -16,6 +16,7 @@ __all__ = [
     "Reply",
     "Request",
     "Spent",
+    "check_judge",
     "grade_chats",
     "judge_pairs",
     "open_judge",

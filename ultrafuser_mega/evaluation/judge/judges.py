@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -202,13 +203,34 @@ def open_judge(
     Raises:
         InputError: the form is another, or the judge is not to be had.
     """
+    kind, where, url = _parsed(spec)
+    if kind == "file":
+        return FileJudge(Ledger(Path(where)))
+    return Endpoint(where, url or None, Ledger(ledger), prices, parallel)
+
+
+def check_judge(spec: str, prices: tuple[float, float] | None) -> None:
+    """Refuse, before anything is answered, what :func:`open_judge` could not open or count with.
+
+    Raises:
+        InputError: the form is another, the file is a folder, or a price is no amount.
+    """
+    kind, where, _ = _parsed(spec)
+    if kind == "file" and Path(where).is_dir():
+        raise InputError(f"--judge {spec}: {where} is a folder; name a file, which need not be there yet")
+    if prices is not None and not all(0 <= price < math.inf for price in prices):
+        raise InputError(f"--judge-price {prices[0]:g} {prices[1]:g}: a price is a number, at least 0")
+
+
+def _parsed(spec: str) -> tuple[str, str, str]:
+    """(kind, model or path, URL or "")."""
     kind, _, rest = spec.partition(":")
-    if kind == "file" and rest:
-        return FileJudge(Ledger(Path(rest)))
     model, _, url = rest.partition("@")
+    if kind == "file" and rest:
+        return kind, rest, ""
     if kind != "openai" or not model or (url and not url.startswith(("http://", "https://"))):
         raise InputError(f"--judge {spec!r}: write {_FORMS}, with a URL that begins with http:// or https://")
-    return Endpoint(model, url or None, Ledger(ledger), prices, parallel)
+    return kind, model, url
 
 
 def _reply(answer: Any) -> Reply | None:

@@ -67,7 +67,9 @@ class Ledger:
         self.replies: dict[str, Reply] = {}
         self.models: set[str] = set()
         self._lock = Lock()
-        self._before = b""  # what the file lacks before another line
+        # What has to be done before another line is added, and not before: the file may be none of ours.
+        self._before = b""  # what is missing behind the last line
+        self._whole: int | None = None  # bytes of whole lines, where the last one is cut off
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file_lock = FileLock(f"{path}.lock", timeout=0)
@@ -83,6 +85,9 @@ class Ledger:
         line = {"key": key, **request.as_json(model), "reply": reply.text}
         line |= {"input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens}
         with self._lock, writing(self.path), self.path.open("ab") as file:
+            if self._whole is not None:
+                file.truncate(self._whole)
+                self._whole = None
             file.write(self._before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self._before = b""
             file.flush()
@@ -100,7 +105,7 @@ class Ledger:
         last = text.rpartition(b"\n")[2]
         if last and not _is_json(last):  # the run ended in the midst of this line
             text = text[: len(text) - len(last)]
-            os.truncate(self.path, len(text))
+            self._whole = len(text)
         elif last:
             self._before = b"\n"
         for number, line in enumerate(text.split(b"\n"), start=1):
@@ -111,7 +116,7 @@ class Ledger:
                 self.replies[row["key"]] = Reply(
                     _text(row["reply"]), int(row.get("input_tokens", 0)), int(row.get("output_tokens", 0))
                 )
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f"{self.path}:{number}: is no line of a ledger ({error!r}); every one has a key and a reply"
                 ) from None
@@ -122,7 +127,7 @@ class Ledger:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
