@@ -172,6 +172,7 @@ class SynthesisConfig(Section):
         le=1,
         description="similarity from which an instruction repeats another; null: only the same words do",
     )
+    least_words: PositiveInt = Field(3, description="of an instruction; a shorter one is left out, and made up for")
     rounds: PositiveInt = Field(20, description="most times that a class asks for what it still lacks")
     calls_per_round: PositiveInt = Field(
         8, description="requests of a sub-topic at once, which know nothing of each other; more for batches"

@@ -140,6 +140,49 @@ def test_what_repeats_is_left_out_and_made_up_for(endpoint: CountingEndpoint, tm
     assert repeats and all(normalised(line["text"]) == "write a letter to the garden of stone" for line in repeats)
 
 
+def test_instructions_of_too_few_words_are_left_out_with_a_line_each(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    met = [0]
+
+    def short(body: Body) -> tuple[int, dict[str, str], str] | None:
+        schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {})
+        if schema.get("items", {}).get("items", {}).get("type") != "string":
+            return None
+        met[0] += 1
+        texts = [f"\u4ec0\u4e48\u662f\u6cb3\u6d41{met[0]}", f"Rivers {met[0]}"]  # five signs and a number; two words
+        return 200, {}, json.dumps(chat(json.dumps({"items": texts})))
+
+    endpoint.misbehave = short
+    only = {"text": {"domain": "d", "topics": [1], "instructions": 3, "complicated": 0}}
+    synthesize(endpoint, tmp_path, classes=only, near_duplicates=None)
+    assert {row["messages"][0]["content"][:5] for row in rows(tmp_path)} == {"\u4ec0\u4e48\u662f\u6cb3\u6d41"}
+    lines = [line for line in left_out(tmp_path) if line["reason"] == "fewer than 3 words"]
+    assert {line["step"] for line in lines} == {"instructions", "related"} and len(lines) == met[0]
+    assert all(line["text"].startswith("Rivers ") and line["key"] and line["topic"] for line in lines)
+    assert f"| text | related | fewer than 3 words | {sum(line['step'] == 'related' for line in lines)} |" in (
+        tmp_path / "README.md"
+    ).read_text()
+    asked = len(endpoint.seen)
+    synthesize(endpoint, tmp_path, classes=only, near_duplicates=None, least_words=2)
+    assert any(row["messages"][0]["content"].startswith("Rivers ") for row in rows(tmp_path))
+    assert len(endpoint.seen) > asked
+
+
+def test_what_was_made_more_complex_in_too_few_words_stays_as_it_was(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    def short(body: Body) -> tuple[int, dict[str, str], str] | None:
+        return (200, {}, json.dumps(chat("Why?"))) if "more complex" in body["messages"][0]["content"] else None
+
+    endpoint.misbehave = short
+    only = {"text": {"domain": "d", "topics": [2], "instructions": 4, "complicated": 0.5}}
+    synthesize(endpoint, tmp_path, classes=only)
+    assert len(rows(tmp_path)) == 4 and not any(row["provenance"]["complicated"] for row in rows(tmp_path))
+    lines = [line for line in left_out(tmp_path) if line["reason"] == "fewer than 3 words"]
+    assert [(line["step"], line["text"]) for line in lines] == [("complicated", "Why?")] * 2
+
+
 def test_a_model_that_knows_no_more_ends_with_fewer_and_says_so(endpoint: CountingEndpoint, tmp_path: Path) -> None:
     def same(body: Body) -> tuple[int, dict[str, str], str] | None:
         asks = re.search(r"capable assistant|new instruction", body["messages"][0]["content"])
