@@ -35,7 +35,7 @@ class Endpoint(Section):
     key: str = Field(KEY, pattern=r"^\w+$", description="the environment variable with the key; never the key itself")
     concurrency: PositiveInt = Field(32, description="most requests of one model under way; fewer where it is slowed")
     requests_per_minute: PositiveInt | None = None
-    timeout_s: PositiveFloat = Field(300.0, description="of a request")
+    timeout_s: PositiveFloat = Field(300.0, description="of a silence; a whole reply may take twice as long")
     tries: PositiveInt = Field(8, description="of a request that the endpoint does not answer")
 
     @field_validator("url", mode="after")

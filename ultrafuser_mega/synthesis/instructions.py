@@ -1,9 +1,10 @@
 """Instructions: asked for by sub-topic, related ones from each, a share of them made more complex.
 
 A class goes round after round. A round asks, for every sub-topic that lacks some, so many calls at once, then for
-instructions related to each new one; what repeats an earlier one is left out, as are instructions of too few words (small models make a topic's name of a question);
-the next round makes up for both. Replies are looked at in the order of their calls once all of a round are there, so the
-outcome does not depend on which came first. A sub-topic that yields nothing new twice in a row hands on what it lacks.
+instructions related to each new one; what repeats an earlier one is left out, as are instructions of too few words
+(small models make a topic's name of a question); the next round makes up for both. Replies are looked at in the order
+of their calls once all of a round are there, so the outcome does not depend on which came first. A sub-topic that
+yields nothing new twice in a row hands on what it lacks.
 """
 
 from __future__ import annotations
