@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -158,7 +159,7 @@ class Limit(Section):
 class SynthesisConfig(Section):
     """A whole set of data."""
 
-    name: str = Field("synthetic", pattern=r"^\w[\w .-]*$", max_length=100, description="of the data set")
+    name: str = Field("synthetic", max_length=100, description="of the data set")
     seed: NonNegativeInt = 0
     currency: str = Field("$", max_length=4)
     endpoints: dict[str, Endpoint] = Field(min_length=1)
@@ -177,6 +178,13 @@ class SynthesisConfig(Section):
     calls_per_round: PositiveInt = Field(
         8, description="requests of a sub-topic at once, which know nothing of each other; more for batches"
     )
+
+    @field_validator("name", mode="after")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w .-]*", value):
+            raise ValueError(f"{value!r} holds more than letters, digits, spaces, dots and dashes; leave the rest out")
+        return value
 
     @model_validator(mode="after")
     def _names_are_known(self) -> SynthesisConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,17 @@ def test_a_ledger_whose_run_ended_before_it_had_tables_holds_nothing(tmp_path: P
     assert ledger.totals() == [] and ledger.lost().requests == 0
     ledger.close()
     assert (tmp_path / FILE).read_bytes() == b""
+
+
+def test_batches_are_in_the_order_in_which_they_were_made_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path)
+    for name, now in (("b", 5e9), ("c", 10.0), ("a", 1e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        ledger.plan_batch(name, "m", [])
+    assert [name for name, _ in ledger.open_batches("m")] == ["b", "c", "a"]
+    ledger.close()
 
 
 def test_a_file_that_is_no_ledger_is_told_in_one_line(tmp_path: Path) -> None:

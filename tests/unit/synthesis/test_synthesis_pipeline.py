@@ -257,6 +257,7 @@ def test_two_processes_on_one_run_are_refused(endpoint: CountingEndpoint, tmp_pa
             {"models__m__price": None, "limit": {"money": 3}},
             "limit.money needs models.m.price; or limit tokens instead",
         ),
+        ({"name": "text, code"}, "name: 'text, code' holds more than letters, digits, spaces, dots and dashes"),
         ({"endpoints__here__url": "host:1"}, "endpoints.here.url: String should match pattern"),
         ({"endpoints__here__keys": "K"}, "unknown key endpoints.here.keys; did you mean endpoints.here.key?"),
         ({"models__m__parameters": {"n": 2}}, "models.m.parameters: n is set by the steps or not supported"),
