@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,13 @@ def whole(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def drop_drafts(folder: Path) -> None:
+    """Remove what processes that were killed left of :func:`whole`, at any depth of a folder that nobody writes to."""
+    for draft in folder.rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", draft.name):
+            draft.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

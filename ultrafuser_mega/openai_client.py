@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +14,8 @@ from ultrafuser_mega.errors import InputError
 KEY = "OPENAI_API_KEY"
 _RETRIES = 8  # by the client, after 0.5 s, 1 s, 2 s, ... 8 s, or as long as the endpoint says
 _TIMEOUT_S = 300.0
+_MOST_BYTES = 64 * 2**20  # of a reply: more than any model writes
+_MOST_BYTES_OF_A_FILE = 8 * 2**30  # that a batch came to
 
 
 def open_client(what: str, url: str | None) -> Any:
@@ -47,6 +51,50 @@ def one_line(error: Exception) -> str:
     return " ".join(said.split())[:300] or type(error).__name__
 
 
+def _bound(response: Any) -> None:
+    response.stream = _bounded(response)
+
+
+async def _bound_later(response: Any) -> None:
+    response.stream = _bounded(response)
+
+
+def _bounded(response: Any) -> Any:
+    """The body of a response, which ends the request where it is compressed or too large."""
+    library = import_module(type(response).__module__.partition(".")[0])  # httpx, or what takes its place
+    stream, most = response.stream, _MOST_BYTES
+    if response.request.url.path.endswith("/content"):
+        most = _MOST_BYTES_OF_A_FILE
+    encoding = response.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise library.DecodingError(f"a reply in {encoding}, which was not asked for", request=response.request)
+    size = 0
+
+    def counted(part: bytes) -> bytes:
+        nonlocal size
+        size += len(part)
+        if size > most:
+            raise library.DecodingError(f"a reply of more than {most >> 20} MiB", request=response.request)
+        return part
+
+    class Bounded(library.AsyncByteStream, library.SyncByteStream):  # type: ignore[name-defined]
+        def __iter__(self) -> Iterator[bytes]:
+            for part in stream:
+                yield counted(part)
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for part in stream:
+                yield counted(part)
+
+        def close(self) -> None:
+            stream.close()
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    return Bounded()
+
+
 def _open(kind: str, what: str, url: str | None, key: str, extra: str, **settings: Any) -> Any:
     try:
         urlsplit(url or "").port  # noqa: B018  its error is what is wanted
@@ -63,6 +111,11 @@ def _open(kind: str, what: str, url: str | None, key: str, extra: str, **setting
     if value is None and key != KEY:  # without a key the client would take OpenAI's
         raise InputError(f"{what}: no key; set {key}, or name an endpoint of your own")
     try:
-        return getattr(openai, kind)(base_url=url, api_key=value, **settings)
+        http = getattr(openai, f"Default{kind.removesuffix('OpenAI')}HttpxClient")
+        hook = _bound_later if kind.startswith("Async") else _bound
+        client = http(event_hooks={"response": [hook]}, timeout=settings["timeout"])
+        # What is not compressed cannot unpack to more than it is.
+        plain = {"Accept-Encoding": "identity"}
+        return getattr(openai, kind)(base_url=url, api_key=value, http_client=client, default_headers=plain, **settings)
     except openai.OpenAIError as error:
         raise InputError(f"{what}: {one_line(error)}; set {key}, or name an endpoint") from None

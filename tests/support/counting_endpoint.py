@@ -32,7 +32,8 @@ class CountingEndpoint:
         port: 0: any.
 
     Attributes:
-        misbehave: makes (status, headers, text) of a request, or None: it is answered as it should be.
+        misbehave: makes (status, headers, text) of a request, or None: it is answered as it should be. A header
+            ``reset`` breaks the connection, ``again`` sends the text without end, every so many seconds.
         answered: requests by digest, that a reply was made for: what one pays for.
         seen: all bodies.
         read, written: tokens of all replies, as told to the client.
@@ -71,10 +72,17 @@ class CountingEndpoint:
                 if headers.get("reset"):
                     self.close_connection = True
                     return
-                payload = text.encode()
+                payload = text.encode("latin-1" if "Content-Encoding" in headers else "utf-8")
                 self.send_response(status)
+                again = headers.get("again")
                 for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name, value)
+                    if name != "again":
+                        self.send_header(name, value)
+                if again is not None:
+                    self.end_headers()
+                    while True:  # until the client is gone
+                        self.wfile.write(payload)
+                        time.sleep(float(again))
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)

@@ -6,6 +6,8 @@ import re
 import unicodedata
 
 _WORD = re.compile(r"\w+")
+# Thai to Lao, Burmese, Khmer, Japanese, Chinese: scripts that put no space between words
+_UNSPACED = re.compile("[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]")
 
 
 def words(text: str) -> list[str]:
@@ -13,3 +15,8 @@ def words(text: str) -> list[str]:
     if text.isascii():
         return _WORD.findall(text.lower())
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def count_words(text: str) -> int:
+    """How many words a text has; in scripts without spaces every sign counts as one."""
+    return len(_UNSPACED.findall(text)) + len(words(_UNSPACED.sub(" ", text)))

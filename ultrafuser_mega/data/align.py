@@ -12,14 +12,15 @@ alike, whose prompt is the whole conversation up to there. So a conversation bec
 is not trained is a part of the next trained turn's prompt.
 
 What does not fit into ``max_length`` tokens for the specialist with the longest sequence is cut off at
-the same response token for all of them; a response that was cut has no ending. A conversation is dropped,
-with a reason, when not even one token of its first response fits, when a template cannot render it, or
-when one of its tokens lies beyond the shared vocabulary.
+the same response token for all of them; a response that was cut has no ending. Behind 16 turns in a row without room
+none is looked at any more: a conversation of any number of turns takes what those that fit take. It is dropped, with a
+reason, when not even one token of its first response fits, when a template cannot render it, or when one of its tokens
+lies beyond the shared vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ultrafuser_mega.data.chat_format import Chat, PromptError
@@ -31,7 +32,7 @@ from ultrafuser_mega.errors import InputError
 TOO_LONG = "prompt too long"
 BEYOND_VOCABULARY = "token beyond the shared vocabulary"
 UNFIT = "template cannot render it"
-_AT_ONCE = 64  # conversations whose prompts are in memory, every turn's from the start
+_AT_ONCE, _TURNS_AT_ONCE = 64, 512  # conversations, and turns of them, whose prompts are in memory, each a whole one
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class Aligner:
     def align(self, conversations: Sequence[Conversation]) -> list[Aligned | Dropped]:
         """One result per conversation, in order."""
         results: list[Aligned | Dropped] = []
-        for start in range(0, len(conversations), _AT_ONCE):
-            results += self._align(conversations[start : start + _AT_ONCE])
+        for some in _together(conversations):
+            results += self._align(some)
         return results
 
     def _align(self, conversations: Sequence[Conversation]) -> list[Aligned | Dropped]:
@@ -87,7 +88,10 @@ class Aligner:
         for conversation, ids in zip(conversations, responses, strict=True):
             users, answers = zip(*conversation.turns, strict=True)
             chats.append(Chat(conversation.system, users, answers, ids))
-        prompts = {name: template.prompts(self.encoders[name], chats) for name, template in self.templates.items()}
+        most = self.max_length - 1  # of a prompt that leaves room for a token
+        prompts = {
+            name: template.prompts(self.encoders[name], chats, most) for name, template in self.templates.items()
+        }
         results: list[Aligned | Dropped] = []
         for place, (conversation, ids) in enumerate(zip(conversations, responses, strict=True)):
             own: dict[str, list[list[int]]] = {}
@@ -120,13 +124,14 @@ class Aligner:
     def _fit(
         self, prompts: dict[str, list[list[int]]], responses: list[list[int]], trained: Sequence[int]
     ) -> Aligned | Dropped:
-        """``prompts[s][t]``: all that comes before response t, from the start; ``trained``: turns."""
+        """``prompts[s][t]``: all that comes before response t, from the start; ``trained``: turns. Where turns were
+        left out, the last prompt that there is leaves no room, and stands for theirs."""
         pieces: dict[str, list[list[int]]] = {name: [] for name in prompts}
         kept: list[list[int]] = []
         starts: list[int] = []
         sequences: dict[str, list[int]] = {}  # what was put together so far
         for turn in trained:
-            whole = {name: own[turn] for name, own in prompts.items()}
+            whole = {name: own[min(turn, len(own) - 1)] for name, own in prompts.items()}
             longest = max(whole, key=lambda name: len(whole[name]))
             room = self.max_length - len(whole[longest])
             if room < 1 and not kept:
@@ -143,3 +148,16 @@ class Aligner:
                 sequences[name] = ids + kept[-1]
         was_cut = sum(map(len, kept)) < sum(len(responses[turn]) for turn in trained)
         return Aligned(pieces, kept, was_cut, tuple(starts))
+
+
+def _together(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+    some: list[Conversation] = []
+    turns = 0
+    for conversation in conversations:
+        if some and (len(some) == _AT_ONCE or turns + len(conversation.turns) > _TURNS_AT_ONCE):
+            yield some
+            some, turns = [], 0
+        some.append(conversation)
+        turns += len(conversation.turns)
+    if some:
+        yield some

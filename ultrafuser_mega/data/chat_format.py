@@ -28,6 +28,8 @@ from typing import Any
 
 _ANCHORS = ("\n", ":", "a", "0", ")")  # a line break first: few tokenizers let it melt into a word
 _AFTER_EOS_PROBES = ("\nUser", "[INST] x", " x", "User")
+_TURNS_AT_ONCE = 16  # of a conversation; when none of them has room, no later one is looked at
+_REMEMBERED = 64  # messages of the longest conversation whose markers are kept
 _MARKER = "xQmessageQx"  # cases differ, so that a template which changes them is found out
 _TEXT_OF = {"system": "system text", "user": "user's text", "assistant": "assistant's text"}
 
@@ -138,16 +140,22 @@ class PieceTemplate:
         filled = [self.first.replace("{instruction}", opening)]
         return filled + [self.later.replace("{instruction}", user) for user in chat.users[1:]]
 
-    def prompts(self, tokenizer: SequenceTokenizer, chats: Sequence[Chat]) -> list[list[list[int]] | PromptError]:
-        """Of each conversation the ids before each of its turns, from the start of the sequence."""
+    def prompts(
+        self, tokenizer: SequenceTokenizer, chats: Sequence[Chat], most: int | None = None
+    ) -> list[list[list[int]] | PromptError]:
+        """Of each conversation the ids before each of its turns, from the start of the sequence; none behind the first
+        of more than ``most`` ids, as all that follow have more."""
         texts = [self.texts(chat) for chat in chats]
         first = tokenizer.encode_first_prompts([pieces[0] for pieces in texts])
         later = iter(tokenizer.encode_later_prompts([text for pieces in texts for text in pieces[1:]]))
         result: list[list[list[int]] | PromptError] = []
         for opening, chat in zip(first, chats, strict=True):
             prompts = [opening]
-            for response in chat.responses[: len(chat.users) - 1]:
-                prompts.append([*prompts[-1], *response, *next(later)])
+            following = [next(later) for _ in chat.users[1:]]
+            for response, prompt in zip(chat.responses, following, strict=False):
+                if most is not None and len(prompts[-1]) > most:
+                    break
+                prompts.append([*prompts[-1], *response, *prompt])
             result.append(prompts)
         return result
 
@@ -168,18 +176,35 @@ class JinjaTemplate:
         self.text = text
         self._marked: dict[tuple[str, ...], str] = {}
 
-    def prompts(self, tokenizer: SequenceTokenizer, chats: Sequence[Chat]) -> list[list[list[int]] | PromptError]:
+    def prompts(
+        self, tokenizer: SequenceTokenizer, chats: Sequence[Chat], most: int | None = None
+    ) -> list[list[list[int]] | PromptError]:
         """Of each conversation the ids before each of its turns, from the start of the sequence, or why there are
-        none: the template fails or loses a text, or a text holds a control token."""
-        texts: list[list[str] | PromptError] = []
-        for chat in chats:
-            try:
-                texts.append(self.texts(tokenizer, chat))
-            except PromptError as error:
-                texts.append(error)
-        whole = [text for turns in texts if not isinstance(turns, PromptError) for text in turns]
-        encoded = iter(tokenizer.encode(whole, specials=True))
-        return [turns if isinstance(turns, PromptError) else [next(encoded) for _ in turns] for turns in texts]
+        none: the template fails or loses a text, or a text holds a control token.
+
+        A turn's prompt may have fewer ids than the one before, where history is shown shortened. So it takes some
+        turns in a row of more than ``most`` ids for the later ones to be left out; the last one there is has more.
+        """
+        found: list[list[list[int]] | PromptError] = [[] for _ in chats]
+        going_on, first = list(range(len(chats))), 0
+        while going_on:
+            texts: dict[int, list[str]] = {}
+            for place in going_on:
+                turns = range(first, min(first + _TURNS_AT_ONCE, len(chats[place].users)))
+                try:
+                    texts[place] = self.texts(tokenizer, chats[place], turns)
+                except PromptError as error:
+                    found[place] = error
+            encoded = iter(tokenizer.encode([text for own in texts.values() for text in own], specials=True))
+            going_on, first = [], first + _TURNS_AT_ONCE
+            for place, own in texts.items():
+                new, before = [next(encoded) for _ in own], found[place]
+                assert not isinstance(before, PromptError)
+                before += new
+                has_room = most is None or any(len(ids) <= most for ids in new)
+                if first < len(chats[place].users) and has_room:
+                    going_on.append(place)
+        return found
 
     def prompt(self, tokenizer: SequenceTokenizer, chat: Chat) -> list[int]:
         """The ids before the last turn. Raises PromptError."""
@@ -187,11 +212,13 @@ class JinjaTemplate:
         _refuse_control_tokens(tokenizer, messages)
         return tokenizer.encode([self._render(tokenizer, messages)], specials=True)[0]
 
-    def texts(self, tokenizer: SequenceTokenizer, chat: Chat) -> list[str]:
-        """What generation continues at each turn, from the start of the sequence. Raises PromptError."""
-        turns = [chat.messages(turn) for turn in range(len(chat.users))]
-        _refuse_control_tokens(tokenizer, turns[-1])
-        return [self._render(tokenizer, messages) for messages in turns]
+    def texts(self, tokenizer: SequenceTokenizer, chat: Chat, turns: range | None = None) -> list[str]:
+        """What generation continues at each turn, or some of them, from the start of the sequence. Raises
+        PromptError."""
+        turns = range(len(chat.users)) if turns is None else turns
+        if turns.start == 0:
+            _refuse_control_tokens(tokenizer, chat.messages(len(chat.users) - 1))
+        return [self._render(tokenizer, chat.messages(turn)) for turn in turns]
 
     def apply(self, tokenizer: SequenceTokenizer, messages: Messages, *, for_generation: bool = True) -> str:
         """The template's text as it comes. Raises PromptError where the template fails, whatever the way."""
@@ -207,11 +234,13 @@ class JinjaTemplate:
         """The text that generation continues after ``messages``, which all show in it. Raises PromptError."""
         text = self.apply(tokenizer, messages)
         roles = tuple(message["role"] for message in messages)
-        if roles not in self._marked:
+        marked = self._marked.get(roles)
+        if marked is None:
             marked = self.apply(tokenizer, marked_messages(roles))
             check_markers(marked, roles, among=("system", "user", "assistant"))
-            self._marked[roles] = marked
-        if _first_lost(self._marked[roles], text, messages, _MARKER) is None:
+            if len(roles) <= _REMEMBERED:
+                self._marked[roles] = marked
+        if _first_lost(marked, text, messages, _MARKER) is None:
             return text
         # The template looks into the messages. It may do so with answers that are history, but not with the others.
         prefix = _MARKER

@@ -3,8 +3,9 @@
 A round takes F seconds for every forward pass of a specialist and c for every token that one reads; both are fitted to
 the latest rounds, those with drafts and those without weighing the same: rounds that are all alike cannot tell one cost
 from the other. Where reading the weights is what takes the time, c is next to nothing and drafts of a single answer pay
-as soon as some are accepted; with many answers, or none that one specialist leads, they soon do not. So that a mistake
-is found out, a round now and then is of the other kind: without drafts among those with, and the reverse.
+as soon as some are accepted; with many answers, or none that one specialist leads, they soon do not. A draft takes a
+pass of its own, or a share of one where guesses are right (``guesses``): that share is remembered as well. So that a
+mistake is found out, a round now and then is of the other kind: without drafts among those with, and the reverse.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class DraftLength:
         self._tried = self._held = 0.0  # drafts that were looked at, and those that were accepted
         self._plain = [0.0] * 6  # of 1, u u, u r, r r, u t, r t: see _costs
         self._with_drafts = [0.0] * 6
+        self._passes_per_draft = 1.0
+        self._asked = 0, 0, 0  # drafts, leaders and passes that a round takes whatever is drafted
         self._drafts, self._alike = False, 0  # whether the latest rounds had drafts, and how many in turn are alike
 
     def choose(self, leaders: Sequence[int], specialists: int) -> int:
@@ -48,17 +51,19 @@ class DraftLength:
         batch, groups = len(leaders), len(set(leaders))
         p = min((self._held + _GUESS[1]) / (self._tried + _GUESS[0]), 0.99)
         of_pass, of_token = self._costs()
+        least = groups + specialists - (groups == 1)
 
         def seconds_per_token(k: int) -> float:
-            passes = groups * (k + 1) + specialists - (groups == 1) if k else specialists
+            passes = least + groups * k * self._passes_per_draft if k else specialists
             seconds = of_pass * passes + of_token * specialists * batch * (k + 1)
             return seconds / (batch * (1 - p ** (k + 1)) / (1 - p))
 
         best = min(range(self._most + 1), key=seconds_per_token)
         if best and self._drafts and self._alike >= (_TRIAL if self._plain[0] else _FIRST):
-            return 0
-        if not best and not self._drafts and self._alike >= _REST:
-            return 1
+            best = 0
+        elif not best and not self._drafts and self._alike >= _REST:
+            best = 1
+        self._asked = best, groups, least
         return best
 
     def learn(self, drafted: Sequence[int], accepted: Sequence[int], passes: int, tokens: int, seconds: float) -> None:
@@ -80,6 +85,10 @@ class DraftLength:
             self._held = _DECAY * self._held + sum(accepted)
         else:
             self._tried, self._held = _FORGET * self._tried, _FORGET * self._held
+        k, groups, least = self._asked
+        if k and drafted and min(drafted) == k:  # none was cut short
+            seen = min(max((passes - least) / (groups * k), 0.0), 1.0)
+            self._passes_per_draft += (1 - _DECAY) * (seen - self._passes_per_draft)
         u, r = passes + tokens / _TOKENS_PER_PASS, float(tokens)
         new = 1.0, u * u, u * r, r * r, u * seconds, r * seconds
         drafts = any(drafted)

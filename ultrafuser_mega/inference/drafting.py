@@ -2,14 +2,15 @@
 
 The specialist that leads an answer proposes its next tokens alone; the others read all of them in one pass each, and
 the mixture says how far they are what it would have chosen. The leader's hidden states are used again, so k drafts cost
-k + 1 passes of one specialist and one pass of each other, for up to k + 1 tokens. Drafts and choices of a position are
+at most k + 1 passes of one specialist and one pass of each other, for up to k + 1 tokens; fewer where the leader reads
+what followed the same tokens before (``guesses``) and then drafts just that. Drafts and choices of a position are
 drawn with the same noise (``noise``), so they agree as often as the distributions let them, and the answer is the one
 without drafts, token for token, drawn or greedy; but for rounding, which passes of other shapes do otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,33 +95,88 @@ def next_round(lanes: Lanes, rows: Sequence[Underway], length: int) -> Round:
 def _draft(
     lanes: Lanes, rows: Sequence[Underway], limits: Sequence[int], said: dict[str, _Said], passes: dict[str, int]
 ) -> None:
-    """Give rows up to so many drafts each by their leaders, which read them."""
+    """Give rows up to so many drafts each by their leaders, which read them, guesses at what they will draft ahead."""
     names = list(lanes.positions)
     going = [number for number, limit in enumerate(limits) if limit > 0]
-    at = 0
     while going:
         groups = {name: [i for i in going if names[rows[i].leader] == name] for name in names}
         groups = {name: members for name, members in groups.items() if members}
-        hidden = lanes.read({name: [(rows[i].sequences[name], 1) for i in own] for name, own in groups.items()})
-        logits = lanes.own_logits({name: part[:, -1] for name, part in hidden.items()})
-        for name, members in groups.items():
-            said[name].add(hidden[name][:, -1], logits[name], [(i, at) for i in members])
-            passes[name] += 1
-        members = [i for own in groups.values() for i in own]
-        wanted = [place for place, i in enumerate(members) if at < limits[i]]
-        if not wanted:
-            return
-        scores = torch.cat(list(logits.values()))
-        if len(wanted) < len(members):
-            scores = scores[torch.tensor(wanted, device=scores.device)]
-        chosen = choose(scores, [rows[members[place]].place(at) for place in wanted]).tolist()
-        at += 1
+        guesses = {i: rows[i].guess(limits[i] - len(rows[i].drafts)) for i in going}
+        spans = {name: [(rows[i].sequences[name], 1 + len(guesses[i])) for i in own] for name, own in groups.items()}
+        for name, own in groups.items():
+            for i in own:
+                rows[i].sequences[name].ids += guesses[i]
+        hidden = {name: _meant(part, [count for _, count in spans[name]]) for name, part in lanes.read(spans).items()}
+        logits = lanes.own_logits(hidden)
+        ahead = {name: [(i, g) for i in own for g in range(1 + len(guesses[i]))] for name, own in groups.items()}
+        chosen = _chosen(rows, limits, guesses, [pair for own in ahead.values() for pair in own], logits)
         going = []
-        for place, token in zip(wanted, chosen, strict=True):
-            rows[members[place]].draft(token)
-            if token not in rows[members[place]].request.eos:
-                going.append(members[place])
+        for name, members in groups.items():
+            passes[name] += 1
+            meant: list[int] = []
+            order: list[tuple[int, int]] = []
+            first = 0
+            for i in members:
+                at = len(rows[i].drafts)
+                places, goes_on = _take(rows[i], name, guesses[i], chosen[i])
+                meant += range(first, first + places)
+                order += [(i, at + place) for place in range(places)]
+                first += 1 + len(guesses[i])
+                if goes_on:
+                    going.append(i)
+            if len(meant) < first:
+                hidden[name], logits[name] = (
+                    part[torch.tensor(meant, device=part.device)] for part in (hidden[name], logits[name])
+                )
+            said[name].add(hidden[name], logits[name], order)
         going.sort()
+
+
+def _chosen(
+    rows: Sequence[Underway],
+    limits: Sequence[int],
+    guesses: Mapping[int, list[int]],
+    ahead: Sequence[tuple[int, int]],
+    logits: Mapping[str, Tensor],
+) -> dict[int, list[int]]:
+    """Row -> what its leader drafts behind each of the places that it read and may draft behind."""
+    chosen: dict[int, list[int]] = {i: [] for i in guesses}
+    wanted = [at for at, (i, g) in enumerate(ahead) if len(rows[i].drafts) + g < limits[i]]
+    if not wanted:
+        return chosen
+    scores = torch.cat(list(logits.values()))
+    if len(wanted) < len(ahead):
+        scores = scores[torch.tensor(wanted, device=scores.device)]
+    places = [rows[i].place(len(rows[i].drafts), guesses[i][:g]) for i, g in (ahead[at] for at in wanted)]
+    for at, token in zip(wanted, choose(scores, places).tolist(), strict=True):
+        chosen[ahead[at][0]].append(token)
+    return chosen
+
+
+def _take(row: Underway, leader: str, guessed: Sequence[int], chosen: Sequence[int]) -> tuple[int, bool]:
+    """Make drafts of what the leader chose, as long as it had read just that.
+
+    Returns:
+        How many of the places that it read count, and whether it reads on.
+    """
+    held = row.sequences[leader]
+    held.cut(len(held.ids) - len(guessed))
+    read, right = len(held.ids), 0
+    for place, token in enumerate(chosen):
+        row.draft(token)
+        if token in row.request.eos:
+            goes_on = False
+            break
+        if guessed[place : place + 1] != [token]:
+            goes_on = True
+            break
+        right += 1
+    else:  # it has spoken behind the last draft, too
+        goes_on = False
+    if guessed:
+        row.trusted = right
+    held.read = read + right
+    return right + 1, goes_on
 
 
 def _meant(hidden: Tensor, counts: Sequence[int]) -> Tensor:  # (b, s, d) -> (R, d)

@@ -62,7 +62,7 @@ class Sampling:
             "repetition-penalty": (self.repetition_penalty > 0, "above 0"),
             "presence-penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
             "frequency-penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
-            "seed": (0 <= self.seed < 2**32, "0 to 2^32 - 1"),
+            "seed": (-(2**63) <= self.seed < 2**63, "-2^63 to 2^63 - 1"),
         }
         for option, (good, wanted) in ranges.items():
             if not good:

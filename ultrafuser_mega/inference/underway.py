@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ultrafuser_mega.inference.guesses import Guesses
 from ultrafuser_mega.inference.lanes import Sequences
 from ultrafuser_mega.inference.mixing import Evidence
 from ultrafuser_mega.inference.requests import Likely, Request
@@ -22,6 +24,8 @@ class Underway:
         longest: tokens that its answer may have.
         answer: tokens so far.
         drafts: tokens that a specialist proposes to follow them.
+        guesses: its first prompt and its answer, where guesses are made.
+        trusted: guesses in a row that were right the last time.
         leader: place of the specialist with the largest weight behind the answer's last token.
         end: what is known where the prompt ends, of one row.
         states: specialist -> (1, d_j) its last hidden state where its prompt ends, as soon as it has read it.
@@ -34,6 +38,8 @@ class Underway:
     longest: int
     answer: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
+    guesses: Guesses = field(default_factory=Guesses)
+    trusted: int = 0
     leader: int = 0
     end: Evidence | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -58,13 +64,25 @@ class Underway:
             for held in self.sequences.values():
                 held.ids.append(token)
 
-    def place(self, drafts: int) -> Place:
-        """Where the token behind the answer and so many of the drafts is chosen."""
+    def guess(self, most: int) -> list[int]:
+        """Up to ``most`` tokens that may follow the drafts, one more than were right the last time."""
+        if most < 1:
+            return []
+        prompt = next(iter(self.request.prompt.values()))
+        if not len(self.guesses):
+            self.guesses.add(prompt)
+        self.guesses.add(self.answer[len(self.guesses) - len(prompt) :])
+        found = self.guesses.behind(self.drafts, min(most, self.trusted + 1))
+        end = next((place for place, token in enumerate(found) if token in self.request.eos), len(found))
+        return found[:end]
+
+    def place(self, drafts: int, guessed: Sequence[int] = ()) -> Place:
+        """Where the token behind the answer, so many of the drafts and what is guessed to follow them is chosen."""
         request = self.request
         first = next(iter(request.prompt.values()))
         constraint = None if request.constraint is None else request.constraint.mask
-        position = len(self.answer) + drafts
-        return Place(request.sampling, request.row, position, first, [*self.answer, *self.drafts[:drafts]], constraint)
+        answer = [*self.answer, *self.drafts[:drafts], *guessed]
+        return Place(request.sampling, request.row, len(answer), first, answer, constraint)
 
     def settle(self) -> None:
         """Forget drafts; the specialists read the answer's last token next."""

@@ -231,7 +231,7 @@ def _no_model(name: str | None, served: Served) -> ApiError:
 def _tokenized(served: Served, body: TokenizeBody) -> dict[str, Any]:
     """vLLM's answer, for the first specialist, and for each of a conversation's prompts its ids and text."""
     if body.prompt is not None:
-        prompts = dict.fromkeys(served.names, served.raw(body.prompt, body.add_special_tokens))
+        prompts = dict.fromkeys(served.names, served.raw(body.prompt, "prompt", body.add_special_tokens))
     else:
         prompts = {name: list(ids) for name, ids in served.conversation(body.messages or []).items()}
     ids = prompts[served.names[0]]

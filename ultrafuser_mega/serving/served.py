@@ -65,6 +65,9 @@ class Served:
         self._eos, self._lead = opened.eos, config.response_lead
         self._end: Any = config.eos_token_id
         self._rows = config.vocab_size
+        self._letters = max(
+            len(token) for encoder in self._encoders.values() for token in encoder.tokenizer.tokenizer.get_vocab()
+        )
         self.vocabulary = Vocabulary(self._tokenizer, self._rows, opened.eos, config.response_lead)
         self.positions = {
             name: min(config.specialist_config(name).max_position_embeddings, room[name]) for name in self.names
@@ -94,13 +97,16 @@ class Served:
                 f"{len(told)} messages; this model's maximum context length is {self.longest} tokens, with the answer",
                 code="context_length_exceeded",
             )
+        self._refuse_what_cannot_fit(sum(len(message["content"]) for message in told), "messages")
         try:
             return encode_conversation(self._encoders, told, self._lead, self._end, self._rows)
         except ValueError as error:
             raise bad_field("messages", str(error).removeprefix("messages: ")) from None
 
-    def raw(self, text: str, specials: bool | None = None) -> list[int]:
-        """Ids of a text that is continued as it stands; ``specials``: BOS in front, where the tokenizer has that."""
+    def raw(self, text: str, param: str, specials: bool | None = None) -> list[int]:
+        """Ids of a text that is continued as it stands; ``specials``: BOS in front, where the tokenizer has that.
+        ApiError, which names ``param``, where it is too long for any answer."""
+        self._refuse_what_cannot_fit(len(text), param)
         return self._tokenizer(text, add_special_tokens=specials is not False, verbose=False)["input_ids"]
 
     def text(self, ids: Sequence[int]) -> str:
@@ -125,7 +131,7 @@ class Served:
         echoes: list[str] = []
         for place, given in enumerate(body.prompts):
             param = f"prompt[{place}]" if len(body.prompts) > 1 else "prompt"
-            ids = self.raw(given, body.add_special_tokens) if isinstance(given, str) else given
+            ids = self.raw(given, param, body.add_special_tokens) if isinstance(given, str) else given
             if not ids:
                 raise bad_field(param, "is empty; give some text")
             self._check(ids, param)
@@ -182,6 +188,16 @@ class Served:
                     Wanted(own, body.stops, lead=isinstance(body, ChatBody), echo=echoes[place] if echoes else "")
                 )
         return wanted
+
+    def _refuse_what_cannot_fit(self, letters: int, param: str) -> None:
+        """Before tokenizers, which one thread has, take seconds over it: a token is no longer than the longest one."""
+        if letters > self.longest * self._letters:
+            raise bad_field(
+                param,
+                f"{letters:,} characters; this model's maximum context length is {self.longest} tokens, with the "
+                f"answer, each of at most {self._letters} characters",
+                code="context_length_exceeded",
+            )
 
     def _left(self, prompt: Prompt, param: str) -> int:
         """Tokens that an answer may have behind a prompt."""

@@ -133,9 +133,11 @@ class Gate:
 def retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Seconds that an endpoint asks to wait, by Retry-After (seconds or a date, RFC 9110) or retry-after-ms.
 
+    A date is held against the endpoint's own Date, where it says one: clocks here may be wrong, or be set meanwhile.
+
     Args:
         headers: names in small letters, or found so.
-        now: seconds since 1970.
+        now: seconds since 1970, by the clock here.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
@@ -143,9 +145,16 @@ def retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float
         except (KeyError, ValueError):
             continue
         return value if 0 <= value < _LONGEST_ASKED_S else None
+    until, there = _date(headers, "retry-after"), _date(headers, "date")
+    if until is None:
+        return None
+    here = time.time() if now is None else now
+    value = max(0.0, until - (here if there is None else there))
+    return value if value < _LONGEST_ASKED_S else None  # nobody means a year, but clocks may be wrong
+
+
+def _date(headers: Mapping[str, str], name: str) -> float | None:
     try:
-        until = parsedate_to_datetime(headers["retry-after"]).timestamp()
+        return parsedate_to_datetime(headers[name]).timestamp()
     except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    value = max(0.0, until - (time.time() if now is None else now))
-    return value if value < _LONGEST_ASKED_S else None  # nobody means a year, but clocks may be wrong

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ultrafuser_mega.errors import InputError
@@ -21,6 +21,7 @@ from ultrafuser_mega.synthesis.config import Step
 from ultrafuser_mega.synthesis.requests import GOOD, Answer, Call, Reply, Request, reply_of
 
 _MOST_REQUESTS, _MOST_BYTES = 50_000, 200_000_000  # of a batch, as OpenAI has it
+_MOST_BYTES_OF_A_LINE = 64 * 2**20  # of what it came to
 _OVER = ("completed", "failed", "expired", "cancelled")
 _PATH = "/v1/chat/completions"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 60.0
@@ -146,10 +147,9 @@ class _Batches:
                 wait = min(2 * wait, _LONGEST_WAIT_S)
             for file in (batch.output_file_id, batch.error_file_id):
                 if file:
-                    text = (await self._client.files.content(file)).text
-                    for line in text.split("\n"):  # splitlines would cut at what ends a line inside a text, as U+2028
-                        if line.strip():
-                            await self._take(line, name, missing)
+                    async with self._client.files.with_streaming_response.content(file) as content:
+                        async for line in _lines(content.iter_bytes()):
+                            await self._take(line.decode(errors="replace"), name, missing)
         except Exception as error:
             if error is self._asker.stop:
                 raise
@@ -197,6 +197,20 @@ class _Batches:
         return self._asker.end(
             InputError(f"endpoints.{self._endpoint}: batches: {one_line(error)}; the same command goes on")
         )
+
+
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Those of a file, which are held one at a time; what ends a line inside a text, as U+2028, ends none."""
+    begun = bytearray()
+    async for part in parts:
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            yield bytes(begun) + end
+            begun.clear()
+        begun += rest
+        if len(begun) > _MOST_BYTES_OF_A_LINE:
+            raise ValueError(f"a line of more than {_MOST_BYTES_OF_A_LINE >> 20} MiB in what a batch came to")
+    yield bytes(begun)
 
 
 def _line(request: Request) -> bytes:

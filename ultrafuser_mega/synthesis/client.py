@@ -48,6 +48,7 @@ _DEAD = 50  # failures in a row, without one answer between them
 _NEVER_ALIVE = 8  # the same, of an endpoint that has answered nothing yet
 _TURNED_AWAY_FOR_S = 1800.0  # then an endpoint that turns everything away ends the run
 _LONGEST_BACKOFF_S = 30.0
+_TIMES = 2  # an endpoint's timeout, which is of every silence: of a reply that comes drop by drop
 _PROBE = {
     "type": "object",
     "properties": {"words": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1}},
@@ -271,9 +272,10 @@ class Asker:
                     self.ledger.sending(request, most.tokens, most.money)
                     began = time.monotonic()
                     try:
-                        raw = await client.chat.completions.with_raw_response.create(
-                            **known, extra_body=model.parameters or None
-                        )
+                        async with asyncio.timeout(_TIMES * endpoint.timeout_s):
+                            raw = await client.chat.completions.with_raw_response.create(
+                                **known, extra_body=model.parameters or None
+                            )
                         text = raw.text
                     except Exception as error:
                         if (code := getattr(error, "code", None)) in _FORBIDDEN:
@@ -309,8 +311,10 @@ class Asker:
 
         of, step = request.of, request.step
         name = self.config.models[request.model].endpoint
-        if isinstance(error, APIConnectionError):
+        if isinstance(error, APIConnectionError | TimeoutError):
             why = one_line(error)
+            if isinstance(error, TimeoutError):
+                why = f"no whole reply in {_TIMES} x endpoints.{name}.timeout_s"
             if isinstance(error.__cause__, Exception):  # which says what kind of trouble it is
                 why = f"{why.rstrip('.')}: {one_line(error.__cause__)}"
             if type(error.__cause__).__name__ in _NEVER_LEFT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,7 +36,7 @@ class Endpoint(Section):
     key: str = Field(KEY, pattern=r"^\w+$", description="the environment variable with the key; never the key itself")
     concurrency: PositiveInt = Field(32, description="most requests of one model under way; fewer where it is slowed")
     requests_per_minute: PositiveInt | None = None
-    timeout_s: PositiveFloat = Field(300.0, description="of a request")
+    timeout_s: PositiveFloat = Field(300.0, description="of a silence; a whole reply may take twice as long")
     tries: PositiveInt = Field(8, description="of a request that the endpoint does not answer")
 
     @field_validator("url", mode="after")
@@ -158,7 +159,7 @@ class Limit(Section):
 class SynthesisConfig(Section):
     """A whole set of data."""
 
-    name: str = Field("synthetic", pattern=r"^\w[\w .-]*$", max_length=100, description="of the data set")
+    name: str = Field("synthetic", max_length=100, description="of the data set")
     seed: NonNegativeInt = 0
     currency: str = Field("$", max_length=4)
     endpoints: dict[str, Endpoint] = Field(min_length=1)
@@ -172,10 +173,18 @@ class SynthesisConfig(Section):
         le=1,
         description="similarity from which an instruction repeats another; null: only the same words do",
     )
+    least_words: PositiveInt = Field(3, description="of an instruction; a shorter one is left out, and made up for")
     rounds: PositiveInt = Field(20, description="most times that a class asks for what it still lacks")
     calls_per_round: PositiveInt = Field(
         8, description="requests of a sub-topic at once, which know nothing of each other; more for batches"
     )
+
+    @field_validator("name", mode="after")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w .-]*", value):
+            raise ValueError(f"{value!r} holds more than letters, digits, spaces, dots and dashes; leave the rest out")
+        return value
 
     @model_validator(mode="after")
     def _names_are_known(self) -> SynthesisConfig:

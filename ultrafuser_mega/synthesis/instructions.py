@@ -1,9 +1,10 @@
 """Instructions: asked for by sub-topic, related ones from each, a share of them made more complex.
 
 A class goes round after round. A round asks, for every sub-topic that lacks some, so many calls at once, then for
-instructions related to each new one; what repeats an earlier one is left out; the next round makes up for it. Replies
-are looked at in the order of their calls once all of a round are there, so the outcome does not depend on which came
-first. A sub-topic that yields nothing new twice in a row hands on what it lacks.
+instructions related to each new one; what repeats an earlier one is left out, as are instructions of too few words
+(small models make a topic's name of a question); the next round makes up for both. Replies are looked at in the order
+of their calls once all of a round are there, so the outcome does not depend on which came first. A sub-topic that
+yields nothing new twice in a row hands on what it lacks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ultrafuser_mega.cleaning.words import count_words
 from ultrafuser_mega.synthesis.client import Asker
 from ultrafuser_mega.synthesis.config import COMPLICATED, INSTRUCTIONS, RELATED
 from ultrafuser_mega.synthesis.duplicates import Duplicates
@@ -141,9 +143,8 @@ class Gathering:
     ) -> Instruction | None:
         """Accept a text, unless it is there already or one too many."""
         step, path = INSTRUCTIONS if parent is None else RELATED, self._leaves[place][0]
-        same = self._duplicates.match(text)
-        if same is not None:
-            self._left_out.add(self._of, step, f"repeats: {same}", " > ".join(path), text, answer.key)
+        if (fault := self._fault(text)) is not None:
+            self._left_out.add(self._of, step, fault, " > ".join(path), text, answer.key)
             return None
         if origin is None or self._lack(place) <= 0:
             self._left_out.add(self._of, step, "more than asked for", " > ".join(path), text, answer.key)
@@ -168,15 +169,20 @@ class Gathering:
             self._left_out.faults(call, answer, one.topic, one.text)
             if answer.value is None:
                 continue
-            same = self._duplicates.match(answer.value)
-            if same not in (None, one.id):
-                self._left_out.add(
-                    self._of, COMPLICATED, f"repeats: {same}", " > ".join(one.topic), answer.value, answer.key
-                )
+            if (fault := self._fault(answer.value, one.id)) is not None:
+                self._left_out.add(self._of, COMPLICATED, fault, " > ".join(one.topic), answer.value, answer.key)
                 continue
             self._duplicates.add(one.id, answer.value)
             pool[place] = replace(one, text=answer.value, keys=(*one.keys, str(answer.key)), simpler=one.text)
         return pool
+
+    def _fault(self, text: str, but: str | None = None) -> str | None:
+        """Why a text is no instruction more; ``but`` is the one that it may repeat."""
+        least = self._asker.config.least_words
+        if count_words(text) < least:
+            return f"fewer than {least} words"
+        same = self._duplicates.match(text)
+        return None if same in (None, but) else f"repeats: {same}"
 
     def _hand_on(self) -> None:
         """What sub-topics lack that have run dry goes to the others."""

@@ -79,13 +79,17 @@ class Ledger:
             mode = "ro" if read_only else "rwc"
             self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
             self.found = Lost(0, 0, 0.0)
+            (form,) = self._db.execute("pragma user_version").fetchone()
+            if form not in (0, _FORM):
+                told = f"written by another version of this program (form {form}, this one's is {_FORM})"
+                raise InputError(f"{self.path}: {told}; use that version, or another --out")
             if read_only:
+                if form == 0:  # its run ended before there were tables
+                    self._db = sqlite3.connect(":memory:", isolation_level=None)
+                    self._db.executescript(_TABLES)
                 return
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=normal")
-            (form,) = self._db.execute("pragma user_version").fetchone()
-            if form not in (0, _FORM):
-                raise InputError(f"{self.path}: written by another version of this program (form {form})")
             self._db.executescript(_TABLES)
             self._db.execute(f"pragma user_version={_FORM}")
             self.found = self._lost_in("sent")
@@ -183,7 +187,7 @@ class Ledger:
 
     def open_batches(self, model: str) -> list[tuple[str, str | None]]:
         """(name, the endpoint's id or None where the run ended before it was known), oldest first."""
-        wanted = "select name, id from batch where model=? and state in ('planned', 'open') order by at, name"
+        wanted = "select name, id from batch where model=? and state in ('planned', 'open') order by rowid"
         with self._telling():
             return list(self._db.execute(wanted, (model,)))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ultrafuser_mega.files import whole, write_atomically
-from ultrafuser_mega.reporting.markdown import markdown_table
+from ultrafuser_mega.files import drop_drafts, whole, write_atomically
+from ultrafuser_mega.reporting.markdown import as_text, markdown_table
 from ultrafuser_mega.synthesis.config import SynthesisConfig
 from ultrafuser_mega.synthesis.ledger import Ledger
 from ultrafuser_mega.synthesis.left_out import LeftOut
@@ -48,7 +48,8 @@ class Made:
 def write_output(
     folder: Path, config: SynthesisConfig, ledger: Ledger, made: Mapping[str, Made], left_out: LeftOut
 ) -> list[Path]:
-    """Write it; returns the files with rows, one for each class."""
+    """Write it; returns the files with rows, one for each class. The folder is this process's alone."""
+    drop_drafts(folder)
     for name in (DATA, TOPICS):
         (folder / name).mkdir(exist_ok=True)
     written, statistics = [], {}
@@ -81,20 +82,21 @@ def card(
     took: Sequence[Mapping[str, Any]],
 ) -> str:
     """The data set's README.md, with the table of UltraFuser's appendix (table 12)."""
-    models = sorted({config.models[config.step(of, step).model].model for of in statistics for step in config.used(of)})
+    models = {config.models[config.step(of, step).model].model for of in statistics for step in config.used(of)}
+    by = ", ".join(map(as_text, sorted(models)))
     lines = ["---", "task_categories: [text-generation]", "tags: [synthetic, instruction-tuning]", "configs:"]
     for of in statistics:
         lines += [f"- config_name: {of}", f"  data_files: {DATA}/{of}.jsonl"]
     lines += ["---", "", f"# {config.name}", ""]
     lines += [
         f"Instruction data of {len(statistics)} {'class' if len(statistics) == 1 else 'classes'}, made by "
-        f"{', '.join(models)} along the steps of UltraFuser's section 2.2: topics, sub-topics, instructions, related "
+        f"{by} along the steps of UltraFuser's section 2.2: topics, sub-topics, instructions, related "
         "instructions, a share made more complex, responses. The terms of those who provide these models apply.",
         "",
     ]
     header = ["class", "samples", "topics", "examples"]
     rows = [
-        [of, f"{one['rows']:,}", " / ".join(f"{count:,}" for count in one["topics"]), one["examples"]]
+        [of, f"{one['rows']:,}", " / ".join(f"{count:,}" for count in one["topics"]), as_text(one["examples"])]
         for of, one in statistics.items()
     ]
     lines.append(markdown_table(header, rows))

@@ -147,7 +147,7 @@ async def _class(asker: Asker, of: str, tools: _Tools, review: Review, left_out:
     if not topics:
         return Made([], [])
     gathering = Gathering(asker, of, topics, templates, tools.duplicates, left_out)
-    pool = review.instructions(of, await gathering.all())
+    pool = review.instructions(of, await gathering.all(), left_out)
     if isinstance(pool, Path):
         return pool
     return Made(topics, await respond(asker, of, pool, templates, left_out))
@@ -192,6 +192,7 @@ class _ending_on_signals:  # noqa: N801  reads as what a with statement does
 
     def _end(self, number: signal.Signals) -> None:
         if self._asker.stop is not None:
+            self._console.show_cursor()  # which a table that is kept up to date hides
             os._exit(128 + number)
         self._console.print(f"{number.name}: waiting for what is under way; again to end at once", highlight=False)
         self._asker.end(InterruptedRunError(number.name))

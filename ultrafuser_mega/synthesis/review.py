@@ -14,7 +14,9 @@ from typing import Any
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.files import write_atomically
+from ultrafuser_mega.synthesis.config import INSTRUCTIONS
 from ultrafuser_mega.synthesis.instructions import Instruction, identity
+from ultrafuser_mega.synthesis.left_out import LeftOut
 from ultrafuser_mega.synthesis.requests import whole_characters
 from ultrafuser_mega.synthesis.topics import Topic, read_topics, text_by_hand, write_topics
 
@@ -40,11 +42,11 @@ class Review:
             return read_topics(path)
         return self._write(path, write_topics(made)) if self._wanted else made
 
-    def instructions(self, of: str, made: list[Instruction]) -> list[Instruction] | Path:
-        """The same, of instructions."""
+    def instructions(self, of: str, made: list[Instruction], left_out: LeftOut) -> list[Instruction] | Path:
+        """The same, of instructions; a text that stands twice counts once."""
         path = self._folder / f"{of}.instructions.jsonl"
         if path.is_file():
-            return _read_instructions(path, made)
+            return _without_repeats(of, _read_instructions(path, made), left_out)
         lines = [{"id": one.id, "topic": list(one.topic), "text": one.text} for one in made]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return self._write(path, text) if self._wanted else made
@@ -53,6 +55,21 @@ class Review:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, text)
         return path
+
+
+def _without_repeats(of: str, read: Sequence[Instruction], left_out: LeftOut) -> list[Instruction]:
+    kept: dict[str, Instruction] = {}
+    ids: set[str] = set()
+    for one in read:
+        if one.text in kept:
+            reason = f"repeats: {kept[one.text].id}, in what was looked through"
+            left_out.add(of, INSTRUCTIONS, reason, " > ".join(one.topic), one.text)
+            continue
+        if one.id in ids:  # a line was copied and another text put in
+            one = Instruction(identity(one.text), one.text, one.topic, BY_HAND, ())
+        ids.add(one.id)
+        kept[one.text] = one
+    return list(kept.values())
 
 
 def _read_instructions(path: Path, made: Sequence[Instruction]) -> list[Instruction]:

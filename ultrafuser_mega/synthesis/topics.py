@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ultrafuser_mega.synthesis.left_out import LeftOut
 from ultrafuser_mega.synthesis.requests import Call, whole_characters
 from ultrafuser_mega.synthesis.templates import Templates
 
+_MOST_TOPICS = 100_000  # of a file: anchors (&) that hold anchors make any number of a few lines
 _SPARE_CALLS = 3  # beyond those that it takes if every name is new
 
 
@@ -125,7 +127,7 @@ class _Asking:
         self._left_out.faults(call, answer, self._path)
         self.newest = []
         for name, about in answer.value or []:
-            if (key := normalised(name)) and key not in self._names and len(self.found) < self._number:
+            if (key := _key(name)) and key not in self._names and len(self.found) < self._number:
                 self._names.add(key)
                 self.newest.append(Topic(name, about))
                 self.found.append(self.newest[-1])
@@ -142,7 +144,7 @@ def read_topics(path: Path) -> list[Topic]:
         raise InputError(f"{path}: no such file of topics")
     found = parse_yaml(str(path), text_by_hand(path))
     try:
-        topics = _read(found, str(path), "")
+        topics = _read(found, str(path), "", count())
     except RecursionError:
         raise InputError(f"{path}: topics within topics without end; an anchor (&) may not hold itself (*)") from None
     if not topics:
@@ -165,6 +167,11 @@ def text_by_hand(path: Path) -> str:
         raise InputError(f"{path}:{line}: is no UTF-8; save the file in that encoding") from None
 
 
+def _key(name: str) -> str:
+    """What names that mean the same topic have in common; C, C++ and C# do not."""
+    return normalised(name.replace("+", " plus ").replace("#", " sharp "))
+
+
 def write_topics(topics: Sequence[Topic]) -> str:
     """Text that :func:`read_topics` reads."""
     return yaml.safe_dump([_plain(topic) for topic in topics], sort_keys=False, allow_unicode=True, width=110)
@@ -176,20 +183,29 @@ def _plain(topic: Topic) -> dict[str, Any]:
     return plain | ({"topics": [_plain(below) for below in topic.topics]} if topic.topics else {})
 
 
-def _read(found: Any, source: str, where: str) -> list[Topic]:
+def _read(found: Any, source: str, where: str, numbers: Iterator[int]) -> list[Topic]:
     if not isinstance(found, list):
         raise InputError(f"{source}: {where or 'the whole'} is no list; write '- name: ...' for every topic")
-    topics = []
+    topics: list[Topic] = []
+    names: dict[str, int] = {}
     for number, item in enumerate(found, start=1):
         here = f"{where}topic {number}"
-        item = {"name": item} if isinstance(item, str) else item
-        if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"].strip():
+        if next(numbers) >= _MOST_TOPICS:
+            raise InputError(f"{source}: {here}: more than {_MOST_TOPICS:,} topics; do anchors (&) hold one another?")
+        if isinstance(item, list):
+            raise InputError(f"{source}: {here} is a list; write '- name: ...' and put what is below it in its topics")
+        item = item if isinstance(item, dict) else {"name": item}
+        if item.get("name") is not None and not isinstance(item["name"], str):
+            told = f"is called {item['name']!r}, which YAML takes for no text; put the name in quotes"
+            raise InputError(f"{source}: {here} {told}")
+        if not (item.get("name") or "").strip():
             raise InputError(f"{source}: {here} has no name; write '- name: ...'")
         unknown = set(item) - {"name", "about", "topics"}
         if unknown:
             raise InputError(f"{source}: {here}: unknown key {min(map(str, unknown))}; use name, about, topics")
-        below = _read(item["topics"], source, f"{here}: ") if item.get("topics") else []
-        topics.append(
-            Topic(whole_characters(item["name"].strip()), whole_characters(str(item.get("about") or "")), below)
-        )
+        name = whole_characters(item["name"].strip())
+        if (first := names.setdefault(_key(name), number)) != number:
+            raise InputError(f"{source}: {here} is {where}topic {first} once more, {name!r}; remove one of them")
+        below = _read(item["topics"], source, f"{here}: ", numbers) if item.get("topics") else []
+        topics.append(Topic(name, whole_characters(str(item.get("about") or "")), below))
     return topics

@@ -14,6 +14,7 @@ from support.chats import as_messages, whole_prompts
 from transformers import AutoTokenizer
 
 from ultrafuser_mega.data.align import BEYOND_VOCABULARY, TOO_LONG, UNFIT, Aligned, Aligner, Dropped
+from ultrafuser_mega.data.chat_format import JinjaTemplate
 from ultrafuser_mega.data.conversation import Conversation
 from ultrafuser_mega.data.templates import load_template
 from ultrafuser_mega.data.tokenizer import check_tokenizers
@@ -135,6 +136,43 @@ def test_a_later_turn_is_trained_though_an_earlier_one_was_cut_where_history_is_
         "user: one?<|im_end|>assistant: yes<|im_end|>user: two?<|im_end|>assistant: "
     )
     assert tokenizer.decode(cut.responses[1]) == "no<|im_end|>"
+
+
+def test_of_a_conversation_without_end_no_more_is_read_than_fits(
+    bytelevel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specialists = {"plain": (bytelevel, "ultralm"), "chat": (bytelevel, "hf")}
+    aligner = aligner_of(specialists, 500, 1000)
+    turns = tuple((f"Which is number {number}?", f"It is {number}.") for number in range(20_001))
+    (some,) = aligner.align([Conversation(turns[:200])])
+    shown: list[int] = []
+    apply = JinjaTemplate.apply
+    monkeypatch.setattr(JinjaTemplate, "apply", lambda self, *args: (shown.append(len(args[1])), apply(self, *args))[1])
+    (all_of_it,) = aligner.align([Conversation(turns)])
+    assert all_of_it == some and isinstance(some, Aligned) and some.was_cut
+    fit = len(some.responses)
+    assert 16 < fit < 60  # the second 16 have some room
+    assert max(shown) < 2 * (fit + 32) and len(shown) <= 2 * (
+        fit + 32
+    )  # messages of a prompt; prompts, each with markers
+    templates = [template for template in aligner.templates.values() if isinstance(template, JinjaTemplate)]
+    assert max(map(len, templates[0]._marked)) <= 64
+
+
+def test_turns_behind_some_that_have_no_room_are_still_found(bytelevel: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "forgets"
+    shutil.copytree(bytelevel, folder)
+    (folder / "chat_template.jinja").write_text(  # thoughts of the last answer stay, others do not
+        "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content if loop.index0 >= messages | length - 2 else m.content.split('</think>')[-1] }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    long = [("a", "<think>" + "x " * 900 + "</think>z")] * 12
+    (found,) = aligner_of({"chat": (folder, "hf")}, 500, 600).align(
+        [Conversation((("a", "b"), *long, *[("c", "d")] * 9))]
+    )
+    assert isinstance(found, Aligned) and len(found.responses) == 2 + 8  # the first long one is cut, 12 have no room
+    assert len(found.responses[1]) > 500 and [len(ids) for ids in found.responses[2:]] == [len(found.responses[0])] * 8
 
 
 def test_a_turn_that_is_not_trained_is_read_as_context(aligner: Any) -> None:

@@ -54,6 +54,18 @@ def test_what_adapts_is_nearly_as_fast_as_the_best_fixed_length_whatever_passes_
     assert found <= 1.1 * machine.best_seconds_per_token(batch)
 
 
+def test_drafts_are_longer_where_the_leader_takes_a_pass_for_several() -> None:
+    def longest(passes_per_draft: float) -> int:
+        length = DraftLength(MOST, adapt=True)
+        for _ in range(200):
+            k = length.choose([0], SPECIALISTS)
+            passes = SPECIALISTS + round(passes_per_draft * k)
+            length.learn([k], [min(k, 3)], passes, 3 * (k + 1), passes + 0.001 * k)
+        return max(length.choose([0], SPECIALISTS) for _ in range(2))
+
+    assert longest(0.25) > longest(1.0)
+
+
 def test_drafts_come_back_when_they_begin_to_pay() -> None:
     length = DraftLength(MOST, adapt=True)
     Machine(1.0, 0.2, 0.3).seconds_per_token(8, length)

@@ -89,7 +89,7 @@ def test_drawing_follows_the_softmax() -> None:
         ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0"),
         ({"presence_penalty": 2.5}, "--presence-penalty 2.5: expected -2 to 2"),
         ({"frequency_penalty": float("nan")}, "--frequency-penalty nan"),
-        ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**63}, "--seed 9223372036854775808"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_the_name_of_their_option(setting: dict[str, float], message: str) -> None:

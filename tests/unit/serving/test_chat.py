@@ -10,6 +10,7 @@ from support.live_server import LiveServer
 from support.played_engine import PlayedEngine
 
 from ultrafuser_mega.inference.model import OpenedModel
+from ultrafuser_mega.inference.noise import draw_key
 
 CHAT = "/v1/chat/completions"
 SAID = "London is the largest city."
@@ -114,6 +115,14 @@ def test_temperatures_next_to_nothing_are_greedy(
     server.ask(CHAT, {**question, "temperature": 1e-8, "top_p": 0})
     assert engine.requests[0].sampling.temperature == 0
     assert engine.requests[0].sampling.top_p > 0
+
+
+def test_a_seed_is_any_of_64_bits(server: LiveServer, engine: PlayedEngine, question: dict[str, Any]) -> None:
+    seeds = [-(2**63), -1, 0, 2**32, 2**63 - 1]
+    for seed in seeds:
+        assert server.ask(CHAT, {**question, "seed": seed})[0] == 200
+    assert [request.sampling.seed for request in engine.requests] == seeds
+    assert len({draw_key(seed, 0, 0) for seed in seeds}) == len(seeds)
 
 
 def test_answers_without_a_seed_are_drawn_anew(

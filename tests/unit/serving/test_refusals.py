@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.live_server import LiveServer
 from support.played_engine import PlayedEngine
+from transformers import PreTrainedTokenizerFast
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.serving.keys import VARIABLE, Keys
@@ -43,7 +44,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": 0}, "max_tokens", "expected greater than or equal to 1, found 0"),
     ({"stop": ["a"] * 17}, "stop", "at most 16"),
     ({"stop": ""}, "stop", "at least 1"),
-    ({"seed": -1}, "seed", "found -1"),
+    ({"seed": 2**63}, "seed", "found 9223372036854775808"),
+    ({"seed": -(2**63) - 1}, "seed", "found -9223372036854775809"),
     ({"logit_bias": {"abc": 1}}, "logit_bias", "'abc' is no token; expected 0 to 399"),
     ({"logit_bias": {"400": 1}}, "logit_bias", "'400' is no token"),
     ({"logit_bias": {"4": 101}}, "logit_bias", "found 101"),
@@ -67,6 +69,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
         "messages",
         "40001 messages; this",
     ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "so " * 10**6}, USER]},
+        "messages",
+        "3,000,022 characters; this",
+    ),
 ]
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({}, "prompt", "missing"),
@@ -79,6 +86,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "x", "best_of": 3}, "best_of", "not offered"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens", "is for echo"),
     ({"prompt": "so " * 400}, "prompt", "maximum context length is 256 tokens"),
+    ({"prompt": ["a", "so " * 10**6]}, "prompt[1]", "3,000,000 characters; this model's maximum context length is 256"),
 ]
 
 
@@ -99,6 +107,20 @@ def test_a_bad_field_is_named_with_its_value(server: LiveServer, engine: PlayedE
         check_error(answer, param, part)
     assert server.ask(CHAT, {"messages": [USER], "stream": True, "n": 0})[0] == 400
     assert not engine.requests
+
+
+def test_a_text_that_cannot_fit_holds_up_nobody(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast,
+        "__call__",
+        lambda self, text, **options: (encoded.append(len(text)), call(self, text, **options))[1],
+    )
+    status, answer = server.ask("/tokenize", {"prompt": "so " * 10**6})
+    assert status == 400 and not encoded
+    check_error(answer, "prompt", "3,000,000 characters")
+    assert server.ask("/tokenize", {"prompt": "so " * 400})[1]["count"] > 256 and encoded == [1200]
 
 
 @pytest.mark.parametrize(

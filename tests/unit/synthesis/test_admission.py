@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from email.utils import formatdate
 from itertools import pairwise
 
@@ -129,6 +130,10 @@ def test_a_host_that_serves_more_at_once_more_slowly_is_not() -> None:
         ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
         ({"retry-after": formatdate(1_000_030, usegmt=True)}, 30.0),
         ({"retry-after": formatdate(999_000, usegmt=True)}, 0.0),
+        # by the endpoint's clock, where it says it: here it is an hour later, or a year earlier
+        ({"retry-after": formatdate(996_430, usegmt=True), "date": formatdate(996_400, usegmt=True)}, 30.0),
+        ({"retry-after": formatdate(32_536_030, usegmt=True), "date": formatdate(32_536_000, usegmt=True)}, 30.0),
+        ({"retry-after": formatdate(1_000_030, usegmt=True), "date": "once"}, 30.0),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "-3"}, None),
         ({"retry-after": "nan"}, None),
@@ -140,6 +145,24 @@ def test_a_host_that_serves_more_at_once_more_slowly_is_not() -> None:
 )
 def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after_s(headers, now=1_000_000) == seconds
+
+
+def test_a_clock_that_is_set_neither_shortens_nor_lengthens_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(jump: float) -> float:
+        gate = Gate(1, per_minute=600)
+        began = time.monotonic()
+        await gate.enter()
+        gate.turned_away(began, 0.3)
+        await gate.leave()
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + jump)
+        await asyncio.wait_for(gate.enter(), 20)
+        await gate.leave()
+        await asyncio.wait_for(gate.enter(), 20)  # a tenth of a second later, as 600 a minute have it
+        return time.monotonic() - began
+
+    for jump in (-1e6, 1e6):
+        assert asyncio.run(play(jump)) >= 0.4
 
 
 def test_a_run_that_is_over_waits_for_no_pause() -> None:

@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+import gzip
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from support.asking import Run, Wrong, calls, once
 from support.counting_endpoint import Body, CountingEndpoint, chat
-from support.small_synthesis import small_config
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.synthesis.budget import LimitReachedError
-from ultrafuser_mega.synthesis.client import NO_ANSWER, Asker
-from ultrafuser_mega.synthesis.forms import any_text, instruction_list
-from ultrafuser_mega.synthesis.ledger import FILE, Ledger
-from ultrafuser_mega.synthesis.progress import Progress
-from ultrafuser_mega.synthesis.requests import BROKEN, CUT, EMPTY, GOOD, MALFORMED, REFUSED, Answer, Call
-
-Wrong = tuple[int, dict[str, str], str]
-
-
-def calls(number: int, step: str = "responses") -> list[Call]:
-    messages = [({"role": "user", "content": f"question {place}"},) for place in range(number)]
-    return [Call("text", step, one, any_text()) for one in messages]
-
-
-class Run:
-    """An asker over a folder, for one test."""
-
-    def __init__(self, folder: Path, endpoint: CountingEndpoint, **keys: Any) -> None:
-        self.config = small_config(endpoint.url, **keys)
-        self.ledger = Ledger(folder)
-        self.progress = Progress(Console(quiet=True))
-        self.asker: Asker | None = None
-
-    def ask(self, wanted: list[Call]) -> list[Answer]:
-        async def play() -> list[Answer]:
-            self.asker = Asker(self.config, self.ledger, self.progress)
-            try:
-                return await self.asker.ask_all(wanted)
-            finally:
-                await self.asker.close()
-
-        return asyncio.run(asyncio.wait_for(play(), 60))
-
-
-def once(wrong: Wrong) -> Callable[[Body], Wrong | None]:
-    """The first attempt at every request goes wrong, equal requests that come later do not."""
-    met: set[str] = set()
-
-    def misbehave(body: Body) -> Wrong | None:
-        text = json.dumps(body, sort_keys=True)
-        if text in met:
-            return None
-        met.add(text)
-        return wrong
-
-    return misbehave
+from ultrafuser_mega.synthesis.client import NO_ANSWER
+from ultrafuser_mega.synthesis.forms import instruction_list
+from ultrafuser_mega.synthesis.ledger import FILE
+from ultrafuser_mega.synthesis.requests import BROKEN, CUT, EMPTY, GOOD, MALFORMED, REFUSED, Call
 
 
 def first_number(wrong: Wrong) -> Callable[[Body], Wrong | None]:
@@ -209,6 +167,40 @@ def test_a_request_that_the_endpoint_cannot_read_is_told_and_asked_by_the_next_r
     assert fault.startswith(NO_ANSWER) and "what is that" in fault
     endpoint.misbehave = lambda body: None
     assert all(answer.value for answer in Run(tmp_path, endpoint).ask(calls(3)))
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_reply_without_end_is_let_go_of_and_costs_no_memory(
+    status: int, endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    endpoint.misbehave = once((status, {"again": "0"}, " " * 2**20))
+    run = Run(tmp_path, endpoint)
+    tracemalloc.start()
+    answers = run.ask(calls(2))
+    assert tracemalloc.get_traced_memory()[1] < 3 * 2 * 64 * 2**20  # of two replies, as parts and as a whole
+    tracemalloc.stop()
+    assert all(answer.value for answer in answers) and run.ledger.lost().requests == 2
+    (reasons,) = zip(*run.ledger.rows("select distinct why from lost"), strict=True)
+    assert all("a reply of more than 64 MiB" in reason for reason in reasons)
+
+
+def test_a_reply_that_is_compressed_unasked_is_not_unpacked(endpoint: CountingEndpoint, tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(2**26)).decode("latin-1")
+    endpoint.misbehave = once((200, {"Content-Encoding": "gzip"}, bomb))
+    run = Run(tmp_path, endpoint)
+    assert all(answer.value for answer in run.ask(calls(3))) and run.ledger.lost().requests == 3
+    (row,) = run.ledger.rows("select distinct why from lost")
+    assert "a reply in gzip, which was not asked for" in row[0]
+
+
+def test_a_reply_that_comes_drop_by_drop_is_not_waited_for_without_end(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    endpoint.misbehave = once((200, {"again": "0.05"}, " "))
+    run = Run(tmp_path, endpoint, endpoints__here__timeout_s=0.5)
+    assert all(answer.value for answer in run.ask(calls(2))) and run.ledger.lost().requests == 2
+    (row,) = run.ledger.rows("select distinct why from lost")
+    assert row == ("no whole reply in 2 x endpoints.here.timeout_s",)
 
 
 def test_an_endpoint_that_is_not_there_is_told_soon(endpoint: CountingEndpoint, tmp_path: Path) -> None:

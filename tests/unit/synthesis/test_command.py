@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from support.command import ultrafuser
-from support.counting_endpoint import CountingEndpoint
+from support.counting_endpoint import Body, CountingEndpoint
 from support.small_synthesis import config_text
 
 PAPER = Path(__file__).parents[3] / "examples" / "synthesis" / "paper.yaml"
@@ -119,6 +120,38 @@ def test_a_signal_waits_for_what_is_under_way_and_nothing_is_paid_twice(
     assert process.returncode == 75 and "ended by SIGTERM; the same command goes on" in text
     assert ultrafuser(monkeypatch, "synthesize", "--config", config, "--out", tmp_path / "o") == 0
     assert max(endpoint.answered.values()) == 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_waits_for_nothing_and_the_next_run_goes_on(
+    number: signal.Signals, endpoint: CountingEndpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held = threading.Event()
+
+    def hold(body: Body) -> None:
+        if len(endpoint.answered) >= 5:
+            held.wait(60)
+
+    endpoint.misbehave = hold
+    config = tmp_path / "c.yaml"
+    config.write_text(config_text(endpoint.url))
+    words = ["synthesize", "--config", str(config), "--out", str(tmp_path / "o")]
+    command = [sys.executable, "-m", "ultrafuser_mega", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    deadline = time.monotonic() + 60
+    while not (len(endpoint.answered) >= 5 and endpoint.running) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    while "waiting for what is under way; again to end at once" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    process.communicate(timeout=30)  # although the endpoint still holds its requests
+    assert process.returncode == 128 + number
+    held.set()
+    assert ultrafuser(monkeypatch, *words) == 0
+    assert sum(times - 1 for times in endpoint.answered.values()) <= 8  # what was under way
 
 
 @pytest.mark.parametrize("override", ["models.m.model=[/b] x", "currency=[/]"])

@@ -91,6 +91,50 @@ def test_a_killed_run_pays_twice_for_no_more_than_was_under_way(
     assert 0 <= sum(slow_endpoint.answered.values()) - needed <= IN_FLIGHT
 
 
+_ENDED_BY_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from ultrafuser_mega import __main__ as program
+
+left = int(sys.argv.pop(1))
+
+def watch(event, arguments):
+    global left
+    if event in ("open", "os.rename") and ".tmp" in str(arguments[0]) and "/left/" in str(arguments[0]):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+sys.exit(program.main())
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_is_killed_while_it_writes_its_files_leaves_no_half_of_one(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    finish(start(endpoint, tmp_path / "left"))
+    whole = digests(tmp_path / "left")
+    asked = len(endpoint.seen)
+    words = ["synthesize", "--config", str(tmp_path / "left.yaml"), "--out", str(tmp_path / "left")]
+    moment = met = 0
+    while True:
+        for path in (tmp_path / "left").rglob("*"):
+            if path.is_file() and not path.name.startswith("ledger"):
+                path.unlink()
+        command = [sys.executable, "-c", _ENDED_BY_WRITING, str(moment), *words]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        found = {name: digest for name, digest in digests(tmp_path / "left").items() if not name.endswith(".tmp")}
+        assert found.items() <= whole.items()
+        if ended.returncode != -signal.SIGKILL:
+            break
+        met += 1
+        moment += 6
+    assert ended.returncode == 0, ended.stderr
+    assert met >= 4 and digests(tmp_path / "left") == whole and len(endpoint.seen) == asked
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,37 @@ def test_what_was_under_way_at_the_end_counts_as_paid_for(tmp_path: Path) -> Non
     last = Ledger(tmp_path)
     assert last.found == Lost(0, 0, 0.0) and last.lost() == Lost(1, 100, 0.5)
     last.close()
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_ledger_of_another_version_is_told_and_left_as_it_is(read_only: bool, tmp_path: Path) -> None:
+    Ledger(tmp_path).close()
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("pragma user_version=7")
+    db.close()
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(InputError, match=r"ledger\.sqlite: written by another version of this program \(form 7, this"):
+        Ledger(tmp_path, read_only=read_only)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_a_ledger_whose_run_ended_before_it_had_tables_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / FILE).touch()
+    ledger = Ledger(tmp_path, read_only=True)
+    assert ledger.totals() == [] and ledger.lost().requests == 0
+    ledger.close()
+    assert (tmp_path / FILE).read_bytes() == b""
+
+
+def test_batches_are_in_the_order_in_which_they_were_made_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path)
+    for name, now in (("b", 5e9), ("c", 10.0), ("a", 1e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        ledger.plan_batch(name, "m", [])
+    assert [name for name, _ in ledger.open_batches("m")] == ["b", "c", "a"]
+    ledger.close()
 
 
 def test_a_file_that_is_no_ledger_is_told_in_one_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,22 @@ def test_an_endpoint_without_batches_is_told_in_one_line(
     monkeypatch.setattr(endpoint, "_upload", lambda content: error)
     with pytest.raises(InputError, match=r"^endpoints.here: batches: Error code: 404 .*no such path.*; the same"):
         ask(tmp_path, endpoint, 3)
+
+
+def test_lines_of_a_file_are_whole_however_it_comes_in_parts() -> None:
+    async def read(parts: list[bytes]) -> list[bytes]:
+        async def come() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        return [line async for line in batch._lines(come()) if line]
+
+    lines = [b"a" * 5, "b\u2028\r\x85".encode(), b"c" * 9]
+    whole = b"\n".join(lines) + b"\n"
+    for size in range(1, len(whole) + 1):
+        assert asyncio.run(read([whole[at : at + size] for at in range(0, len(whole), size)])) == lines
+    with pytest.raises(ValueError, match="a line of more than 64 MiB in what a batch came to"):
+        asyncio.run(read([bytes(2**22)] * 17))
 
 
 def test_a_reply_may_hold_what_ends_lines_elsewhere(

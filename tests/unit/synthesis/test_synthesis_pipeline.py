@@ -21,9 +21,7 @@ from ultrafuser_mega.data.unread import unread_fields
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.synthesis import pipeline
 from ultrafuser_mega.synthesis.duplicates import normalised
-from ultrafuser_mega.synthesis.instructions import Instruction
 from ultrafuser_mega.synthesis.pipeline import Outcome
-from ultrafuser_mega.synthesis.review import Review
 
 
 def synthesize(endpoint: CountingEndpoint, folder: Path, *, review: bool = False, **keys: Any) -> Outcome:
@@ -140,6 +138,50 @@ def test_what_repeats_is_left_out_and_made_up_for(endpoint: CountingEndpoint, tm
     assert repeats and all(normalised(line["text"]) == "write a letter to the garden of stone" for line in repeats)
 
 
+def test_instructions_of_too_few_words_are_left_out_with_a_line_each(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    met = [0]
+
+    def short(body: Body) -> tuple[int, dict[str, str], str] | None:
+        schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {})
+        if schema.get("items", {}).get("items", {}).get("type") != "string":
+            return None
+        met[0] += 1
+        texts = [f"\u4ec0\u4e48\u662f\u6cb3\u6d41{met[0]}", f"Rivers {met[0]}"]  # five signs and a number; two words
+        return 200, {}, json.dumps(chat(json.dumps({"items": texts})))
+
+    endpoint.misbehave = short
+    only = {"text": {"domain": "d", "topics": [1], "instructions": 3, "complicated": 0}}
+    synthesize(endpoint, tmp_path, classes=only, near_duplicates=None)
+    assert {row["messages"][0]["content"][:5] for row in rows(tmp_path)} == {"\u4ec0\u4e48\u662f\u6cb3\u6d41"}
+    lines = [line for line in left_out(tmp_path) if line["reason"] == "fewer than 3 words"]
+    assert {line["step"] for line in lines} == {"instructions", "related"} and len(lines) == met[0]
+    assert all(line["text"].startswith("Rivers ") and line["key"] and line["topic"] for line in lines)
+    assert (
+        f"| text | related | fewer than 3 words | {sum(line['step'] == 'related' for line in lines)} |"
+        in (tmp_path / "README.md").read_text()
+    )
+    asked = len(endpoint.seen)
+    synthesize(endpoint, tmp_path, classes=only, near_duplicates=None, least_words=2)
+    assert any(row["messages"][0]["content"].startswith("Rivers ") for row in rows(tmp_path))
+    assert len(endpoint.seen) > asked
+
+
+def test_what_was_made_more_complex_in_too_few_words_stays_as_it_was(
+    endpoint: CountingEndpoint, tmp_path: Path
+) -> None:
+    def short(body: Body) -> tuple[int, dict[str, str], str] | None:
+        return (200, {}, json.dumps(chat("Why?"))) if "more complex" in body["messages"][0]["content"] else None
+
+    endpoint.misbehave = short
+    only = {"text": {"domain": "d", "topics": [2], "instructions": 4, "complicated": 0.5}}
+    synthesize(endpoint, tmp_path, classes=only)
+    assert len(rows(tmp_path)) == 4 and not any(row["provenance"]["complicated"] for row in rows(tmp_path))
+    lines = [line for line in left_out(tmp_path) if line["reason"] == "fewer than 3 words"]
+    assert [(line["step"], line["text"]) for line in lines] == [("complicated", "Why?")] * 2
+
+
 def test_a_model_that_knows_no_more_ends_with_fewer_and_says_so(endpoint: CountingEndpoint, tmp_path: Path) -> None:
     def same(body: Body) -> tuple[int, dict[str, str], str] | None:
         asks = re.search(r"capable assistant|new instruction", body["messages"][0]["content"])
@@ -198,38 +240,6 @@ def test_a_person_looks_through_every_list_and_the_run_goes_on_from_what_is_left
     assert made[-1]["provenance"]["origin"] == "by hand"
 
 
-def test_topics_come_from_a_file_with_as_many_levels_as_it_has(endpoint: CountingEndpoint, tmp_path: Path) -> None:
-    path = tmp_path / "topics.yaml"
-    path.write_text(
-        "- Law\n- name: Nature\n  topics:\n  - {name: Rivers, topics: [Floods, {name: Fish, about: Wet.}]}\n"
-    )
-    only = {"text": {"domain": "d", "topics_file": str(path), "instructions": 9}}
-    synthesize(endpoint, tmp_path / "run", classes=only)
-    topics = Counter(tuple(row["provenance"]["topic"]) for row in rows(tmp_path / "run"))
-    assert topics == {("Law",): 3, ("Nature", "Rivers", "Floods"): 3, ("Nature", "Rivers", "Fish"): 3}
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("a: 1", "topics.yaml: the whole is no list; write '- name: ...' for every topic"),
-        ("- {name: A}\n- {nam: B}", "topics.yaml: topic 2 has no name"),
-        ("- {name: A, topics: [{name: B, sub: 3}]}", "topics.yaml: topic 1: topic 1: unknown key sub; use name, about"),
-        ("[", "topics.yaml: not valid YAML"),
-        ("[]", "topics.yaml: holds no topic"),
-    ],
-)
-def test_a_wrong_file_of_topics_is_told_by_place(
-    text: str, told: str, endpoint: CountingEndpoint, tmp_path: Path
-) -> None:
-    path = tmp_path / "topics.yaml"
-    path.write_text(text)
-    with pytest.raises(InputError, match=re.escape(told)):
-        synthesize(
-            endpoint, tmp_path / "run", classes={"t": {"domain": "d", "topics_file": str(path), "instructions": 9}}
-        )
-
-
 def test_two_processes_on_one_run_are_refused(endpoint: CountingEndpoint, tmp_path: Path) -> None:
     with alone(tmp_path), pytest.raises(InputError, match="another process writes to this name"):
         synthesize(endpoint, tmp_path)
@@ -247,6 +257,7 @@ def test_two_processes_on_one_run_are_refused(endpoint: CountingEndpoint, tmp_pa
             {"models__m__price": None, "limit": {"money": 3}},
             "limit.money needs models.m.price; or limit tokens instead",
         ),
+        ({"name": "text, code"}, "name: 'text, code' holds more than letters, digits, spaces, dots and dashes"),
         ({"endpoints__here__url": "host:1"}, "endpoints.here.url: String should match pattern"),
         ({"endpoints__here__keys": "K"}, "unknown key endpoints.here.keys; did you mean endpoints.here.key?"),
         ({"models__m__parameters": {"n": 2}}, "models.m.parameters: n is set by the steps or not supported"),
@@ -279,43 +290,3 @@ def test_shipped_examples_are_valid_and_the_papers_counts_add_up() -> None:
     assert sum(data.instructions for data in paper.classes.values()) == 310_000
     assert len(read_config(SynthesisConfig, folder / "demo.yaml").classes) == 3
     assert yaml.safe_load(config_text("http://x"))["classes"]
-
-
-def _reviewed(folder: Path, content: bytes) -> Review:
-    (folder / "review").mkdir()
-    (folder / "review" / "text.instructions.jsonl").write_bytes(content)
-    (folder / "review" / "text.meta_topics.yaml").write_bytes(content)
-    return Review(folder, wanted=False)
-
-
-def test_a_list_is_read_as_it_was_written_whatever_its_texts_hold(tmp_path: Path) -> None:
-    made = [Instruction("1", "one\u2028two\x85three", ("a\u2028b",), "first", ("k",))]
-    assert isinstance(Review(tmp_path, wanted=True).instructions("text", made), Path)
-    assert Review(tmp_path, wanted=False).instructions("text", made) == made
-
-
-def test_an_editors_mark_and_a_topic_without_a_list_are_understood(tmp_path: Path) -> None:
-    content = '\ufeff{"text": "One.", "topic": "Law", "id": ["x"]}\r\n{"text": "Half \\ud83d."}\r\n'.encode()
-    found = _reviewed(tmp_path, content).instructions("text", [])
-    assert isinstance(found, list)
-    assert [(one.text, one.topic) for one in found] == [("One.", ("Law",)), ("Half \ufffd.", ())]
-
-
-@pytest.mark.parametrize("content", [b'{"text": "One."}\n{"text": "caf\xe9"}\n', b"\n" + b"[" * 100_000])
-def test_a_list_that_cannot_be_read_is_told_with_its_line(content: bytes, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"text\.instructions\.jsonl:2: is no "):
-        _reviewed(tmp_path, content).instructions("text", [])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"- caf\xe9\n", r":1: is no UTF-8"),
-        (b"- &a {name: Law, topics: [*a]}\n", "without end"),
-        (b"- 2024-13-45\n", "not valid YAML: month must be in 1..12"),
-        (b"- {name: a, topics: " + b"[" * 5000, "not valid YAML"),
-    ],
-)
-def test_topics_that_cannot_be_read_are_told_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        _reviewed(tmp_path, content).topics("text", "meta_topics", [])

@@ -1,0 +1,88 @@
+"""Guesses at what comes next: free to make, and nothing depends on whether they are right."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from support.engines import asked, decode, engine_of, events_of, tokens_of
+from support.release_prompts import of_row, random_ids
+
+from ultrafuser_mega.inference.guesses import Guesses
+from ultrafuser_mega.inference.sampling import Sampling
+from ultrafuser_mega.inference.underway import Underway
+
+EOS = frozenset(range(3, 20))
+
+
+def test_what_followed_the_same_two_tokens_last_is_guessed_or_else_the_same_one() -> None:
+    guesses = Guesses()
+    guesses.add([1, 2, 3, 4, 1, 2, 5, 9, 2, 7])
+    assert guesses.behind([1, 2], 3) == [5, 9, 2]  # the latest place of both
+    assert guesses.behind([8, 2], 2) == [7]  # the latest of the one; the sequence ends there
+    assert guesses.behind([9], 1) == [2] and guesses.behind([8], 4) == []
+    guesses.add([1])
+    assert guesses.behind([], 2) == [2, 5] and guesses.behind([2], 1) == [5]  # of the sequence's own end
+    assert Guesses().behind([], 3) == []
+
+
+def test_guesses_are_those_of_a_search_from_the_end() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(5) for _ in range(draw.randrange(1, 30))]
+        more = [draw.randrange(6) for _ in range(draw.randrange(4))]
+        guesses = Guesses()
+        guesses.add(ids[:4])
+        guesses.add(ids[4:])
+        end = [*ids, *more][-2:]
+        expected: list[int] = []
+        for size in (2, 1):
+            ends = [at for at in range(size, len(ids)) if ids[at - size : at] == end[-size:]]
+            if ends and len(end) >= size:
+                expected = ids[ends[-1] : ends[-1] + 3]
+                break
+        assert guesses.behind(more, 3) == expected
+
+
+@pytest.mark.parametrize("trio", ["llamas"], indirect=True)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3), Sampling(repetition_penalty=1.3)])
+def test_answers_are_the_same_whatever_is_guessed(
+    model: Any, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    prompts = [of_row(row) for row in range(3)]
+    requests = asked(prompts, 14, sampling, EOS)
+    expected = tokens_of(events_of(engine_of(model), requests))
+    draw = random.Random(0)
+
+    def some(self: Underway, most: int) -> list[int]:
+        """Right ones, wrong ones and none, as many as there may be."""
+        known = expected[int(self.request.id)][len(self.answer) + len(self.drafts) :]
+        right = draw.randint(0, most)
+        found = [*known[:right], *random_ids(most, seed=draw.randrange(99))][: draw.randint(0, most)]
+        return [token for token in found if token not in EOS]
+
+    for draft in (1, 2, 4, 8):
+        for guess in (some, lambda self, most: [], Underway.guess):
+            monkeypatch.setattr(Underway, "guess", guess)
+            for rows in (1, 3):
+                assert tokens_of(events_of(engine_of(model, rows=rows, draft=draft), requests)) == expected
+            monkeypatch.undo()
+
+
+@pytest.mark.parametrize("trio", ["llamas"], indirect=True)
+def test_the_leader_reads_what_it_would_draft_in_fewer_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, new = of_row(1), 21
+    plain = engine_of(model, draft=4, adapt=False)
+    drafted = decode(plain, [prompt], new)
+    known = drafted[0]
+    monkeypatch.setattr(
+        Underway, "guess", lambda self, most: known[len(self.answer) + len(self.drafts) :][: min(most, 9)]
+    )
+    told = engine_of(model, draft=4, adapt=False)
+    assert decode(told, [prompt], new) == drafted
+    passes = [sum(engine.stats().passes.values()) for engine in (plain, told)]
+    assert passes[1] < passes[0]
+    # A leader that agrees and is told all of it takes 1 pass for its drafts, and 3 specialists take 3 passes a round.
+    accepted = told.stats().accepted / told.stats().drafted
+    assert passes[1] >= 3 * (new - 1) / 5 and (accepted < 1 or passes[1] == 3 * (new - 1) / 5)
