@@ -27,7 +27,7 @@ NVCC_TIMEOUT_S = 180  # ten times what it takes: a toolkit that hangs must not h
 cpu_epilogue = Pybind11Extension(
     "ultrafuser_mega.ops._cpu_epilogue",
     sources=["csrc/cpu_epilogue.cpp", "csrc/cpu_epilogue_module.cpp"],
-    depends=["csrc/cpu_epilogue.hpp"],
+    depends=["csrc/cpu_epilogue.hpp", "csrc/over_rows.hpp"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp-simd", "-pthread"],  # no -march: the code carries one clone per x86 level
     extra_link_args=["-pthread"],
