@@ -80,7 +80,7 @@ class _Copies(TorchDispatchMode):
         out = func(*tree_unflatten(copies, tree), **(kwargs or {}))
         *_, work = tree_leaves(out)
         dist.Work.unbox(work).wait()
-        done = {id(work): FakeWork().boxed()}  # gloo's may write once more where it is waited for again
+        done: dict[int, Any] = {id(work): FakeWork().boxed()}  # gloo's may write once more where it is waited for again
         for leaf, copy in zip(leaves, copies, strict=True):
             if isinstance(leaf, torch.Tensor):
                 done[id(copy)] = leaf.copy_(copy)
