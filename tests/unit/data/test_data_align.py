@@ -147,7 +147,12 @@ def test_of_a_conversation_without_end_no_more_is_read_than_fits(
     (some,) = aligner.align([Conversation(turns[:200])])
     shown: list[int] = []
     apply = JinjaTemplate.apply
-    monkeypatch.setattr(JinjaTemplate, "apply", lambda self, *args: (shown.append(len(args[1])), apply(self, *args))[1])
+
+    def counting(self: JinjaTemplate, tokenizer: Any, messages: Any, **options: Any) -> str:
+        shown.append(len(messages))
+        return apply(self, tokenizer, messages, **options)
+
+    monkeypatch.setattr(JinjaTemplate, "apply", counting)
     (all_of_it,) = aligner.align([Conversation(turns)])
     assert all_of_it == some and isinstance(some, Aligned) and some.was_cut
     fit = len(some.responses)

@@ -112,11 +112,12 @@ def test_a_bad_field_is_named_with_its_value(server: LiveServer, engine: PlayedE
 def test_a_text_that_cannot_fit_holds_up_nobody(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     call = PreTrainedTokenizerFast.__call__
-    monkeypatch.setattr(
-        PreTrainedTokenizerFast,
-        "__call__",
-        lambda self, text, **options: (encoded.append(len(text)), call(self, text, **options))[1],
-    )
+
+    def counting(self: PreTrainedTokenizerFast, text: str, **options: Any) -> Any:
+        encoded.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
     status, answer = server.ask("/tokenize", {"prompt": "so " * 10**6})
     assert status == 400 and not encoded
     check_error(answer, "prompt", "3,000,000 characters")
