@@ -194,7 +194,9 @@ def test_sequences_longer_than_a_specialists_positions(case: Case, refused: Call
 
 
 def test_loss_that_cannot_train_the_second_stage(refused: Callable[..., str]) -> None:
-    assert "loss.backend: gate_only cannot train stage 2" in refused("plan", "--ranks", "1", "loss.backend=gate_only")
+    assert "loss.backend: gate_only cannot train heads in stage 2" in refused(
+        "plan", "--ranks", "1", "loss.backend=gate_only"
+    )
 
 
 def test_truncated_weights(case: Case, refused: Callable[..., str]) -> None:

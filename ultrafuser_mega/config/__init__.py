@@ -12,13 +12,18 @@ from ultrafuser_mega.config.fuser import FuserConfig
 from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import ColocatedLayout, DisjointLayout, Layout, Parallel, Sizes
 from ultrafuser_mega.config.load import default_config_text, dump_config, load_config
+from ultrafuser_mega.config.lora import TARGETS, Lora
 from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.parts import GATE, HEADS, TrainedPart, check_parts, in_words
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.specialists import Specialist
-from ultrafuser_mega.config.stages import Optimizer, Stage, Stage2
+from ultrafuser_mega.config.stages import Optimizer, Part, Stage, Stage2
 from ultrafuser_mega.config.toy import Toy
 
 __all__ = [
+    "GATE",
+    "HEADS",
+    "TARGETS",
     "Checkpoint",
     "ColocatedLayout",
     "Data",
@@ -28,9 +33,11 @@ __all__ = [
     "FuserConfig",
     "GateOptions",
     "Layout",
+    "Lora",
     "Loss",
     "Optimizer",
     "Parallel",
+    "Part",
     "Profile",
     "Report",
     "Sizes",
@@ -38,7 +45,10 @@ __all__ = [
     "Stage",
     "Stage2",
     "Toy",
+    "TrainedPart",
+    "check_parts",
     "default_config_text",
     "dump_config",
+    "in_words",
     "load_config",
 ]

@@ -13,7 +13,9 @@ from ultrafuser_mega.config.evaluation import Evaluation
 from ultrafuser_mega.config.faults import Faults
 from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import ColocatedLayout, DisjointLayout, Layout, Parallel
+from ultrafuser_mega.config.lora import Lora
 from ultrafuser_mega.config.loss import Loss
+from ultrafuser_mega.config.parts import TrainedPart, stage_parts
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.config.specialists import Specialist
@@ -48,6 +50,7 @@ class FuserConfig(Section):
     )
     stage1: Stage
     stage2: Stage2
+    lora: Lora | None = Field(None, description="of the adapters that a stage trains; default: rank 16 everywhere")
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -69,6 +72,17 @@ class FuserConfig(Section):
     def stages(self) -> dict[int, Stage]:
         """Number -> stage, of those that have steps; one that has none is left out of the run and of its reports."""
         return {number: stage for number, stage in ((1, self.stage1), (2, self.stage2)) if stage.steps}
+
+    def parts(self, number: int) -> dict[str, TrainedPart]:
+        """Name -> part, of all that stage 1 or 2 trains and does not."""
+        stage = self.stage1 if number == 1 else self.stage2
+        return stage_parts(stage, number, self.optimizer, list(self.specialists))
+
+    @property
+    def adapters(self) -> dict[str, Lora]:
+        """Specialist -> its adapters', of those that have some: one of the stages trains them."""
+        trained = {name for number in self.stages for name, part in self.parts(number).items() if part.mode == "lora"}
+        return {name: self.lora or Lora() for name in self.specialists if name in trained}
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -65,7 +65,8 @@ def _suggestion(unknown: str, of: type[Section]) -> str:
         return f"; {'.'.join(section)} is of a kind that has none{shown}"
     if any(_is_section(place, section) for place in meant):
         return f"; did you mean {here}?"
-    elsewhere = dict.fromkeys(".".join([*place, *close]).removeprefix(".") for place in meant)
+    nearest = min(map(len, meant), default=0)  # a key of a stage rather than of one of its parts
+    elsewhere = dict.fromkeys(".".join([*place, *close]).removeprefix(".") for place in meant if len(place) == nearest)
     return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.errors import InputError
+
+Mode = Literal["frozen", "lora", "full"]
+MODES: tuple[Mode, ...] = ("frozen", "lora", "full")
+
+
+class Part(Section):
+    """How a stage trains a part of the model; what is left out is as the stage has it (see ``parts``)."""
+
+    mode: Mode | None = Field(None, description="frozen, lora (a specialist's adapters alone) or full")
+    lr: PositiveFloat | None = Field(None, description="its highest rate; its min_lr then is in the same proportion")
+    min_lr: NonNegativeFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
+    schedule: Literal["cosine", "constant"] | None = None
+    weight_decay: NonNegativeFloat | None = Field(None, description="default: optimizer.weight_decay")
 
 
 class Stage(Section):
@@ -19,6 +33,18 @@ class Stage(Section):
     min_lr: NonNegativeFloat = Field(0.0, description="where the cosine would be one step after the last")
     warmup_steps: NonNegativeInt = Field(0, description="n: steps k = 1 .. n have the rate lr k / n")
     schedule: Literal["cosine", "constant"] = "cosine"
+    train: dict[str, Part] = Field(
+        default_factory=dict,
+        description="gate, heads, a specialist's name, or specialists for all that are not named -> frozen, lora, "
+        "full, or {mode: lora, lr: 1e-4, ..}; default: stage 1 trains the gate, stage 2 everything in full",
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _mode_alone(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"mode": part} if isinstance(part, str) else part for name, part in value.items()}
 
     def check_schedule(self, name: str) -> None:
         """Refuse a schedule that cannot be followed; no concern of one who reads what a run was, so not of validation.

@@ -16,6 +16,8 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from ultrafuser_mega.config import GATE, HEADS
+from ultrafuser_mega.config.stages import Mode
 from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
@@ -34,6 +36,9 @@ class FusedStage(MegatronModule):
         fusion: heads and gate; None before the last stage.
         exchange: of hidden states over the fusion group; None before the last stage.
         phases: of this rank; each specialist's forward is one.
+
+    Attributes:
+        trained: of this rank's specialists those that have a backward; at first all.
     """
 
     def __init__(
@@ -52,12 +57,18 @@ class FusedStage(MegatronModule):
         self.fusion = fusion
         self.exchange = exchange
         self.phases = phases
+        self.trained = frozenset(stages)
         self._received: Tensor | None = None
 
     @property
     def stages(self) -> dict[str, SpecialistStage]:
         """Name -> this rank's stage of that specialist."""
         return cast(dict[str, SpecialistStage], dict(self.specialists.items()))
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether a step runs backward through one of this rank's stages."""
+        return bool(self.trained)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Called by Megatron's schedules with what the previous stage sent, or [None] on a first stage."""
@@ -78,7 +89,8 @@ class FusedStage(MegatronModule):
             self._hand_over(self._received, tokens)
         hidden = {}
         for name, stage in self.stages.items():
-            with self.phases(f"forward of {name}"):
+            grad = torch.is_grad_enabled() and name in self.trained
+            with self.phases(f"forward of {name}"), torch.set_grad_enabled(grad):
                 hidden[name] = stage(tokens[name])
         if self.fusion is not None:
             return {name: h.index_select(0, rows[name]) for name, h in hidden.items()}
@@ -138,6 +150,25 @@ def build_fused_stage(
         widths = {name: arch.hidden_size for name, arch in architectures.items()}
         exchange = HiddenExchange(groups.fusion, groups.megatron.tp, owners, widths, phases)
     return FusedStage(stages, fusion, exchange, phases)
+
+
+def train_parts(model: FusedStage, modes: Mapping[str, Mode]) -> None:
+    """Let these parts of this rank's share require gradients and have a backward, and no others; see ``config.parts``.
+
+    Args:
+        model: this rank's share.
+        modes: of gate, heads and every specialist, the same on every rank.
+    """
+    model.requires_grad_(False)
+    if model.fusion is not None:
+        model.fusion.gate.requires_grad_(modes[GATE] == "full")
+        model.fusion.heads.requires_grad_(modes[HEADS] == "full")
+    for name, stage in model.stages.items():
+        stage.requires_grad_(modes[name] == "full")
+    trained = frozenset(name for name, mode in modes.items() if name not in (GATE, HEADS) and mode != "frozen")
+    model.trained = trained & model.stages.keys()
+    if model.exchange is not None:
+        model.exchange.trained = trained
 
 
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path], groups: RankGroups) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, Progress, list_checkpoints, read_progress
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
-from ultrafuser_mega.config import ColocatedLayout, FuserConfig, Layout
+from ultrafuser_mega.config import GATE, ColocatedLayout, FuserConfig, Layout, check_parts
 from ultrafuser_mega.data.columns import check_columns
 from ultrafuser_mega.data.files import expand_files, find_format
 from ultrafuser_mega.data.store import TokenStore
@@ -111,6 +111,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     _check_words(config)
     for number, stage in config.stages.items():
         stage.check_schedule(f"stage{number}")
+    check_parts({1: config.stage1, 2: config.stage2}, config.optimizer, list(config.specialists))
     architectures = {name: read_architecture(folder) for name, folder in config.folders.items()}
     for name, arch in architectures.items():
         placement = layout.placements[name]
@@ -276,8 +277,13 @@ def _check_words(config: FuserConfig) -> None:
         if specialist.template not in TEMPLATE_NAMES:
             known = ", ".join(TEMPLATE_NAMES)
             raise InputError(f"specialists.{name}.template: {specialist.template!r} is not known; use one of {known}")
-    if config.loss.backend == "gate_only" and config.stage2.steps:
-        raise InputError("loss.backend: gate_only cannot train stage 2; use auto, which takes it in stage 1")
+    for number in config.stages:
+        beside = [name for name, part in config.parts(number).items() if part.trains and name != GATE]
+        if config.loss.backend == "gate_only" and beside:
+            raise InputError(
+                f"loss.backend: gate_only cannot train {beside[0]} in stage {number}; use auto, which takes "
+                "it where the gate trains alone"
+            )
 
 
 def _check_microbatches(config: FuserConfig) -> None:

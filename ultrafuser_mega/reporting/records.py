@@ -67,6 +67,7 @@ class StepRecord:
     imbalance: float = math.nan  # tokens of the busiest replica, in parts of the mean
     fill: float = math.nan  # tokens of the mean microbatch, in parts of microbatch_tokens
     gate_lr: float = math.nan  # the gate's rate, which may be another than ``lr``
+    part_lr: Mapping[str, float] = field(default_factory=dict)  # of other parts that have a rate of their own
     skipped: bool = False  # nothing was updated, since the loss or a gradient is not finite
     memory_bytes: float = math.nan  # held at the step's end, counted as peak_memory_bytes
     mfu: float = math.nan  # FLOPs that the model needs for the step, in parts of all GPUs' peak; nan: peak not known

@@ -9,7 +9,8 @@ each of them contributes 1/tp of them. Backward is its mirror image, one reduce-
 rank has a partial gradient (that of its own vocabulary rows), the sums go back to the owning ranks only,
 and those complete each other by an all-gather over their tensor-parallel group.
 
-Colocated specialists skip the forward: every rank of the fusion group already holds every row.
+Colocated specialists skip the forward: every rank of the fusion group already holds every row. Specialists that are
+frozen get no gradients back: nothing is computed or sent for them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class HiddenExchange:
         owners: specialist name -> global ranks of its last stage in tensor-parallel order.
         widths: specialist name -> hidden size d_j.
         phases: of this rank; both directions are of phase "exchange".
+
+    Attributes:
+        trained: specialists whose hidden states get gradients, the same on every rank; at first all.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class HiddenExchange:
         self.phases = phases or Phases()
         self.tensor_group = tensor_group
         self.names = list(owners)
+        self.trained = frozenset(owners)
         self.widths = dict(widths)
         self.index = group.rank()
         self.pieces: list[list[_Piece]] = [
@@ -92,8 +97,11 @@ class HiddenExchange:
         if len(self.pieces) == 1:
             return {name: local[name] for name in self.names}
         with self.phases("exchange"):
-            gathered = _Exchange.apply(self, *(local[name] for name in self.local))
-        return dict(zip(self.names, gathered, strict=True))
+            # Of a rank whose own specialists are frozen the backward meets the others' all the same.
+            anchor = local[self.local[0]].new_zeros(()).requires_grad_(bool(self.trained))
+            gathered = _Exchange.apply(self, anchor, *(local[name] for name in self.local))
+        by_name = dict(zip(self.names, gathered, strict=True))
+        return {name: states if name in self.trained else states.detach() for name, states in by_name.items()}
 
     def _slot_numel(self, n: int) -> int:
         return max(sum(piece.numel(n) for piece in pieces) for pieces in self.pieces)
@@ -125,18 +133,28 @@ class HiddenExchange:
             result[piece.name][piece.rows(n)] = part
         return [result[name] for name in self.names]
 
-    def reduce_to_owners(self, partial: Sequence[Tensor]) -> list[Tensor]:
-        """Backward: sum of all ranks' partial gradients (N, d_j), for this rank's own specialist(s) only."""
+    def reduce_to_owners(self, partial: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Backward: sum of all ranks' partial gradients (N, d_j), for this rank's own specialist(s) only.
+
+        None stands for, and is given to, specialists that are not trained.
+        """
         by_name = dict(zip(self.names, partial, strict=True))
-        n = partial[0].shape[0]
-        slots = partial[0].new_zeros((len(self.pieces), self._slot_numel(n)), dtype=torch.float32)
+        first = next(part for part in partial if part is not None)
+        n = first.shape[0]
+        slots = first.new_zeros((len(self.pieces), self._slot_numel(n)), dtype=torch.float32)
         for piece, part in self._walk(slots, n):
-            part.copy_(by_name[piece.name][piece.rows(n)])
+            if (own := by_name[piece.name]) is not None:
+                part.copy_(own[piece.rows(n)])
         mine = slots.new_empty(slots.shape[1])
         dist.reduce_scatter_tensor(mine, slots.view(-1), group=self.group)
-        complete, offset = [], 0
+        complete: list[Tensor | None] = []
+        offset = 0
         for piece in self.pieces[self.index]:
-            share = mine[offset : offset + piece.numel(n)].to(partial[0].dtype)
+            if by_name[piece.name] is None:
+                complete.append(None)
+                offset += piece.numel(n)
+                continue
+            share = mine[offset : offset + piece.numel(n)].to(first.dtype)
             whole = share.new_empty(piece.shares * share.numel())
             dist.all_gather_into_tensor(whole, share, group=self.tensor_group)
             complete.append(whole.view(-1, piece.width)[:n])
@@ -146,17 +164,18 @@ class HiddenExchange:
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: HiddenExchange, *local: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, exchange: HiddenExchange, anchor: Tensor, *local: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
+        ctx.set_materialize_grads(False)
         by_name = dict(zip(exchange.local, local, strict=True))
         if exchange.everyone_has_all:
             return tuple(by_name[name].view_as(by_name[name]) for name in exchange.names)
         return tuple(exchange.gather(by_name))
 
     @staticmethod
-    def backward(ctx: Any, *partial: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *partial: Tensor | None) -> tuple[Tensor | None, ...]:
         with ctx.exchange.phases("exchange"):
-            return (None, *ctx.exchange.reduce_to_owners(partial))
+            return (None, None, *ctx.exchange.reduce_to_owners(partial))
 
 
 class SumForward(torch.autograd.Function):

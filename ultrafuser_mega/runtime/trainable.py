@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,10 +22,38 @@ from ultrafuser_mega.runtime.weight_gather import WeightGather
 
 
 class Rates(NamedTuple):
-    """Learning rates of a step: of everything, and the gate's, which may be another."""
+    """Learning rates of a step: the stage's, the gate's (nan: it is frozen), and other parts' that are their own."""
 
     lr: float
     gate_lr: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The rates of a stage: its own, and those of parts that have others.
+
+    stage: of everything else, with ``probe``, a parameter group without parameters that tells its rate.
+    parts: name -> the same of a part, of those that are trained and have rates of their own.
+    gate: whose rate is the gate's: "" for the stage's own, a part's name; None where it is frozen.
+    """
+
+    stage: tuple[OptimizerParamScheduler, Mapping[str, float]]
+    parts: Mapping[str, tuple[OptimizerParamScheduler, Mapping[str, float]]] = field(default_factory=dict)
+    gate: str | None = ""
+
+    def step(self, steps: int) -> None:
+        """Go on by so many steps."""
+        for schedule, _ in (self.stage, *self.parts.values()):
+            schedule.step(steps)
+
+    @property
+    def rates(self) -> Rates:
+        """Of the step that comes."""
+        own = {name: float(probe["lr"]) for name, (_, probe) in self.parts.items()}
+        lr = float(self.stage[1]["lr"])
+        gate = math.nan if self.gate is None else own.get(self.gate, lr)
+        return Rates(lr, gate, {name: rate for name, rate in own.items() if name != self.gate})
 
 
 @dataclass(frozen=True)
@@ -37,7 +67,7 @@ class Trainable:
 
     wrapped: DistributedDataParallel
     optimizer: ChainedOptimizer
-    schedule: OptimizerParamScheduler
+    schedule: Schedules
     clip_grad: float
     device: torch.device
     phases: Phases
@@ -83,7 +113,7 @@ class Trainable:
     @torch.no_grad()
     def update(self, *, skip: bool) -> Rates:
         """Take the step with the clipped gradients, or ``skip`` it: the schedule goes on; returns the step's rates."""
-        rates = self._rates()
+        rates = self.schedule.rates
         if not skip:
             with megatron_scope(self.device):
                 self.optimizer.step_with_ready_grads()
@@ -91,12 +121,6 @@ class Trainable:
                     self.gather.start()
         self.schedule.step(1)
         return rates
-
-    def _rates(self) -> Rates:
-        # Every rank has all groups, those without parameters of its own too; only a gate's rate is not the default.
-        found = {group["default_config"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        lr = found.get(True, 0.0)
-        return Rates(lr, found.get(False, lr))
 
     def settle(self) -> None:
         """Until this rank's weights are all as the last update left them, for who reads them without a forward."""

@@ -115,6 +115,7 @@ class Measures:
             class_loss={name: row["loss"] for name, row in means.items()},
             lr=rates.lr,
             gate_lr=rates.gate_lr,
+            part_lr=rates.parts,
             grad_norm=measured.grad_norm,
             tokens=batch.response_tokens,
             tokens_per_s=batch.response_tokens / seconds,

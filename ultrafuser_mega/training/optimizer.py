@@ -6,8 +6,9 @@ The rate of step k = 1 .. S of a stage, with a warm-up of n steps and m = max(n,
     k >= m, cosine      min_lr + (lr - min_lr) (1 + cos(pi (k - m) / (S - m + 1))) / 2
     k >= m, constant    lr
 
-Step m has lr; the cosine would reach min_lr at step S + 1, so that no step is spent on a rate of zero. A gate with a
-rate of its own, gate_lr, has gate_lr / lr times all that.
+Step m has lr; the cosine would reach min_lr at step S + 1, so that no step is spent on a rate of zero. A part of the
+model (gate, heads, a specialist) may have all of it otherwise: its parameters then are groups of their own, with a
+schedule of their own.
 
 The optimizer is AdamW. Weight decay takes matrices: those of linear layers, the embeddings, the output heads, and both
 layers of the gate (its second, ``w2``, is a 1 x m matrix that is kept as a vector). Biases and norms do not decay.
@@ -17,7 +18,9 @@ fused AdamW does the update, on CPUs as on GPUs: one kernel without temporaries.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,18 +35,18 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from ultrafuser_mega.config import GATE, HEADS, Stage, TrainedPart
 from ultrafuser_mega.config import Optimizer as OptimizerOptions
-from ultrafuser_mega.config import Stage
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import sum_shared_gradients
-from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.runtime.trainable import Schedules, Trainable
 from ultrafuser_mega.runtime.weight_gather import WeightGather
 
 #: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
 NOT_DECAYED = ("*.bias", "*.b1", "*layernorm.weight")
-#: Names of the gate's parameters where everything trains.
-GATE = "*fusion.gate.*"
+#: Key of a parameter group that a part has for itself.
+_PART = "part"
 #: Parameters whose gradients are summed together where that overlaps with the backward; None: Megatron's number.
 BUCKET_PARAMETERS: int | None = None
 
@@ -58,7 +61,7 @@ def make_trainable(
     distributed_optimizer: bool,
     overlap: bool,
     device: torch.device,
-    gate_lr: float | None = None,
+    parts: Iterable[TrainedPart] = (),
     phases: Phases | None = None,
 ) -> Trainable:
     """Wrap ``module`` for training its parameters that require gradients.
@@ -73,11 +76,12 @@ def make_trainable(
         overlap: sum gradients over ``groups.dp`` bucket by bucket, while the last microbatch's backward goes on; every
             parameter must get one then, through Megatron's schedule. With ``distributed_optimizer`` weights are
             gathered under the next forward.
-        gate_lr: the gate's highest rate; None: that of everything else.
+        parts: of the model, those that may have rates or a weight decay of their own.
         phases: of this rank.
     """
     phases = phases or Phases()
     overlap = overlap and groups.dp.size() > 1
+    parts, usual = list(parts), _settings(stage, options.weight_decay)
     _fresh_parameters(module)
     with megatron_scope(device):
         ddp_config = DistributedDataParallelConfig(
@@ -105,8 +109,9 @@ def make_trainable(
             overlap_param_gather=ddp_config.overlap_param_gather,
         )
         overrides: dict[ParamKey, Any] = {ParamKey(name=NOT_DECAYED): {"wd_mult": 0.0}}
-        if gate_lr is not None:
-            overrides[ParamKey(name=GATE)] = {"max_lr": gate_lr, "min_lr": stage.min_lr * gate_lr / stage.lr}
+        own = [part for part in parts if part.trains and _settings(part.rates, part.weight_decay) != usual]
+        for part in own:
+            overrides[ParamKey(name=names_of(part.name))] = {_PART: part.name}
         optimizer = get_megatron_optimizer(
             optimizer_config,
             [wrapped],
@@ -118,9 +123,36 @@ def make_trainable(
             if isinstance(part.optimizer, torch.optim.AdamW):  # not apex's or Transformer Engine's, which are fused
                 for group in part.optimizer.param_groups:
                     group.update(fused=True, foreach=False)
-    schedule = make_schedule(optimizer, stage, options.weight_decay)
+    schedules = Schedules(
+        _of_groups(optimizer, None, stage, options.weight_decay),
+        {part.name: _of_groups(optimizer, part.name, part.rates, part.weight_decay) for part in own},
+        next((part.name if part in own else "" for part in parts if part.name == GATE and part.trains), None)
+        if parts
+        else "",
+    )
     gather = WeightGather(wrapped, phases) if ddp_config.overlap_param_gather else None
-    return Trainable(wrapped, optimizer, schedule, options.clip_grad, device, phases, gather)
+    return Trainable(wrapped, optimizer, schedules, options.clip_grad, device, phases, gather)
+
+
+def names_of(part: str) -> str:
+    """The pattern of a part's parameters' names in the whole model."""
+    return {GATE: "*fusion.gate.*", HEADS: "*fusion.heads.*"}.get(part, f"*specialists.{part}.*")
+
+
+def _settings(rates: Stage, weight_decay: float) -> tuple[Any, ...]:
+    """Where these are equal, groups have the same rates and decay."""
+    return rates.lr, rates.min_lr, rates.warmup_steps, rates.schedule, weight_decay
+
+
+def _of_groups(
+    optimizer: MegatronOptimizer, part: str | None, rates: Stage, weight_decay: float
+) -> tuple[OptimizerParamScheduler, dict[str, float]]:
+    """The schedule of a part's groups, or of those that are no part's, and a group that tells its rate."""
+    probe: dict[str, float] = {}
+    groups = [group for group in optimizer.param_groups if group.get(_PART) == part]
+    for group in groups:
+        group |= {"max_lr": rates.lr, "min_lr": rates.min_lr}
+    return make_schedule(SimpleNamespace(param_groups=[*groups, probe]), rates, weight_decay), probe
 
 
 def _finalize_gradients(

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.saver import Saver
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
-from ultrafuser_mega.config import Stage
+from ultrafuser_mega.config import GATE, Stage, in_words
 from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.steps_ahead import StepsAhead
@@ -28,7 +28,7 @@ from ultrafuser_mega.data.store_watch import StoreWatch
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.dtypes import DTYPES
-from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
+from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights, train_parts
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
@@ -46,8 +46,6 @@ from ultrafuser_mega.training.profiling import StepProfiler
 from ultrafuser_mega.training.skipping import RollBack, Skips, write_down
 from ultrafuser_mega.training.stopping import Stop, Stopping
 from ultrafuser_mega.training.totals import ClassTotals, gate_column
-
-STAGE_TITLES = {1: "gate only", 2: "everything"}
 
 
 class Trainer:
@@ -149,7 +147,7 @@ class Trainer:
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
-        report.begin_stage(number, STAGE_TITLES[number], first + 1, stage.steps)
+        report.begin_stage(number, in_words(config.parts(number)), first + 1, stage.steps)
         if done == stage.steps:
             return None
         judge, owed, told = Judge(self._measured_loss(batches)), False, False
@@ -224,24 +222,23 @@ class Trainer:
         return TrainingBatches(self.store, samples, config.seed + number, self.shard, config.data.sampling)
 
     def make_trainable(self, number: int) -> Trainable:
-        """What the stage trains: in stage 1 the gate on last stages and nothing elsewhere, in stage 2 everything."""
+        """What the stage trains of this rank's share: by default in stage 1 the gate, in stage 2 everything."""
         gc.collect()  # the last stage's optimizer and gradient buffers, which hold each other
         config = self.plan.config
-        self.model.requires_grad_(number == 2)
-        module: nn.Module = self.model
-        if number == 1:
-            module = self.model.fusion.gate if self.model.fusion is not None else nn.Module()
-            module.requires_grad_(True)
+        parts = config.parts(number)
+        train_parts(self.model, {name: part.mode for name, part in parts.items()})
+        trains = any(parameter.requires_grad for parameter in self.model.parameters())
+        beside_gate = any(part.trains for name, part in parts.items() if name != GATE)
         return make_trainable(
-            module,
+            self.model,
             self.model.config,
             self.groups.megatron,
             self.stage(number),
             config.optimizer,
-            distributed_optimizer=config.parallel.distributed_optimizer and number == 2,
-            overlap=number == 2,
+            distributed_optimizer=config.parallel.distributed_optimizer and beside_gate and trains,
+            overlap=self.model.has_backward,
             device=self.device,
-            gate_lr=config.stage2.gate_lr if number == 2 else None,
+            parts=parts.values(),
             phases=self.phases,
         )
 
@@ -269,18 +266,18 @@ class Trainer:
                 with self.phases("loss"):
                     loss, rows, weights = fusion.loss(everyone, microbatch.targets)
                     loss = loss / terms
-            if number == 1:
+            if not self.model.has_backward:
                 with self.phases("backward"):
                     loss.backward()
             totals.add(microbatch.row_class, torch.cat([rows[:, None].to(weights.dtype), weights], dim=1))
             return loss
 
         trainable.zero_grad()
-        if number == 1:
+        if self.model.has_backward:
+            self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
+        else:  # of no specialist that this rank has a stage of: the loss sees to gate and heads
             self.engine.forward(batch.microbatches, loss_of)
             trainable.reduce_gradients()
-        else:
-            self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
         with self.phases("optimizer"):
             norm = trainable.clip_gradients()
         own = self.measures.own(norm, data_seconds, self.stopping.wanted)

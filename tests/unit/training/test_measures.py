@@ -90,7 +90,7 @@ def test_only_a_gpu_whose_products_are_known_has_a_peak(name: str, dtype: str, p
 
 def record_of(peak: float | None) -> StepRecord:
     none = Measured(1.0, 0.0, 1, 1, 0.0, {})
-    totals, rates = Totals({}, {}, np.zeros(0)), Rates(1.0, 1.0)
+    totals, rates = Totals({}, {}, np.zeros(0)), Rates(1.0, 1.0, {})
     return Measures(plan_13b(DISJOINT), CPU, Phases(), peak).record(
         none, totals, BATCH, stage=2, step=1, loss=1.0, rates=rates, seconds=2.0, skipped=False
     )
