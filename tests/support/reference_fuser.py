@@ -18,15 +18,20 @@ from ultrafuser_mega.data.store import TokenStore
 
 
 class ReferenceLlama:
-    """A Hugging Face Llama folder as float64 leaves; calling it gives hidden states after the final norm."""
+    """A Hugging Face Llama folder as float64 leaves; calling it gives hidden states after the final norm.
+
+    ``adapters``: name of a weight -> A and B, of which scale B A is added to it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
         self.weights = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
+        self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
+        self.scale = 1.0
 
     def __call__(self, ids: Tensor) -> Tensor:  # (s,) -> (s, d)
-        c, w = self.config, self.weights
+        c, w = self.config, self.weights | {n: self.merged(n) for n in self.adapters}
         heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
         x = w["model.embed_tokens.weight"][ids]
         e = x.shape[1] // heads
@@ -50,6 +55,11 @@ class ReferenceLlama:
             gate, up = y @ w[p + "mlp.gate_proj.weight"].T, y @ w[p + "mlp.up_proj.weight"].T
             x = x + (gate * gate.sigmoid() * up) @ w[p + "mlp.down_proj.weight"].T
         return self._norm(x, "model.norm.weight")
+
+    def merged(self, name: str) -> Tensor:
+        """A weight with its adapters' product added."""
+        a, b = self.adapters[name]
+        return self.weights[name] + self.scale * b @ a
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt() * self.weights[name]

@@ -26,8 +26,13 @@ class ReferenceAdamW:
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
 
-    def step(self, rate: float, gate_rate: float) -> float:
-        """Clip by the norm of all gradients, decay, update; returns the norm before clipping."""
+    def step(self, rate_of: Callable[[str], float], decay_of: Callable[[str], float] | None = None) -> float:
+        """Clip by the norm of all gradients, decay, update; returns the norm before clipping.
+
+        Args:
+            rate_of: a weight's name -> its rate.
+            decay_of: the same of its decay, if it is a matrix; default: ``weight_decay``.
+        """
         o = self.options
         gradients = {name: w.grad if w.grad is not None else torch.zeros_like(w) for name, w in self.weights.items()}
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
@@ -38,8 +43,8 @@ class ReferenceAdamW:
             m = self.first[name] = o["beta1"] * self.first.get(name, 0.0) + (1 - o["beta1"]) * g
             v = self.second[name] = o["beta2"] * self.second.get(name, 0.0) + (1 - o["beta2"]) * g * g
             m, v = m / (1 - o["beta1"] ** self.steps), v / (1 - o["beta2"] ** self.steps)
-            decay = o["weight_decay"] if is_matrix(name) else 0.0
-            weight.data -= (gate_rate if name in GATE else rate) * (m / (v.sqrt() + o["eps"]) + decay * weight.data)
+            decay = (decay_of(name) if decay_of else o["weight_decay"]) if is_matrix(name) else 0.0
+            weight.data -= rate_of(name) * (m / (v.sqrt() + o["eps"]) + decay * weight.data)
             weight.grad = None
         return norm
 
@@ -72,5 +77,6 @@ def reference_stage(
         loss.backward()
         lr = rate(stage, k)
         gate_lr = lr * stage.get("gate_lr", stage["lr"]) / stage["lr"]
-        records.append({"loss": loss.item(), "lr": lr, "gate_lr": gate_lr, "grad_norm": adam.step(lr, gate_lr)})
+        norm = adam.step(lambda name, lr=lr, gate_lr=gate_lr: gate_lr if name in GATE else lr)  # type: ignore[misc]
+        records.append({"loss": loss.item(), "lr": lr, "gate_lr": gate_lr, "grad_norm": norm})
     return records

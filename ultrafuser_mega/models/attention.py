@@ -31,15 +31,19 @@ class SequenceInfo(PackedSeqParams):
     lengths   the k lengths
     starts    (k + 1,) int32
     cos, sin  (T, 1, 1, e / 2) in the dtype of the hidden states
+    dropout   seed of what adapters leave out of this row; None: nothing
     """
 
     lengths: tuple[int, ...] = ()
     starts: Tensor = field(default_factory=lambda: torch.empty(0))
     cos: Tensor = field(default_factory=lambda: torch.empty(0))
     sin: Tensor = field(default_factory=lambda: torch.empty(0))
+    dropout: int | None = None
 
     @classmethod
-    def of(cls, tokens: PackedTokens, frequencies: Tensor, dtype: torch.dtype) -> SequenceInfo:
+    def of(
+        cls, tokens: PackedTokens, frequencies: Tensor, dtype: torch.dtype, dropout: int | None = None
+    ) -> SequenceInfo:
         """Of ``tokens``, rotated by ``frequencies`` (e / 2,) in radians per position."""
         angles = (tokens.positions[:, None].float() * frequencies)[:, None, None]
         return cls(
@@ -48,6 +52,7 @@ class SequenceInfo(PackedSeqParams):
             starts=tokens.starts.to(torch.int32),
             cos=angles.cos().to(dtype),
             sin=angles.sin().to(dtype),
+            dropout=dropout,
         )
 
 

@@ -7,7 +7,10 @@ ranks: their hidden states flattened end to end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,7 +19,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from ultrafuser_mega.config import GATE, HEADS
+from ultrafuser_mega.config import GATE, HEADS, Lora
 from ultrafuser_mega.config.stages import Mode
 from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.fusion_head import FusionHead, LossOptions
@@ -58,6 +61,7 @@ class FusedStage(MegatronModule):
         self.exchange = exchange
         self.phases = phases
         self.trained = frozenset(stages)
+        self._dropout: Iterator[int] | None = None
         self._received: Tensor | None = None
 
     @property
@@ -69,6 +73,15 @@ class FusedStage(MegatronModule):
     def has_backward(self) -> bool:
         """Whether a step runs backward through one of this rank's stages."""
         return bool(self.trained)
+
+    @contextlib.contextmanager
+    def dropping(self, seed: str) -> Iterator[None]:
+        """Around the forwards of a step, whose adapters leave out some inputs, of every microbatch others."""
+        self._dropout = (zlib.crc32(f"{seed}/{microbatch}".encode()) for microbatch in itertools.count())
+        try:
+            yield
+        finally:
+            self._dropout = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Called by Megatron's schedules with what the previous stage sent, or [None] on a first stage."""
@@ -87,11 +100,12 @@ class FusedStage(MegatronModule):
         """
         if self._received is not None:
             self._hand_over(self._received, tokens)
+        dropout = next(self._dropout) if self._dropout is not None else None
         hidden = {}
         for name, stage in self.stages.items():
             grad = torch.is_grad_enabled() and name in self.trained
             with self.phases(f"forward of {name}"), torch.set_grad_enabled(grad):
-                hidden[name] = stage(tokens[name])
+                hidden[name] = stage(tokens[name], dropout)
         if self.fusion is not None:
             return {name: h.index_select(0, rows[name]) for name, h in hidden.items()}
         return torch.cat([h.reshape(-1) for h in hidden.values()]).view(-1, 1, 1)
@@ -124,9 +138,13 @@ def build_fused_stage(
     loss: LossOptions,
     seed: int,
     recompute_layers: int | Literal["all"] = 0,
+    adapters: Mapping[str, Lora] | None = None,
     phases: Phases | None = None,
 ) -> FusedStage:
-    """This rank's share of the fused model, on ``device``; its weights are not loaded yet."""
+    """This rank's share of the fused model, on ``device``; its weights are not loaded yet.
+
+    ``adapters``: of the specialists that have some.
+    """
     phases = phases or Phases()
     stages = {}
     for name in groups.local_specialists:
@@ -142,6 +160,8 @@ def build_fused_stage(
         )
         with torch.device(device), accumulated_weight_gradients(device):
             stages[name] = SpecialistStage(architectures[name], config, groups.megatron)
+            if adapters and name in adapters:
+                stages[name].adapt(adapters[name], name, seed)
     fusion = exchange = None
     if groups.fusion is not None:
         fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, device, seed, loss)
@@ -165,6 +185,8 @@ def train_parts(model: FusedStage, modes: Mapping[str, Mode]) -> None:
         model.fusion.heads.requires_grad_(modes[HEADS] == "full")
     for name, stage in model.stages.items():
         stage.requires_grad_(modes[name] == "full")
+        if stage.adapters is not None:
+            stage.adapters.requires_grad_(modes[name] == "lora")
     trained = frozenset(name for name, mode in modes.items() if name not in (GATE, HEADS) and mode != "frozen")
     model.trained = trained & model.stages.keys()
     if model.exchange is not None:

@@ -23,11 +23,13 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ultrafuser_mega.config import Lora
 from ultrafuser_mega.data.packing import PackedTokens
 from ultrafuser_mega.models.attention import SequenceInfo, rotary_frequencies
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
 from ultrafuser_mega.models.layers import RMSNorm, layer_spec
+from ultrafuser_mega.models.lora import Adapters
 from ultrafuser_mega.models.pipeline import stage_layers
 from ultrafuser_mega.models.shared_heads import head_by_head
 from ultrafuser_mega.runtime.shared_rows import SharedRows, mark_shared, shared_rows
@@ -96,9 +98,13 @@ class SpecialistStage(GPTModel):
         arch: sizes from the specialist's config.json.
         config: from :func:`transformer_config`.
         groups: process groups of this specialist on this rank.
+
+    Attributes:
+        adapters: beside the layers' linear maps; None: it has none.
     """
 
     frequencies: Tensor
+    adapters: Adapters | None
 
     def __init__(self, arch: Architecture, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         tp = groups.tp.size()
@@ -132,18 +138,44 @@ class SpecialistStage(GPTModel):
             for layer in self.decoder.layers:
                 for parameter in layer.self_attention.linear_qkv.parameters():
                     mark_shared(parameter, SharedRows(arch.heads // tp * arch.head_dim, copies))
+        self.adapters = None
 
-    def forward(self, tokens: PackedTokens) -> Tensor:
+    def adapt(self, lora: Lora, name: str, seed: int) -> None:
+        """Give every layer adapters, which change nothing yet.
+
+        Args:
+            lora: which, and of what rank.
+            name: of the specialist.
+            seed: of the run, from which and the name their first numbers come.
+        """
+        weight = next(self.decoder.layers.parameters())
+        self.adapters = Adapters(
+            list(self.decoder.layers),
+            self.arch,
+            lora,
+            self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+            dtype=weight.dtype,
+            device=weight.device,
+            seed=seed,
+            name=name,
+        )
+
+    def forward(self, tokens: PackedTokens, dropout: int | None = None) -> Tensor:
         """What leaves this stage: (T, d), or (T / tp, d) under sequence parallelism between stages.
 
         On the last stage after the final norm and over the whole row.
+
+        Args:
+            tokens: of a microbatch.
+            dropout: seed of what its adapters leave out; None: nothing.
         """
-        info = SequenceInfo.of(tokens, self.frequencies, self.config.params_dtype)
-        hidden = self.decoder(
-            hidden_states=self.embedding(tokens.ids, position_ids=None).squeeze(1) if self.pre_process else None,
-            attention_mask=None,
-            packed_seq_params=info,
-        )
+        info = SequenceInfo.of(tokens, self.frequencies, self.config.params_dtype, dropout)
+        embedded = self.embedding(tokens.ids, position_ids=None).squeeze(1) if self.pre_process else None
+        if embedded is not None and self.config.recompute_granularity and torch.is_grad_enabled():
+            # A layer that is computed anew has a backward only if its input has: of a frozen embedding none would.
+            embedded.requires_grad_()
+        hidden = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=info)
         if self.is_last and self.config.sequence_parallel:
             # What follows treats all ranks alike, so the gradient is already complete on each: split, not reduce.
             hidden = gather_from_sequence_parallel_region(
@@ -154,8 +186,13 @@ class SpecialistStage(GPTModel):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, with every head in its place of the whole and shared ones once, whatever tp is."""
         state = super().sharded_state_dict(*args, **kwargs)
+        if self.adapters is not None:
+            prefix, replica = f"{kwargs['prefix']}adapters.", kwargs["metadata"]["dp_cp_group"].rank()
+            state = {key: shard for key, shard in state.items() if not key.startswith(prefix)}
+            state |= self.adapters.described(prefix, self.arch.layers, replica)
         for key, shard in state.items():
-            if isinstance(shard, ShardedTensor) and shared_rows(shard.data) is not None:
+            # Adapters are cut by heads already.
+            if isinstance(shard, ShardedTensor) and shared_rows(shard.data) is not None and ".adapters." not in key:
                 state[key] = head_by_head(shard, self.arch, self.pg_collection.tp)
         return state
 

@@ -56,10 +56,15 @@ class RunPlan:
     @property
     def identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to fit this model."""
+        adapters = {
+            name: {"rank": lora.rank, "scale": lora.scale, "targets": ", ".join(lora.targets)}
+            for name, lora in self.config.adapters.items()
+        }
         return {
             "vocab_size": self.vocab_size,
             "gate_units": self.gate_units,
             "specialists": {name: asdict(arch) for name, arch in self.architectures.items()},
+            **({"adapters": adapters} if adapters else {}),
         }
 
 

@@ -274,7 +274,8 @@ class Trainer:
 
         trainable.zero_grad()
         if self.model.has_backward:
-            self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
+            with self.model.dropping(f"{config.seed}/{number}/{step}/{self.groups.replica_index}"):
+                self.engine.train(trainable.wrapped, batch.microbatches, loss_of)
         else:  # of no specialist that this rank has a stage of: the loss sees to gate and heads
             self.engine.forward(batch.microbatches, loss_of)
             trainable.reduce_gradients()
@@ -371,6 +372,7 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases:
             loss=LossOptions(config.loss.backend, config.loss.label_smoothing, config.loss.z_loss),
             seed=config.seed,
             recompute_layers=config.parallel.recompute_layers,
+            adapters=config.adapters,
             phases=phases,
         )
 
