@@ -1,4 +1,4 @@
-"""Runs that train parts of the model in their own ways, adapters among them, in every layout, against a float64 program.
+"""Runs that train parts of the model in their own ways, adapters among them, in any layout, against a float64 program.
 
 Every step's loss and gradient norm; adapters, heads and gate at the end; and that what is frozen is as it was.
 """

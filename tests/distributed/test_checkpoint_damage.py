@@ -14,7 +14,8 @@ from support.command import ultrafuser
 from support.launched import launch
 from support.trio import CPU, DISJOINT_3, ONE, config_tree, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.launch.rank import train_main
 from ultrafuser_mega.planning.preflight import preflight

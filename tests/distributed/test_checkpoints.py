@@ -25,9 +25,10 @@ from support.trio import (
 )
 
 from ultrafuser_mega.checkpoint import checkpoint
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.checkpoint.chunks import Chunk
 from ultrafuser_mega.checkpoint.integrity import FileRecords
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight

@@ -10,7 +10,8 @@ import yaml
 from support.launched import RANKS, launch
 from support.trio import COLOCATED_TP2, config_tree, draw_nothing, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.launch.rank import train_main
 
 pytestmark = pytest.mark.timeout(240)

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from support.trio import COLOCATED_TP2, COLOCATED_TP2_PP2, CPU, DISJOINT_8, DISJOINT_UNEVEN, ONE, config_tree
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, write_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import load_checkpoint, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.batches import TrainingBatches

@@ -13,7 +13,7 @@ import yaml
 from support.launched import launch
 from support.trio import DISJOINT_3, ONE, config_tree, read_steps, train
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ultrafuser_mega.checkpoint import saver
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, write_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write, described
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.models.fused import load_hf_weights

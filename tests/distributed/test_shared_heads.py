@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from support.families import write_family
 from support.trio import COLOCATED_TP4, CPU, ONE, config_tree, read_steps, train, write_trio
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, write_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import Chunk, chunks_to_write
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.export import export

@@ -10,7 +10,8 @@ import torch
 from support.trio import CPU, DISJOINT_8, ONE, config_tree, read_steps, train
 from torch.distributed.checkpoint import FileSystemReader
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.run_report import RunReport

@@ -15,8 +15,9 @@ from support.launched import launch
 from support.trio import COLOCATED_TP2, CPU, DISJOINT_3, ONE, config_tree
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint, write_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import load_checkpoint, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.models.fused import FusedStage, load_hf_weights, load_weights
 from ultrafuser_mega.models.hf_folder import HFWeights

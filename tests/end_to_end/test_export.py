@@ -16,7 +16,8 @@ from support.families import write_family
 from support.fresh_process import run_without_this_package
 from support.trio import CPU, DISJOINT_8, ONE, PIECES, config_tree, train
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.planning.preflight import preflight

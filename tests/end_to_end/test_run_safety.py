@@ -20,7 +20,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from support.trio import CPU, ONE, config_tree, draw_nothing
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig, load_config
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.errors import DivergedError, InputError

@@ -30,8 +30,8 @@ from bench_mixture_ce import commit, cpu_model
 from scripting import Parser, positive, result_file, write_json
 from trio_13b import plan_13b
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.checkpoint.chunks import Chunk, chunks_to_write
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.saver import Saver
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.data.batches import TrainingBatches

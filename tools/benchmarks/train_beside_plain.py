@@ -262,7 +262,7 @@ Done = Callable[[int, Watch], None]
 
 
 def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) -> None:
-    from ultrafuser_mega.checkpoint.checkpoint import Progress
+    from ultrafuser_mega.checkpoint.progress import Progress
     from ultrafuser_mega.config import load_config
     from ultrafuser_mega.planning.preflight import preflight
     from ultrafuser_mega.reporting.run_report import RunReport

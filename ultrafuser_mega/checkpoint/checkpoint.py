@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ from ultrafuser_mega.checkpoint.integrity import (
     damage_of_here,
     record_files,
 )
+from ultrafuser_mega.checkpoint.left_out import weights_beside
 from ultrafuser_mega.checkpoint.optimizer_state import create_moments
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.checkpoint.writer import write_chunks
 from ultrafuser_mega.errors import InputError, writing
-from ultrafuser_mega.models.fused import FusedStage
+from ultrafuser_mega.models.fused import FusedStage, load_hf_weights
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.trainable import Trainable
@@ -65,25 +67,6 @@ class DamagedCheckpointError(InputError):
         return type(self), (self.problem, self.path)
 
 
-@dataclass(frozen=True, order=True)
-class Progress:
-    """How far a run is: ``step`` steps of ``stage`` are done, ``skipped`` of which updated nothing."""
-
-    stage: int
-    step: int
-    skipped: int = field(default=0, compare=False)
-
-    @property
-    def folder(self) -> str:
-        """Name of the checkpoint folder."""
-        return f"stage{self.stage}-step{self.step:07d}"
-
-    @property
-    def trained(self) -> bool:
-        """Whether specialists have been trained: stage 1 leaves them as they came."""
-        return self.stage == 2 and self.step > 0
-
-
 def list_checkpoints(folder: Path) -> list[tuple[Progress, Path]]:
     """Complete checkpoints in ``folder``, oldest first."""
     if not folder.is_dir():
@@ -95,18 +78,21 @@ def list_checkpoints(folder: Path) -> list[tuple[Progress, Path]]:
     return sorted(found)
 
 
-def read_progress(path: Path, identity: Mapping[str, Any]) -> Progress:
+def read_progress(path: Path, identity: Mapping[str, Any], *, adapters_begin: bool = False) -> Progress:
     """Where the checkpoint at ``path`` stands.
 
     Args:
         path: a checkpoint folder.
         identity: description of the model that is to be loaded, as given to :func:`write_checkpoint`.
+        adapters_begin: the model's adapters may be new beside a checkpoint that has none.
 
     Raises:
         InputError: not a complete checkpoint, one of another model (names the first difference), or renamed.
     """
     record = _read_record(path)
     saved, wanted = flat(record["identity"]), flat(json.loads(json.dumps(identity)))
+    if adapters_begin and "adapters" not in record["identity"]:
+        wanted = {key: value for key, value in wanted.items() if not key.startswith("adapters.")}
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key):
             raise InputError(
@@ -272,7 +258,8 @@ def load_checkpoint(
 ) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
-    The first replica reads the model, and the others receive it. What an optimizer holds, its own rank reads.
+    The first replica reads the model, and the others receive it. What an optimizer holds, its own rank reads. What a
+    small checkpoint leaves out comes from the specialists' folders; adapters that it does not have stay as they are.
 
     Args:
         path: a checkpoint folder.
@@ -284,12 +271,14 @@ def load_checkpoint(
         verified: :func:`verify_checkpoint` has found it whole; nothing but what is needed is read then.
 
     Raises:
-        InputError: a tensor is missing, damaged or of another shape.
+        InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
+    if folders := weights_beside(path, names_of(model)):
+        load_hf_weights(model, folders, groups)
     tensors = CheckpointTensors(path, verified=verified and noted_bytes(path) > 0)  # the first versions noted nothing
     with torch.no_grad():
         if groups.reads:
-            _fill(weights_to_read(model, groups), tensors)
+            _fill(weights_to_read(model, groups), tensors, beside=bool(folders))
         groups.receive(tensor for tensor, _ in parameter_parts(model, groups))
         if trainable is None:
             return
@@ -303,13 +292,23 @@ def load_checkpoint(
 
 def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
     """Read the weights but for the gate's into a model of some of the checkpoint's specialists."""
+    if folders := weights_beside(path, names_of(model)):
+        load_hf_weights(model, folders, groups)
     with torch.no_grad():
         chunks = [chunk for chunk in weights_to_read(model, groups) if not chunk.key.startswith("gate.")]
-        _fill(chunks, CheckpointTensors(path))
+        _fill(chunks, CheckpointTensors(path), beside=bool(folders))
 
 
-def _fill(chunks: Iterable[Chunk], tensors: CheckpointTensors) -> None:
+def names_of(model: FusedStage) -> list[str]:
+    """Specialists of which this rank holds anything."""
+    return list(model.stages if model.fusion is None else model.fusion.architectures)
+
+
+def _fill(chunks: Iterable[Chunk], tensors: CheckpointTensors, *, beside: bool = False) -> None:
+    """Read ``chunks``; with ``beside`` those that the checkpoint has, and adapters always only where it has some."""
     for chunk in chunks:
+        if chunk.key not in tensors and (beside or ".adapters." in chunk.key):
+            continue
         saved = tensors.shape(chunk.key)
         if saved[1:] != chunk.shape[1:] or (saved != chunk.shape and not chunk.padded):
             raise InputError(

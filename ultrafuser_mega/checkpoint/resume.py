@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, Progress, flat
+from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, flat
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import CONFIG, DATA
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.store import SPLITS, TokenStore, digest

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ultrafuser_mega.checkpoint.left_out import LEFT_OUT
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
-from ultrafuser_mega.config import FuserConfig, dump_config
+from ultrafuser_mega.config import HEADS, FuserConfig, dump_config, load_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import TensorFolder
 
@@ -122,14 +124,14 @@ class SourceFiles:
     files: Mapping[str, bytes]
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: Path, config: FuserConfig, *, trained: bool | None) -> SourceFiles:
+    def of_checkpoint(cls, checkpoint: Path, config: FuserConfig, *, trained: Collection[str] | None) -> SourceFiles:
         """What the checkpoints keep of a run under ``config`` that takes its weights from ``checkpoint``.
 
         Args:
             checkpoint: a complete one of the same specialists.
             config: of the run.
-            trained: for a run that begins with it: whether it was trained; its tensors then come in the element types
-                that they have in it. None for the run that wrote it, which goes on.
+            trained: for a run that begins with it: its specialists that were trained; their tensors come in the element
+                types that they have in it. None for the run that wrote it, which goes on.
 
         Raises:
             InputError: the checkpoint keeps no sources, or cannot be read.
@@ -138,9 +140,13 @@ class SourceFiles:
         sources: dict[str, Source] = {}
         for name, source in read_sources(checkpoint).items():
             files |= {f"{SOURCES}/{name}/{at}": content for at, content in beside_weights(source.folder).items()}
-            dtypes = source.dtypes if trained is None else held_types(checkpoint, source, trained=trained)
+            dtypes = source.dtypes if trained is None else held_types(checkpoint, source, trained=name in trained)
             sources[name] = Source(source.folder, source.origin, config.specialists[name].template, dtypes)
         return cls(files | write_record(sources, config))
+
+    def with_left_out(self, record: bytes) -> SourceFiles:
+        """The same together with what the run's checkpoints leave out (left_out.py)."""
+        return SourceFiles({**self.files, LEFT_OUT: record})
 
     def with_data(self, record: Mapping[str, Any]) -> SourceFiles:
         """The same together with what the run says of its data (resume.py)."""
@@ -205,7 +211,25 @@ def held_type(came: torch.dtype, stored: torch.dtype, *, trained: bool) -> torch
     return stored if trained or torch.promote_types(came, stored) != stored else came
 
 
+def stored_type(tensors: CheckpointTensors) -> torch.dtype:
+    """The element type of all of a checkpoint's weights, which is the gate's: small checkpoints have no others."""
+    return tensors.dtype("gate.b1")
+
+
+def trained_specialists(checkpoint: Path, progress: Progress) -> frozenset[str]:
+    """Those whose own weights, head or adapters the run that wrote ``checkpoint`` has trained by then."""
+    if not (checkpoint / CONFIG).is_file():  # imported, and nothing trained since
+        return frozenset()
+    config = load_config(checkpoint / CONFIG)
+    found: set[str] = set()
+    for number in config.stages:
+        if (number, 0) < (progress.stage, progress.step):
+            trained = [name for name, part in config.parts(number).items() if part.trains]
+            found |= set(config.specialists) if HEADS in trained else set(config.specialists) & set(trained)
+    return frozenset(found)
+
+
 def held_types(checkpoint: Path, source: Source, *, trained: bool) -> dict[str, torch.dtype]:
     """Tensor -> :func:`held_type` of one specialist of ``checkpoint``; raises InputError where that is damaged."""
-    stored = CheckpointTensors(checkpoint).dtype(f"heads.{source.folder.name}")
+    stored = stored_type(CheckpointTensors(checkpoint))
     return {tensor: held_type(came, stored, trained=trained) for tensor, came in source.dtypes.items()}

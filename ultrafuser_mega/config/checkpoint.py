@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -13,6 +14,11 @@ class Checkpoint(Section):
     """Sharded checkpoints, always at the end of each stage; never of ruined weights (see training/divergence.py)."""
 
     every: NonNegativeInt = Field(500, description="also every so many steps; 0: never")
+    weights: Literal["all", "trained"] = Field(
+        "all",
+        description="trained: adapters, gate and what trains in full, a small part of the whole; the other weights are "
+        "read from the specialists' folders then, which must stay",
+    )
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")
     keep_every: NonNegativeInt = Field(
         0, description="those whose step of the stage is a multiple of it stay too; 0: none"

@@ -293,6 +293,7 @@ def _compute_checkpoint(
             sequence_parallel=False,
             loss=LossOptions(),
             seed=0,
+            adapters=trained.adapters,
         ).eval()
     if address.part == FUSED:
         load_checkpoint(address.path, model, groups, None, 0)

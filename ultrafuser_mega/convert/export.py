@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
+from ultrafuser_mega.checkpoint.left_out import LEFT_OUT
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, beside_weights
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.config import load_config
+from ultrafuser_mega.convert.adapters import write_adapters
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import LEDGER, SHARD_BYTES, Planned, begin_ledger, write_shards
@@ -30,7 +33,7 @@ from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import EMBEDDING, HEAD
 from ultrafuser_mega.release import CardFacts, assemble_release
 
-_SPECIALIST = "specialist:"
+_SPECIALIST, _ADAPTER = "specialist:", "adapter:"
 
 
 def export(
@@ -47,7 +50,8 @@ def export(
     Args:
         checkpoint: a folder that training or import wrote, from any layout; a run's folder stands for its newest.
         out: must not exist.
-        what: "specialist:NAME" or "fused"; None: the specialist of a checkpoint of one, else "fused".
+        what: "specialist:NAME", "adapter:NAME" (for PEFT, not compared) or "fused"; None: the specialist of a
+            checkpoint of one, else "fused".
         resume: go on from an export of the same that was interrupted.
         verify: compare logits with the checkpoint's before the folder gets its name, which needs memory for the whole
             model in float32; without it one tensor is held at a time.
@@ -78,8 +82,12 @@ def export(
         write = partial(_fused, model, parts, card, unfinished, identity, shard_bytes)
     elif part != what:
         write = partial(_specialist, model.specialist(part), unfinished, identity, shard_bytes)
+    elif (adapted := what.removeprefix(_ADAPTER)) != what:
+        write, verify = partial(write_adapters, model.specialist(adapted), unfinished), False
     else:
-        raise InputError(f"--what {what}: expected fused or specialist:NAME with one of {', '.join(model.sources)}")
+        raise InputError(
+            f"--what {what}: expected fused, specialist:NAME or adapter:NAME with one of {', '.join(model.sources)}"
+        )
     check = ExportCheck(folder, part) if verify else None
     with writing(unfinished):
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -224,8 +232,9 @@ def _card(model: TrainedModel, name: str) -> CardFacts:
 def _identity(model: TrainedModel, what: str) -> str:
     """Of the weights that are exported: an export goes on only from the same checkpoint."""
     digest = hashlib.sha256(what.encode())
-    for file in (".metadata", PROGRESS, "sources.json"):
-        digest.update((model.folder / file).read_bytes())
+    for file in (".metadata", PROGRESS, "sources.json", LEFT_OUT):
+        if file != LEFT_OUT or (model.folder / file).is_file():
+            digest.update((model.folder / file).read_bytes())
     sizes = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.folder.glob("*.distcp"))
     digest.update(json.dumps(sizes).encode())
     return digest.hexdigest()

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, write_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import SOURCES, Sources, element_types, rounding
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.config import FuserConfig

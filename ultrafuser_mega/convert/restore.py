@@ -10,12 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, Progress, no_checkpoint
-from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, Source, held_type, read_sources, rounding
+from ultrafuser_mega.checkpoint.checkpoint import PROGRESS, no_checkpoint
+from ultrafuser_mega.checkpoint.left_out import changing, weights_beside
+from ultrafuser_mega.checkpoint.progress import Progress
+from ultrafuser_mega.checkpoint.sources import (
+    CARD,
+    CONFIG,
+    Source,
+    held_type,
+    read_sources,
+    rounding,
+    stored_type,
+    trained_specialists,
+)
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
+from ultrafuser_mega.config import HEADS, Lora, load_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.families import FAMILIES
-from ultrafuser_mega.models.hf_folder import EMBEDDING, FINAL_NORM, HEAD, hf_shapes, read_architecture
+from ultrafuser_mega.models.hf_folder import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HFWeights,
+    hf_shapes,
+    read_architecture,
+)
 
 _ROWS_AT_ONCE = 8192
 
@@ -25,7 +44,8 @@ class TrainedModel:
 
     Attributes:
         progress: how far its run was.
-        trained: whether specialists have been trained: stage 1 leaves them as they came.
+        trained: specialists whose weights, heads or adapters have been trained.
+        adapters: specialist -> its adapters', of those that have some.
         fused: whether its gate belongs to them: not where single folders were imported.
         vocab_size: entries of the shared vocabulary.
         gate_units: hidden units of the gate.
@@ -47,16 +67,27 @@ class TrainedModel:
             raise no_checkpoint(folder) from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
-        self.trained = self.progress.trained
+        self.trained = trained_specialists(folder, self.progress)
         self.fused = (folder / CONFIG).is_file() or (folder / CARD).is_file()
         self.sources = read_sources(folder)
         self.tensors = CheckpointTensors(folder)
+        config = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
+        self.adapters = config.adapters if config is not None else {}
+        self._head_trained = config is None or HEADS in changing(config)
 
     def specialist(self, name: str) -> RestoredSpecialist:
         """One of its specialists; raises InputError if there is none of this name or its tensors do not fit."""
         if name not in self.sources:
             raise InputError(f"--what specialist:{name}: {self.folder} holds {', '.join(self.sources)}")
-        return RestoredSpecialist(name, self.sources[name], self.tensors, self.vocab_size, trained=self.trained)
+        return RestoredSpecialist(
+            name,
+            self.sources[name],
+            self.tensors,
+            self.vocab_size,
+            trained=name in self.trained,
+            lora=self.adapters.get(name),
+            head_trained=self._head_trained,
+        )
 
     def gate_keys(self) -> list[str]:
         """Names of the gate's tensors, as in a release folder."""
@@ -75,14 +106,26 @@ class RestoredSpecialist:
         arch: from its config.json as kept in the checkpoint.
         source: what is kept of its folder.
         trained: whether its weights are others than those it came with.
+        lora: of its adapters, which are merged into what is read; None: it has none.
+        head_trained: whether its head is another than it came with.
     """
 
     def __init__(
-        self, name: str, source: Source, tensors: CheckpointTensors, vocab_size: int, *, trained: bool
+        self,
+        name: str,
+        source: Source,
+        tensors: CheckpointTensors,
+        vocab_size: int,
+        *,
+        trained: bool,
+        lora: Lora | None = None,
+        head_trained: bool = True,
     ) -> None:
         self.name, self.source, self.tensors, self.vocab_size = name, source, tensors, vocab_size
-        self.trained = trained
+        self.trained, self.lora, self.head_trained = trained, lora, trained and head_trained
         self.arch = read_architecture(source.folder)
+        beside = weights_beside(tensors.folder, [name])
+        self._beside = HFWeights(beside[name], self.arch) if beside else None
         self.shapes = hf_shapes(self.arch)
         self._rules = {hf: rule for rule in FAMILIES[self.arch.family].rules for hf in rule.shapes(self.arch)}
         self._last: tuple[tuple[str, slice], Tensor] | None = None  # q, k and v come from one fused tensor
@@ -99,13 +142,18 @@ class RestoredSpecialist:
             raise InputError(f"{self.source.folder.parent.parent}/sources.json: names no element type for {tensor}")
         return held_type(came, self._stored, trained=self.trained)
 
+    @property
+    def layer_weights(self) -> list[str]:
+        """Names of a layer's tensors, within the layer."""
+        return list(self._rules)
+
     def rounded(self) -> str:
         """What was rounded on its way into the checkpoint, in words; empty where nothing was."""
         return rounding(self.source.dtypes, self._stored)
 
     @property
     def _stored(self) -> torch.dtype:
-        return self.tensors.dtype(f"heads.{self.name}")
+        return stored_type(self.tensors)
 
     def tied(self) -> bool:
         """Whether the folder tied the head to the embedding and both are still equal."""
@@ -121,12 +169,42 @@ class RestoredSpecialist:
             for rows in self._row_blocks():
                 value[rows] = read(rows)
         elif tensor == FINAL_NORM:
-            value = self.tensors.read(self._key("decoder.final_layernorm.weight"))
+            key = self._key("decoder.final_layernorm.weight")
+            value = self.tensors.read(key) if self._holds(key) else self._from_folder(tensor)
         else:
             layer, name = tensor.removeprefix("model.layers.").split(".", 1)
             rule = self._rules[name]
-            value = rule.restore(self.arch, name, lambda part: self._of_layer(int(layer), rule.stored, part))
+            if self._holds(self._key(f"decoder.layers.{rule.stored}")):
+                value = rule.restore(self.arch, name, lambda part: self._of_layer(int(layer), rule.stored, part))
+            else:
+                value = self._from_folder(tensor)
+            value = self._merged(value, int(layer), name)
         return value.to(self.dtype(tensor)).contiguous()
+
+    def adapter(self, layer: int, projection: str) -> tuple[Tensor, Tensor] | None:
+        """A (r, inputs) and B (outputs, r) beside a projection of a layer; None where it has none."""
+        keys = [self._key(f"adapters.{projection}.lora_{letter}") for letter in "AB"]
+        if self.lora is None or projection not in self.lora.targets:
+            return None
+        a, b = (self.tensors.read(key, slice(layer, layer + 1))[0] for key in keys)
+        return a, b
+
+    def _merged(self, weight: Tensor, layer: int, name: str) -> Tensor:
+        found = self.adapter(layer, name.split(".")[-2]) if name.endswith("_proj.weight") else None
+        if found is None or self.lora is None:
+            return weight
+        a, b = found
+        return weight.float() + self.lora.scale * (b.float() @ a.float())
+
+    def _holds(self, key: str) -> bool:
+        """Whether the checkpoint does, or leaves it to the folder."""
+        return self._beside is None or key in self.tensors
+
+    def _from_folder(self, tensor: str, rows: slice = slice(None)) -> Tensor:
+        """As training had it: in the checkpoint's type."""
+        assert self._beside is not None
+        tensor = tensor if tensor in self._beside.tensors else EMBEDDING
+        return self._beside.tensors.read(tensor, rows, dtype=self._stored)
 
     def _key(self, name: str) -> str:
         return f"specialists.{self.name}.{name}"
@@ -144,10 +222,13 @@ class RestoredSpecialist:
             yield slice(start, min(start + _ROWS_AT_ONCE, self.arch.vocab_rows))
 
     def _embedding(self, rows: slice) -> Tensor:
-        return self.tensors.read(self._key("embedding.word_embeddings.weight"), rows)
+        key = self._key("embedding.word_embeddings.weight")
+        return self.tensors.read(key, rows) if self._holds(key) else self._from_folder(EMBEDDING, rows)
 
     def _head(self, rows: slice) -> Tensor:
         """Rows of the head: shared ones lie in ``heads``, those beyond the shared vocabulary in ``tails``."""
+        if not self._holds(f"heads.{self.name}"):
+            return self._from_folder(HEAD, rows)
         shared = slice(min(rows.start, self.vocab_size), min(rows.stop, self.vocab_size))
         head = self.tensors.read(f"heads.{self.name}", shared)
         if rows.stop <= self.vocab_size:
@@ -167,10 +248,17 @@ class RestoredSpecialist:
         shapes[self._key("decoder.final_layernorm.weight")] = (a.hidden_size,)
         if a.vocab_rows > self.vocab_size:
             shapes[f"tails.{self.name}"] = (a.vocab_rows - self.vocab_size, a.hidden_size)
+        for projection in self.lora.targets if self.lora is not None else ():
+            hf = next(hf for hf in self._rules if hf.endswith(f".{projection}.weight"))
+            outputs, inputs = self.shapes[f"model.layers.0.{hf}"]
+            shapes[self._key(f"adapters.{projection}.lora_A")] = (a.layers, self.lora.rank, inputs)
+            shapes[self._key(f"adapters.{projection}.lora_B")] = (a.layers, outputs, self.lora.rank)
         for key, shape in shapes.items():
+            if not self._holds(key) and ".adapters." not in key:
+                continue
             self._compare(key, shape, self.tensors.shape(key) == shape)
         padded = {self._key("embedding.word_embeddings.weight"): a.vocab_rows, f"heads.{self.name}": self.vocab_size}
-        for key, rows in padded.items():
+        for key, rows in ((key, rows) for key, rows in padded.items() if self._holds(key)):
             found = self.tensors.shape(key)
             self._compare(key, (rows, a.hidden_size), found[0] >= rows and found[1:] == (a.hidden_size,))
 

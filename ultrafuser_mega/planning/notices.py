@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import (
     element_types,
     held_types,
     large_beside_weights,
     read_sources,
     rounding,
+    trained_specialists,
 )
-from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.config import HEADS, FuserConfig
 from ultrafuser_mega.data.templates import load_template, other_than_own
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.hf_folder import Architecture, unread_fields
@@ -49,14 +50,21 @@ def folder_notices(
     lines = []
     for name, arch in architectures.items():
         types = (
-            held_types(start[1], kept[name], trained=start[0].trained) if start else element_types(config.folders[name])
+            held_types(start[1], kept[name], trained=name in trained_specialists(start[1], start[0]))
+            if start
+            else element_types(config.folders[name])
         )
         if lost := rounding(types, dtype):
             lines.append(f"specialists.{name}: {lost} (dtype: {config.dtype}); dtype=fp32 keeps them as they are")
-        if arch.tied and config.stage2.steps:
+        apart = [
+            number
+            for number in config.stages
+            if any(config.parts(number)[part].mode == "full" for part in (HEADS, name))
+        ]
+        if arch.tied and apart:
             lines.append(
-                f"specialists.{name}: its folder ties the output head to the embedding; stage 2 trains them apart, "
-                "so its export holds both (tie_word_embeddings: false)"
+                f"specialists.{name}: its folder ties the output head to the embedding; stage {apart[0]} trains them "
+                "apart, so its export holds both (tie_word_embeddings: false)"
             )
         for file in large_beside_weights(kept[name].folder if start else config.folders[name]):
             lines.append(

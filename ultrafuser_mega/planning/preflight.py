@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, Progress, list_checkpoints, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, list_checkpoints, read_progress
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
 from ultrafuser_mega.config import GATE, ColocatedLayout, FuserConfig, Layout, check_parts
 from ultrafuser_mega.data.columns import check_columns
@@ -237,9 +238,14 @@ def compared_with_data(plan: RunPlan, store: TokenStore) -> RunPlan:
 def _start(config: FuserConfig, identity: dict[str, Any]) -> tuple[Progress, Path] | None:
     if config.checkpoint.start is None:
         return None
+    if config.checkpoint.weights == "trained":
+        raise InputError(
+            "checkpoint.weights: trained leaves out what is in the specialists' folders, and with checkpoint.start the "
+            "weights are not; use all"
+        )
     try:
         path = find_checkpoint(config.checkpoint.start)
-        return read_progress(path, identity), path
+        return read_progress(path, identity, adapters_begin=True), path
     except InputError as error:
         raise InputError(f"checkpoint.start: {error}") from None
 

@@ -73,6 +73,8 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
     if isinstance(module, TransformerLayer):
         yield module, list(module.parameters())
         return
-    yield module, list(module.parameters(recurse=False))
+    named = [child for child in module.children() if isinstance(child, nn.ParameterDict)]  # which have no forward
+    yield module, [p for holder in (module, *named) for p in holder.parameters(recurse=False)]
     for child in module.children():
-        yield from _units(child)
+        if child not in named:
+            yield from _units(child)

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, load_checkpoint
+from ultrafuser_mega.checkpoint.checkpoint import load_checkpoint
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import dump_config
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.planning.hardware import peak_flops

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.data.sampler import Pick
 from ultrafuser_mega.reporting.records import StepRecord
 

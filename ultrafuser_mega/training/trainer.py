@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
+from ultrafuser_mega.checkpoint.left_out import changing, is_kept, record_of
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.saver import Saver
-from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources
+from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources, trained_specialists
 from ultrafuser_mega.config import GATE, Stage, in_words
 from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
@@ -80,6 +82,8 @@ class Trainer:
         self._went_back_to: Path | None = None
         self._told_bound = False
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
+        small = plan.config.checkpoint.weights == "trained"
+        self._kept = changing(plan.config) if small else None  # parts whose weights checkpoints hold; None: all
         self.saver: Saver | None = None
         self.store_watch: StoreWatch | None = None
         self.phases = Phases(device)
@@ -92,6 +96,8 @@ class Trainer:
         """Read the weights that the run begins with; those of the checkpoint that it resumes from, its stage reads."""
         plan, groups, options = self.plan, self.groups, self.plan.config.checkpoint
         sources = run_sources(plan).with_data(data_record(self.store)) if groups.rank == 0 else None
+        if sources is not None and self._kept is not None:
+            sources = sources.with_left_out(record_of(plan.config))
         self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
         self.store_watch = StoreWatch(self.store)
         if plan.resume is None and plan.start is not None:
@@ -321,7 +327,8 @@ class Trainer:
         assert self.saver is not None and self.store_watch is not None
         if line := self.store_watch.look():
             report.note(line)
-        self.saver.save(progress, chunks_to_write(self.model, trainable, self.groups))
+        chunks, kept = chunks_to_write(self.model, trainable, self.groups), self._kept
+        self.saver.save(progress, [chunk for chunk in chunks if kept is None or is_kept(chunk.key, kept)])
         return None
 
     def _tell_saved(self, report: RunReport) -> None:
@@ -354,7 +361,9 @@ def run_sources(plan: RunPlan) -> SourceFiles:
         return Sources.of(plan.config).read(plan.resume[1] if plan.resume else None)
     if plan.resume is not None:
         return SourceFiles.of_checkpoint(plan.resume[1], plan.config, trained=None)
-    return SourceFiles.of_checkpoint(plan.start[1], plan.config, trained=plan.start[0].trained)
+    return SourceFiles.of_checkpoint(
+        plan.start[1], plan.config, trained=trained_specialists(plan.start[1], plan.start[0])
+    )
 
 
 def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases: Phases | None = None) -> FusedStage:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ultrafuser_mega.checkpoint import saver, tensors
-from ultrafuser_mega.checkpoint.checkpoint import Progress
 from ultrafuser_mega.checkpoint.chunks import Chunk
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.saver import Saver, copies_for
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors

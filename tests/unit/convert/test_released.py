@@ -104,7 +104,7 @@ def test_a_run_begins_with_what_import_says(trio: Path, release: Path, checkpoin
     plan = preflight(run_over(trio, tmp_path, settings), 1, resume=False)
     assert plan.start is not None and plan.start[1] == checkpoint
     assert plan.notices == ()
-    files = SourceFiles.of_checkpoint(checkpoint, plan.config, trained=False).files
+    files = SourceFiles.of_checkpoint(checkpoint, plan.config, trained=()).files
     assert files["sources/math/LICENSE"].decode() == LICENCE
     assert "sources/config.yaml" in files and "sources/README.md" not in files  # its card is the new run's
 
@@ -119,7 +119,7 @@ def test_a_trained_start_comes_in_the_types_of_its_training(checkpoint: Path, tr
     (copy / "sources.json").write_text(json.dumps(record))
     config = run_over(trio, checkpoint.parent, plan_release(release, None).settings(copy))
     for trained, expected in ((True, "float32"), (False, "bfloat16")):
-        files = SourceFiles.of_checkpoint(copy, config, trained=trained).files
+        files = SourceFiles.of_checkpoint(copy, config, trained=config.specialists if trained else ()).files
         kept = json.loads(files["sources.json"])
         assert {dtype for entry in kept.values() for dtype in entry["dtypes"].values()} == {expected}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ultrafuser_mega.checkpoint.checkpoint import Progress
+from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import CONFIG
 from ultrafuser_mega.config import dump_config, load_config
 from ultrafuser_mega.convert import export
