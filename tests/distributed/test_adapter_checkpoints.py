@@ -34,7 +34,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model
+from ultrafuser_mega.training.assembly import build_model
 
 LORA = {"rank": 4, "alpha": 12.0, "dropout": 0.25, "rslora": True}
 TIMES = ("seconds", "tokens_per_s", "data_seconds", "memory_bytes", "peak_memory_bytes", "save_seconds", "phases")

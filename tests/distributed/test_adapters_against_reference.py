@@ -30,11 +30,12 @@ from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpo
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.sampler import make_sampler
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.models.fused import load_hf_weights
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import build_model
 from ultrafuser_mega.training.prepare import prepare
-from ultrafuser_mega.training.trainer import build_model, load_hf_weights
 
 OPTIMIZER = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 1.0, "clip_grad": 0.1}
 STAGE = {"steps": 3, "samples_per_class": 2, "lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 2}

@@ -22,9 +22,10 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.run import run_facts
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
 

@@ -31,12 +31,13 @@ from ultrafuser_mega.checkpoint.integrity import FileRecords
 from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.fused import load_hf_weights
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import build_model
 from ultrafuser_mega.training.run import run
-from ultrafuser_mega.training.trainer import build_model, load_hf_weights
 
 TIMES = ("seconds", "tokens_per_s", "data_seconds", "memory_bytes", "peak_memory_bytes", "save_seconds", "phases")
 

@@ -22,8 +22,9 @@ from ultrafuser_mega.planning.preflight import plan_layouts, preflight
 from ultrafuser_mega.reporting.rehearsal import Rehearsal
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one rank": (ONE, {}),

@@ -21,7 +21,7 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model
+from ultrafuser_mega.training.assembly import build_model
 
 # Logits of up to 5 in float32, from two layers of four products of up to 96 terms: they round by some
 # 5 * 2^-24 * sqrt(2 * 4 * 96) = 8e-6.

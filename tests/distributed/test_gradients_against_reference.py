@@ -25,14 +25,14 @@ from support.trio import (
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.batches import TrainingBatches
 from ultrafuser_mega.data.store import TokenStore
-from ultrafuser_mega.models.fused import FusedStage
+from ultrafuser_mega.models.fused import FusedStage, load_hf_weights
 from ultrafuser_mega.planning.preflight import RunPlan, preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import build_model, make_shard
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.prepare import prepare
-from ultrafuser_mega.training.trainer import build_model, load_hf_weights, make_shard
 
 # float32 against float64: every gradient is a sum over tokens and layers of products of float32 numbers, whose relative
 # rounding is 2^-24 each. Sums of some 10^3 to 10^4 terms that partly cancel lose two to three digits of 7.

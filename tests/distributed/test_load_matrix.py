@@ -27,8 +27,9 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.training.assembly import make_shard, run_sources
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, make_shard, run_sources
+from ultrafuser_mega.training.trainer import Trainer
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, ONE),

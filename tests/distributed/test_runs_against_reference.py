@@ -34,11 +34,12 @@ from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpo
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.sampler import Sampler, make_sampler
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.models.fused import load_hf_weights
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import build_model
 from ultrafuser_mega.training.prepare import prepare
-from ultrafuser_mega.training.trainer import build_model, load_hf_weights
 
 # eps keeps gradients that are nothing but rounding noise from becoming whole steps, which Adam makes of any gradient;
 # the decay is strong enough that a parameter on the wrong side of it shows in every later loss.

@@ -25,8 +25,8 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import build_model, run_sources
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.trainer import build_model, run_sources
 
 SHARDED = {"parallel": {"distributed_optimizer": True}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {

@@ -29,9 +29,9 @@ from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.shared_rows import shared_rows
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training.assembly import build_model, run_sources
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.run import run
-from ultrafuser_mega.training.trainer import build_model, run_sources
 
 # Eight query heads each: two or one to a rank of four or eight.
 GROUPS = {"llama": 2, "qwen2": 2, "qwen3": 1}

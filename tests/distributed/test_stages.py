@@ -17,9 +17,10 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.run import run_facts
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 
 def test_stage_one_trains_the_gate_and_nothing_else(trio: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ultrafuser_mega.runtime.device import joined_job, launched_ranks, launcher_
 from ultrafuser_mega.runtime.failure import first_failure_ends_job
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model, run_sources
+from ultrafuser_mega.training.assembly import build_model, run_sources
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.records import EvaluationResult
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 LAST = Progress(2, 2)
 HELDOUT = 3  # samples of each class

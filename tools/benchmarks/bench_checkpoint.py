@@ -42,7 +42,8 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.device import choose_device, joined_job, launched_ranks, launcher_store
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.assembly import make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 NONE, WAITED_FOR, IN_BACKGROUND = "no save", "waited for", "in the background"
 KINDS = (NONE, WAITED_FOR, IN_BACKGROUND)

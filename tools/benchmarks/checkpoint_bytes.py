@@ -29,8 +29,8 @@ from ultrafuser_mega.dry_run.rehearse import group_names
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
+from ultrafuser_mega.training.assembly import build_model
 from ultrafuser_mega.training.optimizer import make_trainable
-from ultrafuser_mega.training.trainer import build_model
 
 LAYOUT = {"kind": "colocated", "tp": 8, "pp": 2, "dp": 4}
 CPU = torch.device("cpu")

@@ -35,8 +35,9 @@ from ultrafuser_mega.planning.preflight import RunPlan, preflight
 from ultrafuser_mega.runtime.device import joined_job, launcher_store
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
+from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 TRAINER, PEERS = "trainer", {"plain PyTorch": plain_loss, "one GEMM": concatenated_loss}
 SAME = 1e-5  # of losses, relative

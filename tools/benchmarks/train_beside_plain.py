@@ -268,8 +268,9 @@ def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) 
     from ultrafuser_mega.reporting.run_report import RunReport
     from ultrafuser_mega.runtime.device import joined_job, launcher_store
     from ultrafuser_mega.runtime.groups import make_groups
+    from ultrafuser_mega.training.assembly import make_shard
     from ultrafuser_mega.training.prepare import open_store
-    from ultrafuser_mega.training.trainer import Trainer, make_shard
+    from ultrafuser_mega.training.trainer import Trainer
 
     plan = preflight(load_config(root / "run.yaml"), 1, resume=False)
     plan.config.run_dir.mkdir(parents=True, exist_ok=True)

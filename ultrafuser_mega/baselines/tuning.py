@@ -151,7 +151,8 @@ def tune(model: Model, run: Tuning, loss_of: LossOf, *, resume: bool = False) ->
         if done < steps:
             shard = whole_shard(config, run.store, *run.forms)
             samples, seed = config.stage2.samples_per_class, config.seed + _STAGE
-            batches = TrainingBatches(run.store, samples, seed, shard, config.data.sampling)
+            data = config.data
+            batches = TrainingBatches(run.store, samples, seed, shard, data.sampling, data.file_weights)
             ahead = stack.enter_context(StepsAhead(batches, done, steps, loop.device))
             for step in range(done, steps):
                 loop.step(step, ahead.step(step))

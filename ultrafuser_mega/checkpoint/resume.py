@@ -11,6 +11,7 @@ does; from stage 2 on their rows could not be made again.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def changed_settings(path: Path, progress: Progress, config: FuserConfig) -> tup
         return ()
     before, now = _settings(path), _flat(config.model_dump(mode="json"))
     _refuse_other_dtype(path, before, now)
-    _refuse_other_steps(path, progress, before, now)
+    by_epochs = {number for number in (1, 2) if _same_epochs(number, before, now)}
+    _refuse_other_steps(path, progress, before, now, by_epochs)
     left = (f"stage{stage}." for stage in (1, 2) if stage >= progress.stage)
     stages = tuple(
         stage if now[f"{stage}steps"] else f"{stage}steps" for stage in left
@@ -52,7 +54,10 @@ def changed_settings(path: Path, progress: Progress, config: FuserConfig) -> tup
     return tuple(
         f"note: {key} is {now.get(key)}, the run had {before.get(key)}"
         for key in dict.fromkeys([*now, *before])
-        if key.startswith(_MATTERS + stages) and not key.endswith(".path") and before.get(key) != now.get(key)
+        if key.startswith(_MATTERS + stages)
+        and not key.endswith(".path")
+        and before.get(key) != now.get(key)
+        and key not in {f"stage{number}.steps" for number in by_epochs}
     )
 
 
@@ -144,16 +149,32 @@ def _refuse_other_dtype(path: Path, before: dict[str, Any], now: dict[str, Any])
         )
 
 
-def _refuse_other_steps(path: Path, progress: Progress, before: dict[str, Any], now: dict[str, Any]) -> None:
+def steps_by_epochs(path: Path, config: FuserConfig) -> dict[int, int]:
+    """Stage -> its steps as the run that wrote the checkpoint at ``path`` counted them, of those that end by epochs."""
+    if not (path / CONFIG).is_file():
+        return {}
+    before, now = _settings(path), _flat(config.model_dump(mode="json"))
+    return {number: int(before[f"stage{number}.steps"]) for number in (1, 2) if _same_epochs(number, before, now)}
+
+
+def _same_epochs(number: int, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a stage ends by as many epochs as it did: its steps then are what the data make of them."""
+    key = f"stage{number}.epochs"
+    return now.get(key) is not None and before.get(key) == now[key]
+
+
+def _refuse_other_steps(
+    path: Path, progress: Progress, before: dict[str, Any], now: dict[str, Any], by_epochs: Collection[int]
+) -> None:
     # Steps are counted through both stages: stage 2's would get other numbers than those already in the metrics.
     steps = "stage1.steps"
-    if progress.stage == 2 and before[steps] != now[steps]:
+    if progress.stage == 2 and 1 not in by_epochs and before[steps] != now[steps]:
         raise InputError(
             f"{steps}: {now[steps]} cannot go on from {path}, which did {before[steps]} steps in stage 1 and is in "
             f"stage 2; set {steps}={before[steps]}"
         )
     steps = f"stage{progress.stage}.steps"
-    if now[steps] < progress.step:
+    if now[steps] < progress.step and progress.stage not in by_epochs:
         raise InputError(
             f"{steps}: {now[steps]} is less than the {progress.step} steps that {path} has done; "
             f"set {steps} to {progress.step} or more"

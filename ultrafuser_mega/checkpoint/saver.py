@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, unfinished_of
 from ultrafuser_mega.errors import InputError
 
+#: Name of the link to the checkpoint of the lowest held-out loss.
+BEST = "best"
 _BLOCK = 1 << 30  # bytes
 _ALIGNED = 64
 
@@ -64,12 +67,16 @@ class Saver:
         self._error: BaseException | None = None
         self.seconds = 0.0
 
-    def save(self, progress: Progress, chunks: Sequence[Chunk]) -> None:
-        """Begin to write ``chunks`` as ``stage<k>-step<s>``; collective. They may change when this returns."""
+    def save(self, progress: Progress, chunks: Sequence[Chunk], *, best: bool = False) -> None:
+        """Begin to write ``chunks`` as ``stage<k>-step<s>``; collective. They may change when this returns.
+
+        ``best``: the link ``best`` points to it then, and it stays until another one is.
+        """
         self.wait()
         begun = time.monotonic()
         copied = self._copied(chunks)
-        self._thread = threading.Thread(target=self._write, args=(progress, copied, begun), name="saving", daemon=True)
+        write = partial(self._write, progress, copied, begun, best)
+        self._thread = threading.Thread(target=write, name="saving", daemon=True)
         self._thread.start()
 
     def wait(self) -> str | None:
@@ -103,19 +110,21 @@ class Saver:
             torch.cuda.synchronize(device)
         return [replace(chunk, data=copy) for chunk, copy in zip(chunks, self._copies, strict=True)]
 
-    def _write(self, progress: Progress, chunks: Sequence[Chunk], begun: float) -> None:
+    def _write(self, progress: Progress, chunks: Sequence[Chunk], begun: float, best: bool) -> None:
         final = self._folder / progress.folder
-        partial, is_first = unfinished_of(final), dist.get_rank() == 0
+        unfinished, is_first = unfinished_of(final), dist.get_rank() == 0
         try:
             with ExitStack() as held:
                 with same_everywhere(final, self._group):
                     if is_first:
-                        held.enter_context(_emptied(partial))
-                write_checkpoint(partial, final, progress, chunks, self._group, self._identity, self._sources)
+                        held.enter_context(_emptied(unfinished))
+                write_checkpoint(unfinished, final, progress, chunks, self._group, self._identity, self._sources)
                 with same_everywhere(final, self._group):
                     if is_first:
                         remove_checkpoint(final)
-                        finish(partial, final)
+                        finish(unfinished, final)
+                        if best:
+                            _point(self._folder / BEST, final.name)
                         self._remove_old(progress)
             self.seconds = time.monotonic() - begun
             self._news.append(f"checkpoint {final}")
@@ -127,10 +136,20 @@ class Saver:
 
     def _remove_old(self, written: Progress) -> None:
         # A newer one is damaged, or the run would not have gone on from before it: it stands for none that is kept.
+        link = self._folder / BEST
+        best = link.readlink().name if link.is_symlink() else ""
         until_now = [found for found in list_checkpoints(self._folder) if found[0] <= written]
         for progress, old in until_now[: -self._keep]:
-            if not (self._keep_every and progress.step % self._keep_every == 0):
+            if old.name != best and not (self._keep_every and progress.step % self._keep_every == 0):
                 remove_checkpoint(old)
+
+
+def _point(link: Path, name: str) -> None:
+    """Make ``link`` one to its neighbour ``name``; whoever looks finds the old one or the new one."""
+    draft = link.with_name(f".{link.name}.tmp")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(name)
+    draft.replace(link)
 
 
 @contextmanager

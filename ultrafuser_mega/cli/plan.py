@@ -76,6 +76,8 @@ def plan(
         laid_out,
         preflight,
     )
+    from ultrafuser_mega.planning.trained import part_shares
+    from ultrafuser_mega.reporting.parts_table import parts_table
     from ultrafuser_mega.reporting.plan_table import plan_table
     from ultrafuser_mega.training.prepare import prepare
     from ultrafuser_mega.training.run_folder import left_by_a_run
@@ -94,6 +96,8 @@ def plan(
     console = wide_console()
     shares = rank_shares(resolved, device="cpu" if loaded.device == "cpu" else "cuda")
     console.print(plan_table(resolved.layout.describe(), shares))
+    for number in loaded.stages:
+        console.print(parts_table(f"stage {number} trains", part_shares(resolved, number)))
     lines = [chosen_layout(resolved)]
     if loaded.stages:
         number, stage = max(loaded.stages.items())

@@ -20,6 +20,11 @@ class Checkpoint(Section):
         "read from the specialists' folders then, which must stay",
     )
     keep: PositiveInt = Field(2, description="newest checkpoints to keep")
+    keep_best: bool = Field(
+        False,
+        description="also write one at every evaluation whose mean held-out loss is the lowest of the stage; it stays, "
+        "and checkpoints/best points to it",
+    )
     keep_every: NonNegativeInt = Field(
         0, description="those whose step of the stage is a multiple of it stay too; 0: none"
     )

@@ -18,6 +18,10 @@ class DataClass(Section):
     """
 
     train: list[Path] = Field(min_length=1, description="files, folders of files, or globs as in shards/*.jsonl.gz")
+    weights: dict[Path, NonNegativeFloat] = Field(
+        default_factory=dict,
+        description="entry of train -> its share of the class's samples, by weight; all of them or none: rows alike",
+    )
     heldout: list[Path] = Field(default_factory=list, description="the same, only evaluated on")
     heldout_first: dict[Path, PositiveInt] = Field(
         default_factory=dict, description="training file -> its first rows are held out instead of trained on"
@@ -26,6 +30,15 @@ class DataClass(Section):
         default_factory=dict,
         description="entry of train or heldout -> its names for a row's fields: {instruction: query, output: reply}",
     )
+
+    @model_validator(mode="after")
+    def _weights_of_all_entries(self) -> DataClass:
+        if self.weights and set(self.weights) != set(self.train):
+            weighed, entries = ", ".join(map(str, self.weights)), ", ".join(map(str, self.train))
+            raise ValueError(f"weights weighs {weighed}; it must weigh exactly {entries}")
+        if self.weights and not any(self.weights.values()):
+            raise ValueError("weights: no entry has a weight; give one of them more than 0")
+        return self
 
 
 class Data(Section):
@@ -64,4 +77,14 @@ class Data(Section):
         if isinstance(self.sampling, dict) and set(self.sampling) != set(self.classes):
             weighed, classes = ", ".join(map(str, self.sampling)), ", ".join(self.classes)
             raise ValueError(f"sampling weighs {weighed}; it must weigh exactly {classes}")
+        if self.sampling == "iid" and self.file_weights:
+            name = next(iter(self.file_weights))
+            raise ValueError(f"sampling iid draws all rows alike, and classes.{name}.weights does not; leave one out")
         return self
+
+    @property
+    def file_weights(self) -> dict[str, list[float]]:
+        """Class -> weight of each entry of its training files, of the classes that weigh them."""
+        return {
+            name: [part.weights[entry] for entry in part.train] for name, part in self.classes.items() if part.weights
+        }

@@ -27,7 +27,10 @@ class Part(Section):
 class Stage(Section):
     """One of the two training stages (paper, algorithm 1)."""
 
-    steps: NonNegativeInt
+    steps: NonNegativeInt = Field(description="at most; 0 leaves the stage out")
+    epochs: PositiveFloat | None = Field(
+        None, description="end before, once as many samples were taken as so many times all training rows"
+    )
     samples_per_class: PositiveInt = Field(description="n: samples of each class in every global batch")
     lr: PositiveFloat = Field(description="the highest rate: of the warm-up's last step, without a warm-up the first's")
     min_lr: NonNegativeFloat = Field(0.0, description="where the cosine would be one step after the last")

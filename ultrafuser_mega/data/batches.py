@@ -92,15 +92,22 @@ class Steps(Protocol):
 class TrainingBatches:
     """The training split of every class of a store; ``step(i)`` is a pure function of i.
 
-    ``samples_per_class``, ``seed``, ``sampling``: which samples a step takes (sampler.py).
+    ``samples_per_class``, ``seed``, ``sampling``: which samples a step takes (sampler.py); ``file_weights``: of each
+    entry of a class's training files, of the classes that weigh them.
     """
 
     def __init__(
-        self, store: TokenStore, samples_per_class: int, seed: int, shard: Shard, sampling: Sampling = "balanced"
+        self,
+        store: TokenStore,
+        samples_per_class: int,
+        seed: int,
+        shard: Shard,
+        sampling: Sampling = "balanced",
+        file_weights: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.class_names, self.specialists = store.class_names, store.specialists
         self.splits = {name: store.split(name, "train") for name in self.class_names}
-        self.sampler = sampler_of(self.splits, sampling, samples_per_class, seed)
+        self.sampler = sampler_of(store, sampling, samples_per_class, seed, file_weights or {})
         self.shard = shard
 
     def step(self, step: int) -> StepBatch:
@@ -134,11 +141,22 @@ class TrainingBatches:
         return {name: [index for other, index in picks if other == name] for name in self.class_names}
 
 
-def sampler_of(splits: Mapping[str, Split], sampling: Sampling, samples_per_class: int, seed: int) -> Sampler:
-    """What draws from these training splits; raises as :func:`~ultrafuser_mega.data.sampler.make_sampler`."""
+def sampler_of(
+    store: TokenStore,
+    sampling: Sampling,
+    samples_per_class: int,
+    seed: int,
+    file_weights: Mapping[str, Sequence[float]],
+) -> Sampler:
+    """What draws from a store's training splits; raises as :func:`~ultrafuser_mega.data.sampler.make_sampler`."""
+    splits = {name: store.split(name, "train") for name in store.class_names}
+    files = {
+        name: list(zip(store.entry_samples(name, len(weights)), weights, strict=True))
+        for name, weights in file_weights.items()
+    }
     sizes = {name: len(split) for name, split in splits.items()}
     responses = {name: split.all_response_tokens for name, split in splits.items()}
-    return make_sampler(sampling, sizes, responses, samples_per_class, seed)
+    return make_sampler(sampling, sizes, responses, samples_per_class, seed, files)
 
 
 def _microbatch(

@@ -37,13 +37,15 @@ _TOLD = 10  # malformed rows of a file that are named where they end the work
 class Source:
     """One file of one class; its first ``holdout`` rows (None: all) go to the held-out split.
 
-    ``columns``: the file's own names for the fields of a row, see columns.py.
+    ``columns``: the file's own names for the fields of a row, see columns.py. ``entry``: which of the class's entries
+    it is of, training files and held-out ones counted apart.
     """
 
     class_name: str
     path: Path
     holdout: int | None
     columns: Mapping[str, str] = field(default_factory=dict)
+    entry: int = 0
 
     def split_of(self, row: Row) -> str:
         return "heldout" if self.holdout is None or row.number <= self.holdout else "train"
@@ -71,6 +73,8 @@ def write_splits(
             while batch := list(islice(rows, _BATCH_ROWS)):
                 _write_batch(number, source, batch, aligner, parts, repeats)
                 show(batch[-1][0].end_byte)
+            if source.holdout is not None:
+                parts[source.class_name, "train"].of_entry(source)
             show(None)
         malformed.refuse()
         for split in SPLITS:
@@ -93,6 +97,7 @@ class _Part:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
+    entries: list[int] = field(default_factory=list)
     repeated: int = 0
     repeated_examples: list[str] = field(default_factory=list)
 
@@ -117,8 +122,14 @@ class _Part:
         if len(self.repeated_examples) < _EXAMPLES:
             self.repeated_examples.append(place)
 
+    def of_entry(self, source: Source) -> None:
+        """What was added since the last call is of the source's entry."""
+        self.entries += [0] * (source.entry + 1 - len(self.entries))
+        self.entries[source.entry] += self.writer.samples - sum(self.entries)
+
     def close(self) -> dict[str, Any]:
         return {
+            **({"entries": self.entries} if self.split == "train" else {}),
             "rows": self.rows,
             "kept": self.kept,
             "samples": self.writer.samples,

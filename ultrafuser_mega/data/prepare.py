@@ -106,9 +106,9 @@ def _plan(
     own_names = {Path(entry): names for entry, names in columns.items()}
     planned: list[Source] = []
     seen: set[Path] = set()
-    for class_name, entry, is_heldout in (
-        *((name, Path(file), False) for name, files in sources.items() for file in files),
-        *((name, Path(file), True) for name, files in holdout_files.items() for file in files),
+    for class_name, number, entry, is_heldout in (
+        *((name, at, Path(file), False) for name, files in sources.items() for at, file in enumerate(files)),
+        *((name, at, Path(file), True) for name, files in holdout_files.items() for at, file in enumerate(files)),
     ):
         if class_name not in sources:
             raise InputError(f'held-out class "{class_name}" has no training files; classes are {", ".join(sources)}')
@@ -126,7 +126,7 @@ def _plan(
                 raise InputError(f'class "{class_name}": {path} is listed twice; a file may serve once, in one class')
             seen.add(resolved)
             _, count = held.pop(resolved, (None, 0)) if not is_heldout else (None, None)
-            planned.append(Source(class_name, path, count, names))
+            planned.append(Source(class_name, path, count, names, number))
     _check_holdout_rows(held.values(), holdout_rows)
     return planned
 

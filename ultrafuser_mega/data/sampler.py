@@ -8,7 +8,8 @@ Every GLOBAL batch holds ``samples_per_class`` samples for each class there is. 
     iid              of all rows alike, whatever their class: the paper's run without balance
 
 The first three give every class a share of the samples (``ClassSampler``), the last draws from the union of the classes
-(``UnionSampler``). What is drawn from is shuffled anew every time it has been gone through, and wraps around. Resuming
+(``UnionSampler``). A class may give each of its files a share of its own in turn (``data.classes.NAME.weights``).
+What is drawn from is shuffled anew every time it has been gone through, and wraps around. Resuming
 needs no replay, and the number of ranks plays no part. ``packing.spread`` then places a global batch on data-parallel
 replicas and in microbatches.
 """
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ultrafuser_mega.errors import InputError
 
+Name = TypeVar("Name", str, int)
 Pick = tuple[str, int]  # class name, index of the sample in the class's split
 Sampling = str | Mapping[str, float]  # as the module's docstring has it
 
@@ -43,7 +45,12 @@ class Sampler(Protocol):
 
 
 def make_sampler(
-    sampling: Sampling, sizes: Mapping[str, int], responses: Mapping[str, int], samples_per_class: int, seed: int
+    sampling: Sampling,
+    sizes: Mapping[str, int],
+    responses: Mapping[str, int],
+    samples_per_class: int,
+    seed: int,
+    files: Mapping[str, Sequence[tuple[int, float]]] | None = None,
 ) -> Sampler:
     """The sampler that ``sampling`` asks for.
 
@@ -53,9 +60,10 @@ def make_sampler(
         responses: class name -> response tokens of all its training samples.
         samples_per_class: of a global batch, times the number of classes.
         seed: of the order.
+        files: class -> (samples, weight) of each of its files in the order of its samples, where those are weighed.
 
     Raises:
-        InputError: a class has no samples, or a batch would have none.
+        InputError: a class has no samples, or a batch would have none, or a file that is weighed has none.
     """
     if samples_per_class < 1:
         raise InputError(f"samples_per_class is {samples_per_class}; expected at least 1")
@@ -71,7 +79,7 @@ def make_sampler(
         weights = {name: size / responses[name] for name, size in sizes.items()}
     else:
         weights = dict.fromkeys(sizes, 1.0)
-    return ClassSampler(sizes, weights, batch_size, seed)
+    return ClassSampler(sizes, weights, batch_size, seed, files or {})
 
 
 class ClassSampler:
@@ -79,14 +87,25 @@ class ClassSampler:
 
     The k-th sample of a class (from 0) is due at (k + 1/2) / share, and batches take the samples as they are due
     (Sainte-Lague's method): after any H of them each of C classes has had share x H, but for 1/2 + C share / 2 at most.
-    Equal shares make every batch hold as many of every class.
+    Equal shares make every batch hold as many of every class. A class whose files are weighed takes its own samples of
+    them in the same way.
     """
 
-    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float],
+        batch_size: int,
+        seed: int,
+        files: Mapping[str, Sequence[tuple[int, float]]],
+    ) -> None:
         whole = math.fsum(weights.values())
         self.batch_size = batch_size
         self.shares = {name: weights[name] / whole for name in sizes if weights[name] > 0}
-        self._rows = {name: _Shuffled(sizes[name], seed, name) for name in self.shares}
+        self._rows: dict[str, _Rows] = {
+            name: _Weighed(files[name], seed, name) if name in files else _Shuffled(sizes[name], seed, name)
+            for name in self.shares
+        }
         self._classes = list(sizes)
 
     @property
@@ -111,12 +130,7 @@ class ClassSampler:
 
     def _first(self, total: int) -> dict[str, int]:
         """Class -> how many of the first ``total`` samples are its own."""
-        # By the bound above, less one: none of these is due behind the last of them.
-        slack = len(self.shares) / 2
-        found = {name: max(0, math.floor(share * (total - slack)) - 1) for name, share in self.shares.items()}
-        for _ in range(total - sum(found.values())):
-            found[min(found, key=lambda name: (found[name] + 0.5) / self.shares[name])] += 1
-        return found
+        return _due(self.shares, total)
 
 
 class UnionSampler:
@@ -146,6 +160,39 @@ class UnionSampler:
     def taken(self, steps: int) -> dict[str, float]:
         """Class -> the expected number of its samples in the first ``steps`` batches."""
         return {name: steps * self.batch_size * size / int(self._ends[-1]) for name, size in self.sizes.items()}
+
+
+def _due(shares: Mapping[Name, float], total: int) -> dict[Name, int]:
+    """How many of the first ``total`` are each one's, by Sainte-Lague; ``shares`` are above 0 and add up to 1."""
+    # By the bound of ClassSampler, less one: none of these is due behind the last of them.
+    slack = len(shares) / 2
+    found = {name: max(0, math.floor(share * (total - slack)) - 1) for name, share in shares.items()}
+    for _ in range(total - sum(found.values())):
+        found[min(found, key=lambda name: (found[name] + 0.5) / shares[name])] += 1
+    return found
+
+
+class _Rows(Protocol):
+    def at(self, position: int) -> int:
+        """The row that a class gives as its ``position``-th sample (from 0)."""
+
+
+class _Weighed:
+    """The rows of a class whose files have shares, each file in its own order."""
+
+    def __init__(self, files: Sequence[tuple[int, float]], seed: int, name: str) -> None:
+        whole = math.fsum(weight for _, weight in files)
+        for at, (size, weight) in enumerate(files):
+            if weight and not size:
+                raise InputError(f'class "{name}": its training entry {at + 1} has a weight, and no training samples')
+        self._shares = {at: weight / whole for at, (_, weight) in enumerate(files) if weight}
+        self._starts = [0, *np.cumsum([size for size, _ in files]).tolist()]
+        self._files = {at: _Shuffled(files[at][0], seed, f"{name}/{at}") for at in self._shares}
+
+    def at(self, position: int) -> int:
+        before, after = _due(self._shares, position), _due(self._shares, position + 1)
+        at = next(at for at in after if after[at] > before[at])
+        return int(self._starts[at]) + self._files[at].at(before[at])
 
 
 class _Shuffled:

@@ -151,6 +151,20 @@ class TokenStore:
                 check_file(folder / name / split / file, expected, verify)
         return cls(folder, manifest)
 
+    def entry_samples(self, class_name: str, entries: int) -> list[int]:
+        """Training samples of each of a class's ``entries`` (files, folders, globs), in the order of the samples.
+
+        Raises:
+            InputError: an earlier version made the store, which noted none.
+        """
+        noted = self.manifest["splits"][class_name]["train"].get("entries", [])
+        if len(noted) != entries:
+            raise InputError(
+                f"{self.folder}: does not say which samples of {class_name} came from which of its entries; "
+                "prepare the data again, with --overwrite"
+            )
+        return [int(samples) for samples in noted]
+
     def split(self, class_name: str, split: str) -> Split:
         """``split`` is "train" or "heldout"; the latter may be empty."""
         if class_name not in self.class_names:

@@ -11,7 +11,8 @@ The manifest is written last; a folder without one is no store.
                                     dropped {reason: count}, unread {field: rows},
                                     repeated (train: rows that repeat an earlier one; heldout: that are trained
                                     on as well), turns (trained ones), response_tokens,
-                                    prompt_tokens {specialist: count}, files {name: {bytes, blake2b}}
+                                    prompt_tokens {specialist: count}, files {name: {bytes, blake2b}},
+                                    entries (of train: samples of each entry of data.classes.<class>.train)
     checksum                        of all of the above
 """
 

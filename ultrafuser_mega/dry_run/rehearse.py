@@ -28,8 +28,9 @@ from ultrafuser_mega.planning.roles import distinct_ranks, role_of
 from ultrafuser_mega.reporting.rehearsal import Microbatch, Part, Rehearsal
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.trainable import Rates, Trainable
+from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.evaluation import evaluate
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 
 def rank_classes(plan: RunPlan) -> dict[int, str]:

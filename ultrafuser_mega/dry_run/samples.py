@@ -32,6 +32,11 @@ class UniformStore:
         self.folder = "uniform samples"
         self._split = UniformSplit(specialists, samples, length, response)
 
+    def entry_samples(self, class_name: str, entries: int) -> list[int]:
+        """As many of each entry as can be."""
+        whole = len(self.split(class_name, "train"))
+        return [whole * (at + 1) // entries - whole * at // entries or 1 for at in range(entries)]
+
     def split(self, class_name: str, split: str) -> Split:
         """The same for all."""
         return self._split

@@ -142,7 +142,7 @@ class Adapter(nn.Module):
                 mark_shared(self.b[part.name], SharedRows(0, part.copies))
             sharded, whole = (self.a, self.b) if of.to_hidden else (self.b, self.a)
             set_tensor_model_parallel_attributes(sharded[part.name], True, 1 if of.to_hidden else 0, 1)
-            whole[part.name].sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+            whole[part.name].sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor, y: Tensor, dropout: int | None) -> Tensor:
         """``y`` with what the adapters give for ``x`` added.
@@ -196,18 +196,20 @@ class Adapter(nn.Module):
         ``.lora_B`` (layers, outputs, r)."""
         rank, tp = self.group.rank(), self.group.size()
         for part in self.adapted:
+            # Of the whole tensor (axis, part, parts) if any, and which copy of it this rank has.
+            whole: tuple[list[tuple[int, int, int]], int] = [], rank
+            sharded = [(1, part.piece, part.pieces)], rank % part.copies
             if self.of.to_hidden:
-                a, b = ((2, rank, tp), 0), (None, rank)
-            else:
-                a, b = (None, rank), ((1, part.piece, part.pieces), rank % part.copies)
-            for letter, parameter, (cut, copy) in (("A", self.a[part.name], a), ("B", self.b[part.name], b)):
+                sharded = [(2, rank, tp)], 0
+            a, b = (sharded, whole) if self.of.to_hidden else (whole, sharded)
+            for letter, parameter, (cuts, copy) in (("A", self.a[part.name], a), ("B", self.b[part.name], b)):
                 yield (
                     f"{prefix}{layer}.{part.name}.lora_{letter}",
                     ShardedTensor.from_rank_offsets(
                         f"{prefix}{part.name}.lora_{letter}",
                         parameter,
                         (0, layer, layers),
-                        *([cut] if cut is not None else []),
+                        *cuts,
                         replica_id=(copy, replica),
                         prepend_axis_num=1,
                     ),

@@ -12,7 +12,8 @@ Products of stage 2 (FLOPs):
     head        6 N V D                   2 for the logits, 4 for both gradients
     gate        6 N d u n
 
-Stage 1: 2 T W, 4 h e sum s^2 / t, 2 N V D and 4 N d u n.
+A frozen specialist: 2 T W and 4 h e sum s^2 / t; where the gate alone trains 2 N V D and 4 N d u n. Adapters spare the
+2 T W of weights' gradients and add 6 T R (inputs + outputs) of each linear map, R the ranks beside it.
 
 Collectives (bytes of the whole tensor: an all-gather's result, a reduce-scatter's operand), per layer and microbatch of
 stage 2, b T d each: with sequence parallelism 6 all-gathers and 4 reduce-scatters (forward 2 and 2, backward 4 and 2),
@@ -25,8 +26,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ultrafuser_mega.config import GATE, HEADS
 from ultrafuser_mega.planning.memory import (
-    NUMBER,
     Device,
     RankMemory,
     exchange_numbers,
@@ -37,8 +38,9 @@ from ultrafuser_mega.planning.memory import (
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
+from ultrafuser_mega.planning.trained import NUMBER, WIDE, Trains
 
-_WIDE = 4
+_WIDE = WIDE
 _STATISTICS = 5  # float32 numbers of a row that the loss's ranks share
 _BACK_AND_FORTH = 3  # products of a linear map in stage 2, in parts of its forward's
 
@@ -137,60 +139,75 @@ def rank_cost(
     ``fullest``: the microbatch that memory is counted for; default: the same.
     """
     role = role_of(plan, rank)
-    largest = fullest or microbatch
+    largest, trains = fullest or microbatch, Trains.of(plan.config, stage)
     memory = rank_memory(plan, rank, largest, stage=stage, microbatches=microbatches, device=device)
     return RankCost(
         memory=memory,
-        products=_products(plan, role, microbatch, stage),
-        traffic=tuple(_traffic(plan, role, rank, microbatch, stage, device)),
-        moved=_moved(plan, role, microbatch, stage, program),
-        moved_per_step=_moved_per_step(plan, role, stage),
-        read=(_BACK_AND_FORTH if stage == 2 else 1) * NUMBER[plan.config.dtype] * sum(role.matrices.values()),
-        layers=sum(_runs(plan, role, name, stage) * layers / 3 for name, layers in role.layers.items()),
-        tensors=role.tensors if stage == 2 else 3,
+        products=_products(plan, role, microbatch, trains),
+        traffic=tuple(_traffic(plan, role, rank, microbatch, trains, device)),
+        moved=_moved(plan, role, microbatch, trains, program),
+        moved_per_step=_moved_per_step(plan, role, trains),
+        read=NUMBER[plan.config.dtype]
+        * sum((_passes(trains, name) if trains.backward(name) else 1) * role.matrices[name] for name in role.names),
+        layers=sum(_runs(plan, role, name, trains) * layers / 3 for name, layers in role.layers.items()),
+        tensors=trains.tensors(role),
     )
 
 
-def _runs(plan: RunPlan, role: Role, name: str, stage: int) -> float:
+def _passes(trains: Trains, name: str) -> int:
+    """Products of a linear map that trains, forward and backward: without its weight's gradient one less."""
+    return _BACK_AND_FORTH if trains.whole(name) else _BACK_AND_FORTH - 1
+
+
+def _runs(plan: RunPlan, role: Role, name: str, trains: Trains) -> float:
     """Forward passes that the products of a layer amount to, on the average of the rank's layers."""
-    if stage == 1:
+    if not trains.backward(name):
         return 1.0
-    return _BACK_AND_FORTH + recomputed_layers(plan, role.layers[name]) / role.layers[name]
+    return _passes(trains, name) + recomputed_layers(plan, role.layers[name]) / role.layers[name]
 
 
-def _products(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int) -> dict[str, float]:
+def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains) -> dict[str, float]:
     layers = attention = 0.0
     for name in role.names:
         arch = plan.architectures[name]
-        layers += 2 * _runs(plan, role, name, stage) * microbatch.tokens[name] * role.matrices[name]
+        tokens, again = microbatch.tokens[name], 0.0
+        if trains.backward(name):
+            again = recomputed_layers(plan, role.layers[name]) / role.layers[name]
+        layers += 2 * _runs(plan, role, name, trains) * tokens * role.matrices[name]
+        beside = _BACK_AND_FORTH + again if trains.backward(name) else 1.0
+        layers += 2 * beside * tokens * role.adapter_products.get(name, 0)
         scores = 4 * arch.heads * arch.head_dim / role.tp * microbatch.squares[name] * role.layers[name]
-        attention += scores * (_runs(plan, role, name, stage) + (0.5 if stage == 2 else 0))  # backward: 2.5 forwards
+        attention += scores * (1 + again + (2.5 if trains.backward(name) else 0))  # backward: 2.5 forwards
     widths = [arch.hidden_size for arch in plan.architectures.values()]
     rows = microbatch.rows
+    head = 2 + 2 * trains.whole(HEADS) + 2 * ((trains.states or trains.whole(GATE)) and not trains.gate_alone)
+    to_states = sum(arch.hidden_size for name, arch in plan.architectures.items() if trains.backward(name))
+    gate = (2 + 2 * trains.whole(GATE)) * sum(widths) + 2 * to_states
     return {
         "layers": layers,
         "attention": attention,
-        "head": (6 if stage == 2 else 2) * rows * len(role.vocabulary or ()) * sum(widths),
-        "gate": (6 if stage == 2 else 4) * rows * role.gate_units * sum(widths),
+        "head": head * rows * len(role.vocabulary or ()) * sum(widths),
+        "gate": gate * rows * role.gate_units,
     }
 
 
 def _traffic(
-    plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, stage: int, device: Device
+    plan: RunPlan, role: Role, rank: int, microbatch: Microbatch, parts: Trains, device: Device
 ) -> Sequence[Traffic]:
     width, layout = NUMBER[plan.config.dtype], plan.layout
     sequence = plan.config.parallel.sequence_parallel and role.tp > 1
-    trains = stage == 2
+    trains = any(parts.backward(name) for name in role.names)
     found: list[Traffic] = []
     states = {name: width * microbatch.tokens[name] * plan.architectures[name].hidden_size for name in role.names}
     if role.tp > 1:
         group = _group_of(layout.tensor_groups(role.names[0]), rank)
         calls, nbytes = 0, 0.0
         for name in role.names:
-            again = recomputed_layers(plan, role.layers[name]) if trains else 0
-            found += _of_layers(plan, role, name, group, states[name], microbatch.tokens[name], again, trains)
+            own_trains = parts.backward(name)
+            again = recomputed_layers(plan, role.layers[name]) if own_trains else 0
+            found += _of_layers(plan, role, name, group, states[name], microbatch.tokens[name], again, own_trains)
             # The embedding's sum and, with sequence parallelism, its gradient's gather and the last hidden states'.
-            own = role.is_first * (1 + (sequence and trains)) + (role.is_last and sequence)
+            own = role.is_first * (1 + (sequence and parts.whole(name))) + (role.is_last and sequence)
             calls, nbytes = calls + own, nbytes + own * states[name]
         found.append(Traffic("tp", group, calls, nbytes, 1 if sequence else 2))
         if role.is_last and trains:
@@ -204,10 +221,10 @@ def _traffic(
         rows = microbatch.rows * _WIDE
         if layout.kind == "disjoint":
             found.append(Traffic("fusion", group, 1, numbers * width))
-        if trains:
+        if parts.states:
             found.append(Traffic("fusion", group, 1, numbers * _WIDE))
         # The gate's gradient: part of the statistics, or summed up from what the chunked loss makes of the products.
-        mixed = trains and not in_planes(plan, role, microbatch.rows, device)
+        mixed = not parts.gate_alone and not in_planes(plan, role, microbatch.rows, device)
         columns = _STATISTICS + (0 if mixed else 3 * len(plan.architectures))
         found.append(Traffic("fusion", group, 1, rows * columns * role.fusion))
         found.append(Traffic("fusion", group, 1 + mixed, (1 + mixed) * rows * len(plan.architectures), 2))
@@ -218,8 +235,8 @@ def _traffic(
         found.append(Traffic("pp", group, ways * (1 + trains), ways * (1 + trains) * handed))
     if layout.dp > 1:
         group = _group_of(layout.data_groups(), rank)
-        trained = role.parameters if trains else role.gate
-        if trains and plan.config.parallel.distributed_optimizer:
+        trained = parts.parameters(role)
+        if parts.shards(plan) > 1:
             found.append(Traffic("dp", group, 1, _WIDE * trained, per_step=True))
             found.append(Traffic("dp", group, 1, width * trained, per_step=True))
         else:
@@ -275,7 +292,7 @@ def _group_of(groups: Sequence[Sequence[int]], rank: int) -> tuple[int, ...]:
     return next(tuple(group) for group in groups if rank in group)
 
 
-def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int, program: Program) -> dict[str, float]:
+def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, parts: Trains, program: Program) -> dict[str, float]:
     """Bytes through memory of what is no product.
 
     Per number of a hidden state's part, in bytes, each operation reading and writing once (norms go through float32):
@@ -286,8 +303,8 @@ def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int, progra
     """
     width, total = NUMBER[plan.config.dtype], 0.0
     wide = 0 if program.fused_nodes else 1
-    trains = stage == 2
     for name in role.names:
+        trains = parts.backward(name)
         arch, tokens = plan.architectures[name], microbatch.tokens[name]
         part = arch.hidden_size / (role.tp if plan.config.parallel.sequence_parallel else 1)
         groups = arch.kv_heads_of_rank(role.tp)
@@ -298,17 +315,15 @@ def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, stage: int, progra
         once += mlp * width * (5 if wide else 3) + width * (5 * rotated if wide else 2 * heads)
         back = 2 * part * (4 * width + 52 * wide) + 6 * width * part
         back += mlp * width * (11 if wide else 5) + width * (5 * rotated * wide + 2 * heads)
-        again = _runs(plan, role, name, stage) - _BACK_AND_FORTH if trains else 0.0
+        again = recomputed_layers(plan, role.layers[name]) / role.layers[name] if trains else 0.0
         total += tokens * role.layers[name] * (once * (1 + again) + (back if trains else 0.0))
-    weights = sum(role.matrices.values())
-    if not trains:
-        return {"elementwise": total, "gradients": 0.0}
+    weights = sum(role.matrices[name] for name in role.names if parts.whole(name))
+    weights += sum(role.adapters[name] for name in role.adapters if parts.modes[name] == "lora")
     added = 2 * _WIDE if program.fused_weight_gradients else 2 * _WIDE + 2 * width
     return {"elementwise": total, "gradients": weights * float(added)}
 
 
-def _moved_per_step(plan: RunPlan, role: Role, stage: int) -> float:
+def _moved_per_step(plan: RunPlan, role: Role, trains: Trains) -> float:
     """Gradients cleared (4); of a shard read for the norm and scaled (12), AdamW (reads 16, writes 12 + b)."""
-    trained = role.parameters if stage == 2 else role.gate
-    shards = plan.layout.dp if plan.config.parallel.distributed_optimizer and stage == 2 else 1
+    trained, shards = trains.parameters(role), trains.shards(plan)
     return trained * (_WIDE + (12 + 28 + NUMBER[plan.config.dtype]) / shards)

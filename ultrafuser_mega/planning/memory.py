@@ -19,28 +19,33 @@ Per token of a layer autograd keeps, by the operation that needs it:
     3 b f / t             both halves of the activation's input, and its output
 
 A recomputed layer keeps b d / s, its input. Where every layer is, the one in work holds all of the above for itself.
+
+Of a specialist that is frozen nothing is kept. One that trains by adapters keeps as much, but the input of a linear map
+only for an adapter beside it, where nothing else needs it (a norm's output); and b R for each, R its adapters' ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from ultrafuser_mega.config import HEADS
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.lora import linear_maps
 from ultrafuser_mega.models.pipeline import stage_layers
 from ultrafuser_mega.ops import planes
 from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, cut, even_rows
 from ultrafuser_mega.planning.microbatch import Microbatch, workload_of
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
+from ultrafuser_mega.planning.trained import NUMBER, OPTIMIZER, WIDE, Trains
 from ultrafuser_mega.reporting.plan_table import RankShare
 
 Device = Literal["cpu", "cuda"]
 
-NUMBER = {"fp32": 4, "bf16": 2}  # bytes of a weight and of a hidden state's number
-_WIDE = 4  # of float32
-_OPTIMIZER = {"fp32": 8, "bf16": 12}
+_WIDE, _OPTIMIZER = WIDE, OPTIMIZER
 _INDEX = 8  # of int64
 
 
@@ -146,45 +151,57 @@ def rank_memory(
     """
     role = role_of(plan, rank)
     config, width = plan.config, NUMBER[plan.config.dtype]
-    trained = role.parameters if stage == 2 else role.gate
-    sharded = config.parallel.distributed_optimizer and stage == 2
-    shards = plan.layout.dp if sharded else 1
+    trains = Trains.of(config, stage)
+    trained, shards = trains.parameters(role), trains.shards(plan)
     held = {
         "weights": float(role.parameters * width),
         "gradients": float(trained * _WIDE),
         "optimizer": trained * _OPTIMIZER[config.dtype] / shards,
     }
-    if stage == 1:
-        workspace = max(_forward_workspace(plan, role, name, microbatch) for name in role.names)
-        loss = _gate_loss(plan, role, microbatch, device)
-        activations = _batch(plan, role, microbatch) + _scratch(plan, role, microbatch)
-        return RankMemory(**held, activations=activations, loss=loss, workspace=workspace)
+    frozen = [name for name in role.names if not trains.backward(name)]
+    forward = max((_forward_workspace(plan, role, name, microbatch) for name in frozen), default=0.0)
+    loss = _gate_loss if trains.gate_alone else partial(_loss, trains=trains)
+    scratch = _scratch(plan, role, microbatch)
+    if len(frozen) == len(role.names):
+        return RankMemory(
+            **held,
+            activations=_batch(plan, role, microbatch) + scratch,
+            loss=loss(plan, role, microbatch, device),
+            workspace=forward,
+            save=_copied(plan, role, trained, device) if trains.beside_gate else 0.0,
+        )
     in_flight = min(role.pp - role.stage, microbatches or role.pp)
+    kept = kept_activations(plan, role, microbatch, device, trains)
     return RankMemory(
         **held,
-        activations=in_flight * (kept_activations(plan, role, microbatch, device) + _batch(plan, role, microbatch))
-        + _scratch(plan, role, microbatch),
-        loss=_loss(plan, role, microbatch, device),
-        workspace=_backward_workspace(plan, role, microbatch, device),
-        save=_copied(plan, role, device),
+        activations=in_flight * (kept + _batch(plan, role, microbatch)) + scratch,
+        loss=loss(plan, role, microbatch, device),
+        workspace=max(forward, _backward_workspace(plan, role, microbatch, device, trains)),
+        save=_copied(plan, role, trained, device),
     )
 
 
-def _copied(plan: RunPlan, role: Role, device: Device) -> float:
+def _copied(plan: RunPlan, role: Role, trained: int, device: Device) -> float:
     """What a save copies to host memory, where that is the device's: this replica's share of what all ranks write."""
     if device != "cpu":
         return 0.0
-    return role.parameters * (NUMBER[plan.config.dtype] + float(_OPTIMIZER[plan.config.dtype])) / plan.layout.dp
+    dtype = plan.config.dtype
+    return (role.parameters * NUMBER[dtype] + trained * float(_OPTIMIZER[dtype])) / plan.layout.dp
 
 
-def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, trains: Trains) -> float:
     """Bytes that the layers' backward needs of the forward of one microbatch, and of what stages hand each other."""
     width, total = NUMBER[plan.config.dtype], 0.0
     for name in role.names:
         arch, tokens = plan.architectures[name], microbatch.tokens[name]
+        if not trains.backward(name):
+            continue
         part = width * arch.hidden_size / _sequence_parts(plan, role)  # of a hidden state per token
         recomputed = recomputed_layers(plan, role.layers[name])
-        total += tokens * (role.layers[name] - recomputed) * layer_bytes(plan, role, arch, device)
+        layer = layer_bytes(plan, role, arch, device)
+        if not trains.whole(name):
+            layer += _beside_adapters(plan, role, name)
+        total += tokens * (role.layers[name] - recomputed) * layer
         total += tokens * recomputed * part
         if role.is_last:
             total += tokens * (part + _WIDE / _sequence_parts(plan, role))  # the final norm
@@ -205,6 +222,20 @@ def layer_bytes(plan: RunPlan, role: Role, arch: Architecture, device: Device) -
     numbers += ((1 + normed) * (queries + 2 * groups) + attended * queries) * arch.head_dim
     statistics = 2 / parts + queries + normed * (queries + groups)
     return width * numbers + _WIDE * statistics
+
+
+def _beside_adapters(plan: RunPlan, role: Role, name: str) -> float:
+    """What adapters keep per token of a layer, less the outputs of norms that no adapter takes in."""
+    arch, lora = plan.architectures[name], plan.config.adapters[name]
+    width, parts, numbers = NUMBER[plan.config.dtype], _sequence_parts(plan, role), 0.0
+    for one in linear_maps(arch, role.tensor_rank, role.tp):
+        adapted = sum(part.name in lora.targets for part in one.projections)
+        numbers += adapted * lora.rank / (parts if one.to_hidden else 1)
+        if not adapted and not one.to_hidden:
+            numbers -= arch.hidden_size / parts
+        if not adapted and one.path.endswith("fc2"):
+            numbers -= arch.ffn_size / role.tp
+    return width * numbers
 
 
 def recomputed_layers(plan: RunPlan, layers: int) -> int:
@@ -240,7 +271,7 @@ def _scratch(plan: RunPlan, role: Role, microbatch: Microbatch) -> float:
     return NUMBER[plan.config.dtype] * max(sizes)
 
 
-def _backward_workspace(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+def _backward_workspace(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, trains: Trains) -> float:
     """The largest that lies beside kept activations while one layer goes backward.
 
     Of its steps: the second linear map of the MLP, the activation, the first linear map, a norm. A weight's gradient in
@@ -248,13 +279,16 @@ def _backward_workspace(plan: RunPlan, role: Role, microbatch: Microbatch, devic
     """
     width, largest, waiting = NUMBER[plan.config.dtype], 0.0, 0.0
     for name in role.names:
+        if not trains.backward(name):
+            continue
+        whole = 1 if trains.whole(name) else 0  # a frozen weight's gradient is not made
         arch, tokens = plan.architectures[name], microbatch.tokens[name]
         hidden, mlp = arch.hidden_size, arch.ffn_size / role.tp
         part = hidden / _sequence_parts(plan, role)
         steps = (
-            tokens * (hidden + mlp) + hidden * mlp,
+            tokens * (hidden + mlp) + whole * hidden * mlp,
             5 * tokens * mlp,
-            tokens * (2 * mlp + hidden + part) + 2 * hidden * mlp,
+            tokens * (2 * mlp + hidden + part) + whole * 2 * hidden * mlp,
             tokens * part * (2 + 4 * _WIDE / width),
         )
         own = width * (max(steps) + tokens * part)
@@ -290,7 +324,7 @@ def exchange_numbers(plan: RunPlan, role: Role, rows: float) -> float:
     return role.fusion * max(slots.values())
 
 
-def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
+def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, trains: Trains) -> float:
     """The chunked loss with gate and exchange, at its fullest.
 
     Forward: hidden rows (b N D; disjoint also the rank's own before the exchange), the gate's activations (b + 4 per
@@ -310,14 +344,15 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> 
     if in_planes(plan, role, rows, device):
         chunk, row_bytes = int(rows), planes.row_bytes(*_plane_sizes(plan, role, device))
     single_product = chunk >= rows or rows <= total
-    head = role.vocab_rows * total * (operand if single_product else _WIDE)
-    forward = own + states + gate + chunk * row_bytes + states + head
-    heads = states + gate + states + head + (role.vocab_rows * total * width if head and not single_product else 0)
+    head = role.vocab_rows * total * (operand if single_product else _WIDE) * trains.whole(HEADS)
+    given = states if trains.states else 0.0  # gradients of hidden states
+    forward = own + states + gate + chunk * row_bytes + given + head
+    heads = states + gate + given + head + (role.vocab_rows * total * width if head and not single_product else 0)
     exchange = 0.0
-    if role.fusion > 1:
+    if role.fusion > 1 and trains.states:
         numbers = exchange_numbers(plan, role, rows)
         exchange = numbers * _WIDE * (1 + 1 / role.fusion) + width * rows * _own_widths(plan, role)
-    return max(forward, heads, states + gate + states + exchange)
+    return max(forward, heads, states + gate + given + exchange)
 
 
 def in_planes(plan: RunPlan, role: Role, rows: float, device: Device) -> bool:

@@ -167,7 +167,7 @@ def prepared_store(config: FuserConfig) -> TokenStore | None:
 
 def _of_store(store: TokenStore, samples_per_class: int, config: FuserConfig) -> Workload:
     splits = {name: store.split(name, "train") for name in store.class_names}
-    sampler = sampler_of(splits, config.data.sampling, samples_per_class, config.seed)
+    sampler = sampler_of(store, config.data.sampling, samples_per_class, config.seed, config.data.file_weights)
     steps = []
     for step in range(_STEPS):
         picks = sampler.batch(step)

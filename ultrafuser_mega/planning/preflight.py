@@ -288,6 +288,11 @@ def _check_words(config: FuserConfig) -> None:
         if specialist.template not in TEMPLATE_NAMES:
             known = ", ".join(TEMPLATE_NAMES)
             raise InputError(f"specialists.{name}.template: {specialist.template!r} is not known; use one of {known}")
+    if config.evaluation.patience is not None and not config.evaluation.every:
+        raise InputError(
+            f"evaluation.patience: {config.evaluation.patience} counts evaluations on the way, of which "
+            "evaluation.every 0 makes none; give it a number of steps"
+        )
     for number in config.stages:
         beside = [name for name, part in config.parts(number).items() if part.trains and name != GATE]
         if config.loss.backend == "gate_only" and beside:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ultrafuser_mega.config import GATE, HEADS, Lora
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture
+from ultrafuser_mega.models.lora import linear_maps
 from ultrafuser_mega.models.pipeline import stage_layers
 from ultrafuser_mega.planning.preflight import RunPlan
 
@@ -26,7 +28,11 @@ class Role:
         matrices: parameters of the layers' linear maps, per specialist.
         parameters: all that the rank holds.
         tensors: tensors that they are in.
-        gate: parameters of the gate among them, the only ones that stage 1 trains.
+        parts: parameters of gate, heads and the rank's specialists, without adapters, which add up to that.
+        adapters: specialist -> parameters of its adapters, which ``parameters`` has too.
+        adapter_tensors: specialist -> tensors that they are in.
+        adapter_products: specialist -> FLOPs of its adapters' products, forward, in parts of 2 per token.
+        gate: parameters of the gate among them.
         norms: parameters whose gradients tensor-parallel ranks sum under sequence parallelism.
     """
 
@@ -43,6 +49,10 @@ class Role:
     matrices: dict[str, int]
     parameters: int
     tensors: int
+    parts: dict[str, int]
+    adapters: dict[str, int]
+    adapter_tensors: dict[str, int]
+    adapter_products: dict[str, int]
     gate: int
     norms: int
 
@@ -67,12 +77,16 @@ def role_of(plan: RunPlan, rank: int) -> Role:
     stage, tensor_rank = divmod(local - placement.first_rank, tp)
     layers = {name: stage_layers(archs[name].layers, pp)[stage] for name in names}
     matrices = {name: layers[name] * layer_matrices(archs[name], tp) for name in names}
-    norms = sum(layers[name] * _layer_norms(archs[name]) for name in names)
-    norms += sum(archs[name].hidden_size for name in names if stage == pp - 1)
-    held = norms + sum(matrices.values()) + sum(layers[name] * _layer_biases(archs[name], tp) for name in names)
+    norms = {
+        name: layers[name] * _layer_norms(archs[name]) + archs[name].hidden_size * (stage == pp - 1) for name in names
+    }
+    parts = {GATE: 0, HEADS: 0}
+    for name in names:
+        table = -(-archs[name].vocab_rows // tp) * archs[name].hidden_size if stage == 0 else 0
+        parts[name] = norms[name] + matrices[name] + layers[name] * _layer_biases(archs[name], tp) + table
     tensors = sum(layers[name] * _layer_tensors(archs[name]) + (stage == 0) + (stage == pp - 1) for name in names)
-    if stage == 0:
-        held += sum(-(-archs[name].vocab_rows // tp) * archs[name].hidden_size for name in names)
+    adapted = {name: lora for name, lora in plan.config.adapters.items() if name in names}
+    adapters = {name: _Adapters.of(archs[name], lora, tensor_rank, tp) for name, lora in adapted.items()}
     fusion, gate, rows, real, units = 0, 0, 0, None, 0
     if stage == pp - 1:
         members = layout.fusion_groups()[0]
@@ -81,7 +95,7 @@ def role_of(plan: RunPlan, rank: int) -> Role:
         real = range(min(place * rows, plan.vocab_size), min((place + 1) * rows, plan.vocab_size))
         units = -(-plan.gate_units // fusion)
         gate = units * (gate_width(archs) + 2)
-        held += rows * sum(arch.hidden_size for arch in archs.values()) + gate
+        parts |= {GATE: gate, HEADS: rows * sum(arch.hidden_size for arch in archs.values())}
         tensors += len(archs) + 3
     return Role(
         names=names,
@@ -95,11 +109,36 @@ def role_of(plan: RunPlan, rank: int) -> Role:
         vocabulary=real,
         gate_units=units,
         matrices=matrices,
-        parameters=held,
+        parameters=sum(parts.values()) + sum(layers[name] * one.parameters for name, one in adapters.items()),
         tensors=tensors,
+        parts=parts,
+        adapters={name: layers[name] * one.parameters for name, one in adapters.items()},
+        adapter_tensors={name: layers[name] * one.tensors for name, one in adapters.items()},
+        adapter_products={name: layers[name] * one.products for name, one in adapters.items()},
         gate=gate,
-        norms=norms,
+        norms=sum(norms.values()),
     )
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """Of one layer on one rank."""
+
+    parameters: int
+    tensors: int
+    products: int  # numbers of the matrices that a token is multiplied with
+
+    @classmethod
+    def of(cls, arch: Architecture, lora: Lora, rank: int, tp: int) -> _Adapters:
+        parameters = tensors = products = 0
+        for one in linear_maps(arch, rank, tp):
+            adapted = [part for part in one.projections if part.name in lora.targets]
+            inputs = one.projections[0].inputs // (tp if one.to_hidden else 1)
+            parameters += lora.rank * sum(inputs + part.rows for part in adapted)
+            tensors += 2 * len(adapted)
+            if adapted:  # the product with all B has the rows of all projections
+                products += lora.rank * len(adapted) * (inputs + sum(part.rows for part in one.projections))
+        return cls(parameters, tensors, products)
 
 
 def distinct_ranks(plan: RunPlan) -> list[int]:

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ultrafuser_mega.config import HEADS
 from ultrafuser_mega.planning.cost import TODAY, Program, RankCost, Traffic, rank_cost
 from ultrafuser_mega.planning.hardware import Cluster
 from ultrafuser_mega.planning.memory import RankMemory, rank_memory
 from ultrafuser_mega.planning.microbatch import GlobalBatch, Share, Workload
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import distinct_ranks, layer_matrices, role_of
+from ultrafuser_mega.planning.trained import Trains
 
 #: Dispatched operations of a layer's forward and backward, and those that are kernels of their own beside products:
 #: of Megatron's layer, counted on a CPU, and of today's, counted by the dry run (tools/benchmarks/measure_dry_run.py).
@@ -98,14 +100,17 @@ def useful_flops(plan: RunPlan, batch: GlobalBatch, stage: int = 2) -> float:
     """Products that a step needs whatever the layout.
 
     6 per token and weight, 6 h e sum s^2 of a layer's attention (half of every square), heads and gate on response
-    tokens alone; a third of it in stage 1.
+    tokens alone; of what is frozen a third, of what trains by adapters two thirds.
     """
     total, rows, tokens, squares = 0.0, float(batch.responses.sum()), batch.tokens, batch.squares
+    trains = Trains.of(plan.config, stage)
     for name, arch in plan.architectures.items():
-        total += 6 * tokens[name] * arch.layers * layer_matrices(arch, 1)
-        total += 6 * squares[name] * arch.layers * arch.heads * arch.head_dim
-        total += 6 * rows * arch.hidden_size * (plan.vocab_size + plan.gate_units)
-    return total if stage == 2 else total / 3
+        passes = 6 if trains.whole(name) else 4 if trains.backward(name) else 2
+        total += passes * tokens[name] * arch.layers * layer_matrices(arch, 1)
+        total += (6 if trains.backward(name) else 2) * squares[name] * arch.layers * arch.heads * arch.head_dim
+        ends = 2 if trains.gate_alone else 2 + 2 * trains.whole(HEADS) + 2 * trains.states
+        total += ends * rows * arch.hidden_size * (plan.vocab_size + plan.gate_units)
+    return total
 
 
 @dataclass(frozen=True)

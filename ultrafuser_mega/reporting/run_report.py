@@ -54,6 +54,7 @@ class RunReport:
     def __init__(self, facts: RunFacts, *, enabled: bool, done_steps: int) -> None:
         self.facts, self.enabled, self.run_dir = facts, enabled, facts.run_dir
         self._resumed_at = done_steps if facts.resumed_from else None
+        self._done = done_steps
         self._started = time.perf_counter()
         self._stack = ExitStack()
         self._console = TrainConsole(enabled=enabled)
@@ -94,6 +95,7 @@ class RunReport:
 
     def step(self, record: StepRecord) -> None:
         """A training step was done."""
+        self._done = record.step
         if self._metrics is not None:
             self._metrics.write_step(record)
         self._console.step(record)
@@ -129,7 +131,7 @@ class RunReport:
         last evaluation in which they still were, of stage 1. ``views`` are the samples to colour token by token.
         """
         stage1_steps, stage2_steps = self.facts.stage_steps
-        last = stage1_steps + stage2_steps
+        last = max(self._done, stage1_steps)  # a stage may have ended before its last step
         self.evaluated(final, 2, last)
         if self._metrics is None:
             return
@@ -145,7 +147,7 @@ class RunReport:
         record = EvalRecord(stage=2, step=last, loss=loss, gate=final.gate, yardsticks=yardsticks)
         after_stage1 = None
         if stage1_steps and stage2_steps:  # else it is the end, or the beginning
-            after_stage1 = next((e for e in evals if e.stage == 1 and e.step == stage1_steps), None)
+            after_stage1 = next((e for e in reversed(evals) if e.stage == 1 and e.step), None)
         tables = [loss_table(record, after_stage1=after_stage1), gate_table(record)]
         self._console.end_stage()  # a live display would draw over the tables
         print_tables(tables)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, verify_checkpoint
-from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.checkpoint.resume import steps_by_epochs
+from ultrafuser_mega.config import FuserConfig, Stage
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.sampler import make_sampler, passes
@@ -82,6 +85,21 @@ def data_notes(config: FuserConfig, report: PrepareReport) -> list[str]:
         for number, stage in config.stages.items()
     }
     return [*passes(sizes, stages), *report.notices()]
+
+
+def ended_by_epochs(plan: RunPlan, store: TokenStore) -> RunPlan:
+    """``plan`` with the steps that its stages' epochs amount to in ``store``; a resumed run keeps those that it had."""
+    config = plan.config
+    known = steps_by_epochs(plan.resume[1], config) if plan.resume is not None else {}
+    rows = sum(len(store.split(name, "train")) for name in store.class_names)
+    changed: dict[str, Stage] = {}
+    for number, stage in config.stages.items():
+        if stage.epochs is None:
+            continue
+        taken = stage.samples_per_class * len(store.class_names)
+        steps = known.get(number, min(stage.steps, math.ceil(stage.epochs * rows / taken)))
+        changed[f"stage{number}"] = stage.model_copy(update={"steps": steps})
+    return replace(plan, config=config.model_copy(update=changed))
 
 
 def open_store(plan: RunPlan, groups: RankGroups) -> TokenStore:

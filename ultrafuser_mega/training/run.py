@@ -21,12 +21,13 @@ from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.device import device_name
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.watchdog import Watchdog
-from ultrafuser_mega.training.prepare import data_notes, intact, open_store
+from ultrafuser_mega.training.assembly import make_shard
+from ultrafuser_mega.training.prepare import data_notes, ended_by_epochs, intact, open_store
 from ultrafuser_mega.training.run_folder import begin_run, locked_run
 from ultrafuser_mega.training.skipping import RollBack
 from ultrafuser_mega.training.stopping import Stop
 from ultrafuser_mega.training.token_samples import token_samples
-from ultrafuser_mega.training.trainer import Trainer, make_shard
+from ultrafuser_mega.training.trainer import Trainer
 
 
 def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) -> Stop | None:
@@ -45,7 +46,7 @@ def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) ->
     with locked_run(plan.config.run_dir, enabled=groups.rank == 0):
         plan = intact(plan)
         store = open_store(plan, groups)
-        plan = compared_with_data(plan, store)
+        plan = ended_by_epochs(compared_with_data(plan, store), store)
         peak = peak_flops(device_name(device), plan.config.dtype)
         trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun, peak)
         if signs is not None and (seconds := 60 * plan.config.faults.hang_minutes):

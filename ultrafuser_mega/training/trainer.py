@@ -20,25 +20,24 @@ from ultrafuser_mega.checkpoint.left_out import changing, is_kept, record_of
 from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.resume import data_record
 from ultrafuser_mega.checkpoint.saver import Saver
-from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources, trained_specialists
 from ultrafuser_mega.config import GATE, Stage, in_words
 from ultrafuser_mega.data.batches import Shard, Steps, TrainingBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.store_watch import StoreWatch
-from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.errors import DivergedError, InputError
-from ultrafuser_mega.models.dtypes import DTYPES
-from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights, train_parts
-from ultrafuser_mega.models.fusion_head import LossOptions
+from ultrafuser_mega.models.fused import load_hf_weights, train_parts
 from ultrafuser_mega.planning.preflight import RunPlan
-from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
+from ultrafuser_mega.planning.trained import part_shares
+from ultrafuser_mega.reporting.parts_table import as_text, parts_table
+from ultrafuser_mega.reporting.records import METRICS_FILE, EvaluationResult, StepRecord, read_metrics
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import RankGroups
-from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
+from ultrafuser_mega.training.assembly import build_model, run_sources
+from ultrafuser_mega.training.best import Best, mean_loss
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
@@ -153,8 +152,13 @@ class Trainer:
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
+        title = f"stage {number} trains"
+        report.note(as_text(parts_table(title, part_shares(self.plan, number))))
         report.begin_stage(number, in_words(config.parts(number)), first + 1, stage.steps)
         if done == stage.steps:
+            return None
+        best, watched = self._best(begin), config.checkpoint.keep_best or config.evaluation.patience is not None
+        if best.since >= (config.evaluation.patience or math.inf):
             return None
         judge, owed, told = Judge(self._measured_loss(batches)), False, False
         skips = Skips(config.faults.skips, begin.skipped)
@@ -179,12 +183,21 @@ class Trainer:
                         write_down(config.run_dir, record, batches.sampler.batch(step))
                 if skips.too_many:
                     return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
-                is_last = stop is not None or step + 1 == stage.steps
-                owed |= _due(step + 1, config.checkpoint.every)
+                evaluated, lowest = None, False
+                if watched and stop is None and self._evaluation_due(number, step + 1, watched) and not record.skipped:
+                    evaluated = self.evaluate()
+                    lowest = best.take(mean_loss(evaluated))
+                    begun = time.perf_counter()
+                enough = best.since >= (config.evaluation.patience or math.inf)
+                is_last = stop is not None or enough or step + 1 == stage.steps
+                owed |= _due(step + 1, config.checkpoint.every) or (lowest and config.checkpoint.keep_best)
                 # Not in the midst of skipped steps, which the run might go back into.
                 if is_last or (owed and not record.skipped):
                     with self.phases("save", whole=True):
-                        problem = self._publish(progress, trainable, judge, self._measured_loss(batches), report)
+                        loss = self._measured_loss(batches)
+                        problem = self._publish(
+                            progress, trainable, judge, loss, report, best=lowest and config.checkpoint.keep_best
+                        )
                     if problem and is_last:
                         raise DivergedError(f"{problem}; {self._remedy()}")
                     if problem and not told:
@@ -194,9 +207,17 @@ class Trainer:
                 if stop is not None:
                     self._settle(report, must=True)
                     return replace(stop, why=f"{stop.why} behind {self.place(progress)}; --resume goes on from there")
-                if self._evaluation_due(number, step + 1):
-                    report.evaluated(self.evaluate(), number, first + step + 1)
+                if evaluated is None and self._evaluation_due(number, step + 1):
+                    evaluated = self.evaluate()
                     begun = time.perf_counter()
+                if evaluated is not None and not (number == 2 and is_last):  # which run evaluates for its tables
+                    report.evaluated(evaluated, number, first + step + 1)
+                if enough:
+                    report.note(
+                        f"{self.place(progress)}: the stage ends: {best.since} evaluations without a lower mean "
+                        f"held-out loss than {best.lowest:.4f}"
+                    )
+                    break
             self._settle(report, must=number == list(config.stages)[-1])
         return None
 
@@ -215,17 +236,28 @@ class Trainer:
     def _measured_loss(self, batches: TrainingBatches) -> float:
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
 
-    def _evaluation_due(self, number: int, step: int) -> bool:
-        """After this step of the stage; the end of stage 2 is evaluated by ``run``."""
+    def _best(self, begin: Progress) -> Best:
+        """Of the evaluations of the stage until ``begin``, which rank 0 has."""
+        found = [Best()]
+        if self.groups.rank == 0 and begin.step and (self.plan.config.run_dir / METRICS_FILE).is_file():
+            _, evals = read_metrics(self.plan.config.run_dir)
+            first = self.global_step(Progress(begin.stage, 0))
+            found = [Best.of_stage(evals, begin.stage, first, first + begin.step)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _evaluation_due(self, number: int, step: int, at_the_end: bool = False) -> bool:
+        """After this step of the stage; the end of stage 2 is evaluated by ``run``, if not ``at_the_end`` as well."""
         if step == self.stage(number).steps:
-            return number == 1
+            return number == 1 or at_the_end
         return _due(step, self.plan.config.evaluation.every)
 
     def batches(self, number: int) -> TrainingBatches:
         """What the stage trains on."""
         config = self.plan.config
         samples = self.stage(number).samples_per_class
-        return TrainingBatches(self.store, samples, config.seed + number, self.shard, config.data.sampling)
+        data, seed = config.data, config.seed + number
+        return TrainingBatches(self.store, samples, seed, self.shard, data.sampling, data.file_weights)
 
     def make_trainable(self, number: int) -> Trainable:
         """What the stage trains of this rank's share: by default in stage 1 the gate, in stage 2 everything."""
@@ -304,12 +336,20 @@ class Trainer:
         return record, self.stopping.agreed(measured.wanted)
 
     def _publish(
-        self, progress: Progress, trainable: Trainable, judge: Judge, loss: float, report: RunReport
+        self,
+        progress: Progress,
+        trainable: Trainable,
+        judge: Judge,
+        loss: float,
+        report: RunReport,
+        *,
+        best: bool = False,
     ) -> str | None:
         """Write a checkpoint, unless the weights are ruined: then say so.
 
         Args:
             loss: of the weights as they are, measured.
+            best: it has the stage's lowest held-out loss so far.
         """
         where = self.place(progress)
         trainable.settle()
@@ -328,7 +368,7 @@ class Trainer:
         if line := self.store_watch.look():
             report.note(line)
         chunks, kept = chunks_to_write(self.model, trainable, self.groups), self._kept
-        self.saver.save(progress, [chunk for chunk in chunks if kept is None or is_kept(chunk.key, kept)])
+        self.saver.save(progress, [chunk for chunk in chunks if kept is None or is_kept(chunk.key, kept)], best=best)
         return None
 
     def _tell_saved(self, report: RunReport) -> None:
@@ -353,51 +393,6 @@ class Trainer:
         if self.saver is not None:
             self.saver.wait()  # what is being written is good, and the newest then
         return remedy(self.checkpoints)
-
-
-def run_sources(plan: RunPlan) -> SourceFiles:
-    """What the run's checkpoints keep of its specialists: from where their weights come from."""
-    if plan.start is None:
-        return Sources.of(plan.config).read(plan.resume[1] if plan.resume else None)
-    if plan.resume is not None:
-        return SourceFiles.of_checkpoint(plan.resume[1], plan.config, trained=None)
-    return SourceFiles.of_checkpoint(
-        plan.start[1], plan.config, trained=trained_specialists(plan.start[1], plan.start[0])
-    )
-
-
-def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases: Phases | None = None) -> FusedStage:
-    """This rank's share of the fused model of ``plan``, weights not loaded."""
-    config = plan.config
-    with megatron_scope(device):
-        return build_fused_stage(
-            groups,
-            plan.architectures,
-            vocab_size=plan.vocab_size,
-            gate_units=plan.gate_units,
-            dtype=DTYPES[config.dtype],
-            device=device,
-            sequence_parallel=config.parallel.sequence_parallel,
-            loss=LossOptions(config.loss.backend, config.loss.label_smoothing, config.loss.z_loss),
-            seed=config.seed,
-            recompute_layers=config.parallel.recompute_layers,
-            adapters=config.adapters,
-            phases=phases,
-        )
-
-
-def make_shard(plan: RunPlan, groups: RankGroups, pad_id: int | None = None) -> Shard:
-    """This rank's part of the data-parallel work; ``pad_id`` None: the first specialist's EOS, from its tokenizer."""
-    config, placements = plan.config, plan.layout.placements
-    sequence_parallel = config.parallel.sequence_parallel
-    return Shard(
-        dp_rank=groups.replica_index,
-        dp_size=plan.layout.dp,
-        microbatch_tokens=config.microbatch_tokens,
-        specialists=tuple(groups.local_specialists),
-        multiples={name: placement.tp if sequence_parallel else 1 for name, placement in placements.items()},
-        pad_id=TextEncoder(next(iter(config.folders.values()))).eos_id if pad_id is None else pad_id,
-    )
 
 
 def _not_finite(record: StepRecord) -> str:

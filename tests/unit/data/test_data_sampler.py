@@ -168,3 +168,20 @@ def test_passes_say_what_a_batch_is_made_of(sampling: Any, line: str) -> None:
     sizes = {"text": 800, "code": 200}
     (found,) = passes(sizes, {"stage 1": (100, sampler_of(sampling, sizes, 4))})
     assert found.startswith(f"stage 1 takes 100 x {line}")
+
+
+def test_files_of_a_class_give_samples_by_their_weights_and_each_in_its_own_order() -> None:
+    files = {"text": [(5, 3.0), (4, 0.0), (7, 1.0)]}
+    sampler = make_sampler("balanced", {"text": 16, "code": 3}, {}, 4, 9, files)
+    drawn = [row for step in range(25) for name, row in sampler.batch(step) if name == "text"]
+    first, second, third = ([row for row in drawn if row in rows] for rows in (range(5), range(5, 9), range(9, 16)))
+    assert (len(first), len(second), len(third)) == (75, 0, 25)
+    for start in range(0, 75, 5):
+        assert sorted(first[start : start + 5]) == list(range(5))  # every pass takes each row once
+    assert sorted(third[:7]) == list(range(9, 16))
+    assert [row for name, row in sampler.batch(7) if name == "text"] == drawn[28:32]  # whatever was asked before
+
+
+def test_a_file_that_is_weighed_and_empty_is_refused() -> None:
+    with pytest.raises(InputError, match=r'class "text": its training entry 2 has a weight, and no training samples'):
+        make_sampler("balanced", {"text": 5}, {}, 4, 0, {"text": [(5, 1.0), (0, 1.0)]})

@@ -11,11 +11,32 @@ from trio_13b import two_layers
 from ultrafuser_mega.dry_run.formula import predictions
 from ultrafuser_mega.reporting.rehearsal import Rehearsal
 
+ADAPTERS: dict[str, Any] = {
+    "stage2": {
+        "steps": 10,
+        "samples_per_class": 32,
+        "lr": 1e-4,
+        "train": {"heads": "frozen", "specialists": "lora", "math": "frozen"},
+    }
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp 8, dp 2": {"layout": {"kind": "colocated", "tp": 8, "dp": 2}, "changes": {"microbatch_tokens": 2048}},
     "tp 4, pp 2, recomputed": {
         "layout": {"kind": "colocated", "tp": 4, "pp": 2},
         "changes": {"microbatch_tokens": 2048, "parallel": {"sequence_parallel": True, "recompute_layers": "all"}},
+    },
+    "adapters, recomputed": {
+        "layout": {"kind": "colocated", "tp": 8},
+        "changes": {
+            "microbatch_tokens": 2048,
+            "parallel": {"sequence_parallel": True, "recompute_layers": "all"},
+            "lora": {"rank": 16, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
+            **ADAPTERS,
+        },
+    },
+    "adapters, one specialist frozen": {
+        "layout": {"kind": "colocated", "tp": 4, "pp": 2},
+        "changes": {"microbatch_tokens": 2048, "lora": {"rank": 32}, **ADAPTERS},
     },
     "disjoint": {
         "layout": {"kind": "disjoint", "specialists": {"text": {"tp": 4}, "code": {"tp": 4}, "math": {"tp": 8}}},

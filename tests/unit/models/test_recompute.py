@@ -14,7 +14,7 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model
+from ultrafuser_mega.training.assembly import build_model
 
 TOKENS = 96
 

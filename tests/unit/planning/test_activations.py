@@ -14,13 +14,14 @@ from torch import Tensor
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.packing import PackedTokens, positions_of, starts_of
 from ultrafuser_mega.planning.memory import kept_activations
+from ultrafuser_mega.planning.trained import Trains
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan, preflight
 from ultrafuser_mega.planning.roles import role_of
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model
+from ultrafuser_mega.training.assembly import build_model
 
 LENGTHS, ROWS = (64, 32, 96), 100
 TOKENS = sum(LENGTHS)
@@ -91,7 +92,10 @@ def compare(tree: dict[str, Any], ranks: int) -> None:
     plan = planned(tree, ranks)
     found = run_ranks(kept_bytes, ranks, tree)
     microbatch = Microbatch.alike(list(plan.architectures), TOKENS, ROWS)
-    expected = [kept_activations(plan, role_of(plan, rank), microbatch, "cpu") for rank in range(ranks)]
+    expected = [
+        kept_activations(plan, role_of(plan, rank), microbatch, "cpu", Trains.of(plan.config, 2))
+        for rank in range(ranks)
+    ]
     if plan.config.parallel.recompute_layers != "all":  # cosines and sines, which count with the batch
         turned = TOKENS * 4 * sum(arch.head_dim for arch in plan.architectures.values())
         expected = [count + turned for count in expected]

@@ -24,7 +24,7 @@ from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.plan_table import RankShare
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training.trainer import build_model
+from ultrafuser_mega.training.assembly import build_model
 
 DISJOINT_5 = {"kind": "disjoint", "specialists": {"text": {"tp": 2}, "code": {}, "math": {"tp": 2}}}
 
