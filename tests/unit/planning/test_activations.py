@@ -14,10 +14,10 @@ from torch import Tensor
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.packing import PackedTokens, positions_of, starts_of
 from ultrafuser_mega.planning.memory import kept_activations
-from ultrafuser_mega.planning.trained import Trains
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan, preflight
 from ultrafuser_mega.planning.roles import role_of
+from ultrafuser_mega.planning.trained import Trains
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
