@@ -40,7 +40,7 @@ vllm-test: $(VLLM_VENV)/.ready
 # The server with LiteLLM, LangChain, lm-evaluation-harness, locust and schemathesis, pages in a browser where there is one,
 # t-SNE, the harness. The packages come into the same environment, where other processes start more slowly then (SciPy).
 EXTRAS_TESTS = tests/unit/serving/test_clients.py tests/unit/serving/test_schema.py tests/unit/serving/test_page.py \
-    tests/unit/looking tests/unit/evaluation/test_harness.py
+    tests/unit/looking tests/unit/evaluation/test_harness.py tests/distributed/test_adapter_checkpoints.py
 extras-test: $(VENV)/.extras
 	$(PYTEST) $(EXTRAS_TESTS)
 

@@ -38,7 +38,7 @@ from ultrafuser_mega.training.assembly import build_model
 from ultrafuser_mega.training.prepare import prepare
 
 OPTIMIZER = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 1.0, "clip_grad": 0.1}
-STAGE = {"steps": 3, "samples_per_class": 2, "lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 2}
+STAGE: dict[str, Any] = {"steps": 3, "samples_per_class": 2, "lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 2}
 #: Stage -> what it trains: part -> mode and what the part has of its own. The reference knows no defaults.
 CASES: dict[str, dict[int, dict[str, dict[str, Any]]]] = {
     "adapters": {
@@ -62,7 +62,7 @@ CASES: dict[str, dict[int, dict[str, dict[str, Any]]]] = {
         },
     },
 }
-LORA = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
+LORA: dict[str, Any] = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 SP = {"sequence_parallel": True}
 # As in test_runs_against_reference.py: float32 against float64.
 LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-4, 5e-4
@@ -102,7 +102,7 @@ def reference(trio: Path, folder: Path, case: str) -> Reference:
     for name, model in specialists.items():
         head = model.weights["lm_head.weight"].detach()[: plan.vocab_size].clone()
         model.weights["lm_head.weight"] = head.requires_grad_()
-        model.scale = LORA["alpha"] / LORA["rank"]  # type: ignore[operator]
+        model.scale = LORA["alpha"] / LORA["rank"]
         for key, a in list(begun.items()):
             if key.startswith(f"{name}.") and key.endswith(".lora_A"):
                 adapted = key.removeprefix(f"{name}.").removesuffix(".lora_A")
@@ -118,7 +118,7 @@ def reference(trio: Path, folder: Path, case: str) -> Reference:
         adam = ReferenceAdamW(trained, OPTIMIZER)
         counts = {name: len(store.split(name, "train")) for name in store.class_names}
         sampler = make_sampler("balanced", counts, {}, 2, plan.config.seed + number)
-        for k in range(1, STAGE["steps"] + 1):  # type: ignore[operator]
+        for k in range(1, STAGE["steps"] + 1):
             sequences = sequences_of(store, sampler.batch(k - 1), list(specialists))
             loss = fused_loss(specialists, gate, sequences, plan.vocab_size)
             loss.backward()

@@ -248,11 +248,13 @@ class RestoredSpecialist:
         shapes[self._key("decoder.final_layernorm.weight")] = (a.hidden_size,)
         if a.vocab_rows > self.vocab_size:
             shapes[f"tails.{self.name}"] = (a.vocab_rows - self.vocab_size, a.hidden_size)
-        for projection in self.lora.targets if self.lora is not None else ():
+        lora = self.lora
+        for projection in lora.targets if lora is not None else ():
+            assert lora is not None
             hf = next(hf for hf in self._rules if hf.endswith(f".{projection}.weight"))
             outputs, inputs = self.shapes[f"model.layers.0.{hf}"]
-            shapes[self._key(f"adapters.{projection}.lora_A")] = (a.layers, self.lora.rank, inputs)
-            shapes[self._key(f"adapters.{projection}.lora_B")] = (a.layers, outputs, self.lora.rank)
+            shapes[self._key(f"adapters.{projection}.lora_A")] = (a.layers, lora.rank, inputs)
+            shapes[self._key(f"adapters.{projection}.lora_B")] = (a.layers, outputs, lora.rank)
         for key, shape in shapes.items():
             if not self._holds(key) and ".adapters." not in key:
                 continue

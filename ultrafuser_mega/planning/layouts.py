@@ -15,6 +15,7 @@ from ultrafuser_mega.planning.microbatch import Workload
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import layer_matrices
 from ultrafuser_mega.planning.step_time import StepEstimate, estimate, most_memory
+from ultrafuser_mega.planning.trained import Trains
 from ultrafuser_mega.runtime.layout import LayoutPlan, plan_colocated, plan_disjoint
 
 _MOST_STAGES = 8  # of a specialist in a disjoint layout
@@ -131,7 +132,7 @@ def _remedies(plan: RunPlan, work: Workload, stage: int) -> Iterator[tuple[str, 
     parallel = plan.config.parallel
     if not parallel.sequence_parallel and any(placement.tp > 1 for placement in plan.layout.placements.values()):
         yield "parallel.sequence_parallel=true", _parallel(plan, sequence_parallel=True), work
-    if stage == 2:
+    if Trains.of(plan.config, stage).states:
         if not parallel.distributed_optimizer and plan.layout.dp > 1:
             yield "parallel.distributed_optimizer=true", _parallel(plan, distributed_optimizer=True), work
         layers = most_layers(plan)

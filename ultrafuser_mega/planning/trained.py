@@ -66,7 +66,7 @@ class Trains:
         """Trained tensors of a rank, about: as many as the trained parts are of the whole."""
         if self.gate_alone:
             return 3
-        whole = sum(role.parts[name] for name in self.modes if self.whole(name))
+        whole = sum(role.parts.get(name, 0) for name in self.modes if self.whole(name))
         held = sum(role.parts.values()) or 1
         return round(role.tensors * whole / held) + sum(
             role.adapter_tensors[name] for name, mode in self.modes.items() if mode == "lora" and name in role.adapters
