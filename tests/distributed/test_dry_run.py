@@ -26,12 +26,21 @@ from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.trainer import Trainer
 
+ADAPTERS = {
+    "stage2": {
+        "steps": 3,
+        "samples_per_class": 2,
+        "lr": 5e-4,
+        "train": {"heads": "frozen", "specialists": "lora", "math": "frozen"},
+    }
+}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one rank": (ONE, {}),
     "tp 2, sequence parallel": (COLOCATED_TP2, {"parallel": {"sequence_parallel": True}}),
     "tp 2, pp 2": (COLOCATED_TP2_PP2, {"parallel": {"recompute_layers": 1}}),
     "disjoint": (DISJOINT_3, {}),
     "disjoint, unequal": (DISJOINT_8, {"dtype": "bf16"}),
+    "adapters, one specialist frozen": (DISJOINT_8, {"lora": {"rank": 4}, **ADAPTERS}),
     "dp 2, sharded optimizer": (ONE | {"dp": 2}, {"parallel": {"distributed_optimizer": True}, "dtype": "bf16"}),
 }
 

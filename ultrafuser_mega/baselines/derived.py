@@ -106,8 +106,8 @@ def further_tuned(config: FuserConfig, specialist: str, classes: Sequence[str] =
     tree["data"]["classes"] = {name: tree["data"]["classes"][name] for name in chosen}
     if isinstance(config.data.sampling, dict):
         tree["data"]["sampling"] = {name: config.data.sampling[name] for name in chosen}
-    tree["stage1"]["steps"] = 0
-    tree["stage2"] |= {"steps": steps, "samples_per_class": per_class}
+    train_in_full(tree, steps)
+    tree["stage2"]["samples_per_class"] = per_class
     derived = derived_config(tree)
     words = f"The specialist {specialist} alone, trained further on {', '.join(chosen)} data: {steps} steps of "
     words += f"{per_class} samples of each class, as many as the fused model is trained on."
@@ -145,6 +145,13 @@ def llamafuser(config: FuserConfig, base: Path) -> DerivedRun:
         made_of={"base": base},
     )
     return DerivedRun(derived, FUSED, account)
+
+
+def train_in_full(tree: dict[str, Any], steps: int) -> None:
+    """Make a run of ``tree`` that trains everything for so many steps at stage 2's rates, and nothing before."""
+    tree["stage1"] |= {"steps": 0, "train": {}, "epochs": None}
+    tree["stage2"] |= {"steps": steps, "train": {}, "epochs": None}
+    tree["checkpoint"]["weights"] = "all"
 
 
 def steps_of_both_stages(config: FuserConfig) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ultrafuser_mega.baselines.derived import begin_derived, derived_config, steps_of_both_stages
+from ultrafuser_mega.baselines.derived import begin_derived, derived_config, steps_of_both_stages, train_in_full
 from ultrafuser_mega.baselines.folder import Account, new_folder, write_beside_weights, write_card
 from ultrafuser_mega.baselines.heldout import Model
 from ultrafuser_mega.config import FuserConfig
@@ -28,8 +28,7 @@ def tuned_config(config: FuserConfig, method: str) -> FuserConfig:
     tree = begin_derived(config)
     tree["name"] = f"{config.name}-{method}"
     tree["data"]["store"] = str(config.store_dir)
-    tree["stage2"]["steps"] = steps_of_both_stages(config)
-    tree["stage1"]["steps"] = 0
+    train_in_full(tree, steps_of_both_stages(config))
     return derived_config(tree)
 
 

@@ -17,14 +17,13 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.config import FuserConfig, in_words, load_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.reporting.markdown import markdown_table
 from ultrafuser_mega.reporting.records import MEAN, PER_TOKEN, SUMMARY_FILE, EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
 NOT_STATED = "not stated"
-_STAGES = {1: "1: gate only", 2: "2: everything"}
 _LICENCE_FILE = re.compile(r"licen[cs]e|^(copying|notice|use_policy|terms)", re.IGNORECASE)
 
 
@@ -199,7 +198,7 @@ def _training(config: FuserConfig) -> str:
     own_rate = {1: "", 2: "" if gate_lr is None else f", gate {gate_lr:g}"}
     stages = [
         (
-            _STAGES[number],
+            f"{number}: {in_words(config.parts(number))}",
             stage.steps,
             f"{stage.samples_per_class} x {count}",
             f"{stage.lr:g}" + own_rate[number],
@@ -208,6 +207,10 @@ def _training(config: FuserConfig) -> str:
         )
         for number, stage in config.stages.items()
     ]
+    adapted = "".join(
+        f" Adapters of {name}: rank {lora.rank}, alpha {lora.alpha:g}, beside {', '.join(lora.targets)}; merged."
+        for name, lora in config.adapters.items()
+    )
     how_many = ("No stage", "One stage", "Two stages")[len(stages)]
     optimizer, loss = config.optimizer, config.loss
     return (
@@ -218,7 +221,7 @@ def _training(config: FuserConfig) -> str:
         f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
         f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
         f"{loss.normalize}, label smoothing {loss.label_smoothing:g}, z-loss {loss.z_loss:g}, {config.dtype}, "
-        f"seed {config.seed}.\n"
+        f"seed {config.seed}.{adapted}\n"
     )
 
 

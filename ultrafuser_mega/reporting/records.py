@@ -49,7 +49,7 @@ GateWeights = Mapping[str, Mapping[str, float]]  # class -> specialist -> averag
 class StepRecord:
     """One optimizer step over one global batch."""
 
-    stage: int  # 1: gate only, 2: everything
+    stage: int  # 1: by default the gate only, 2: everything
     step: int  # from 1, through both stages
     loss: float  # nats, over the response tokens of the global batch
     class_loss: Mapping[str, float]  # class -> nats
