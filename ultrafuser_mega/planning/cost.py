@@ -176,6 +176,8 @@ def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains)
         layers += 2 * _runs(plan, role, name, trains) * tokens * role.matrices[name]
         beside = _BACK_AND_FORTH + again if trains.backward(name) else 1.0
         layers += 2 * beside * tokens * role.adapter_products.get(name, 0)
+        if role.is_first and trains.backward(name) and not trains.whole(name) and not again:
+            layers -= 2 * tokens * _first_map(plan, role, name)
         scores = 4 * arch.heads * arch.head_dim / role.tp * microbatch.squares[name] * role.layers[name]
         attention += scores * (1 + again + (2.5 if trains.backward(name) else 0))  # backward: 2.5 forwards
     widths = [arch.hidden_size for arch in plan.architectures.values()]
@@ -189,6 +191,15 @@ def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains)
         "head": head * rows * len(role.vocabulary or ()) * sum(widths),
         "gate": gate * rows * role.gate_units,
     }
+
+
+def _first_map(plan: RunPlan, role: Role, name: str) -> float:
+    """Numbers of the first layer's first map and its adapters' A: nobody needs the gradient of a frozen embedding."""
+    arch, lora = plan.architectures[name], plan.config.adapters[name]
+    heads = arch.heads // role.tp + 2 * arch.kv_heads_of_rank(role.tp)
+    adapted = sum(target in lora.targets for target in ("q_proj", "k_proj", "v_proj"))
+    parts = role.tp if plan.config.parallel.sequence_parallel else 1
+    return arch.hidden_size * (heads * arch.head_dim + adapted * lora.rank / parts)
 
 
 def _traffic(

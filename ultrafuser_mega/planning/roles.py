@@ -52,7 +52,7 @@ class Role:
     parts: dict[str, int]
     adapters: dict[str, int]
     adapter_tensors: dict[str, int]
-    adapter_products: dict[str, int]
+    adapter_products: dict[str, float]
     gate: int
     norms: int
 
@@ -86,7 +86,8 @@ def role_of(plan: RunPlan, rank: int) -> Role:
         parts[name] = norms[name] + matrices[name] + layers[name] * _layer_biases(archs[name], tp) + table
     tensors = sum(layers[name] * _layer_tensors(archs[name]) + (stage == 0) + (stage == pp - 1) for name in names)
     adapted = {name: lora for name, lora in plan.config.adapters.items() if name in names}
-    adapters = {name: _Adapters.of(archs[name], lora, tensor_rank, tp) for name, lora in adapted.items()}
+    parts_of_row = tp if plan.config.parallel.sequence_parallel else 1
+    adapters = {name: _Adapters.of(archs[name], lora, tensor_rank, tp, parts_of_row) for name, lora in adapted.items()}
     fusion, gate, rows, real, units = 0, 0, 0, None, 0
     if stage == pp - 1:
         members = layout.fusion_groups()[0]
@@ -126,18 +127,21 @@ class _Adapters:
 
     parameters: int
     tensors: int
-    products: int  # numbers of the matrices that a token is multiplied with
+    products: float  # numbers of the matrices that a token is multiplied with
 
     @classmethod
-    def of(cls, arch: Architecture, lora: Lora, rank: int, tp: int) -> _Adapters:
-        parameters = tensors = products = 0
+    def of(cls, arch: Architecture, lora: Lora, rank: int, tp: int, parts: int) -> _Adapters:
+        """``parts``: of the sequence, on whose hidden states what is whole on every rank computes."""
+        parameters, tensors, products = 0, 0, 0.0
         for one in linear_maps(arch, rank, tp):
             adapted = [part for part in one.projections if part.name in lora.targets]
             inputs = one.projections[0].inputs // (tp if one.to_hidden else 1)
             parameters += lora.rank * sum(inputs + part.rows for part in adapted)
             tensors += 2 * len(adapted)
             if adapted:  # the product with all B has the rows of all projections
-                products += lora.rank * len(adapted) * (inputs + sum(part.rows for part in one.projections))
+                rows = sum(part.rows for part in one.projections)
+                each = inputs + rows / parts if one.to_hidden else inputs / parts + rows
+                products += lora.rank * len(adapted) * each
         return cls(parameters, tensors, products)
 
 

@@ -25,18 +25,13 @@ CASES: dict[str, dict[str, Any]] = {
         "layout": {"kind": "colocated", "tp": 4, "pp": 2},
         "changes": {"microbatch_tokens": 2048, "parallel": {"sequence_parallel": True, "recompute_layers": "all"}},
     },
-    "adapters, recomputed": {
+    "adapters, one specialist frozen": {
         "layout": {"kind": "colocated", "tp": 8},
         "changes": {
             "microbatch_tokens": 2048,
-            "parallel": {"sequence_parallel": True, "recompute_layers": "all"},
-            "lora": {"rank": 16, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
+            "lora": {"rank": 32, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
             **ADAPTERS,
         },
-    },
-    "adapters, one specialist frozen": {
-        "layout": {"kind": "colocated", "tp": 4, "pp": 2},
-        "changes": {"microbatch_tokens": 2048, "lora": {"rank": 32}, **ADAPTERS},
     },
     "disjoint": {
         "layout": {"kind": "disjoint", "specialists": {"text": {"tp": 4}, "code": {"tp": 4}, "math": {"tp": 8}}},
