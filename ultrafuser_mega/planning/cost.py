@@ -143,7 +143,7 @@ def rank_cost(
     memory = rank_memory(plan, rank, largest, stage=stage, microbatches=microbatches, device=device)
     return RankCost(
         memory=memory,
-        products=_products(plan, role, microbatch, trains),
+        products=_products(plan, role, microbatch, trains, device),
         traffic=tuple(_traffic(plan, role, rank, microbatch, trains, device)),
         moved=_moved(plan, role, microbatch, trains, program),
         moved_per_step=_moved_per_step(plan, role, trains),
@@ -166,7 +166,7 @@ def _runs(plan: RunPlan, role: Role, name: str, trains: Trains) -> float:
     return _passes(trains, name) + recomputed_layers(plan, role.layers[name]) / role.layers[name]
 
 
-def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains) -> dict[str, float]:
+def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains, device: Device) -> dict[str, float]:
     layers = attention = 0.0
     for name in role.names:
         arch = plan.architectures[name]
@@ -182,13 +182,16 @@ def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains)
         attention += scores * (1 + again + (2.5 if trains.backward(name) else 0))  # backward: 2.5 forwards
     widths = [arch.hidden_size for arch in plan.architectures.values()]
     rows = microbatch.rows
-    head = 2 + 2 * trains.whole(HEADS) + 2 * ((trains.states or trains.whole(GATE)) and not trains.gate_alone)
     to_states = sum(arch.hidden_size for name, arch in plan.architectures.items() if trains.backward(name))
+    back = 0 if trains.gate_alone else to_states  # from logits
+    if not trains.gate_alone and (trains.states or trains.whole(GATE)) and not in_planes(plan, role, rows, device):
+        back = sum(widths)  # the gate's gradient is made of them
+    head = (2 + 2 * trains.whole(HEADS)) * sum(widths) + 2 * back
     gate = (2 + 2 * trains.whole(GATE)) * sum(widths) + 2 * to_states
     return {
         "layers": layers,
         "attention": attention,
-        "head": head * rows * len(role.vocabulary or ()) * sum(widths),
+        "head": head * rows * len(role.vocabulary or ()),
         "gate": gate * rows * role.gate_units,
     }
 
