@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
         "changes": {"microbatch_tokens": 2048, "parallel": {"sequence_parallel": True, "recompute_layers": "all"}},
     },
     "adapters, one specialist frozen": {
-        "layout": {"kind": "colocated", "tp": 8},
+        "layout": {"kind": "colocated", "tp": 4},
         "changes": {
             "microbatch_tokens": 2048,
             "lora": {"rank": 32, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
