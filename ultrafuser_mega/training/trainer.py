@@ -81,8 +81,8 @@ class Trainer:
         self._went_back_to: Path | None = None
         self._told_bound = False
         self.plan, self.groups, self.store, self.device, self.shard = plan, groups, store, device, shard
-        small = plan.config.checkpoint.weights == "trained"
-        self._kept = changing(plan.config) if small else None  # parts whose weights checkpoints hold; None: all
+        # Parts whose weights checkpoints hold; None: all.
+        self._kept = changing(plan.config) if plan.config.checkpoint.weights == "trained" else None
         self.saver: Saver | None = None
         self.store_watch: StoreWatch | None = None
         self.phases = Phases(device)
@@ -152,8 +152,7 @@ class Trainer:
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
-        title = f"stage {number} trains"
-        report.note(as_text(parts_table(title, part_shares(self.plan, number))))
+        report.note(as_text(parts_table(f"stage {number} trains", part_shares(self.plan, number))))
         report.begin_stage(number, in_words(config.parts(number)), first + 1, stage.steps)
         if done == stage.steps:
             return None
@@ -254,10 +253,9 @@ class Trainer:
 
     def batches(self, number: int) -> TrainingBatches:
         """What the stage trains on."""
-        config = self.plan.config
-        samples = self.stage(number).samples_per_class
-        data, seed = config.data, config.seed + number
-        return TrainingBatches(self.store, samples, seed, self.shard, data.sampling, data.file_weights)
+        config, samples = self.plan.config, self.stage(number).samples_per_class
+        how = config.data.sampling, config.data.file_weights
+        return TrainingBatches(self.store, samples, config.seed + number, self.shard, *how)
 
     def make_trainable(self, number: int) -> Trainable:
         """What the stage trains of this rank's share: by default in stage 1 the gate, in stage 2 everything."""
