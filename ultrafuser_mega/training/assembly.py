@@ -43,6 +43,7 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases:
             seed=config.seed,
             recompute_layers=config.parallel.recompute_layers,
             adapters=config.adapters,
+            student=None if config.distil is None else config.distil.student,
             phases=phases,
         )
 

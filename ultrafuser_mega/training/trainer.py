@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, load_teacher, read_progress
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.left_out import changing, is_kept, record_of
 from ultrafuser_mega.checkpoint.progress import Progress
@@ -28,6 +28,7 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.store_watch import StoreWatch
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.models.fused import load_hf_weights, train_parts
+from ultrafuser_mega.models.fusion_head import Lesson
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.trained import part_shares
 from ultrafuser_mega.reporting.parts_table import as_text, parts_table
@@ -41,6 +42,7 @@ from ultrafuser_mega.training.best import Best, mean_loss
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
+from ultrafuser_mega.training.lessons import Answering, Lessons
 from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.profiling import StepProfiler
@@ -62,6 +64,7 @@ class Trainer:
         shard: this rank's part of the data-parallel work.
         begun: when the run began, by ``time.monotonic``; None: now.
         peak_flops: of each GPU; None: not known.
+        answering: of models, for a student that learns from answers.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Trainer:
         shard: Shard,
         begun: float | None = None,
         peak_flops: float | None = None,
+        answering: Answering | None = None,
     ) -> None:
+        self.answering = answering
         begun = time.monotonic() if begun is None else begun
         self.stopping = Stopping(begun, plan.config.checkpoint.stop_after_minutes)
         self.watching: Callable[[], AbstractContextManager[None]] = nullcontext  # while steps are done
@@ -103,6 +108,17 @@ class Trainer:
             load_checkpoint(plan.start[1], self.model, groups, None, 0, verified=True)
         elif plan.resume is None:
             load_hf_weights(self.model, plan.config.folders, groups)
+            self._load_teacher()
+
+    def _load_teacher(self) -> None:
+        if self.plan.teacher is not None and self.student is not None:
+            load_teacher(self.plan.teacher, self.model, self.groups, self.student)
+
+    @property
+    def student(self) -> str | None:
+        """The specialist that learns from the others, in distillation."""
+        distil = self.plan.config.distil
+        return None if distil is None else distil.student
 
     def stage(self, number: int) -> Stage:
         """Configuration of stage 1 or 2."""
@@ -125,7 +141,7 @@ class Trainer:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
         begun = time.monotonic()
         with self.phases("evaluation", whole=True):
-            result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
+            result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation, self.student)
         self.stopping.took("evaluation", time.monotonic() - begun)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
@@ -149,6 +165,7 @@ class Trainer:
         if self.plan.resume is not None and self.plan.resume[0] == begin:
             path = self.plan.resume[1]
             load_checkpoint(path, self.model, self.groups, trainable, done, begin.skipped, verified=True)
+            self._load_teacher()  # of which a small checkpoint knows the specialists' folders alone
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
@@ -164,9 +181,13 @@ class Trainer:
         skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
-        steps = StepsAhead(batches, done, stage.steps, self.device)
+        lessons = None if self.student is None else self._lessons(batches)
+        given, waits = (batches, None) if lessons is None else (lessons, lessons.waits)
+        steps = StepsAhead(given, done, stage.steps, self.device, waits)
         with self.watching(), steps as ahead:
             for step in range(done, stage.steps):
+                if lessons is not None:
+                    lessons.begin(step, first=step == done)
                 with self.profiler.step(first + step + 1):
                     record, stop = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
@@ -180,7 +201,7 @@ class Trainer:
                 if record.skipped:
                     report.note(f"{self.place(progress)}: {_not_finite(record)}; skipped")
                     if self.groups.rank == 0:
-                        write_down(config.run_dir, record, batches.sampler.batch(step))
+                        write_down(config.run_dir, record, (lessons or batches.sampler).batch(step))
                 if skips.too_many:
                     return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
                 evaluated, lowest = None, False
@@ -233,7 +254,13 @@ class Trainer:
         self._went_back_to = found[0][0][1]
         return RollBack(read_progress(self._went_back_to, self.plan.identity), self._went_back_to)
 
+    def _lessons(self, batches: TrainingBatches) -> Lessons:
+        sources = run_sources(self.plan) if self.groups.rank == 0 else None
+        return Lessons(self.plan, self.groups, batches, self.model, self.device, sources, self.answering)
+
     def _measured_loss(self, batches: TrainingBatches) -> float:
+        if self.model.fusion is not None and (distil := self.plan.config.distil) is not None:
+            self.model.fusion.lesson = Lesson(distil.temperature, distil.reverse, distil.labels)
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
 
     def _best(self, begin: Progress) -> Best:
@@ -293,7 +320,7 @@ class Trainer:
         with self.phases("data"):
             batch = batches.step(step)
         data_seconds = time.perf_counter() - asked
-        totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.specialists)], self.device)
+        totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.fused)], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
 
         def loss_of(hidden: dict[str, Tensor], microbatch: MicroBatch) -> Tensor:
