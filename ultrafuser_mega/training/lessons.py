@@ -179,7 +179,7 @@ class Lessons:
         return {other: first[other].tolist() for other in names}, min(self.distil.max_new_tokens, room)
 
     def _written(self, step: int) -> Path:
-        """The student's weights as they are, in a checkpoint of it alone (and of the gate, whose type is the weights')."""
+        """The student as it is, in a checkpoint of it alone, and of the gate, whose type is the weights'."""
         folder = self.folder / "student"
         if self.groups.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
