@@ -7,7 +7,8 @@ cross-entropy (MinCE, per sample). With P that distribution and Q the copy's,
     loss = lambda CE(Q, tokens) - (1 - lambda) sum P log Q,    lambda = 0.9
 
 which ``ops.distillation_loss`` computes, up to the entropy of P, without anyone's full logits. Both teachers read the
-sample in their own form; the response's tokens are the same for all, so nothing is aligned. The copies are then averaged matrix by matrix, each weighed by the mean square of its change (VaRM):
+sample in their own form; the response's tokens are the same for all, so nothing is aligned.
+The copies are then averaged matrix by matrix, each weighed by the mean square of its change (VaRM):
 
     w_j = E[(t_j - pivot)^2] / sum_k E[(t_k - pivot)^2]
 """

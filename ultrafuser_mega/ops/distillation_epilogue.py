@@ -1,14 +1,13 @@
-"""The softmax work between the GEMMs of distillation.py, in plain PyTorch: the definition, and the path off a GPU.
+"""The softmax work between the GEMMs of distillation.py, in plain PyTorch: the path of CPUs, and of fp64 on a GPU.
 
     statistics(teacher (C, R), student (C, R), target (C,), mix)  ->  (C, 8), distillation_statistics.py
     dlogits(teacher, student, target, statistics, weight (C,), mix)  ->  (C, R) gradient, in the student's memory
 
 ``operand_dtype`` is the type of that gradient and of the other operand of its GEMMs; ``target`` is the local column or
 -1, ``statistics`` are those of the whole vocabulary, ``weight`` is 0 on ignored rows. dlogits leaves the teacher's
-logits undefined.
+logits undefined. It is the twin that distillation_triton.py, the GPU's, is tested against.
 
-Rows are taken a few at a time, so that what lies between two operations stays in a processor's cache. epilogue_for
-chooses; distillation_triton.py has the GPU's.
+Rows are taken a few at a time, so that what lies between two operations stays in a processor's cache.
 """
 
 from __future__ import annotations
@@ -47,11 +46,15 @@ class Epilogue(Protocol):
 
 def epilogue_for(device: torch.device, dtype: torch.dtype) -> Epilogue:
     """The epilogue that serves ``device`` for hidden states and heads of type ``dtype``."""
-    return TorchEpilogue(accumulate_dtype(dtype) if device.type == "cpu" else dtype)
+    if device.type == "cuda" and dtype != torch.float64:
+        from ultrafuser_mega.ops.distillation_triton import TritonEpilogue  # needs triton
+
+        return TritonEpilogue(dtype)
+    return TorchEpilogue(accumulate_dtype(dtype))
 
 
 class TorchEpilogue:
-    """Plain PyTorch on any device."""
+    """Plain PyTorch on any device; logits and gradients of one type."""
 
     def __init__(self, operand_dtype: torch.dtype) -> None:
         self.operand_dtype = operand_dtype
@@ -70,9 +73,7 @@ class TorchEpilogue:
     ) -> Tensor:
         for rows in _blocks(teacher):
             _dlogits(teacher[rows], student[rows], target[rows], statistics[rows], weight[rows, None], mix)
-        if self.operand_dtype == student.dtype:
-            return student
-        return teacher.view(self.operand_dtype)[:, : student.shape[1]].copy_(student)
+        return student
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
