@@ -84,12 +84,17 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def _relative(logits: Tensor, top: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
-    """(z - top) / T, finite. top (C,), -inf for a row that has no finite logit."""
+    """(z - top) / T. top (C,), -inf for a row that has no finite logit."""
     origin = top.masked_fill(top == float("-inf"), 0.0)[:, None]
     relative = torch.sub(logits, origin, out=out)
     if temperature != 1.0:
         relative.div_(temperature)
-    return relative.clamp_(min=FLOOR)
+    return relative
+
+
+def _difference(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a - b, finite: -inf stands for FLOOR."""
+    return torch.sub(a, b, out=out).nan_to_num_(0.0, -FLOOR, FLOOR)
 
 
 def _statistics(teacher: Tensor, student: Tensor, target: Tensor, mix: Mix) -> Tensor:
@@ -103,7 +108,7 @@ def _statistics(teacher: Tensor, student: Tensor, target: Tensor, mix: Mix) -> T
     label = (r.gather(1, target.clamp(min=0)[:, None]) * mix.temperature).squeeze(1)
     known = y.exp()
     known_sum = known.sum(1)
-    apart = y.sub_(r)
+    apart = _difference(y, r, out=y)
     nothing = torch.zeros_like(own_sum)
     forward = known.mul_(apart).sum(1) if mix.reverse < 1.0 else nothing
     reverse = own.mul_(apart).sum(1).neg_() if mix.reverse > 0.0 else nothing
@@ -125,7 +130,7 @@ def _dlogits(teacher: Tensor, student: Tensor, target: Tensor, statistics: Tenso
     elif mix.labels:
         by_label = (r * mix.temperature).exp_().mul_(labels / at[:, LABEL_SUM])
     if mix.reverse > 0.0:
-        factor = (r - y).sub_(at[:, REVERSE] / at[:, STUDENT_SUM]).mul_(reverse).add_(factor)
+        factor = _difference(r, y).sub_(at[:, REVERSE] / at[:, STUDENT_SUM]).mul_(reverse).add_(factor)
     ds = r.exp_().mul_(factor.div_(at[:, STUDENT_SUM]) if mix.reverse > 0.0 else factor / at[:, STUDENT_SUM])
     if mix.reverse < 1.0:
         ds.sub_(y.exp_().mul_(forward / at[:, TEACHER_SUM]))
