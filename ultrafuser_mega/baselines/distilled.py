@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ultrafuser_mega.baselines.derived import DerivedRun, steps_of_both_stages
+from ultrafuser_mega.baselines.derived import DerivedRun, steps_of_both_stages, train_in_full
 from ultrafuser_mega.baselines.folder import Account
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.sources import CONFIG
@@ -60,10 +60,10 @@ def distilled(
     tree["layouts"] = [_with_student(layout, into) for layout in fused.layouts]
     tree["vocab_size"] = shared_vocabulary(fused)
     tree["data"]["store"] = None
-    tree["checkpoint"] |= {"start": None, "weights": "trained"}
-    tree["stage1"]["steps"] = 0
-    tree["stage2"] |= {"steps": steps_of_both_stages(fused), "gate_lr": None}
+    train_in_full(tree, steps_of_both_stages(fused))
+    tree["stage2"]["gate_lr"] = None
     tree["stage2"]["train"] = {"gate": "frozen", "specialists": "frozen", STUDENT: "full"}
+    tree["checkpoint"] |= {"start": None, "weights": "trained"}
     tree["loss"] |= {"label_smoothing": 0.0, "z_loss": 0.0, "backend": "auto"}
     tree["distil"] = {"student": STUDENT, "teacher": str(checkpoint)}
     made = parse_config(FuserConfig, f"the distillation of {run}", yaml.safe_dump(tree, sort_keys=False), overrides)

@@ -87,9 +87,14 @@ class FuserConfig(Section):
         return {name: self.lora or Lora() for name in self.specialists if name in trained}
 
     @property
+    def student(self) -> str | None:
+        """The specialist that learns from the others, in distillation."""
+        return None if self.distil is None else self.distil.student
+
+    @property
     def fused(self) -> list[str]:
         """The specialists that the gate mixes, in its order: all but a student."""
-        return [name for name in self.specialists if self.distil is None or name != self.distil.student]
+        return [name for name in self.specialists if name != self.student]
 
     @property
     def folders(self) -> dict[str, Path]:

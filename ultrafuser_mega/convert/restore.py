@@ -74,7 +74,7 @@ class TrainedModel:
         self.tensors = CheckpointTensors(folder)
         config = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
         self.adapters = config.adapters if config is not None else {}
-        self.student = config.distil.student if config is not None and config.distil is not None else None
+        self.student = config.student if config is not None else None
         self._head_trained = config is None or HEADS in changing(config)
 
     def specialist(self, name: str) -> RestoredSpecialist:

@@ -24,7 +24,7 @@ from ultrafuser_mega.checkpoint.checkpoint import is_part_of, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import SourceFiles
-from ultrafuser_mega.config import Distil, Kind
+from ultrafuser_mega.config import Distil, FuserConfig, Kind
 from ultrafuser_mega.data.answered import Answers, Given, answered_splits
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
 from ultrafuser_mega.data.sampler import Pick
@@ -34,6 +34,7 @@ from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.models.fusion_head import Lesson
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
+from ultrafuser_mega.training.assembly import run_sources
 
 ANSWERS = "answers"
 
@@ -59,6 +60,27 @@ class Answering(Protocol):
             seed: of the draws.
             device: of this rank.
         """
+
+
+def begin_with(config: FuserConfig, model: FusedStage) -> None:
+    """Let a student of ``model`` learn what it learns of the run's own data."""
+    if config.distil is not None and model.fusion is not None:
+        model.fusion.lesson = Lesson(config.distil.temperature, config.distil.reverse, config.distil.labels)
+
+
+def lessons_of(
+    plan: RunPlan,
+    groups: RankGroups,
+    own: TrainingBatches,
+    model: FusedStage,
+    device: torch.device,
+    answering: Answering | None,
+) -> Lessons | None:
+    """See :class:`Lessons`; None where the run is no distillation."""
+    if plan.config.distil is None:
+        return None
+    sources = run_sources(plan) if groups.rank == 0 else None
+    return Lessons(plan, groups, own, model, device, sources, answering)
 
 
 class Lessons:
@@ -91,11 +113,6 @@ class Lessons:
         self.folder = plan.config.run_dir / ANSWERS
         self._answered: dict[tuple[Kind, int], TrainingBatches] = {}
 
-    @property
-    def base(self) -> Lesson:
-        """Of the run's own data."""
-        return Lesson(self.distil.temperature, self.distil.reverse, self.distil.labels)
-
     def waits(self, step: int) -> bool:
         """Whether the answers of this step (from 0) are not there before the steps before it are done."""
         return self._key(step) not in self._answered and self.distil.kind(step) != "own"
@@ -108,8 +125,9 @@ class Lessons:
             first: of this launch, which may go on in the midst of what was answered before.
         """
         kind = self.distil.kind(step)
-        if self.model.fusion is not None:
-            self.model.fusion.lesson = Lesson(self.distil.temperature, 1.0, 0.0) if kind == "on_policy" else self.base
+        begin_with(self.plan.config, self.model)
+        if kind == "on_policy" and self.model.fusion is not None:
+            self.model.fusion.lesson = Lesson(self.distil.temperature, reverse=1.0, labels=0.0)
         if self.waits(step):
             key = self._key(step)
             self._answered = {old: batches for old, batches in self._answered.items() if old[0] != kind}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, load_teacher, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, read_progress
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.left_out import changing, is_kept, record_of
 from ultrafuser_mega.checkpoint.progress import Progress
@@ -27,8 +27,7 @@ from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.store_watch import StoreWatch
 from ultrafuser_mega.errors import DivergedError, InputError
-from ultrafuser_mega.models.fused import load_hf_weights, train_parts
-from ultrafuser_mega.models.fusion_head import Lesson
+from ultrafuser_mega.models.fused import train_parts
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.trained import part_shares
 from ultrafuser_mega.reporting.parts_table import as_text, parts_table
@@ -37,12 +36,12 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
-from ultrafuser_mega.training.assembly import build_model, run_sources
+from ultrafuser_mega.training.assembly import build_model, read_first_weights, read_teacher, run_sources
 from ultrafuser_mega.training.best import Best, mean_loss
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
-from ultrafuser_mega.training.lessons import Answering, Lessons
+from ultrafuser_mega.training.lessons import Answering, begin_with, lessons_of
 from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.profiling import StepProfiler
@@ -104,21 +103,8 @@ class Trainer:
             sources = sources.with_left_out(record_of(plan.config))
         self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
         self.store_watch = StoreWatch(self.store)
-        if plan.resume is None and plan.start is not None:
-            load_checkpoint(plan.start[1], self.model, groups, None, 0, verified=True)
-        elif plan.resume is None:
-            load_hf_weights(self.model, plan.config.folders, groups)
-            self._load_teacher()
-
-    def _load_teacher(self) -> None:
-        if self.plan.teacher is not None and self.student is not None:
-            load_teacher(self.plan.teacher, self.model, self.groups, self.student)
-
-    @property
-    def student(self) -> str | None:
-        """The specialist that learns from the others, in distillation."""
-        distil = self.plan.config.distil
-        return None if distil is None else distil.student
+        if plan.resume is None:
+            read_first_weights(plan, self.model, groups)
 
     def stage(self, number: int) -> Stage:
         """Configuration of stage 1 or 2."""
@@ -139,9 +125,11 @@ class Trainer:
 
     def evaluate(self, *, trained: bool = True) -> EvaluationResult:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
-        begun = time.monotonic()
+        begun, config = time.monotonic(), self.plan.config
         with self.phases("evaluation", whole=True):
-            result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation, self.student)
+            result = evaluate(
+                self.engine, self.store, self.shard, self.plan.config.evaluation, self.plan.config.student
+            )
         self.stopping.took("evaluation", time.monotonic() - begun)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
@@ -165,7 +153,7 @@ class Trainer:
         if self.plan.resume is not None and self.plan.resume[0] == begin:
             path = self.plan.resume[1]
             load_checkpoint(path, self.model, self.groups, trainable, done, begin.skipped, verified=True)
-            self._load_teacher()  # of which a small checkpoint knows the specialists' folders alone
+            read_teacher(self.plan, self.model, self.groups)  # of which a small one has nothing
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
@@ -181,7 +169,7 @@ class Trainer:
         skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
-        lessons = None if self.student is None else self._lessons(batches)
+        lessons = lessons_of(self.plan, self.groups, batches, self.model, self.device, self.answering)
         given, waits = (batches, None) if lessons is None else (lessons, lessons.waits)
         steps = StepsAhead(given, done, stage.steps, self.device, waits)
         with self.watching(), steps as ahead:
@@ -254,13 +242,8 @@ class Trainer:
         self._went_back_to = found[0][0][1]
         return RollBack(read_progress(self._went_back_to, self.plan.identity), self._went_back_to)
 
-    def _lessons(self, batches: TrainingBatches) -> Lessons:
-        sources = run_sources(self.plan) if self.groups.rank == 0 else None
-        return Lessons(self.plan, self.groups, batches, self.model, self.device, sources, self.answering)
-
     def _measured_loss(self, batches: TrainingBatches) -> float:
-        if self.model.fusion is not None and (distil := self.plan.config.distil) is not None:
-            self.model.fusion.lesson = Lesson(distil.temperature, distil.reverse, distil.labels)
+        begin_with(self.plan.config, self.model)
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
 
     def _best(self, begin: Progress) -> Best:
