@@ -127,9 +127,7 @@ class Trainer:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
         begun, config = time.monotonic(), self.plan.config
         with self.phases("evaluation", whole=True):
-            result = evaluate(
-                self.engine, self.store, self.shard, self.plan.config.evaluation, self.plan.config.student
-            )
+            result = evaluate(self.engine, self.store, self.shard, config.evaluation, config.student)
         self.stopping.took("evaluation", time.monotonic() - begun)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN

@@ -68,9 +68,9 @@ def _trained(rank: int, path: Path, resume: bool) -> None:
 
 @pytest.fixture(scope="module")
 def mixed_run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> FuserConfig:
-    """Own, prompts, on-policy, own, ..: the student answers before steps 2 (for 2 and 5) and 8, counted from 0."""
+    """On-policy, own, prompts, on-policy, ..: the student answers before steps 0 (for 3 and 6 as well) and 9."""
     runs = tmp_path_factory.mktemp("runs")
-    settings = ["data={own: 1, prompts: 1, on_policy: 1}", "refresh=2", "max_new_tokens=5", "sampling_temperature=0"]
+    settings = ["data={own: 1, prompts: 1, on_policy: 1.01}", "refresh=3", "max_new_tokens=5", "sampling_temperature=0"]
     overrides = [f"runs={runs}", f"stage2.steps={STEPS}", "checkpoint.every=5", "evaluation.every=0"]
     made = distilled(teacher, "text", overrides=[*overrides, *(f"distil.{setting}" for setting in settings)])
     made.write_config()
