@@ -117,13 +117,8 @@ class Lessons:
         """Whether the answers of this step (from 0) are not there before the steps before it are done."""
         return self._key(step) not in self._answered and self.distil.kind(step) != "own"
 
-    def begin(self, step: int, *, first: bool) -> None:
-        """Before a step: what the student learns in it, and its answers where they are missing.
-
-        Args:
-            step: from 0.
-            first: of this launch, which may go on in the midst of what was answered before.
-        """
+    def begin(self, step: int) -> None:
+        """Before a step (from 0): what the student learns in it, and its answers where they are missing."""
         kind = self.distil.kind(step)
         begin_with(self.plan.config, self.model)
         if kind == "on_policy" and self.model.fusion is not None:
@@ -131,7 +126,7 @@ class Lessons:
         if self.waits(step):
             key = self._key(step)
             self._answered = {old: batches for old, batches in self._answered.items() if old[0] != kind}
-            self._answered[key] = self._made(kind, key[1], step, first)
+            self._answered[key] = self._made(kind, key[1], step)
 
     def step(self, step: int) -> StepBatch:
         """The work of a step (from 0)."""
@@ -152,15 +147,15 @@ class Lessons:
     def _first(self, kind: Kind, window: int) -> int:
         return window * self.distil.refresh if kind == "on_policy" else 0
 
-    def _made(self, kind: Kind, window: int, step: int, first: bool) -> TrainingBatches:
+    def _made(self, kind: Kind, window: int, step: int) -> TrainingBatches:
         steps = self.plan.config.stage2.steps
         begin, every = self._first(kind, window), self.distil.before(kind, steps)
         end = min(every, begin + self.distil.refresh) if kind == "on_policy" else every
         batches = [self.own.sampler.batch(at) for at in range(begin, end)]
         wanted = list(dict.fromkeys(pick for batch in batches for pick in batch))
         path = self.folder / f"{kind}-{window:05d}.jsonl"
-        # Answers of before are right where weights have moved since, and where they never do.
-        known = first and path.is_file() and (kind == "prompts" or self.distil.before(kind, step) > begin)
+        # A run that goes on in the midst of the student's steps has answers by the weights that it had before them.
+        known = path.is_file() and (kind == "prompts" or self.distil.before(kind, step) > begin)
         answers = read_answers(path) if known else self._ask(kind, window, step, wanted, path)
         if missing := [pick for pick in wanted if pick not in answers]:
             raise InputError(f"{path}: lacks the answer of {missing[0][0]} {missing[0][1]}; start without --resume")

@@ -173,7 +173,7 @@ class Trainer:
         with self.watching(), steps as ahead:
             for step in range(done, stage.steps):
                 if lessons is not None:
-                    lessons.begin(step, first=step == done)
+                    lessons.begin(step)
                 with self.profiler.step(first + step + 1):
                     record, stop = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
