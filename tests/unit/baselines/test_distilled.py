@@ -72,4 +72,4 @@ def test_a_student_is_trained_and_exported_as_one_model_with_its_own_template(
     address = Address.parse(str(run.run_dir))  # of the run itself the student is meant, too
     assert address.part == STUDENT
     assert ultrafuser(monkeypatch, "export", run.run_dir, tmp_path / "fused", "--what", "fused") == 2
-    assert "is a distillation; use specialist:student" in capsys.readouterr().err
+    assert "is a distillation; export its teacher's run, or specialist:student" in capsys.readouterr().err
