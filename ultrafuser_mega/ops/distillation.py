@@ -34,10 +34,11 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import gate_scale, gemm
-from ultrafuser_mega.ops.chunked import FP16_SCALE, PITCH_MULTIPLE, held_dtype, scaled
+from ultrafuser_mega.ops.chunked import FP16_SCALE, held_dtype, scaled
 from ultrafuser_mega.ops.distillation_epilogue import Epilogue, epilogue_for
 from ultrafuser_mega.ops.distillation_statistics import COLUMNS, Mix, PendingStatistics, row_losses
 from ultrafuser_mega.ops.forward import buffer_budget, cut
+from ultrafuser_mega.ops.planes import PITCH_MULTIPLE
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 
 
