@@ -6,7 +6,8 @@ cross-entropy (MinCE, per sample). With P that distribution and Q the copy's,
 
     loss = lambda CE(Q, tokens) - (1 - lambda) sum P log Q,    lambda = 0.9
 
-Both teachers read the sample in their own form; the response's tokens are the same for all, so nothing is aligned.
+which ``ops.distillation_loss`` computes, up to the entropy of P, without anyone's full logits. Both teachers read the
+sample in their own form; the response's tokens are the same for all, so nothing is aligned.
 The copies are then averaged matrix by matrix, each weighed by the mean square of its change (VaRM):
 
     w_j = E[(t_j - pivot)^2] / sum_k E[(t_k - pivot)^2]
@@ -16,21 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ultrafuser_mega.baselines.folder import Account, new_folder, write_beside_weights, write_card, write_losses
-from ultrafuser_mega.baselines.heldout import Model, heldout_losses, load_model, response_logits
+from ultrafuser_mega.baselines.heldout import Model, States, heldout_losses, load_model, response_states
 from ultrafuser_mega.baselines.ingredients import Ingredients
 from ultrafuser_mega.baselines.merging import write_combination
 from ultrafuser_mega.baselines.tuned import opened, save_weights, tuned_config
-from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, read_state, row_losses, tune
+from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, read_state, tune
 from ultrafuser_mega.checkpoint.unfinished import refuse_existing
-from ultrafuser_mega.config import FuserConfig, Loss
+from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import EMBEDDING, read_json_object
+from ultrafuser_mega.ops import cross_entropy_of_each, distillation_loss
 from ultrafuser_mega.release.assemble import assemble_single
 from ultrafuser_mega.reporting.records import SUMMARY_FILE
 from ultrafuser_mega.runtime.device import choose_device
@@ -108,24 +111,37 @@ def variation_weights(ingredients: Ingredients, targets: Sequence[str], tensor: 
     return {target: square / total for target, square in squares.items()}
 
 
-def fused_targets(teachers: Sequence[Tensor], targets: Tensor, counts: Sequence[int]) -> Tensor:
-    """MinCE: (N, V) log-probabilities, those of the teacher with the lower cross-entropy on each sample.
+def best_teacher(losses: Tensor, counts: Sequence[int]) -> Tensor:
+    """MinCE: gate logits (N, teachers), 0 for the teacher with the lower cross-entropy on a row's sample, else -inf.
 
     Args:
-        teachers: log-probabilities (N, V) of each.
+        losses: (teachers, N) of the response tokens.
+        counts: response tokens of each sample; they sum to N.
+    """
+    means = torch.stack([part.mean(1) for part in losses.split(list(counts), dim=1)], dim=1)  # (teachers, samples)
+    best = means.argmin(0).repeat_interleave(torch.tensor(counts, device=losses.device))
+    return losses.new_full(losses.t().shape, float("-inf")).scatter_(1, best[:, None], 0.0)
+
+
+def fusion_loss(student: States, teachers: Sequence[States], targets: Tensor, counts: Sequence[int]) -> MicroLoss:
+    """What the copy is to learn of N response tokens, up to the entropy of P, which no weight changes.
+
+    Args:
+        student: (N, d) hidden states and (V, d) output head.
+        teachers: the same of each, of their own widths.
         targets: (N,) the response tokens.
         counts: response tokens of each sample; they sum to N.
     """
-    losses = torch.stack([-teacher.gather(1, targets[:, None])[:, 0] for teacher in teachers])  # (teachers, N)
-    means = torch.stack([part.mean(1) for part in losses.split(list(counts), dim=1)], dim=1)  # (teachers, samples)
-    best = means.argmin(0).repeat_interleave(torch.tensor(counts, device=targets.device))
-    return torch.stack(list(teachers))[best, torch.arange(len(targets), device=targets.device)]
-
-
-def fusion_losses(logits: Tensor, targets: Tensor, wanted: Tensor, options: Loss) -> Tensor:
-    """(N,) losses of logits (N, V), which are to learn the response tokens and the log-probabilities ``wanted``."""
-    learned = -(wanted.exp() * logits.log_softmax(1)).sum(1)
-    return LAMBDA * row_losses(logits, targets, options) + (1 - LAMBDA) * learned
+    hidden, heads = [states.float() for states, _ in teachers], [head.float() for _, head in teachers]
+    alike = hidden[0].new_zeros((len(targets), len(teachers)))
+    shard: dict[str, Any] = {"group": None, "vocab_start": 0, "vocab_size": len(heads[0])}
+    losses = cross_entropy_of_each(hidden, heads, alike, targets, **shard)[2:]
+    gate = best_teacher(losses, counts)
+    states, head = student
+    found = distillation_loss(
+        states.float(), head.float(), hidden, heads, gate, targets, labels=LAMBDA, reduction="sum"
+    )
+    return MicroLoss(found.row_losses, total=found.loss)
 
 
 def _train_pair(pair: Tuning, *, resume: bool) -> Stop | None:
@@ -137,13 +153,9 @@ def _train_pair(pair: Tuning, *, resume: bool) -> Stop | None:
 
     def loss_of(model: Model, batch: MicroBatch) -> MicroLoss:
         with torch.no_grad():
-            known = [
-                response_logits(teacher, batch, name, store.vocab_size).logits[0].float().log_softmax(1)
-                for name, teacher in teachers.items()
-            ]
-            wanted = fused_targets(known, batch.targets, batch.row_counts)
-        logits = response_logits(model, batch, pivot, store.vocab_size).logits[0].float()
-        return MicroLoss(fusion_losses(logits, batch.targets, wanted, config.loss))
+            known = [response_states(teacher, batch, name, store.vocab_size) for name, teacher in teachers.items()]
+        own = response_states(model, batch, pivot, store.vocab_size)
+        return fusion_loss(own, known, batch.targets, batch.row_counts)
 
     if stop := tune(model, pair, loss_of, resume=resume):
         return stop

@@ -16,6 +16,7 @@ from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.data.store import TokenStore
 
 Model = Any  # a causal language model of transformers
+States = tuple[Tensor, Tensor]  # hidden states of rows, an output head
 
 
 def load_model(folder: Path, device: torch.device) -> Model:
@@ -46,6 +47,13 @@ def response_logits(model: Model, batch: MicroBatch, specialist: str, vocab_size
     )
     output.logits = output.logits[..., :vocab_size]
     return output
+
+
+def response_states(model: Model, batch: MicroBatch, specialist: str, vocab_size: int) -> States:
+    """Hidden states (N, d) that predict a packed microbatch's response tokens, and the output head (vocab_size, d)."""
+    tokens = batch.tokens[specialist]
+    body = model.base_model(input_ids=tokens.ids, position_ids=tokens.positions[None], use_cache=False)
+    return body.last_hidden_state[0, batch.rows[specialist]], model.get_output_embeddings().weight[:vocab_size]
 
 
 @torch.no_grad()

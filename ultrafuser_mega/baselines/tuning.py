@@ -57,10 +57,12 @@ class MicroLoss:
     Attributes:
         rows: (N,) nats, to be minimised.
         extra: () more to be minimised, of the microbatch as a whole, such as a loss that balances experts.
+        total: () the rows' sum, of which the gradient is taken; None: of the rows themselves.
     """
 
     rows: Tensor
     extra: Tensor | float = 0.0
+    total: Tensor | None = None
 
 
 LossOf = Callable[[Model, MicroBatch], MicroLoss]
@@ -200,7 +202,8 @@ class _Loop:
             with self.computing():
                 lost = self.loss_of(self.model, placed)
             share = len(lost.rows) / batch.response_tokens
-            loss = lost.rows.sum() / terms + share * torch.as_tensor(lost.extra, device=self.device)
+            total = lost.rows.sum() if lost.total is None else lost.total
+            loss = total / terms + share * torch.as_tensor(lost.extra, device=self.device)
             loss.backward()
             rows = lost.rows.detach().double().cpu()
             sums[0].index_add_(0, microbatch.row_class, rows)

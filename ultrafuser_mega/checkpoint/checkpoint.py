@@ -290,6 +290,25 @@ def load_checkpoint(
             trainable.schedule.step(steps)
 
 
+def load_teacher(path: Path, model: FusedStage, groups: RankGroups, student: str) -> None:
+    """Read all but the student's weights from the checkpoint of a fused model; collective over the job.
+
+    Raises:
+        InputError: a tensor is missing, damaged or of another shape.
+    """
+    with torch.no_grad():
+        if groups.reads:
+            chunks = [chunk for chunk in weights_to_read(model, groups) if not is_part_of(chunk.key, student)]
+            _fill(chunks, CheckpointTensors(path))
+        found = parameter_parts(model, groups)
+        groups.receive(weight for weight, parts in found if not is_part_of(parts[0].key, student))
+
+
+def is_part_of(key: str, specialist: str) -> bool:
+    """Whether a checkpoint's tensor is one of the specialist's, its head's among them."""
+    return f"{key}.".startswith(tuple(f"{kind}.{specialist}." for kind in ("specialists", "heads", "tails")))
+
+
 def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
     """Read the weights but for the gate's into a model of some of the checkpoint's specialists."""
     if folders := weights_beside(path, names_of(model)):

@@ -227,7 +227,7 @@ def further_tuned(
     from ultrafuser_mega.baselines.derived import further_tuned as derive
 
     chosen = [name.strip() for name in classes.split(",")] if classes else []
-    _train(derive(loaded, specialist, chosen), out, ranks, resume, requeue, max_restarts)
+    train_and_export(derive(loaded, specialist, chosen), out, ranks, resume, requeue, max_restarts)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def llamafuser(
     loaded = load_config(config, overrides or [])
     from ultrafuser_mega.baselines.derived import llamafuser as derive
 
-    _train(derive(loaded, base), out, ranks, resume, requeue, max_restarts)
+    train_and_export(derive(loaded, base), out, ranks, resume, requeue, max_restarts)
 
 
 @app.command()
@@ -324,7 +324,10 @@ def _tune(
     print(f"wrote {out}")
 
 
-def _train(run: DerivedRun, out: Path, ranks: int | None, resume: bool, requeue: bool, max_restarts: int) -> None:
+def train_and_export(
+    run: DerivedRun, out: Path, ranks: int | None, resume: bool, requeue: bool, max_restarts: int
+) -> None:
+    """Train ``run`` on this machine and write ``out``; a run that does not get to its end ends the command."""
     from ultrafuser_mega.checkpoint.unfinished import refuse_existing
     from ultrafuser_mega.launch.job import train_here
 

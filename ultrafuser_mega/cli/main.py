@@ -16,6 +16,7 @@ from ultrafuser_mega.cli import (
     baseline,
     chat,
     clean,
+    distil,
     doctor,
     evaluate,
     export,
@@ -54,6 +55,7 @@ Without --config every command works on the embedded default: three toy speciali
   ultrafuser import RELEASE CHECKPOINT           a fused model as one, to train further
   ultrafuser export CHECKPOINT OUT               the fused model as a Hugging Face folder (--what specialist:NAME)
   ultrafuser baseline average --out DIR          what one would do instead: merged, further tuned, ... models
+  ultrafuser distil RUN --into text --out DIR    one model that has learnt from the fused one
   ultrafuser verify OUT CHECKPOINT               do two models give the same logits?
   ultrafuser generate OUT "a prompt"             an answer, coloured by the specialists that gave it
   ultrafuser chat OUT                            a conversation
@@ -98,6 +100,7 @@ app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("import")(import_.import_)
 app.command("export")(export.export_)
 app.add_typer(baseline.app, name="baseline")
+app.command("distil")(distil.distil)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,10 +45,16 @@ def _train(
     from ultrafuser_mega.launch.rank import train_main
 
     context.obj.close()
-    code = train_main(config, overrides or [], resume, requeue, elastic)
+    code = train_main(config, overrides or [], resume, requeue, elastic, _answer)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # taking the interpreter down takes seconds, in which a launcher loses patience
+
+
+def _answer(model: str, prompts: Any, **options: Any) -> dict[int, list[int]]:
+    from ultrafuser_mega.inference.answer_ids import answer_ids  # transformers' models: a run that asks none needs none
+
+    return answer_ids(model, prompts, **options)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ What needs the outside world to be checked (folders, tokenizers, rank counts) is
 
 from ultrafuser_mega.config.checkpoint import Checkpoint
 from ultrafuser_mega.config.data import Data, DataClass
+from ultrafuser_mega.config.distillation import KINDS, Distil, Kind
 from ultrafuser_mega.config.evaluation import Evaluation
 from ultrafuser_mega.config.fuser import FuserConfig
 from ultrafuser_mega.config.gate import GateOptions
@@ -23,15 +24,18 @@ from ultrafuser_mega.config.toy import Toy
 __all__ = [
     "GATE",
     "HEADS",
+    "KINDS",
     "TARGETS",
     "Checkpoint",
     "ColocatedLayout",
     "Data",
     "DataClass",
     "DisjointLayout",
+    "Distil",
     "Evaluation",
     "FuserConfig",
     "GateOptions",
+    "Kind",
     "Layout",
     "Lora",
     "Loss",

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from ultrafuser_mega.config.checkpoint import Checkpoint
 from ultrafuser_mega.config.data import Data
+from ultrafuser_mega.config.distillation import Distil
 from ultrafuser_mega.config.evaluation import Evaluation
 from ultrafuser_mega.config.faults import Faults
 from ultrafuser_mega.config.gate import GateOptions
@@ -51,6 +52,7 @@ class FuserConfig(Section):
     stage1: Stage
     stage2: Stage2
     lora: Lora | None = Field(None, description="of the adapters that a stage trains; default: rank 16 everywhere")
+    distil: Distil | None = Field(None, description="train one specialist to be like the others fused")
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -85,6 +87,16 @@ class FuserConfig(Section):
         return {name: self.lora or Lora() for name in self.specialists if name in trained}
 
     @property
+    def student(self) -> str | None:
+        """The specialist that learns from the others, in distillation."""
+        return None if self.distil is None else self.distil.student
+
+    @property
+    def fused(self) -> list[str]:
+        """The specialists that the gate mixes, in its order: all but a student."""
+        return [name for name in self.specialists if name != self.student]
+
+    @property
     def folders(self) -> dict[str, Path]:
         """Specialist name -> Hugging Face folder."""
         return {name: self.models / specialist.path for name, specialist in self.specialists.items()}
@@ -110,4 +122,16 @@ class FuserConfig(Section):
                     f"layouts.{index}.specialists places {', '.join(layout.specialists)}; "
                     f"it must place exactly {', '.join(self.specialists)}"
                 )
+        if self.distil is not None:
+            self._check_distil(self.distil)
         return self
+
+    def _check_distil(self, distil: Distil) -> None:
+        if distil.student not in self.specialists or len(self.specialists) < 2:
+            raise ValueError(f"distil.student: {distil.student} must be one of two or more specialists")
+        if self.stage1.steps:
+            raise ValueError("stage1.steps: the teacher's gate is trained already; set stage1.steps to 0")
+        if self.checkpoint.start is not None:
+            raise ValueError("checkpoint.start: distil.teacher has the teacher's weights; leave it out")
+        if self.loss.label_smoothing or self.loss.z_loss:
+            raise ValueError("loss: label_smoothing and z_loss have no meaning in distillation; set them to 0")

@@ -77,6 +77,10 @@ def export(
         _check_free(out, resume)
     unfinished, identity, part = unfinished_of(out), _identity(model, what), what.removeprefix(_SPECIALIST)
     write: Callable[[], list[str]]
+    if what == FUSED and model.student is not None:
+        raise InputError(
+            f"--what fused: {folder} is a distillation; export its teacher's run, or specialist:{model.student}"
+        )
     if what == FUSED:
         parts, card = {name: model.specialist(name) for name in model.sources}, _card(model, out.name)
         write = partial(_fused, model, parts, card, unfinished, identity, shard_bytes)
@@ -107,13 +111,11 @@ def export(
 
 def _only_choice(model: TrainedModel) -> list[str]:
     """What to export where nobody said it, and where that is not the fused model a notice."""
-    if len(model.sources) > 1:
+    if len(model.sources) > 1 and model.student is None:
         return [FUSED]
-    (name,) = model.sources
-    return [
-        f"{_SPECIALIST}{name}",
-        f"{model.folder}: holds one specialist; exported as with --what {_SPECIALIST}{name}",
-    ]
+    name = model.student or next(iter(model.sources))
+    holds = "is a distillation" if model.student else "holds one specialist"
+    return [f"{_SPECIALIST}{name}", f"{model.folder}: {holds}; exported as with --what {_SPECIALIST}{name}"]
 
 
 def _check_free(out: Path, resume: bool) -> None:

@@ -46,6 +46,7 @@ class TrainedModel:
         progress: how far its run was.
         trained: specialists whose weights, heads or adapters have been trained.
         adapters: specialist -> its adapters', of those that have some.
+        student: of its specialists, the one that a distillation trains; None: it is none.
         fused: whether its gate belongs to them: not where single folders were imported.
         vocab_size: entries of the shared vocabulary.
         gate_units: hidden units of the gate.
@@ -73,6 +74,7 @@ class TrainedModel:
         self.tensors = CheckpointTensors(folder)
         config = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
         self.adapters = config.adapters if config is not None else {}
+        self.student = config.student if config is not None else None
         self._head_trained = config is None or HEADS in changing(config)
 
     def specialist(self, name: str) -> RestoredSpecialist:

@@ -7,6 +7,7 @@ in the global batch (the divisor of the loss) is known without communication, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,10 +106,17 @@ class TrainingBatches:
         sampling: Sampling = "balanced",
         file_weights: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
+        self.store = store
         self.class_names, self.specialists = store.class_names, store.specialists
         self.splits = {name: store.split(name, "train") for name in self.class_names}
         self.sampler = sampler_of(store, sampling, samples_per_class, seed, file_weights or {})
         self.shard = shard
+
+    def over(self, splits: Mapping[str, Split], sampler: Sampler) -> TrainingBatches:
+        """The same of other samples, class by class, drawn by ``sampler``."""
+        other = copy(self)
+        other.splits, other.sampler = dict(splits), sampler
+        return other
 
     def step(self, step: int) -> StepBatch:
         """The work of a step (from 0)."""

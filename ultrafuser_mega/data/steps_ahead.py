@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
 import torch
 
-from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
+from ultrafuser_mega.data.batches import StepBatch, Steps
 
 
 class StepsAhead:
@@ -19,12 +20,21 @@ class StepsAhead:
 
     Args:
         device: where the batches go; for CUDA they lie in pinned memory.
+        waits: whether a step cannot be made before the one before it is done; None: all can.
     """
 
-    def __init__(self, batches: TrainingBatches, first: int, stop: int, device: torch.device) -> None:
-        self._batches, self._stop, self._device = batches, stop, device
+    def __init__(
+        self,
+        batches: Steps,
+        first: int,
+        stop: int,
+        device: torch.device,
+        waits: Callable[[int], bool] | None = None,
+    ) -> None:
+        self._batches, self._stop, self._device, self._waits = batches, stop, device, waits
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._next: Future[StepBatch] = self._thread.submit(self._make, first)
+        self._next: Future[StepBatch] | None = None
+        self._begin(first)
 
     def __enter__(self) -> StepsAhead:
         return self
@@ -36,10 +46,15 @@ class StepsAhead:
 
     def step(self, step: int) -> StepBatch:
         """The work of a step; raises what making it raised. The next is begun."""
-        batch = self._next.result()
+        batch = self._make(step) if self._next is None else self._next.result()
+        self._next = None
         if step + 1 < self._stop:
-            self._next = self._thread.submit(self._make, step + 1)
+            self._begin(step + 1)
         return batch
+
+    def _begin(self, step: int) -> None:
+        if self._waits is None or not self._waits(step):
+            self._next = self._thread.submit(self._make, step)
 
     def _make(self, step: int) -> StepBatch:
         batch = self._batches.step(step)

@@ -1,6 +1,6 @@
 """Which model is meant: ``PATH[@PART][+RULE]``, as generate, chat and evaluate take it.
 
-runs/demo              the run's newest checkpoint, fused
+runs/demo              the run's newest checkpoint, fused; of a distillation the student
 my_release             what ultrafuser export wrote
 runs/demo@math         one specialist, as it is there
 /models/Qwen2.5-3B     a Hugging Face folder, prompts in its own chat template
@@ -61,7 +61,9 @@ class Address:
 
             trained = TrainedModel(path)
             names, kind = list(trained.sources), "checkpoint"
-            if not part and not trained.fused and len(names) == 1:
+            if not part and trained.student is not None:
+                part = trained.student  # what a distillation is about
+            elif not part and not trained.fused and len(names) == 1:
                 part = names[0]
         elif is_release(path):
             names, kind = check_release(path).names, "release"

@@ -105,7 +105,7 @@ def stored_checkpoint(folder: Path, part: str | None, described: Path) -> Stored
         raise InputError(f"{folder}: was imported from single folders; a fused model needs a configuration")
     names = list(trained.sources) if part is None else [part]
     specialists = {name: trained.specialist(name) for name in names}
-    keys = trained.gate_keys() if trained.fused else []
+    keys = trained.gate_keys() if trained.fused and part is None else []
     shared = not keys or "gate.w1.shared" in keys
     dtype = trained.tensors.dtype(f"heads.{names[0]}")
     config = _describe(

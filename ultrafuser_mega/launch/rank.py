@@ -26,6 +26,7 @@ from ultrafuser_mega.runtime.device import (
 )
 from ultrafuser_mega.runtime.failure import first_failure_ends_job, leave_for_torchrun
 from ultrafuser_mega.runtime.layout import choose_plan, plan_that_fits
+from ultrafuser_mega.training.lessons import Answering
 from ultrafuser_mega.training.prepare import make_missing_toy
 from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import begun_by_this_launch, refuse_running
@@ -44,7 +45,12 @@ def rank_arguments(
 
 
 def train_main(
-    config_path: Path | None, overrides: Sequence[str], resume: bool, requeue: bool = False, elastic: bool = False
+    config_path: Path | None,
+    overrides: Sequence[str],
+    resume: bool,
+    requeue: bool = False,
+    elastic: bool = False,
+    answering: Answering | None = None,
 ) -> int:
     """Run one rank of a training job; returns its exit code, or ends the process where it fails (2: bad input).
 
@@ -56,6 +62,7 @@ def train_main(
         resume: go on from the run's newest checkpoint.
         requeue: the same, if there is one.
         elastic: the same, on as many of the launched ranks as a layout fits; the others wait for its end.
+        answering: of models, for a distillation that learns from answers.
     """
     end_with_launcher()
     start_kernels_in_order()
@@ -73,7 +80,7 @@ def train_main(
         ensure_toy(config, launched_ranks())
         plan = preflight(config, launched_ranks(), _all_resume(store, config, resume, requeue or elastic))
         with joined_job(device, store):
-            stop = run(plan, device, store)
+            stop = run(plan, device, store, answering)
         if launched_rank() == 0 and idle:
             store.set(_ENDED, "")
             with contextlib.suppress(dist.DistError):  # who may host the store does not go before all have asked it

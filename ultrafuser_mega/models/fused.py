@@ -139,11 +139,12 @@ def build_fused_stage(
     seed: int,
     recompute_layers: int | Literal["all"] = 0,
     adapters: Mapping[str, Lora] | None = None,
+    student: str | None = None,
     phases: Phases | None = None,
 ) -> FusedStage:
     """This rank's share of the fused model, on ``device``; its weights are not loaded yet.
 
-    ``adapters``: of the specialists that have some.
+    ``adapters``: of the specialists that have some; ``student``: of them, one that the others fused are to teach.
     """
     phases = phases or Phases()
     stages = {}
@@ -164,7 +165,7 @@ def build_fused_stage(
                 stages[name].adapt(adapters[name], name, seed)
     fusion = exchange = None
     if groups.fusion is not None:
-        fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, device, seed, loss)
+        fusion = FusionHead(architectures, vocab_size, gate_units, groups.fusion, dtype, device, seed, loss, student)
         start = groups.replica_index * groups.plan.replica_size
         owners = {name: [start + rank for rank in p.last_stage] for name, p in groups.plan.placements.items()}
         widths = {name: arch.hidden_size for name, arch in architectures.items()}
@@ -182,7 +183,8 @@ def train_parts(model: FusedStage, modes: Mapping[str, Mode]) -> None:
     model.requires_grad_(False)
     if model.fusion is not None:
         model.fusion.gate.requires_grad_(modes[GATE] == "full")
-        model.fusion.heads.requires_grad_(modes[HEADS] == "full")
+        for name, head in model.fusion.heads.items():
+            head.requires_grad_(modes[HEADS] == "full" and model.fusion.student in (None, name))
     for name, stage in model.stages.items():
         stage.requires_grad_(modes[name] == "full")
         if stage.adapters is not None:

@@ -9,7 +9,7 @@ unchanged (``tails``) so that a specialist leaves the program with exactly the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ultrafuser_mega.models.gate import Gate, mark_sharded, shard_rows
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
-from ultrafuser_mega.ops import cross_entropy_of_each, mixture_cross_entropy_with_rows
+from ultrafuser_mega.ops import cross_entropy_of_each, distillation_loss, mixture_cross_entropy_with_rows
 
 _ROW_MULTIPLE = 8  # rows per rank: keeps every shard's GEMM aligned for tensor cores
 
@@ -31,6 +31,15 @@ class LossOptions:
     backend: str = "auto"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns of a batch (see ``ops.distillation_loss``)."""
+
+    temperature: float = 1.0
+    reverse: float = 0.0
+    labels: float = 0.0
 
 
 class FusionHead(nn.Module):
@@ -45,6 +54,10 @@ class FusionHead(nn.Module):
         device: of the parameters; ``tails``, which are only kept, stay on the host.
         seed: of the gate's initial weights.
         loss: options of the training loss.
+        student: of the architectures, one that the gate does not mix: it learns from those that it mixes.
+
+    Attributes:
+        lesson: of the student, in the steps that follow.
     """
 
     def __init__(
@@ -57,10 +70,12 @@ class FusionHead(nn.Module):
         device: torch.device,
         seed: int,
         loss: LossOptions,
+        student: str | None = None,
     ) -> None:
         super().__init__()
         self.architectures = dict(architectures)
-        self.names = list(architectures)  # the order of the gate logits; a ParameterDict sorts its keys
+        self.names = [name for name in architectures if name != student]  # in the order of the gate logits
+        self.student, self.lesson = student, Lesson()
         self.vocab_size = vocab_size
         self.group = group
         self.loss_options = loss
@@ -73,7 +88,7 @@ class FusionHead(nn.Module):
                 for name, d in widths.items()
             }
         )
-        self.gate = Gate(widths, gate_units, group, dtype, device, seed)
+        self.gate = Gate({name: widths[name] for name in self.names}, gate_units, group, dtype, device, seed)
         self.tails: dict[str, Tensor] = {
             name: torch.zeros(arch.vocab_rows - vocab_size, arch.hidden_size, dtype=dtype)
             for name, arch in self.architectures.items()
@@ -93,7 +108,7 @@ class FusionHead(nn.Module):
                 self.tails[name].copy_(weights[name].head(slice(self.vocab_size, arch.vocab_rows)))
 
     def loss(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training loss summed over the rows (paper, eq. 2).
+        """Training loss summed over the rows: of the fused model (paper, eq. 2), or of the student.
 
         Args:
             hidden: name -> (N, d_j), every specialist's rows (after the exchange).
@@ -102,6 +117,8 @@ class FusionHead(nn.Module):
         Returns:
             loss () float32, with gradients; loss of every row (N,) and gate weights (N, n), detached.
         """
+        if self.student is not None:
+            return self._student_loss(self.student, hidden, target)
         gate_logits = self.gate(hidden)
         total, rows = mixture_cross_entropy_with_rows(
             *self._mixture(hidden, gate_logits),
@@ -114,12 +131,36 @@ class FusionHead(nn.Module):
         )
         return total, rows, gate_logits.detach().softmax(dim=1)
 
+    def _student_loss(
+        self, student: str, hidden: Mapping[str, Tensor], target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            gate_logits = self.gate(hidden)
+        states, heads, _ = self._mixture(hidden, gate_logits)
+        found = distillation_loss(
+            hidden[student],
+            self.heads[student],
+            [h.detach() for h in states],
+            [head.detach() for head in heads],
+            gate_logits,
+            target,
+            reduction="sum",
+            **asdict(self.lesson),
+            **self._shard,
+        )
+        return found.loss, found.row_losses, gate_logits.softmax(dim=1)
+
     @torch.no_grad()
     def evaluate(self, hidden: Mapping[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """Plain cross-entropy (2 + n, N) of the fused model, of the mean of all logits and of every specialist alone;
+        with a student (4 + n, N): of the student, the mean, every specialist of the teacher, the teacher, the student;
         gate weights (N, n)."""
         gate_logits = self.gate(hidden)
         losses = cross_entropy_of_each(*self._mixture(hidden, gate_logits), target, **self._shard)
+        if self.student is not None:
+            of_student, alone = [hidden[self.student]], gate_logits.new_zeros((len(target), 1))
+            own = cross_entropy_of_each(of_student, [self.heads[self.student]], alone, target, **self._shard)[:1]
+            losses = torch.cat((own, losses[1:], losses[:1], own))
         return losses, gate_logits.softmax(dim=1)
 
     def _mixture(self, hidden: Mapping[str, Tensor], gate_logits: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:

@@ -5,6 +5,7 @@
 Imports neither Megatron nor any other folder of the package. Triton is loaded when a CUDA tensor first comes in.
 """
 
+from ultrafuser_mega.ops.distillation import DistillationLoss, distillation_loss
 from ultrafuser_mega.ops.evaluation import cross_entropy_of_each
 from ultrafuser_mega.ops.loss import (
     LossWithRows,
@@ -12,4 +13,11 @@ from ultrafuser_mega.ops.loss import (
     mixture_cross_entropy_with_rows,
 )
 
-__all__ = ["LossWithRows", "cross_entropy_of_each", "mixture_cross_entropy", "mixture_cross_entropy_with_rows"]
+__all__ = [
+    "DistillationLoss",
+    "LossWithRows",
+    "cross_entropy_of_each",
+    "distillation_loss",
+    "mixture_cross_entropy",
+    "mixture_cross_entropy_with_rows",
+]

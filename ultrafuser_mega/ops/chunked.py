@@ -202,7 +202,9 @@ class Sweep:
         self.statistics = weight.new_empty((rows, COLUMNS))
         self.gate = weight.new_zeros((rows, n)) if needs.gate else None
         self.hidden = [
-            torch.empty_like(states, dtype=_held(states.dtype), memory_format=torch.contiguous_format) if need else None
+            torch.empty_like(states, dtype=held_dtype(states.dtype), memory_format=torch.contiguous_format)
+            if need
+            else None
             for states, need in zip(problem.hidden, needs.hidden, strict=True)
         ]
         self.into = tuple(into) or (None,) * n
@@ -287,7 +289,7 @@ class Sweep:
             )
 
 
-def _held(dtype: torch.dtype) -> torch.dtype:
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which a per-row gradient awaits its upstream factor: small ones would not survive the wait in fp16."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -349,7 +351,7 @@ class _ChunkedLoss(torch.autograd.Function):
         returned = []
         for gradient, dtype, main in zip(gradients, ctx.dtypes, ctx.main_grad, strict=True):
             if gradient is None or main is None:
-                returned.append(None if gradient is None else _scaled(gradient, factor, dtype, reuse))
+                returned.append(None if gradient is None else scaled(gradient, factor, dtype, reuse))
                 continue
             if gradient is not main:  # the sweep has added the rest itself
                 assert factor is not None  # (), since dW of "none" is the sweep's
@@ -377,7 +379,7 @@ def _deferred_gradients(ctx: Any, upstream: Tensor) -> tuple[list[Tensor | None]
     return [sweep.gate, *sweep.hidden, *sweep.heads], factor
 
 
-def _scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse: bool) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse: bool) -> Tensor:
     """gradient (rows, columns) times factor, () or (rows,), in ``dtype``; within its own memory where it may be."""
     if factor is None or (factor.dim() == 0 and readable(factor) and factor.item() == 1.0):
         return gradient.to(dtype, copy=not reuse)

@@ -356,8 +356,8 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, tra
 
 
 def in_planes(plan: RunPlan, role: Role, rows: float, device: Device) -> bool:
-    """Whether stage 2's loss of so many rows keeps every specialist's logits apart."""
-    return planes.pay_and_fit(int(rows), *_plane_sizes(plan, role, device), BUFFER_BYTES[device])
+    """Whether stage 2's loss of so many rows keeps every specialist's logits apart; only last stages have one."""
+    return role.fusion > 0 and planes.pay_and_fit(int(rows), *_plane_sizes(plan, role, device), BUFFER_BYTES[device])
 
 
 def _plane_sizes(plan: RunPlan, role: Role, device: Device) -> tuple[int, list[int], int, int]:

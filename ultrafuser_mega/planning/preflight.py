@@ -51,6 +51,7 @@ class RunPlan:
     gate_units: int
     resume: tuple[Progress, Path] | None
     start: tuple[Progress, Path] | None = None  # whose weights it begins with, if not with the folders'
+    teacher: Path | None = None  # checkpoint of the fused model that teaches the student
     changes: tuple[str, ...] = ()  # settings that a resumed run had otherwise, for people
     notices: tuple[str, ...] = ()  # what becomes of the specialists' folders, for people
 
@@ -142,7 +143,12 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
     )
     start = _start(config, plan.identity)
     notices = folder_notices(config, architectures, encoders, DTYPES[config.dtype], start)
-    plan = replace(plan, start=start, notices=(*idle_replicas(config, layout.dp), *notices))
+    plan = replace(
+        plan,
+        start=start,
+        teacher=_teacher(config, plan.identity),
+        notices=(*idle_replicas(config, layout.dp), *notices),
+    )
     if not resume:
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
@@ -220,7 +226,7 @@ def laid_out(config: FuserConfig, world_size: int) -> RunPlan:
 
 def gate_units(config: FuserConfig, architectures: Mapping[str, Architecture]) -> int:
     """Hidden units of the gate: as configured, or as wide as the widest specialist."""
-    return config.gate.hidden_size or max(arch.hidden_size for arch in architectures.values())
+    return config.gate.hidden_size or max(architectures[name].hidden_size for name in config.fused)
 
 
 def compared_with_data(plan: RunPlan, store: TokenStore) -> RunPlan:
@@ -248,6 +254,19 @@ def _start(config: FuserConfig, identity: dict[str, Any]) -> tuple[Progress, Pat
         return read_progress(path, identity, adapters_begin=True), path
     except InputError as error:
         raise InputError(f"checkpoint.start: {error}") from None
+
+
+def _teacher(config: FuserConfig, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint of ``distil.teacher``; InputError where it is none, or not of the other specialists fused."""
+    if config.distil is None:
+        return None
+    others = {name: arch for name, arch in identity["specialists"].items() if name != config.distil.student}
+    try:
+        path = find_checkpoint(config.distil.teacher)
+        read_progress(path, identity | {"specialists": others})
+    except InputError as error:
+        raise InputError(f"distil.teacher: {error}") from None
+    return path
 
 
 def _check_run_dir(run_dir: Path) -> None:

@@ -32,6 +32,7 @@ from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.reporting.sinks import Sink, TensorBoard, scalars_of
 
 FUSED = "fused"
+TEACHER = "teacher"  # the fused model where a student is trained, which then is what is called fused
 MEAN = "mean"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

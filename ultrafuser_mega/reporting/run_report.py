@@ -13,6 +13,7 @@ import yaml
 
 from ultrafuser_mega.reporting.console import TrainConsole
 from ultrafuser_mega.reporting.records import (
+    FUSED,
     EvalRecord,
     EvaluationResult,
     MetricsWriter,
@@ -37,6 +38,7 @@ class RunFacts:
     device: str  # its name
     specialists: Sequence[str]
     stage_steps: tuple[int, int]
+    trained: str = FUSED  # what people read for the model that the run trains
     resumed_from: Path | None = None  # a checkpoint
     wandb: str | None = None  # project that also gets the numbers
     prometheus: Path | None = None  # file that also gets them
@@ -110,7 +112,7 @@ class RunReport:
             return
         fused = "  ".join(f"{name} {losses['fused']:.4f}" for name, losses in record.loss.items())
         when = self._when(step)
-        self.note(f"held-out loss of the fused model {when}: {fused}  mean {record.mean['fused']:.4f}")
+        self.note(f"held-out loss of the {self.facts.trained} model {when}: {fused}  mean {record.mean['fused']:.4f}")
 
     def _when(self, step: int) -> str:
         """Behind ``step`` steps, counted through both stages, in words that count within a stage."""
@@ -148,7 +150,7 @@ class RunReport:
         after_stage1 = None
         if stage1_steps and stage2_steps:  # else it is the end, or the beginning
             after_stage1 = next((e for e in reversed(evals) if e.stage == 1 and e.step), None)
-        tables = [loss_table(record, after_stage1=after_stage1), gate_table(record)]
+        tables = [loss_table(record, after_stage1=after_stage1, trained=self.facts.trained), gate_table(record)]
         self._console.end_stage()  # a live display would draw over the tables
         print_tables(tables)
         text = "\n\n".join(f"**{table.title}**\n\n{to_markdown(table)}" for table in tables)

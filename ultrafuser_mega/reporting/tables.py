@@ -41,11 +41,14 @@ class ResultTable:
         return _MISSING if math.isnan(value) else f"{value:.{self.digits}f}"
 
 
-def loss_table(final: EvalRecord, *, after_stage1: EvalRecord | None = None) -> ResultTable:
-    """Held-out loss in nats: fused, fused after stage 1, every specialist, yardsticks; per class and the mean."""
+def loss_table(final: EvalRecord, *, after_stage1: EvalRecord | None = None, trained: str = FUSED) -> ResultTable:
+    """Held-out loss in nats: fused, fused after stage 1, every specialist, yardsticks; per class and the mean.
+
+    ``trained`` is what people read for "fused": the model that the run trains.
+    """
     rows: dict[str, Mapping[str, float]] = {}
     for model in final.models:
-        rows[model] = _column(final, model)
+        rows[trained if model == FUSED else model] = _column(final, model)
         if model == FUSED and after_stage1 is not None:
             rows[f"{FUSED} after stage 1"] = _column(after_stage1, FUSED)
     models = len(rows)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ultrafuser_mega.checkpoint.checkpoint import load_checkpoint, load_teacher
 from ultrafuser_mega.checkpoint.sources import SourceFiles, Sources, trained_specialists
 from ultrafuser_mega.data.batches import Shard
 from ultrafuser_mega.data.tokenizer import TextEncoder
 from ultrafuser_mega.models.dtypes import DTYPES
-from ultrafuser_mega.models.fused import FusedStage, build_fused_stage
+from ultrafuser_mega.models.fused import FusedStage, build_fused_stage, load_hf_weights
 from ultrafuser_mega.models.fusion_head import LossOptions
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
@@ -43,8 +44,24 @@ def build_model(plan: RunPlan, groups: RankGroups, device: torch.device, phases:
             seed=config.seed,
             recompute_layers=config.parallel.recompute_layers,
             adapters=config.adapters,
+            student=config.student,
             phases=phases,
         )
+
+
+def read_first_weights(plan: RunPlan, model: FusedStage, groups: RankGroups) -> None:
+    """Fill ``model`` with the weights that a run begins with; collective over the job."""
+    if plan.start is not None:
+        load_checkpoint(plan.start[1], model, groups, None, 0, verified=True)
+    else:
+        load_hf_weights(model, plan.config.folders, groups)
+        read_teacher(plan, model, groups)
+
+
+def read_teacher(plan: RunPlan, model: FusedStage, groups: RankGroups) -> None:
+    """Fill the teacher's part of ``model``, if it has one; collective over the job."""
+    if plan.teacher is not None and plan.config.student is not None:
+        load_teacher(plan.teacher, model, groups, plan.config.student)
 
 
 def make_shard(plan: RunPlan, groups: RankGroups, pad_id: int | None = None) -> Shard:

@@ -15,6 +15,7 @@ from ultrafuser_mega.reporting.records import (
     ORACLE_PER_CLASS,
     ORACLE_PER_SAMPLE,
     ORACLE_PER_TOKEN,
+    TEACHER,
     UNIFORM_LOGITS,
     UNIFORM_PROBABILITIES,
     EvaluationResult,
@@ -27,7 +28,9 @@ from ultrafuser_mega.training.yardsticks import mixed_and_chosen
 _LOSSES = (UNIFORM_PROBABILITIES, ORACLE_PER_SAMPLE, ORACLE_PER_TOKEN)  # of mixed_and_chosen
 
 
-def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluation) -> EvaluationResult:
+def evaluate(
+    engine: Engine, store: TokenStore, shard: Shard, options: Evaluation, student: str | None = None
+) -> EvaluationResult:
     """Evaluate on the first held-out samples of every class; collective over the job.
 
     Args:
@@ -35,10 +38,12 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
         store: the run's token store.
         shard: this rank's share of the work.
         options: how many samples.
+        student: of the specialists, the one that the others teach: what is called fused is the student then, as it is
+            trained, and the fused model is called teacher.
     """
-    specialists = list(engine.groups.plan.placements)
-    models = [FUSED, *specialists]
-    columns = [FUSED, UNIFORM_LOGITS, *specialists, *_LOSSES, *map(gate_column, specialists)]
+    specialists = [name for name in engine.groups.plan.placements if name != student]
+    models = [FUSED, *specialists] if student is None else [FUSED, *specialists, TEACHER, student]
+    columns = [FUSED, UNIFORM_LOGITS, *models[1:], *_LOSSES, *map(gate_column, specialists)]
     totals = ClassTotals(store.class_names, columns, engine.device)
     batches = EvaluationBatches(store, shard, options.samples_per_class)
     counts: list[int] = []
@@ -48,7 +53,7 @@ def evaluate(engine: Engine, store: TokenStore, shard: Shard, options: Evaluatio
         fusion, exchange = engine.model.fusion, engine.model.exchange
         assert fusion is not None and exchange is not None
         losses, weights = fusion.evaluate(exchange(hidden), batch.targets)
-        without_gate = mixed_and_chosen(losses[2:], batch.row_counts)
+        without_gate = mixed_and_chosen(losses[2 : 2 + len(specialists)], batch.row_counts)
         totals.add(batch.row_class, torch.cat([losses.t().double(), without_gate, weights.double()], dim=1))
         counts.extend(batch.row_counts)
         gates.append(torch.cat([weights, losses[:1].t()], dim=1))

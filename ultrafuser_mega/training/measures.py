@@ -120,7 +120,7 @@ class Measures:
             tokens=batch.response_tokens,
             tokens_per_s=batch.response_tokens / seconds,
             gate={
-                name: {other: row[gate_column(other)] for other in self._plan.config.specialists}
+                name: {other: row[gate_column(other)] for other in self._plan.config.fused}
                 for name, row in means.items()
             },
             seconds=seconds,

@@ -128,6 +128,6 @@ def intact(plan: RunPlan) -> RunPlan:
         except DamagedCheckpointError as damage:
             damages.append(damage)
             plan = gone_back(plan, damages)
-    if plan.start is not None:
-        verify_checkpoint(plan.start[1])
+    for path in filter(None, (plan.start and plan.start[1], plan.teacher)):
+        verify_checkpoint(path)
     return plan

@@ -17,11 +17,13 @@ from ultrafuser_mega.config import dump_config
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.planning.hardware import peak_flops
 from ultrafuser_mega.planning.preflight import RunPlan, compared_with_data
+from ultrafuser_mega.reporting.records import FUSED
 from ultrafuser_mega.reporting.run_report import RunFacts, RunReport
 from ultrafuser_mega.runtime.device import device_name
 from ultrafuser_mega.runtime.groups import RankGroups, make_groups
 from ultrafuser_mega.runtime.watchdog import Watchdog
 from ultrafuser_mega.training.assembly import make_shard
+from ultrafuser_mega.training.lessons import Answering
 from ultrafuser_mega.training.prepare import data_notes, ended_by_epochs, intact, open_store
 from ultrafuser_mega.training.run_folder import begin_run, locked_run
 from ultrafuser_mega.training.skipping import RollBack
@@ -30,7 +32,9 @@ from ultrafuser_mega.training.token_samples import token_samples
 from ultrafuser_mega.training.trainer import Trainer
 
 
-def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) -> Stop | None:
+def run(
+    plan: RunPlan, device: torch.device, signs: dist.Store | None = None, answering: Answering | None = None
+) -> Stop | None:
     """Train and report as ``plan`` says; collective over the job, which must be joined already.
 
     Args:
@@ -38,6 +42,7 @@ def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) ->
         device: where this rank computes.
         signs: where ranks see that one of them hangs, as :class:`ultrafuser_mega.runtime.watchdog.Watchdog` has it;
             None: nobody looks.
+        answering: of models, for a distillation that learns from answers.
 
     Returns why the run stopped before its end, behind a checkpoint; None: it did not.
     """
@@ -48,7 +53,7 @@ def run(plan: RunPlan, device: torch.device, signs: dist.Store | None = None) ->
         store = open_store(plan, groups)
         plan = ended_by_epochs(compared_with_data(plan, store), store)
         peak = peak_flops(device_name(device), plan.config.dtype)
-        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun, peak)
+        trainer = Trainer(plan, groups, store, device, make_shard(plan, groups), begun, peak, answering)
         if signs is not None and (seconds := 60 * plan.config.faults.hang_minutes):
             ranks = plan.layout.world_size
             trainer.watching = Watchdog(signs, groups.rank, ranks, trainer.phases, lambda: trainer.at, seconds).watching
@@ -97,7 +102,8 @@ def run_facts(plan: RunPlan, device: torch.device) -> RunFacts:
         config_text=dump_config(config),
         layout=plan.layout.describe(),
         device=device_name(device),
-        specialists=list(config.specialists),
+        specialists=config.fused,
+        trained=FUSED if config.distil is None else "distilled",
         stage_steps=(config.stage1.steps, config.stage2.steps),
         resumed_from=plan.resume[1] if plan.resume else None,
         wandb=config.report.wandb,

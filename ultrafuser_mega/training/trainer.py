@@ -27,7 +27,7 @@ from ultrafuser_mega.data.steps_ahead import StepsAhead
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.store_watch import StoreWatch
 from ultrafuser_mega.errors import DivergedError, InputError
-from ultrafuser_mega.models.fused import load_hf_weights, train_parts
+from ultrafuser_mega.models.fused import train_parts
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.trained import part_shares
 from ultrafuser_mega.reporting.parts_table import as_text, parts_table
@@ -36,11 +36,12 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
-from ultrafuser_mega.training.assembly import build_model, run_sources
+from ultrafuser_mega.training.assembly import build_model, read_first_weights, read_teacher, run_sources
 from ultrafuser_mega.training.best import Best, mean_loss
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.evaluation import evaluate
+from ultrafuser_mega.training.lessons import Answering, begin_with, lessons_of
 from ultrafuser_mega.training.measures import Measures
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.profiling import StepProfiler
@@ -62,6 +63,7 @@ class Trainer:
         shard: this rank's part of the data-parallel work.
         begun: when the run began, by ``time.monotonic``; None: now.
         peak_flops: of each GPU; None: not known.
+        answering: of models, for a student that learns from answers.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Trainer:
         shard: Shard,
         begun: float | None = None,
         peak_flops: float | None = None,
+        answering: Answering | None = None,
     ) -> None:
+        self.answering = answering
         begun = time.monotonic() if begun is None else begun
         self.stopping = Stopping(begun, plan.config.checkpoint.stop_after_minutes)
         self.watching: Callable[[], AbstractContextManager[None]] = nullcontext  # while steps are done
@@ -99,10 +103,8 @@ class Trainer:
             sources = sources.with_left_out(record_of(plan.config))
         self.saver = Saver(self.checkpoints, options.keep, options.keep_every, plan.identity, sources)
         self.store_watch = StoreWatch(self.store)
-        if plan.resume is None and plan.start is not None:
-            load_checkpoint(plan.start[1], self.model, groups, None, 0, verified=True)
-        elif plan.resume is None:
-            load_hf_weights(self.model, plan.config.folders, groups)
+        if plan.resume is None:
+            read_first_weights(plan, self.model, groups)
 
     def stage(self, number: int) -> Stage:
         """Configuration of stage 1 or 2."""
@@ -123,9 +125,9 @@ class Trainer:
 
     def evaluate(self, *, trained: bool = True) -> EvaluationResult:
         """Evaluate the model as it is, ``trained`` or as it came; DivergedError where a loss is not finite."""
-        begun = time.monotonic()
+        begun, config = time.monotonic(), self.plan.config
         with self.phases("evaluation", whole=True):
-            result = evaluate(self.engine, self.store, self.shard, self.plan.config.evaluation)
+            result = evaluate(self.engine, self.store, self.shard, config.evaluation, config.student)
         self.stopping.took("evaluation", time.monotonic() - begun)
         for class_name, losses in result.loss.items():
             for model in sorted(losses, key="fused".__eq__):  # a specialist first: the fused model inherits its NaN
@@ -149,6 +151,7 @@ class Trainer:
         if self.plan.resume is not None and self.plan.resume[0] == begin:
             path = self.plan.resume[1]
             load_checkpoint(path, self.model, self.groups, trainable, done, begin.skipped, verified=True)
+            read_teacher(self.plan, self.model, self.groups)  # of which a small one has nothing
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
             report.evaluated(self.evaluate(), number, first + done)
@@ -163,9 +166,13 @@ class Trainer:
         skips = Skips(config.faults.skips, begin.skipped)
         begun = time.perf_counter()
         self.phases.restart()  # what came before belongs to no step
-        steps = StepsAhead(batches, done, stage.steps, self.device)
+        lessons = lessons_of(self.plan, self.groups, batches, self.model, self.device, self.answering)
+        given, waits = (batches, None) if lessons is None else (lessons, lessons.waits)
+        steps = StepsAhead(given, done, stage.steps, self.device, waits)
         with self.watching(), steps as ahead:
             for step in range(done, stage.steps):
+                if lessons is not None:
+                    lessons.begin(step)
                 with self.profiler.step(first + step + 1):
                     record, stop = self.step(number, trainable, ahead, step, begun)
                 # What follows belongs to the next step, but for checkpoints and evaluations.
@@ -179,7 +186,7 @@ class Trainer:
                 if record.skipped:
                     report.note(f"{self.place(progress)}: {_not_finite(record)}; skipped")
                     if self.groups.rank == 0:
-                        write_down(config.run_dir, record, batches.sampler.batch(step))
+                        write_down(config.run_dir, record, (lessons or batches.sampler).batch(step))
                 if skips.too_many:
                     return self._roll_back(f"{self.place(progress)}: {_not_finite(record)}")
                 evaluated, lowest = None, False
@@ -233,6 +240,7 @@ class Trainer:
         return RollBack(read_progress(self._went_back_to, self.plan.identity), self._went_back_to)
 
     def _measured_loss(self, batches: TrainingBatches) -> float:
+        begin_with(self.plan.config, self.model)
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
 
     def _best(self, begin: Progress) -> Best:
@@ -291,7 +299,7 @@ class Trainer:
         with self.phases("data"):
             batch = batches.step(step)
         data_seconds = time.perf_counter() - asked
-        totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.specialists)], self.device)
+        totals = ClassTotals(self.store.class_names, ["loss", *map(gate_column, config.fused)], self.device)
         terms = batch.response_tokens if config.loss.normalize == "token" else batch.samples
 
         def loss_of(hidden: dict[str, Tensor], microbatch: MicroBatch) -> Tensor:

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,15 +15,17 @@ from safetensors.torch import load_file
 from support.branched import branched_tree, write_branched
 from support.command import ultrafuser
 from support.tuning import plain_loss
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser_mega.baselines import btx
-from ultrafuser_mega.baselines.fusechat import PIVOT, fused_targets, fusion_losses, variation_weights
-from ultrafuser_mega.baselines.heldout import Model, load_model
+from ultrafuser_mega.baselines.fusechat import PIVOT, best_teacher, fusion_loss, variation_weights
+from ultrafuser_mega.baselines.heldout import Model, load_model, response_logits, response_states, whole_shard
 from ultrafuser_mega.baselines.ingredients import Ingredients
 from ultrafuser_mega.baselines.tuned import opened, tuned_config
 from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, row_losses, tune
 from ultrafuser_mega.config import FuserConfig, Loss
+from ultrafuser_mega.data.batches import EvaluationBatches
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.inference.answer import Answerer, Limits
@@ -107,23 +108,44 @@ def test_families_that_mixtral_cannot_compute_are_refused(branched: Path) -> Non
 
 
 def test_minimal_cross_entropy_chooses_a_teacher_for_each_sample() -> None:
-    generator = torch.Generator().manual_seed(1)
-    teachers = [torch.randn(7, 5, generator=generator).log_softmax(1) for _ in range(2)]
-    targets, counts = torch.tensor([0, 1, 2, 3, 4, 0, 1]), [2, 4, 1]
-    fused = fused_targets(teachers, targets, counts)
+    losses, counts = torch.rand(2, 7, generator=torch.Generator().manual_seed(1)), [2, 4, 1]
+    gate = best_teacher(losses, counts)
     for part in (slice(0, 2), slice(2, 6), slice(6, 7)):
-        losses = [float(-t[part].gather(1, targets[part, None]).mean()) for t in teachers]
-        assert torch.equal(fused[part], teachers[int(np.argmin(losses))][part])
+        best = int(losses[:, part].mean(1).argmin())
+        assert bool((gate[part, best] == 0).all()) and bool((gate[part, 1 - best] == -torch.inf).all())
 
 
 def test_a_copy_of_the_pivot_learns_tokens_and_the_better_distribution() -> None:
+    """Values and gradients of 0.9 CE(Q, tokens) + 0.1 KL(P | Q), written out in float64."""
     generator = torch.Generator().manual_seed(4)
-    q, p = (torch.randn(3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    targets = torch.tensor([5, 0, 2])
-    found = fusion_losses(q, targets, p.log_softmax(1), Loss())
-    for row, (ours, theirs, target) in enumerate(zip(q.softmax(1), p.softmax(1), targets, strict=True)):
-        distilled = -sum(theirs[k] * ours[k].log() for k in range(6))
-        assert found[row].item() == pytest.approx((-0.9 * ours[target].log() + 0.1 * distilled).item(), rel=1e-12)
+    models = [(torch.randn(5, d, generator=generator), torch.randn(11, d, generator=generator)) for d in (4, 3, 6)]
+    targets, counts = torch.tensor([5, 0, 2, 10, 7]), [3, 2]
+    logits = [h.double() @ w.double().t() for h, w in models]
+    p = torch.cat(
+        [
+            min((z[part] for z in logits[1:]), key=lambda z, y=targets[part]: cross_entropy(z, y).item()).softmax(1)  # type: ignore[misc]
+            for part in (slice(0, 3), slice(3, 5))
+        ]
+    )
+    q = logits[0].softmax(1)
+    rows = -0.9 * q.gather(1, targets[:, None])[:, 0].log() + 0.1 * (p * (p.log() - q.log())).sum(1)
+    ds = q - 0.9 * torch.nn.functional.one_hot(targets, 11) - 0.1 * p
+    hidden, head = models[0][0].requires_grad_(), models[0][1].requires_grad_()
+    found = fusion_loss((hidden, head), models[1:], targets, counts)
+    assert found.total is not None
+    found.total.backward()
+    torch.testing.assert_close(found.rows.double(), rows, rtol=1e-5, atol=1e-5)
+    assert found.total.item() == pytest.approx(rows.sum().item(), rel=1e-5)
+    torch.testing.assert_close(hidden.grad, (ds @ models[0][1].double()).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.grad, (ds.t() @ models[0][0].double()).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_states_and_heads_are_those_of_the_logits(config: FuserConfig, branched: Path) -> None:
+    store, model = opened(tuned_config(config, "any"))[1], load_model(branched / "math", CPU)
+    batch = next(iter(EvaluationBatches(store, whole_shard(config, store, "math"), 2)))
+    states, head = response_states(model, batch, "math", store.vocab_size)
+    wanted = response_logits(model, batch, "math", store.vocab_size).logits[0]
+    torch.testing.assert_close(states @ head.t(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_variation_weights_are_the_ratio_of_mean_squares(branched: Path) -> None:

@@ -1,0 +1,75 @@
+"""``ultrafuser distil`` from a checkpoint to a folder of one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.branched import branched_tree, write_branched
+from support.command import ultrafuser
+from support.trio import DISJOINT_8, config_tree
+
+from ultrafuser_mega.baselines.distilled import STUDENT, distilled
+from ultrafuser_mega.baselines.heldout import heldout_losses, load_model
+from ultrafuser_mega.config import DisjointLayout, FuserConfig, load_config
+from ultrafuser_mega.convert.importer import import_specialists, plan_config
+from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.inference.address import Address
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def branched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_branched(tmp_path_factory.mktemp("branched"))
+
+
+def test_the_run_takes_as_many_samples_as_the_fused_one_and_places_the_student(branched: Path, tmp_path: Path) -> None:
+    tree = config_tree(branched, tmp_path / "runs", DISJOINT_8)
+    tree["stage1"] |= {"steps": 10, "samples_per_class": 4}
+    tree["stage2"] |= {"steps": 7, "samples_per_class": 6, "gate_lr": 1e-2}
+    import_specialists(plan_config(FuserConfig.model_validate(tree), None), tmp_path / "teacher")
+    made = distilled(tmp_path / "teacher", "math", overrides=["distil.temperature=2"])
+    run = made.config
+    assert run.name == "run-distilled-math" and list(run.stages) == [2] and run.stage2.steps == 14
+    assert run.fused == ["text", "code", "math"] and run.folders[STUDENT] == branched / "math"
+    assert run.specialists[STUDENT].template == "wizardmath" and run.vocab_size == 400
+    layout = run.layouts[0]
+    assert isinstance(layout, DisjointLayout) and (layout.specialists[STUDENT].tp, layout.specialists[STUDENT].pp) == (
+        2,
+        2,
+    )
+    modes = {name: part.mode for name, part in run.parts(2).items()}
+    frozen = ["gate", "text", "code", "math"]
+    assert [modes[name] for name in frozen] == ["frozen"] * 4 and modes[STUDENT] == "full"
+    assert made.what == f"specialist:{STUDENT}" and made.account.settings["temperature"] == 2.0
+    other = distilled(tmp_path / "teacher", str(branched / "base"), "ultralm").config
+    assert other.name == "run-distilled-base" and other.specialists[STUDENT].template == "ultralm"
+
+
+def test_a_student_is_trained_and_exported_as_one_model_with_its_own_template(
+    branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = FuserConfig.model_validate(branched_tree(branched, tmp_path / "runs"))
+    import_specialists(plan_config(config, None), tmp_path / "teacher")
+    out = tmp_path / "out"
+    arguments = ["distil", tmp_path / "teacher", "--into", "math", "--out", out, "stage2.steps=2"]
+    arguments += ["distil.data={own: 1, on_policy: 1}", "distil.max_new_tokens=3", "distil.labels=0.1"]
+    assert ultrafuser(monkeypatch, *arguments) == 0, capsys.readouterr()
+    run = load_config(out / "config.yaml")
+    assert run == load_config(tmp_path / "runs" / "run-distilled-math.yaml")
+    store, model = TokenStore.open(run.store_dir), load_model(out, CPU)
+    summary = json.loads((out / "summary.json").read_text())
+    for name, loss in heldout_losses(model, store, run, STUDENT).items():
+        assert summary["eval"][name]["fused"] == pytest.approx(loss, rel=1e-5)
+        assert summary["eval"][name][STUDENT] != pytest.approx(loss, rel=1e-5)  # as it came
+    assert "### Instruction" in (out / "chat_template.jinja").read_text()
+    assert "learned from the fused model of run (text, code, math): 2 steps" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((out / "baseline.json").read_text())["baseline"] == "distil"
+    address = Address.parse(str(run.run_dir))  # of the run itself the student is meant, too
+    assert address.part == STUDENT
+    assert ultrafuser(monkeypatch, "export", run.run_dir, tmp_path / "fused", "--what", "fused") == 2
+    assert "is a distillation; export its teacher's run, or specialist:student" in capsys.readouterr().err
