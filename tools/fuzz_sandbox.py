@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,8 @@ def main() -> int:
     parser.add_argument("--code-sandbox", default="bwrap", choices=("bwrap", "docker"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored where a shell starts this in its background
+        signal.signal(number, signal.default_int_handler)
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     sandbox = open_sandbox(given.code_sandbox, lambda _: False)
     this = psutil.Process()

@@ -119,7 +119,7 @@ class Claim:
         place: in the paper, as in "table 1".
         words: what is claimed.
         comparisons: that decide it; none: why is in ``missing``.
-        missing: what was not measured, and why.
+        missing: what was not measured, and why; a claim that needs it may fail without it, but not hold.
         paper: whether the paper claims it; else it is what is asked beyond.
     """
 
@@ -135,14 +135,15 @@ class Claim:
         found = {one.verdict for one in self.comparisons}
         if FAILS in found:
             return FAILS
-        return HOLDS if found == {HOLDS} else OPEN
+        return HOLDS if found == {HOLDS} and not self.missing else OPEN
 
     def why(self) -> str:
         """The comparisons that decide it: all where it holds, else those for which it does not."""
         if not self.comparisons:
             return self.missing
         verdict = self.verdict
-        deciding = [one for one in self.comparisons if one.verdict == verdict]
+        # Where something is missing, all that there is may hold, and the claim is open.
+        deciding = [one for one in self.comparisons if one.verdict == verdict] or self.comparisons
         parts = [one.words() for one in deciding]
         if len(deciding) < len(self.comparisons):
             parts.append(f"these are {len(deciding)} of {len(self.comparisons)} comparisons")

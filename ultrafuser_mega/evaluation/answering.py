@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from ultrafuser_mega.evaluation.benchmark import Benchmark, Item, Sample
+from ultrafuser_mega.evaluation.benchmarks import HarnessBenchmark
 from ultrafuser_mega.evaluation.contestants import Answering, Reply
-from ultrafuser_mega.evaluation.harness.standard import HarnessBenchmark
 
 
 def answer_items(

@@ -65,6 +65,9 @@ def test_a_claim_holds_with_all_its_comparisons_and_falls_with_one() -> None:
     assert Claim("", "", (good, undecided, bad)).verdict == FAILS
     assert "bad" in Claim("", "", (good, undecided, bad)).why()
     assert Claim("", "", (), "no base").verdict == OPEN
+    assert Claim("", "", (good, good), "not measured: BTX").verdict == OPEN
+    assert "BTX" in Claim("", "", (good, good), "not measured: BTX").why()
+    assert Claim("", "", (good, bad), "not measured: BTX").verdict == FAILS
 
 
 def _measured() -> Measured:
@@ -144,7 +147,7 @@ def test_a_row_that_a_seed_lacks_is_left_out_and_said() -> None:
     measured.complete()
     assert BTX not in measured.losses and measured.left_out[BTX] == "not of every seed"
     (claim,) = (one for one in claims(measured) if "merges, BTX" in one.words)
-    assert claim.verdict == HOLDS and "not measured: BTX" in claim.why()
+    assert claim.verdict == OPEN and "not measured: BTX" in claim.why() and "UltraFuser - average" in claim.why()
 
 
 def test_the_page_has_a_line_for_every_claim_and_the_file_every_number(tmp_path: Path) -> None:

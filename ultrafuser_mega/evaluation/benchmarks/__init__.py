@@ -21,7 +21,10 @@ from ultrafuser_mega.evaluation.benchmarks.gsm8k import Gsm8k
 from ultrafuser_mega.evaluation.benchmarks.humaneval import HumanEval, ProgramCheck
 from ultrafuser_mega.evaluation.benchmarks.toy import ToyCode, ToyMath, ToyText
 from ultrafuser_mega.evaluation.benchmarks.truthfulqa import TruthfulQa
+
+# Who needs the class takes it from here: harness.standard imports this package's parts, and cannot be imported first.
 from ultrafuser_mega.evaluation.harness.standard import STANDARD
+from ultrafuser_mega.evaluation.harness.standard import HarnessBenchmark as HarnessBenchmark
 from ultrafuser_mega.evaluation.programs import check_program
 
 _PLAIN = (TruthfulQa, AlpacaEval, Gsm8k, Math, SatMath, Aqua, MtBench, *STANDARD)
