@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from ultrafuser_mega.reporting.records import EvalRecord, EvaluationResult
+import torch.distributed as dist
+
+from ultrafuser_mega.reporting.records import METRICS_FILE, EvalRecord, EvaluationResult, read_metrics
 
 
 @dataclass
@@ -30,6 +33,15 @@ class Best:
             if record.stage == stage and first < record.step <= until:
                 best.take(record.mean["fused"])
         return best
+
+    @classmethod
+    def of_run(cls, folder: Path, stage: int, first: int, until: int) -> Best:
+        """The same on every rank, by what rank 0 finds in the run's ``folder``."""
+        found = [cls()]
+        if dist.get_rank() == 0 and until > first and (folder / METRICS_FILE).is_file():
+            found = [cls.of_stage(read_metrics(folder)[1], stage, first, until)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     def take(self, loss: float) -> bool:
         """The loss of another evaluation; whether it is the lowest."""

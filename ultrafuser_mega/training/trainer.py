@@ -31,7 +31,7 @@ from ultrafuser_mega.models.fused import train_parts
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.trained import part_shares
 from ultrafuser_mega.reporting.parts_table import as_text, parts_table
-from ultrafuser_mega.reporting.records import METRICS_FILE, EvaluationResult, StepRecord, read_metrics
+from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.phases import Phases
@@ -159,7 +159,8 @@ class Trainer:
         report.begin_stage(number, in_words(config.parts(number)), first + 1, stage.steps)
         if done == stage.steps:
             return None
-        best, watched = self._best(begin), config.checkpoint.keep_best or config.evaluation.patience is not None
+        best = Best.of_run(config.run_dir, number, first, first + done)
+        watched = config.checkpoint.keep_best or config.evaluation.patience is not None
         if best.since >= (config.evaluation.patience or math.inf):
             return None
         judge, owed, told = Judge(self._measured_loss(batches)), False, False
@@ -242,16 +243,6 @@ class Trainer:
     def _measured_loss(self, batches: TrainingBatches) -> float:
         begin_with(self.plan.config, self.model)
         return measured_loss(self.engine, self.store.class_names, batches.step(0).microbatches)
-
-    def _best(self, begin: Progress) -> Best:
-        """Of the evaluations of the stage until ``begin``, which rank 0 has."""
-        found = [Best()]
-        if self.groups.rank == 0 and begin.step and (self.plan.config.run_dir / METRICS_FILE).is_file():
-            _, evals = read_metrics(self.plan.config.run_dir)
-            first = self.global_step(Progress(begin.stage, 0))
-            found = [Best.of_stage(evals, begin.stage, first, first + begin.step)]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
 
     def _evaluation_due(self, number: int, step: int, at_the_end: bool = False) -> bool:
         """After this step of the stage; the end of stage 2 is evaluated by ``run``, if not ``at_the_end`` as well."""
