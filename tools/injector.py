@@ -120,14 +120,14 @@ class Hooks:
                 self.note("steps", [time.monotonic(), self.step])
             return done
 
-        def saved(saving: Saver, *of: Any) -> None:
+        def saved(saving: Saver, *of: Any, **options: Any) -> None:
             saving.wait()
             self.limit_files(resource.RLIM_INFINITY)
             number = self.armed("")
             may = not (self.is_last() or self.is_stopping())  # only the last save must succeed
             if number is not None and self.faults[number].kind == "FULL" and may and self.fire(number):
                 self.limit_files(_SMALL_FILE)
-            save(saving, *of)
+            save(saving, *of, **options)
 
         def written(*of: Any) -> Any:
             self.at(WRITING)

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from support.families import write_family
 from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import PROGRESS
+from ultrafuser_mega.checkpoint.sources import CONFIG
 from ultrafuser_mega.convert.compare import DifferentModel
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_folders
@@ -61,6 +63,14 @@ def as_if_trained(checkpoint: Path, came_as: str) -> None:
     record = json.loads(path.read_text())
     record["progress"] |= {"stage": 2, "step": 3}
     path.write_text(json.dumps(record))
+    run = {
+        "specialists": {"a": {"path": "a", "template": "hf"}},
+        "layouts": [{"kind": "colocated"}],
+        "data": {"root": "data", "classes": {"text": {"train": ["a.jsonl"], "heldout": ["b.jsonl"]}}},
+        "stage1": {"steps": 0, "samples_per_class": 1, "lr": 1e-3},
+        "stage2": {"steps": 3, "samples_per_class": 1, "lr": 1e-3},
+    }
+    (checkpoint / CONFIG).write_text(yaml.safe_dump(run))
 
 
 @pytest.mark.parametrize("case", ["codellama", "qwen2_tied", "qwen3"])

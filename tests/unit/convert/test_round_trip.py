@@ -148,7 +148,7 @@ def test_what_cannot_be_exported_is_refused_by_name(folders: dict[str, Path], tm
         ((tmp_path / "checkpoint", tmp_path / "out", "specialist:b"), "--what specialist:b: .* holds a"),
         (
             (tmp_path / "checkpoint", tmp_path / "out", "all"),
-            "--what all: expected fused or specialist:NAME with one of a",
+            "--what all: expected fused, specialist:NAME or adapter:NAME with one of a",
         ),
         ((tmp_path / "checkpoint", tmp_path / "out", "fused"), "not from a configuration of a run"),
     ):

@@ -36,7 +36,7 @@ def report_of(run_dir: Path, stage_steps: tuple[int, int]) -> RunReport:
         specialists=["jurist", "general"],
         stage_steps=stage_steps,
     )
-    return RunReport(facts, enabled=True, done_steps=0)
+    return RunReport(facts, enabled=True, done_steps=sum(stage_steps))
 
 
 def finish(run_dir: Path) -> None:
