@@ -3,7 +3,8 @@
 What torchrun does on one machine, but for the end. The line that says why is the last one, and the exit code is the
 failing rank's (2: bad input, 3: divergence, 1: otherwise). A signal is passed on: the ranks finish their step, write a
 checkpoint and end with a code of their own (see training/stopping.py); a second one ends them at once, as SIGQUIT does,
-and then the code is 128 + its number.
+and then the code is 128 + its number. So it is where a rank fails on the way to that checkpoint which would else be
+started again: who asked is told that it ended, not that it is broken.
 
 A rank that was killed, ran into a defect or hung may be started again with all others: the run goes on from its newest
 checkpoint, with fewer ranks where the machine has lost some. What would only come again (bad input, divergence) is not.
@@ -84,9 +85,9 @@ def launch_local(
                 return 0
             said, again = job.has_said_why(failed), attempt < max_restarts and job.is_worth_a_restart(failed)
             number = heard[-1] if heard else job.request_to(failed)
-            if number and not said:
+            if number and (again or not said):  # what a restart would be for ended it on the way to its checkpoint
                 return _ended_by(number, way_on)
-            if again and not heard:
+            if again:
                 attempt += 1
                 what = "" if said else f"failed: {job.what_became_of(failed)}; "
                 before, ranks = ranks, ranks if ranks_left is None else ranks_left()

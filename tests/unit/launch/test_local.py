@@ -146,6 +146,20 @@ def test_a_signal_that_ranks_do_not_listen_to_ends_every_one(
     assert all(is_gone(int((tmp_path / f"{rank}").read_text())) for rank in range(3))
 
 
+@pytest.mark.parametrize(("restarts", "code"), [(1, 128 + signal.SIGUSR1), (0, 1)])
+def test_a_rank_that_hangs_once_a_signal_was_heard_is_not_started_again_but_the_job_ended_as_asked(
+    restarts: int, code: int, run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    says_why = "(pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text('hangs'), os._exit(1))"
+    listen = f"signal.signal(signal.SIGUSR1, lambda *_: {says_why} if rank == 1 else None)"
+    up = run_dir / "up"
+    threading.Thread(target=lambda: (wait_for(up), os.kill(os.getpid(), signal.SIGUSR1))).start()
+    program = f"{listen}; rank == 1 and pathlib.Path({str(up)!r}).write_text('yes'); {WAIT}"
+    assert launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir), max_restarts=restarts) == code
+    said = f"ended by SIGUSR1 at once; --resume goes on from {run_dir}/checkpoints/stage1-step0000006\n"
+    assert capfd.readouterr().err == (said if restarts else "")
+
+
 def test_a_restart_has_the_ranks_that_are_left(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = f"os.environ['WORLD_SIZE'] == '2' and sys.exit(0); rank == 1 and os.kill(os.getpid(), 9); {WAIT}"
     assert launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir), 2, lambda: 2) == 0
