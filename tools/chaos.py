@@ -202,7 +202,8 @@ def processes_of(work: Path) -> list[int]:
 def chaos(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Both runs and their comparison; the report as it stands now and then, and in the end."""
     undisturbed, disturbed = Run("undisturbed", options), Run("chaos", options)
-    report = {"ranks": options.ranks, "seed": options.seed, "forked": options.forked}
+    layout = undisturbed.config.layouts[0].model_dump(mode="json", exclude_defaults=True)
+    report = {"ranks": options.ranks, "layout": layout, "seed": options.seed, "forked": options.forked}
     undisturbed.faults(list)
     for _ in undisturbed.train():
         yield report
