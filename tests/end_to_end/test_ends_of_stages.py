@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.trio import ONE, config_tree, read_steps, train
 
+from ultrafuser_mega.baselines.derived import steps_of_both_stages
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.batches import sampler_of
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.reporting.records import read_metrics
+from ultrafuser_mega.training.prepare import ended_by_epochs, prepare
 
 ROWS = 3 * 60  # of the trio's training data
 
@@ -60,6 +65,28 @@ def test_a_stage_without_progress_ends_early_and_its_best_checkpoint_stays(trio:
     assert kept == [Progress(2, best).folder, Progress(2, done).folder]
     assert (run / "checkpoints" / "best").resolve().name == Progress(2, best).folder
     assert json.loads((run / "summary.json").read_text())["steps"] == done
+    # A run that ended behind its best checkpoint and before the evaluation that says so.
+    shutil.rmtree(run / "checkpoints" / Progress(2, done).folder)
+    (run / "checkpoints" / "best").unlink()
+    train(tree, 1, resume=True)
+    assert (run / "checkpoints" / "best").resolve().name == Progress(2, best).folder
+    assert len(read_steps(run)) == done
+
+
+def test_epochs_that_end_within_the_warm_up_are_refused_and_counted_before(trio: Path, tmp_path: Path) -> None:
+    tree = short(trio, tmp_path)
+    tree["stage2"] |= {"steps": 1000, "epochs": 0.25, "warmup_steps": 5}
+    config = FuserConfig.model_validate(tree)
+    with pytest.raises(InputError, match=r"^stage2\.epochs: how many steps they are, prepared data say, and "):
+        steps_of_both_stages(config)
+    plan = preflight(config, 1, resume=False)
+    prepare(config, plan.vocab_size)
+    with pytest.raises(
+        InputError, match=r"^stage2\.warmup_steps: 5 is more than the stage's 4 steps.*as stage2\.epochs"
+    ):
+        ended_by_epochs(plan, TokenStore.open(config.store_dir))
+    tree["stage2"]["warmup_steps"] = 1
+    assert steps_of_both_stages(FuserConfig.model_validate(tree)) == 4
 
 
 def test_files_of_a_class_are_drawn_by_their_weights(trio: Path, tmp_path: Path) -> None:

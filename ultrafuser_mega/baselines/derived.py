@@ -23,11 +23,12 @@ from ultrafuser_mega.baselines.folder import (
 from ultrafuser_mega.config import DisjointLayout, FuserConfig, Layout, dump_config
 from ultrafuser_mega.config.problems import first_problem
 from ultrafuser_mega.convert.export import export
+from ultrafuser_mega.data.store import MANIFEST, TokenStore
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.planning.preflight import shared_vocabulary
 from ultrafuser_mega.reporting.records import FUSED, MEAN, SUMMARY_FILE, write_summary
-from ultrafuser_mega.training.prepare import make_missing_toy
+from ultrafuser_mega.training.prepare import in_steps, make_missing_toy
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,18 @@ def train_in_full(tree: dict[str, Any], steps: int) -> None:
 
 
 def steps_of_both_stages(config: FuserConfig) -> int:
-    """Steps with stage 2's batches in which as many samples are taken as in both stages."""
+    """Steps with stage 2's batches in which as many samples are taken as in both stages.
+
+    Raises:
+        InputError: stages end by epochs, and the run's data are not prepared.
+    """
+    if by := [f"stage{number}.epochs" for number, stage in config.stages.items() if stage.epochs is not None]:
+        if not (config.store_dir / MANIFEST).is_file():
+            raise InputError(
+                f"{by[0]}: how many steps they are, prepared data say, and {config.store_dir} holds none; "
+                "run ultrafuser prepare with this configuration first"
+            )
+        config = in_steps(config, TokenStore.open(config.store_dir, verify=False))
     taken = sum(stage.steps * stage.samples_per_class for stage in config.stages.values())
     return -(-taken // config.stage2.samples_per_class)
 

@@ -10,11 +10,13 @@ import yaml
 
 from ultrafuser_mega.baselines.derived import DerivedRun, steps_of_both_stages, train_in_full
 from ultrafuser_mega.baselines.folder import Account
+from ultrafuser_mega.checkpoint.checkpoint import adapted_specialists
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.sources import CONFIG
 from ultrafuser_mega.config import DisjointLayout, FuserConfig, Layout, load_config
 from ultrafuser_mega.config.load import parse_config
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.models.hf_folder import read_architecture
 from ultrafuser_mega.planning.preflight import shared_vocabulary
 
 STUDENT = "student"
@@ -38,7 +40,12 @@ def distilled(
     Raises:
         InputError: there is no such checkpoint or student, or an override is wrong.
     """
-    checkpoint = find_checkpoint(run)
+    checkpoint = find_checkpoint(run).resolve()  # "best" and "the newest" may soon be others
+    if adapted := adapted_specialists(checkpoint):
+        raise InputError(
+            f"{run}: {', '.join(adapted)} have adapters, and a teacher has none; merge them: ultrafuser export {run} "
+            "RELEASE, ultrafuser import RELEASE START, ultrafuser distil START --config CONFIG"
+        )
     kept = config or checkpoint / CONFIG
     if config is None and not kept.is_file():
         raise InputError(f"{run}: keeps no configuration; give the run's folder, or --config")
@@ -59,8 +66,12 @@ def distilled(
     tree["specialists"][STUDENT] = {"path": str(folder.absolute()), "template": form}
     tree["layouts"] = [_with_student(layout, into) for layout in fused.layouts]
     tree["vocab_size"] = shared_vocabulary(fused)
+    if (rows := read_architecture(folder).vocab_rows) < tree["vocab_size"]:
+        raise InputError(f"--into {into}: its head has {rows} rows, fewer than the {tree['vocab_size']} that are fused")
     tree["data"]["store"] = None
-    train_in_full(tree, steps_of_both_stages(fused))
+    # What a checkpoint keeps counts the steps of its epochs already.
+    counted = {key: getattr(fused, key).model_copy(update={"epochs": None}) for key in ("stage1", "stage2")}
+    train_in_full(tree, steps_of_both_stages(fused if config else fused.model_copy(update=counted)))
     tree["stage2"]["gate_lr"] = None
     tree["stage2"]["train"] = {"gate": "frozen", "specialists": "frozen", STUDENT: "full"}
     tree["checkpoint"] |= {"start": None, "weights": "trained"}

@@ -49,6 +49,9 @@ from ultrafuser_mega.runtime.trainable import Trainable
 _NAME = re.compile(r"stage(\d)-step(\d{7})$")
 PROGRESS = "progress.json"
 FORMAT = 2
+_OTHER_ADAPTERS = (
+    "; give lora and train as that run had them, or export it, which merges adapters, and begin with the import"
+)
 
 
 class DamagedCheckpointError(InputError):
@@ -97,11 +100,17 @@ def read_progress(path: Path, identity: Mapping[str, Any], *, adapters_begin: bo
         if saved.get(key) != wanted.get(key):
             raise InputError(
                 f"{path}: checkpoint of another model: {key} is {saved.get(key)!r} there and {wanted.get(key)!r} here"
+                f"{_OTHER_ADAPTERS if key.startswith('adapters.') else ''}"
             )
     progress = Progress(**record["progress"])
     if _NAME.match(path.name) and path.name != progress.folder:
         raise InputError(f"{path}: renamed: its {PROGRESS} is that of {progress.folder}; give it this name back")
     return progress
+
+
+def adapted_specialists(path: Path) -> list[str]:
+    """Those with adapters in the checkpoint at ``path``; raises InputError where it is none."""
+    return list(_read_record(path)["identity"].get("adapters", ()))
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -146,7 +155,7 @@ def _read_record(path: Path) -> dict[str, Any]:
             raise TypeError("identity or files is no object")
         Progress(**record["progress"]).folder  # noqa: B018 (raises unless both are whole numbers)
         written = int(record.get("format", 1))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise no_checkpoint(path) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{file}: damaged ({error!r})", path) from None
@@ -255,6 +264,7 @@ def load_checkpoint(
     skipped: int = 0,
     *,
     verified: bool = False,
+    folders: Mapping[str, Path] | None = None,
 ) -> None:
     """Read the model, and with ``trainable`` its optimizer too; collective over the job.
 
@@ -269,16 +279,17 @@ def load_checkpoint(
         steps: steps that were done in the stage; a checkpoint of step 0 holds no optimizer state.
         skipped: of them, those that updated nothing.
         verified: :func:`verify_checkpoint` has found it whole; nothing but what is needed is read then.
+        folders: of a run that goes on from it: where its specialists are now; None: where they were.
 
     Raises:
         InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
-    if folders := weights_beside(path, names_of(model)):
-        load_hf_weights(model, folders, groups)
+    if beside := weights_beside(path, names_of(model), folders):
+        load_hf_weights(model, beside, groups)
     tensors = CheckpointTensors(path, verified=verified and noted_bytes(path) > 0)  # the first versions noted nothing
     with torch.no_grad():
         if groups.reads:
-            _fill(weights_to_read(model, groups), tensors, beside=bool(folders))
+            _fill(weights_to_read(model, groups), tensors, beside=bool(beside))
         groups.receive(tensor for tensor, _ in parameter_parts(model, groups))
         if trainable is None:
             return
@@ -293,13 +304,17 @@ def load_checkpoint(
 def load_teacher(path: Path, model: FusedStage, groups: RankGroups, student: str) -> None:
     """Read all but the student's weights from the checkpoint of a fused model; collective over the job.
 
+    What a small checkpoint leaves out comes from the specialists' folders.
+
     Raises:
-        InputError: a tensor is missing, damaged or of another shape.
+        InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
+    if folders := weights_beside(path, [name for name in names_of(model) if name != student]):
+        load_hf_weights(model, folders, groups)
     with torch.no_grad():
         if groups.reads:
             chunks = [chunk for chunk in weights_to_read(model, groups) if not is_part_of(chunk.key, student)]
-            _fill(chunks, CheckpointTensors(path))
+            _fill(chunks, CheckpointTensors(path), beside=bool(folders))
         found = parameter_parts(model, groups)
         groups.receive(weight for weight, parts in found if not is_part_of(parts[0].key, student))
 

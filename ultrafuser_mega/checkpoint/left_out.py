@@ -43,8 +43,15 @@ def record_of(config: FuserConfig) -> bytes:
     return json.dumps(record, indent=1).encode()
 
 
-def weights_beside(checkpoint: Path, names: Iterable[str]) -> dict[str, Path]:
+def weights_beside(
+    checkpoint: Path, names: Iterable[str], folders: Mapping[str, Path] | None = None
+) -> dict[str, Path]:
     """Specialist -> the folder that holds what the checkpoint leaves out, of ``names``; nothing where it is complete.
+
+    Args:
+        checkpoint: a complete one.
+        names: of specialists.
+        folders: where a run that goes on has them now; None: where they were.
 
     Raises:
         InputError: a folder is not there, or holds other weights.
@@ -54,7 +61,10 @@ def weights_beside(checkpoint: Path, names: Iterable[str]) -> dict[str, Path]:
         return {}
     try:
         record: Mapping[str, Any] = json.loads(path.read_text())
-        found = {name: (Path(record[name]["folder"]), dict(record[name]["files"])) for name in names}
+        found = {
+            name: (Path((folders or {}).get(name, record[name]["folder"])), dict(record[name]["files"]))
+            for name in names
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); copy the checkpoint again") from None
     for name, (folder, files) in found.items():

@@ -28,6 +28,7 @@ from ultrafuser_mega.errors import InputError
 _MATTERS = (
     *("seed", "specialists.", "loss.", "optimizer."),
     *("data.sampling", "data.max_length", "data.classes.", "data.on_malformed"),
+    *("lora.dropout", "distil."),  # an adapter's shape and scale are of the model, and refused
 )
 
 _AGAIN = "all models are evaluated anew"

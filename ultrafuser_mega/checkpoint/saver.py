@@ -79,6 +79,11 @@ class Saver:
         self._thread = threading.Thread(target=write, name="saving", daemon=True)
         self._thread.start()
 
+    def is_best(self, progress: Progress) -> None:
+        """The same for a checkpoint that is there: of a run that ended before it was known, and goes on from it."""
+        if dist.get_rank() == 0 and (self._folder / progress.folder).is_dir():
+            _point(self._folder / BEST, progress.folder)
+
     def wait(self) -> str | None:
         """Until nothing is under way; why the last save failed, if it did: the same on every rank."""
         if self._thread is not None:

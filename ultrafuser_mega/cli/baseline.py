@@ -330,8 +330,10 @@ def train_and_export(
     """Train ``run`` on this machine and write ``out``; a run that does not get to its end ends the command."""
     from ultrafuser_mega.checkpoint.unfinished import refuse_existing
     from ultrafuser_mega.launch.job import train_here
+    from ultrafuser_mega.training.run_folder import refuse_running
 
     refuse_existing(out)
+    refuse_running(run.config.run_dir)  # whose ranks may read its configuration again
     run.write_config()
     code = train_here(
         run.config, run.config_path, ranks=ranks, resume=resume, requeue=requeue, max_restarts=max_restarts

@@ -79,7 +79,7 @@ def plan(
     from ultrafuser_mega.planning.trained import part_shares
     from ultrafuser_mega.reporting.parts_table import parts_table
     from ultrafuser_mega.reporting.plan_table import plan_table
-    from ultrafuser_mega.training.prepare import prepare
+    from ultrafuser_mega.training.prepare import ended_by_epochs, prepare
     from ultrafuser_mega.training.run_folder import left_by_a_run
 
     ranks = ranks or first_layouts_ranks(loaded)
@@ -90,9 +90,11 @@ def plan(
         _dry_run(laid_out(loaded, ranks), config, overrides or [])
         return
     resolved, compared = _compared(preflight(loaded, ranks, resume))
+    store = None
     if (loaded.store_dir / MANIFEST).is_file():
         prepare(loaded, resolved.vocab_size, compare_only=True)
-        resolved = compared_with_data(resolved, TokenStore.open(loaded.store_dir, verify=False))
+        store = TokenStore.open(loaded.store_dir, verify=False)
+        resolved = ended_by_epochs(compared_with_data(resolved, store), store)
     console = wide_console()
     shares = rank_shares(resolved, device="cpu" if loaded.device == "cpu" else "cuda")
     console.print(plan_table(resolved.layout.describe(), shares))
@@ -102,6 +104,10 @@ def plan(
     if loaded.stages:
         number, stage = max(loaded.stages.items())
         lines.append(f"stage {number}: {workload_of(loaded, stage.samples_per_class).source}")
+    for number, stage in resolved.config.stages.items():
+        if stage.epochs is not None:
+            counted = f"{stage.steps:,} steps" if store is not None else "as many steps as the data make, once prepared"
+            lines.append(f"stage {number}: {stage.epochs:g} epochs: {counted}")
     if resolved.resume is not None:
         lines += [f"--resume: goes on from {resolved.resume[1]}", *(resolved.changes or ["as the run was before"])]
     elif left_by_a_run(loaded.run_dir):

@@ -45,8 +45,9 @@ def prepare(
 
 def _prepare(config: FuserConfig, overwrite: bool) -> None:
     # Not for a copy: torch and Megatron take seconds.
+    from ultrafuser_mega.data.store import TokenStore
     from ultrafuser_mega.planning.preflight import check_data_files, shared_vocabulary
-    from ultrafuser_mega.training.prepare import data_notes, make_missing_toy
+    from ultrafuser_mega.training.prepare import data_notes, in_steps, make_missing_toy
     from ultrafuser_mega.training.prepare import prepare as prepare_data
 
     make_missing_toy(config)
@@ -55,5 +56,6 @@ def _prepare(config: FuserConfig, overwrite: bool) -> None:
     console = wide_console()
     console.print(report.table())
     console.print(report.endings(), markup=False, highlight=False, soft_wrap=True)
-    for line in [*report.problems(), *data_notes(config, report)]:
+    counted = in_steps(config, TokenStore.open(config.store_dir, verify=False))
+    for line in [*report.problems(), *data_notes(counted, report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from ultrafuser_mega.config.gate import GateOptions
 from ultrafuser_mega.config.layouts import ColocatedLayout, DisjointLayout, Layout, Parallel
 from ultrafuser_mega.config.lora import Lora
 from ultrafuser_mega.config.loss import Loss
-from ultrafuser_mega.config.parts import TrainedPart, stage_parts
+from ultrafuser_mega.config.parts import GATE, TrainedPart, stage_parts
 from ultrafuser_mega.config.reporting import Profile, Report
 from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.config.specialists import Specialist
@@ -131,6 +131,10 @@ class FuserConfig(Section):
             raise ValueError(f"distil.student: {distil.student} must be one of two or more specialists")
         if self.stage1.steps:
             raise ValueError("stage1.steps: the teacher's gate is trained already; set stage1.steps to 0")
+        parts = self.parts(2)
+        for name in (GATE, *self.fused):
+            if parts[name].trains:
+                raise ValueError(f"stage2.train.{name}: is the teacher's; set stage2.train.{name}=frozen")
         if self.checkpoint.start is not None:
             raise ValueError("checkpoint.start: distil.teacher has the teacher's weights; leave it out")
         if self.loss.label_smoothing or self.loss.z_loss:

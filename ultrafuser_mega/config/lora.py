@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from ultrafuser_mega.config.section import Section
 
@@ -21,6 +21,16 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of an adapter's inputs that training leaves out")
     rslora: bool = Field(False, description="s does not fall with the rank so fast (Kalajdzievski 2023)")
     targets: tuple[Target, ...] = Field(TARGETS, min_length=1, description="projections of every layer that have one")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("targets")
+    @classmethod
+    def _as_a_layer_has_them(cls, value: tuple[Target, ...]) -> tuple[Target, ...]:
+        return tuple(target for target in TARGETS if target in value)
 
     @property
     def scale(self) -> float:

@@ -57,6 +57,9 @@ def check_parts(stages: Mapping[int, Stage], optimizer: Optimizer, specialists: 
     found = {number: stage_parts(stage, number, optimizer, specialists) for number, stage in stages.items()}
     for number, stage in stages.items():
         known = (GATE, HEADS, SPECIALISTS, *specialists)
+        gate = stage.train.get(GATE)
+        if isinstance(stage, Stage2) and stage.gate_lr and gate and gate.lr not in (None, stage.gate_lr):
+            raise InputError(f"stage2.gate_lr: {stage.gate_lr:g}, and stage2.train.gate.lr: {gate.lr:g}; leave one out")
         for name, part in stage.train.items():
             key = f"stage{number}.train.{name}"
             if name not in known:

@@ -47,6 +47,7 @@ class TrainedModel:
         trained: specialists whose weights, heads or adapters have been trained.
         adapters: specialist -> its adapters', of those that have some.
         student: of its specialists, the one that a distillation trains; None: it is none.
+        teacher: checkpoint of the fused model that the student learned from.
         fused: whether its gate belongs to them: not where single folders were imported.
         vocab_size: entries of the shared vocabulary.
         gate_units: hidden units of the gate.
@@ -64,6 +65,7 @@ class TrainedModel:
             self.progress = Progress(**record["progress"])
             self.vocab_size = int(record["identity"]["vocab_size"])
             self.gate_units = int(record["identity"]["gate_units"])
+            adapted = dict(record["identity"].get("adapters", {}))
         except FileNotFoundError:
             raise no_checkpoint(folder) from None
         except (ValueError, KeyError, TypeError) as error:
@@ -73,14 +75,21 @@ class TrainedModel:
         self.sources = read_sources(folder)
         self.tensors = CheckpointTensors(folder)
         config = load_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
-        self.adapters = config.adapters if config is not None else {}
+        planned = config.adapters if config is not None else {}  # which an import of a configuration only begins
+        self.adapters = {name: lora for name, lora in planned.items() if name in adapted}
         self.student = config.student if config is not None else None
+        self.teacher = config.distil.teacher if config is not None and config.distil is not None else None
         self._head_trained = config is None or HEADS in changing(config)
 
     def specialist(self, name: str) -> RestoredSpecialist:
         """One of its specialists; raises InputError if there is none of this name or its tensors do not fit."""
         if name not in self.sources:
             raise InputError(f"--what specialist:{name}: {self.folder} holds {', '.join(self.sources)}")
+        if self.student is not None and name != self.student:  # its body is not there, or not as it was fused
+            raise InputError(
+                f"{self.folder}: of a distillation {self.student} alone is meant; {name} is its teacher's, "
+                f"{self.teacher}"
+            )
         return RestoredSpecialist(
             name,
             self.sources[name],

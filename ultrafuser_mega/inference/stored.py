@@ -98,6 +98,7 @@ def stored_checkpoint(folder: Path, part: str | None, described: Path) -> Stored
     Raises:
         InputError: it has no fused model.
     """
+    from ultrafuser_mega.checkpoint.sources import stored_type
     from ultrafuser_mega.convert.restore import TrainedModel  # brings Megatron: seconds
 
     trained = TrainedModel(folder)
@@ -107,7 +108,7 @@ def stored_checkpoint(folder: Path, part: str | None, described: Path) -> Stored
     specialists = {name: trained.specialist(name) for name in names}
     keys = trained.gate_keys() if trained.fused and part is None else []
     shared = not keys or "gate.w1.shared" in keys
-    dtype = trained.tensors.dtype(f"heads.{names[0]}")
+    dtype = stored_type(trained.tensors)
     config = _describe(
         described,
         {name: (trained.sources[name].folder, trained.sources[name].template) for name in names},

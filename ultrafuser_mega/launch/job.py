@@ -12,7 +12,7 @@ from ultrafuser_mega.launch.local import from_checkpoints, launch_local
 from ultrafuser_mega.launch.rank import check_launch, ensure_toy, rank_arguments, ranks_left, resumes
 from ultrafuser_mega.planning.preflight import compared_with_data, first_layouts_ranks, preflight
 from ultrafuser_mega.runtime.device import kind_of_device
-from ultrafuser_mega.training.prepare import prepare
+from ultrafuser_mega.training.prepare import ended_by_epochs, prepare
 
 
 def train_here(
@@ -45,7 +45,8 @@ def train_here(
     resume = resumes(config, resume, requeue)
     plan = preflight(config, ranks, resume)
     prepare(config, plan.vocab_size)
-    compared_with_data(plan, TokenStore.open(config.store_dir, verify=False))
+    store = TokenStore.open(config.store_dir, verify=False)
+    ended_by_epochs(compared_with_data(plan, store), store)
     program = ["-m", "ultrafuser_mega.cli.rank", *rank_arguments(config_path, overrides, resume)]
     on_gpus = kind_of_device(config.device, ranks) == "cuda"
     left = partial(ranks_left, config, ranks) if on_gpus else None

@@ -198,7 +198,8 @@ def train_parts(model: FusedStage, modes: Mapping[str, Mode]) -> None:
 def load_hf_weights(model: FusedStage, folders: Mapping[str, Path], groups: RankGroups) -> None:
     """Fill this rank's share from the specialists' Hugging Face folders, in the model's element type.
 
-    The first replica reads; the others receive from the rank at their place there. Collective over the job.
+    The first replica reads; the others receive from the rank at their place there. Collective over the job. A
+    specialist without a folder stays as it is.
 
     Raises:
         InputError: a folder cannot be read, or holds a value that is beyond the element type; on ranks that read.
@@ -207,9 +208,11 @@ def load_hf_weights(model: FusedStage, folders: Mapping[str, Path], groups: Rank
     if groups.reads:
         archs = {name: stage.arch for name, stage in model.stages.items()}
         archs |= fusion.architectures if fusion is not None else {}
-        weights = {name: HFWeights(folders[name], arch, dtype) for name, arch in archs.items()}
+        weights = {name: HFWeights(folders[name], arch, dtype) for name, arch in archs.items() if name in folders}
     # Specialist by specialist: who waits for the first replica does so in a collective, which has a time limit.
     for name, stage in model.stages.items():
+        if name not in folders:
+            continue
         if groups.reads:
             stage.load_hf(weights[name])
         groups.receive(stage.parameters())

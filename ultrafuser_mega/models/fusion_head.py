@@ -97,9 +97,11 @@ class FusionHead(nn.Module):
 
     @torch.no_grad()
     def load_hf(self, weights: Mapping[str, HFWeights]) -> None:
-        """Read this rank's rows of every head from the specialists' weights."""
+        """Read this rank's rows of heads from the specialists' weights: of those that are given."""
         stop = min(self.vocab_start + self.rows, self.vocab_size)
         for name, arch in self.architectures.items():
+            if name not in weights:
+                continue
             head = self.heads[name]
             head.zero_()
             if stop > self.vocab_start:

@@ -33,6 +33,13 @@ def idle_replicas(config: FuserConfig, dp: int) -> tuple[str, ...]:
     )
 
 
+def unused_adapters(config: FuserConfig) -> tuple[str, ...]:
+    """A line for people where ``lora`` is given and no stage trains any; a distillation keeps the fused run's."""
+    if config.lora is None or config.adapters or config.distil is not None:
+        return ()
+    return ("note: lora: no stage trains adapters; stage2.train={specialists: lora} would",)
+
+
 def folder_notices(
     config: FuserConfig,
     architectures: Mapping[str, Architecture],

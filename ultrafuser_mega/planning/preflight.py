@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, list_checkpoints, read_progress
+from ultrafuser_mega.checkpoint.left_out import LEFT_OUT
 from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.resume import changed_data, changed_settings
@@ -36,7 +37,7 @@ from ultrafuser_mega.models.hf_folder import (
     check_positions,
     read_architecture,
 )
-from ultrafuser_mega.planning.notices import folder_notices, idle_replicas
+from ultrafuser_mega.planning.notices import folder_notices, idle_replicas, unused_adapters
 from ultrafuser_mega.runtime.layout import LayoutPlan, choose_plan, plan_colocated, plan_disjoint
 
 
@@ -147,7 +148,7 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         plan,
         start=start,
         teacher=_teacher(config, plan.identity),
-        notices=(*idle_replicas(config, layout.dp), *notices),
+        notices=(*idle_replicas(config, layout.dp), *unused_adapters(config), *notices),
     )
     if not resume:
         return plan
@@ -187,6 +188,11 @@ def _resumed(plan: RunPlan, checkpoints: list[tuple[Progress, Path]], told: tupl
             raise
         told = (*told, f"{damage.problem}; goes on from {checkpoints[-2][1].name}")
         return _resumed(plan, checkpoints[:-1], told)
+    if plan.config.checkpoint.weights == "trained" and not (path / LEFT_OUT).is_file():
+        raise InputError(
+            f"checkpoint.weights: trained would leave out weights that {path} holds, and that the specialists' folders "
+            "need not hold any more; go on with all"
+        )
     return replace(plan, resume=(progress, path), changes=(*told, *changes))
 
 
@@ -261,9 +267,10 @@ def _teacher(config: FuserConfig, identity: dict[str, Any]) -> Path | None:
     if config.distil is None:
         return None
     others = {name: arch for name, arch in identity["specialists"].items() if name != config.distil.student}
+    fused = {key: value for key, value in identity.items() if key != "adapters"} | {"specialists": others}
     try:
         path = find_checkpoint(config.distil.teacher)
-        read_progress(path, identity | {"specialists": others})
+        read_progress(path, fused)
     except InputError as error:
         raise InputError(f"distil.teacher: {error}") from None
     return path

@@ -29,6 +29,7 @@ class Role:
         parameters: all that the rank holds.
         tensors: tensors that they are in.
         parts: parameters of gate, heads and the rank's specialists, without adapters, which add up to that.
+        own_heads: of the heads' those that can train: in a distillation the student's alone.
         adapters: specialist -> parameters of its adapters, which ``parameters`` has too.
         adapter_tensors: specialist -> tensors that they are in.
         adapter_products: specialist -> FLOPs of its adapters' products, forward, in parts of 2 per token.
@@ -50,6 +51,7 @@ class Role:
     parameters: int
     tensors: int
     parts: dict[str, int]
+    own_heads: int
     adapters: dict[str, int]
     adapter_tensors: dict[str, int]
     adapter_products: dict[str, float]
@@ -95,7 +97,7 @@ def role_of(plan: RunPlan, rank: int) -> Role:
         rows = -(-plan.vocab_size // (_ROW_MULTIPLE * fusion)) * _ROW_MULTIPLE
         real = range(min(place * rows, plan.vocab_size), min((place + 1) * rows, plan.vocab_size))
         units = -(-plan.gate_units // fusion)
-        gate = units * (gate_width(archs) + 2)
+        gate = units * (gate_width({name: archs[name] for name in plan.config.fused}) + 2)
         parts |= {GATE: gate, HEADS: rows * sum(arch.hidden_size for arch in archs.values())}
         tensors += len(archs) + 3
     return Role(
@@ -113,6 +115,7 @@ def role_of(plan: RunPlan, rank: int) -> Role:
         parameters=sum(parts.values()) + sum(layers[name] * one.parameters for name, one in adapters.items()),
         tensors=tensors,
         parts=parts,
+        own_heads=parts[HEADS] if plan.config.student is None else rows * archs[plan.config.student].hidden_size,
         adapters={name: layers[name] * one.parameters for name, one in adapters.items()},
         adapter_tensors={name: layers[name] * one.tensors for name, one in adapters.items()},
         adapter_products={name: layers[name] * one.products for name, one in adapters.items()},

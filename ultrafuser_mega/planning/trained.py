@@ -55,7 +55,7 @@ class Trains:
 
     def by_part(self, role: Role) -> dict[str, int]:
         """The same by part; 0 for frozen ones."""
-        counts = {"full": role.parts, "lora": role.adapters}
+        counts = {"full": role.parts | {HEADS: role.own_heads}, "lora": role.adapters}
         return {name: counts[mode].get(name, 0) if mode != "frozen" else 0 for name, mode in self.modes.items()}
 
     def shards(self, plan: RunPlan) -> int:

@@ -15,6 +15,7 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
+from ultrafuser_mega.runtime.trainable import Trainable
 
 
 def run_sources(plan: RunPlan) -> SourceFiles:
@@ -56,6 +57,23 @@ def read_first_weights(plan: RunPlan, model: FusedStage, groups: RankGroups) -> 
     else:
         load_hf_weights(model, plan.config.folders, groups)
         read_teacher(plan, model, groups)
+
+
+def read_resumed(plan: RunPlan, model: FusedStage, groups: RankGroups, trainable: Trainable) -> None:
+    """Fill ``model`` and what its optimizer holds from the checkpoint that ``plan`` goes on from; collective."""
+    assert plan.resume is not None
+    progress, path = plan.resume
+    load_checkpoint(
+        path,
+        model,
+        groups,
+        trainable,
+        progress.step,
+        progress.skipped,
+        verified=True,
+        folders=plan.config.folders,
+    )
+    read_teacher(plan, model, groups)  # of which a small one has nothing
 
 
 def read_teacher(plan: RunPlan, model: FusedStage, groups: RankGroups) -> None:

@@ -156,13 +156,16 @@ class Lessons:
         path = self.folder / f"{kind}-{window:05d}.jsonl"
         # A run that goes on in the midst of the student's steps has answers by the weights that it had before them.
         known = path.is_file() and (kind == "prompts" or self.distil.before(kind, step) > begin)
-        answers = read_answers(path) if known else self._ask(kind, window, step, wanted, path)
+        answers: dict[Pick, Sequence[int]] = {**read_answers(path)} if known else {}
+        # All of them, or those of the steps that a run has been given since.
         if missing := [pick for pick in wanted if pick not in answers]:
-            raise InputError(f"{path}: lacks the answer of {missing[0][0]} {missing[0][1]}; start without --resume")
+            answers |= self._ask(kind, window, step, missing)
+            if self.groups.rank == 0:
+                _write_answers(path, answers)
         splits = answered_splits(self.own.store, {pick: answers[pick] for pick in wanted})
         return self.own.over(splits, Given(batches, splits))
 
-    def _ask(self, kind: Kind, window: int, step: int, wanted: list[Pick], path: Path) -> Answers:
+    def _ask(self, kind: Kind, window: int, step: int, wanted: list[Pick]) -> Answers:
         if self._answering is None:
             raise InputError(f"distil.data.{kind}: needs answers, which this program does not give; use ultrafuser")
         student = self.distil.student
@@ -177,12 +180,7 @@ class Lessons:
         everyone: list[dict[int, list[int]]] = [{}] * ranks
         dist.all_gather_object(everyone, own, group=self.groups.world)
         rows = {row: ids for part in everyone for row, ids in part.items()}
-        answers = {pick: rows[row] for row, pick in enumerate(wanted)}
-        if rank == 0:
-            lines = [json.dumps({"class": name, "index": at, "ids": ids}) for (name, at), ids in answers.items()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "\n".join(lines) + "\n")
-        return answers
+        return {pick: rows[row] for row, pick in enumerate(wanted)}
 
     def _prompt(self, pick: Pick, names: Sequence[str]) -> tuple[dict[str, list[int]], int]:
         """Ids for each of ``names``, and room for the answer in the longest sequence of all specialists."""
@@ -204,6 +202,12 @@ class Lessons:
         write_checkpoint(folder, folder, progress, chunks, self.groups.world, identity, self._sources)
         dist.barrier(group=self.groups.world)
         return folder
+
+
+def _write_answers(path: Path, answers: Answers) -> None:
+    lines = [json.dumps({"class": name, "index": at, "ids": ids}) for (name, at), ids in answers.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def read_answers(path: Path) -> dict[Pick, list[int]]:

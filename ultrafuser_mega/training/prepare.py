@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from ultrafuser_mega.checkpoint.checkpoint import DamagedCheckpointError, verify_checkpoint
 from ultrafuser_mega.checkpoint.resume import steps_by_epochs
-from ultrafuser_mega.config import FuserConfig, Stage
+from ultrafuser_mega.config import FuserConfig, Stage, check_parts
 from ultrafuser_mega.data.prepare import prepare_store
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.sampler import make_sampler, passes
@@ -88,18 +89,43 @@ def data_notes(config: FuserConfig, report: PrepareReport) -> list[str]:
 
 
 def ended_by_epochs(plan: RunPlan, store: TokenStore) -> RunPlan:
-    """``plan`` with the steps that its stages' epochs amount to in ``store``; a resumed run keeps those that it had."""
-    config = plan.config
-    known = steps_by_epochs(plan.resume[1], config) if plan.resume is not None else {}
+    """``plan`` with the steps that its stages' epochs amount to in ``store``; a resumed run keeps those that it had.
+
+    Raises:
+        InputError: a stage becomes shorter than its warm-up.
+    """
+    known = steps_by_epochs(plan.resume[1], plan.config) if plan.resume is not None else {}
+    return replace(plan, config=in_steps(plan.config, store, known))
+
+
+def in_steps(config: FuserConfig, store: TokenStore, known: Mapping[int, int] | None = None) -> FuserConfig:
+    """``config`` with the steps that its stages' epochs amount to in ``store``.
+
+    Args:
+        config: of a run.
+        store: its data.
+        known: stage -> its steps, of those that are known already.
+
+    Raises:
+        InputError: a stage becomes shorter than its warm-up.
+    """
     rows = sum(len(store.split(name, "train")) for name in store.class_names)
     changed: dict[str, Stage] = {}
     for number, stage in config.stages.items():
         if stage.epochs is None:
             continue
         taken = stage.samples_per_class * len(store.class_names)
-        steps = known.get(number, min(stage.steps, math.ceil(stage.epochs * rows / taken)))
+        steps = (known or {}).get(number, min(stage.steps, math.ceil(stage.epochs * rows / taken)))
         changed[f"stage{number}"] = stage.model_copy(update={"steps": steps})
-    return replace(plan, config=config.model_copy(update=changed))
+    counted = config.model_copy(update=changed)
+    try:
+        for number, stage in counted.stages.items():
+            stage.check_schedule(f"stage{number}")
+        check_parts({1: counted.stage1, 2: counted.stage2}, counted.optimizer, list(counted.specialists))
+    except InputError as error:
+        by = " and ".join(f"{stage}.epochs" for stage in changed)
+        raise InputError(f"{error} (its steps are as {by} has them)" if changed else str(error)) from None
+    return counted
 
 
 def open_store(plan: RunPlan, groups: RankGroups) -> TokenStore:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, load_checkpoint, read_progress
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints, read_progress
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.left_out import changing, is_kept, record_of
 from ultrafuser_mega.checkpoint.progress import Progress
@@ -36,7 +36,7 @@ from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.trainable import Trainable
-from ultrafuser_mega.training.assembly import build_model, read_first_weights, read_teacher, run_sources
+from ultrafuser_mega.training.assembly import build_model, read_first_weights, read_resumed, run_sources
 from ultrafuser_mega.training.best import Best, mean_loss
 from ultrafuser_mega.training.divergence import ALLOWANCE, Judge, measured_loss, remedy
 from ultrafuser_mega.training.engine import Engine
@@ -146,15 +146,15 @@ class Trainer:
             DivergedError: the numbers are no longer finite, or the stage or the time ends with ruined weights.
         """
         number, done, config, stage = begin.stage, begin.step, self.plan.config, self.stage(begin.stage)
-        batches = self.batches(number)
-        trainable = self.make_trainable(number)
+        batches, trainable = self.batches(number), self.make_trainable(number)
         if self.plan.resume is not None and self.plan.resume[0] == begin:
-            path = self.plan.resume[1]
-            load_checkpoint(path, self.model, self.groups, trainable, done, begin.skipped, verified=True)
-            read_teacher(self.plan, self.model, self.groups)  # of which a small one has nothing
+            read_resumed(self.plan, self.model, self.groups, trainable)
         first = self.global_step(Progress(number, 0))
         if done and self._evaluation_due(number, done):  # of the step resumed from: the run may have ended before it
-            report.evaluated(self.evaluate(), number, first + done)
+            again, before = self.evaluate(), Best.of_run(config.run_dir, number, first, first + done - 1)
+            if before.take(mean_loss(again)) and config.checkpoint.keep_best and self.saver is not None:
+                self.saver.is_best(begin)
+            report.evaluated(again, number, first + done)
         report.note(as_text(parts_table(f"stage {number} trains", part_shares(self.plan, number))))
         report.begin_stage(number, in_words(config.parts(number)), first + 1, stage.steps)
         if done == stage.steps:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from support.branched import branched_tree, write_branched
 from support.command import ultrafuser
-from support.trio import DISJOINT_8, config_tree
+from support.trio import DISJOINT_8, config_tree, train
 
 from ultrafuser_mega.baselines.distilled import STUDENT, distilled
 from ultrafuser_mega.baselines.heldout import heldout_losses, load_model
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import DisjointLayout, FuserConfig, load_config
+from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.importer import import_specialists, plan_config
 from ultrafuser_mega.data.store import TokenStore
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.address import Address
+from ultrafuser_mega.planning.preflight import first_layouts_ranks, preflight
+from ultrafuser_mega.planning.trained import part_shares
 
 CPU = torch.device("cpu")
 
@@ -45,6 +51,8 @@ def test_the_run_takes_as_many_samples_as_the_fused_one_and_places_the_student(b
     frozen = ["gate", "text", "code", "math"]
     assert [modes[name] for name in frozen] == ["frozen"] * 4 and modes[STUDENT] == "full"
     assert made.what == f"specialist:{STUDENT}" and made.account.settings["temperature"] == 2.0
+    shares = {share.name: share for share in part_shares(preflight(run, first_layouts_ranks(run), False), 2)}
+    assert shares["heads"].parameters == 4 * shares["heads"].trained > 0 == shares["gate"].trained  # the student's
     other = distilled(tmp_path / "teacher", str(branched / "base"), "ultralm").config
     assert other.name == "run-distilled-base" and other.specialists[STUDENT].template == "ultralm"
 
@@ -73,3 +81,38 @@ def test_a_student_is_trained_and_exported_as_one_model_with_its_own_template(
     assert address.part == STUDENT
     assert ultrafuser(monkeypatch, "export", run.run_dir, tmp_path / "fused", "--what", "fused") == 2
     assert "is a distillation; export its teacher's run, or specialist:student" in capsys.readouterr().err
+
+
+def test_a_student_trains_by_adapters_of_a_teacher_that_leaves_weights_out_but_not_of_one_with_adapters(
+    branched: Path, tmp_path: Path
+) -> None:
+    tree = branched_tree(branched, tmp_path / "runs") | {"checkpoint": {"weights": "trained"}}
+    tree["stage1"]["steps"] = 0
+    tree["stage2"] |= {"steps": 1, "train": {"specialists": "frozen", "heads": "frozen"}}
+    run = train(tree, 1)
+    made = distilled(run, "math", overrides=["stage2.steps=1", "stage2.train.student=lora"]).config
+    assert made.distil is not None and made.distil.teacher == list_checkpoints(run / "checkpoints")[-1][1].resolve()
+    train(made.model_dump(mode="json"), 1)
+    summary = json.loads((made.run_dir / "summary.json").read_text())
+    fused = json.loads((run / "summary.json").read_text())
+    for name, losses in fused["eval"].items():
+        assert summary["eval"][name]["teacher"] == pytest.approx(losses["fused"], rel=1e-5)
+    export(made.run_dir, tmp_path / "adapter", f"adapter:{STUDENT}")
+    said = export(made.run_dir, tmp_path / "student")
+    assert any(line.startswith("verified") for line in said)
+    with pytest.raises(InputError, match=rf"of a distillation student alone is meant; text is its teacher's, {run}"):
+        export(made.run_dir, tmp_path / "text", "specialist:text")
+    with ExitStack() as stack, pytest.raises(InputError, match="text is its teacher's"):
+        Address.parse(f"{made.run_dir}@text").stored(stack)
+    adapted = train(tree | {"name": "adapted", "stage2": tree["stage2"] | {"train": {"specialists": "lora"}}}, 1)
+    with pytest.raises(
+        InputError, match=r"adapted: text, code, math have adapters, and a teacher has none; merge them:"
+    ):
+        distilled(adapted, "math")
+    (tmp_path / "small").mkdir()
+    fields = json.loads((branched / "math" / "config.json").read_text()) | {"vocab_size": 399}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"^--into .*small: its head has 399 rows, fewer than the 400 that are fused$"):
+        distilled(run, str(tmp_path / "small"))
+    with pytest.raises(InputError, match=r"nowhere: no such folder$"):
+        distilled(tmp_path / "nowhere", "math")

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from ultrafuser_mega.config import FuserConfig, Toy, default_config_text, dump_config, load_config
+from ultrafuser_mega.config import (
+    FuserConfig,
+    Optimizer,
+    Toy,
+    check_parts,
+    default_config_text,
+    dump_config,
+    load_config,
+)
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import plan_layouts
 
@@ -97,6 +105,13 @@ def value_at(config: FuserConfig, key: str) -> Any:
 )
 def test_override(override: str, expected: Any) -> None:
     assert value_at(load_config(None, [override]), override.partition("=")[0]) == expected
+
+
+def test_projections_with_adapters_are_a_set_whatever_the_order() -> None:
+    one, other = (load_config(None, [f"lora.targets={words}"]).lora for words in ("[v_proj, q_proj, v_proj]", "q_proj"))
+    assert one is not None and one.targets == ("q_proj", "v_proj")
+    assert other is not None and other.targets == ("q_proj",)
+    assert "'q_proj', 'k_proj'" in refusal("lora.targets=all")
 
 
 @pytest.mark.parametrize(("steps", "span"), [("10:12", [10, 11, 12]), ("3", [3]), ("null", [])])
@@ -249,6 +264,14 @@ def test_a_schedule_that_cannot_be_followed_is_refused_by_name(overrides: list[s
     stage = load_config(None, overrides).stage1  # what a run was may be read: it was followed somehow
     with pytest.raises(InputError, match=message):
         stage.check_schedule("stage1")
+
+
+def test_two_rates_for_the_gate_are_refused() -> None:
+    stage = load_config(None, ["stage2.gate_lr=0.01", "stage2.train.gate.lr=0.001"]).stage2
+    with pytest.raises(
+        InputError, match=r"^stage2\.gate_lr: 0\.01, and stage2\.train\.gate\.lr: 0\.001; leave one out$"
+    ):
+        check_parts({2: stage}, Optimizer(), ["text"])
 
 
 def test_a_stage_without_steps_is_none_of_the_runs_stages() -> None:

@@ -66,3 +66,11 @@ def test_replicas_that_no_sample_is_left_for_are_told(trio: Path, tmp_path: Path
     assert [line for line in found if "replicas" in line] == [
         "stage 2: 14 replicas for 3 x 4 samples a step: 2 of them have nothing to do"
     ]
+
+
+def test_settings_of_adapters_that_nothing_trains_are_remarked_on(trio: Path, tmp_path: Path) -> None:
+    tree = config_tree(trio, tmp_path / "runs", ONE) | {"lora": {"rank": 4}}
+    said = "note: lora: no stage trains adapters; stage2.train={specialists: lora} would"
+    assert said in preflight(FuserConfig.model_validate(tree), 1, resume=False).notices
+    tree["stage2"]["train"] = {"text": "lora"}
+    assert said not in preflight(FuserConfig.model_validate(tree), 1, resume=False).notices

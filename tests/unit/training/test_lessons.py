@@ -14,7 +14,7 @@ from support.trio import draw_nothing, read_steps
 
 from ultrafuser_mega.baselines.distilled import STUDENT, distilled
 from ultrafuser_mega.baselines.heldout import heldout_losses, load_model
-from ultrafuser_mega.config import Distil, FuserConfig, load_config
+from ultrafuser_mega.config import Distil, FuserConfig, dump_config, load_config
 from ultrafuser_mega.convert.importer import import_specialists, plan_config
 from ultrafuser_mega.data.answered import Given, answered_splits
 from ultrafuser_mega.data.store import TokenStore
@@ -141,6 +141,8 @@ def test_answered_samples_keep_every_specialists_prompt(mixed_run: FuserConfig) 
     [
         ("law", [], "--into law: expected one of text, code, math, or a Hugging Face folder"),
         ("text", ["stage1.steps=3"], "stage1.steps: the teacher's gate is trained already"),
+        ("text", ["stage2.train.gate=full"], "stage2.train.gate: is the teacher's; set stage2.train.gate=frozen"),
+        ("text", ["stage2.train.code=lora"], "stage2.train.code: is the teacher's; set stage2.train.code=frozen"),
         ("text", ["loss.z_loss=0.1"], "label_smoothing and z_loss have no meaning in distillation"),
         ("text", ["distil.student=law"], "distil.student: law must be one of two or more specialists"),
         ("text", ["distil.temprature=2"], "unknown key distil.temprature; did you mean distil.temperature"),
@@ -157,3 +159,16 @@ def test_a_teacher_of_other_specialists_is_refused(teacher: Path, branched: Path
     tree["specialists"].pop("math")
     with pytest.raises(InputError, match=r"distil\.teacher: .*checkpoint of another model: specialists\.math"):
         preflight(FuserConfig.model_validate(tree), 1, resume=False)
+
+
+def test_a_run_that_becomes_longer_asks_for_the_answers_it_lacks(mixed_run: FuserConfig, tmp_path: Path) -> None:
+    folder, runs = mixed_run.run_dir, tmp_path / "runs"
+    shutil.copytree(folder, runs / folder.name)
+    before = read_answers(folder / "answers" / "prompts-00000.jsonl")
+    path = tmp_path / "longer.yaml"
+    longer = mixed_run.stage2.model_copy(update={"steps": STEPS + 3})
+    path.write_text(dump_config(mixed_run.model_copy(update={"runs": runs, "stage2": longer})))
+    run_ranks(_trained, 1, path, True, timeout_s=240.0)
+    assert len(read_steps(runs / folder.name)) == STEPS + 3
+    after = read_answers(runs / folder.name / "answers" / "prompts-00000.jsonl")
+    assert before.items() < after.items()
