@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.trio import (
     COLOCATED_TP2_PP2,
     CPU,
@@ -28,9 +29,11 @@ from ultrafuser_mega.checkpoint.chunks import weights_to_read
 from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.convert.compare import compare
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.convert.restore import TrainedModel
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.inference.address import Address
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.spawn import run_ranks
@@ -125,6 +128,22 @@ def test_merged_adapters_compute_what_they_did_beside_the_weights(whole: Path, t
     assert torch.equal(text["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
 
 
+def test_adapters_merged_into_bfloat16_differ_by_what_that_rounds_and_no_more(trio: Path, tmp_path: Path) -> None:
+    tree = tree_of(trio, tmp_path, ONE) | {"dtype": "bf16"}
+    tree["stage1"]["steps"] = 0
+    run = train(tree, 1)
+    assert any(line.startswith("verified") for line in export(run, tmp_path / "fused"))
+    out = export_of(run, tmp_path, "specialist:code")
+    same = compare(f"{run}@specialist:code", str(out), "Add 2 and 3.")
+    assert same.equal and same.tolerance > 2**-12
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] *= 1.25  # of another scale
+    (out / "export.json").unlink()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert not compare(f"{run}@specialist:code", str(out), "Add 2 and 3.").equal
+
+
 def export_of(run: Path, folder: Path, what: str) -> Path:
     out = folder / what.replace(":", "-")
     export(run, out, what)
@@ -147,6 +166,49 @@ def test_weights_that_are_not_those_left_out_are_refused(whole: Path, trio: Path
     shutil.rmtree(other)
     with pytest.raises(InputError, match=r"leaves out weights of text that were in .*; no such folder"):
         export(copy, tmp_path / "out")
+
+
+def test_a_run_that_goes_on_takes_what_is_left_out_from_where_its_configuration_says(
+    trio: Path, tmp_path: Path
+) -> None:
+    """Moved folders are read where they are now; folders of other weights are refused, wherever the old ones are."""
+    moved, other = Path(shutil.copytree(trio, tmp_path / "trio")), Path(shutil.copytree(trio, tmp_path / "other"))
+    tree = tree_of(moved, tmp_path, ONE)
+    tree["stage1"]["steps"] = 0
+    tree["data"]["root"] = str(trio / "data")
+    run = train(tree, 1)
+    with (other / "math" / "model.safetensors").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\1" * 8)
+    tree["stage2"]["steps"] = 3
+    with pytest.raises(InputError, match=r"leaves out weights of math, whose file .*other/math/model\.safetensors"):
+        train(tree | {"models": str(other)}, 1, resume=True)
+    moved.rename(tmp_path / "elsewhere")
+    train(tree | {"models": str(tmp_path / "elsewhere")}, 1, resume=True)
+    end = list_checkpoints(run / "checkpoints")[-1][1]
+    assert json.loads((end / "left_out.json").read_text())["math"]["folder"] == str(tmp_path / "elsewhere" / "math")
+    export(run, tmp_path / "out")
+
+
+def test_a_run_whose_checkpoints_hold_all_weights_does_not_begin_to_leave_some_out(trio: Path, tmp_path: Path) -> None:
+    tree = tree_of(trio, tmp_path, ONE)
+    tree["stage1"]["steps"] = 0
+    train(tree | {"checkpoint": {"weights": "all"}}, 1)
+    with pytest.raises(
+        InputError, match=r"^checkpoint\.weights: trained would leave out weights that .*go on with all$"
+    ):
+        preflight(FuserConfig.model_validate(tree), 1, resume=True)
+    with pytest.raises(
+        InputError, match=r"adapters\.code\.rank is 4 there and 8 here; give lora and train as that run"
+    ):
+        preflight(FuserConfig.model_validate(tree | {"lora": LORA | {"rank": 8}}), 1, resume=True)
+
+
+def test_a_small_checkpoint_and_a_part_of_it_are_read_as_models(whole: Path) -> None:
+    for address in (str(whole), f"{whole}@math"):
+        with ExitStack() as stack:
+            stored = Address.parse(address).stored(stack)
+            assert stored.dtype == torch.float32 and stored.load(None).config.names[-1] == "math"
 
 
 def test_a_specialist_without_adapters_gives_none_to_peft(whole: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from ultrafuser_mega.checkpoint.integrity import (
 from ultrafuser_mega.checkpoint.left_out import weights_beside
 from ultrafuser_mega.checkpoint.optimizer_state import create_moments
 from ultrafuser_mega.checkpoint.progress import Progress
-from ultrafuser_mega.checkpoint.sources import SourceFiles
+from ultrafuser_mega.checkpoint.sources import SourceFiles, stored_type
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.checkpoint.writer import write_chunks
 from ultrafuser_mega.errors import InputError, writing
@@ -285,7 +285,7 @@ def load_checkpoint(
         InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
     if beside := weights_beside(path, names_of(model), folders):
-        load_hf_weights(model, beside, groups)
+        load_hf_weights(model, beside, groups, stored_type(CheckpointTensors(path)))
     tensors = CheckpointTensors(path, verified=verified and noted_bytes(path) > 0)  # the first versions noted nothing
     with torch.no_grad():
         if groups.reads:
@@ -310,7 +310,7 @@ def load_teacher(path: Path, model: FusedStage, groups: RankGroups, student: str
         InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
     if folders := weights_beside(path, [name for name in names_of(model) if name != student]):
-        load_hf_weights(model, folders, groups)
+        load_hf_weights(model, folders, groups, stored_type(CheckpointTensors(path)))
     with torch.no_grad():
         if groups.reads:
             chunks = [chunk for chunk in weights_to_read(model, groups) if not is_part_of(chunk.key, student)]
@@ -327,7 +327,7 @@ def is_part_of(key: str, specialist: str) -> bool:
 def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
     """Read the weights but for the gate's into a model of some of the checkpoint's specialists."""
     if folders := weights_beside(path, names_of(model)):
-        load_hf_weights(model, folders, groups)
+        load_hf_weights(model, folders, groups, stored_type(CheckpointTensors(path)))
     with torch.no_grad():
         chunks = [chunk for chunk in weights_to_read(model, groups) if not chunk.key.startswith("gate.")]
         _fill(chunks, CheckpointTensors(path), beside=bool(folders))

@@ -82,7 +82,12 @@ class Comparison:
 
 
 @torch.no_grad()
-def rounding_cost(model: nn.Module, logits: Sequence[Tensor], run: Callable[[], Sequence[Tensor]]) -> float:
+def rounding_cost(
+    model: nn.Module,
+    logits: Sequence[Tensor],
+    run: Callable[[], Sequence[Tensor]],
+    merged: Callable[[str], float] | None = None,
+) -> float:
     """How far apart float32's rounding can put two computations of a model, in parts of the largest logit.
 
     A sum of n products comes out of float32 as an exact sum would whose factors are each off by up to sqrt(n) 2^-24,
@@ -96,6 +101,8 @@ def rounding_cost(model: nn.Module, logits: Sequence[Tensor], run: Callable[[], 
         model: float32; its weights are changed for good.
         logits: what ``run`` gave before.
         run: computes the model's logits, a tensor for each batch.
+        merged: parameter -> largest relative error of a number of it that one computation has rounded and the other
+            has not, as merging adapters into narrow weights does; None: there are none.
 
     Returns:
         The tolerance of a comparison; NaN where a logit is.
@@ -106,12 +113,13 @@ def rounding_cost(model: nn.Module, logits: Sequence[Tensor], run: Callable[[], 
         return torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).float()
 
     longest = max(weight.shape[-1] for weight in model.parameters() if weight.dim() > 1)
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
         # A sign for each row times one for each column: as good as one for each element, without drawing billions.
         pattern = signs(weight.shape[0])
         if weight.dim() > 1:
             pattern = torch.outer(pattern, signs(weight.shape[1]))
-        weight.addcmul_(weight, pattern, value=math.sqrt(longest) * _UNIT)
+        unit = merged(name) / 2 if merged is not None else 0.0  # of one computation alone, and both are counted below
+        weight.addcmul_(weight, pattern, value=math.sqrt(longest) * _UNIT + unit)
     moved = torch.stack([_relative(after, before) for after, before in zip(run(), logits, strict=True)])
     return 2 * moved.max().item()
 

@@ -6,7 +6,7 @@ both implementations. Needs memory for one model at a time, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -139,7 +139,8 @@ def compare(a: str, b: str, text: str, tolerance: float | None = None) -> Compar
         check_memory(name, of_one)
     batches = comparison_batches(_text_ids(first, text), *limits(list(chain(*archs))))
     tokens = list(batches.values())
-    ours, theirs = _compute(first, tokens), _compute(second, tokens, rounding=tolerance is None)
+    ours = _compute(first, tokens)
+    theirs = _compute(second, tokens, rounding=tolerance is None, merged=_merged(first))
     agreements = []
     for what, mine, other in zip(batches, ours.logits, theirs.logits, strict=True):
         if mine.shape != other.shape:
@@ -190,7 +191,8 @@ class ExportCheck:
         """
         fused = self._checkpoint.part == FUSED
         written = ModelAddress(folder, *(("release", FUSED) if fused else ("folder", None)))
-        ours, theirs = _compute(self._checkpoint, [self._tokens]), _compute(written, [self._tokens], rounding=True)
+        ours = _compute(self._checkpoint, [self._tokens])
+        theirs = _compute(written, [self._tokens], rounding=True, merged=_merged(self._checkpoint))
         found = Agreement.of("real", ours.logits[0], theirs.logits[0])
         assert theirs.rounding is not None
         comparison = Comparison.of(str(self._checkpoint.path), str(folder), theirs.rounding, [found])
@@ -225,7 +227,30 @@ def _description(address: ModelAddress) -> tuple[Path, list[Architecture]]:
     return folders[0], [read_architecture(folder) for folder in folders]
 
 
-def _compute(address: ModelAddress, batches: Sequence[Tensor], *, rounding: bool = False) -> Computed:
+def _merged(address: ModelAddress) -> Callable[[str], float]:
+    """Parameter of an export -> how far merging adapters into it may have rounded its numbers, relatively.
+
+    A checkpoint computes with its adapters beside the weights, unrounded.
+    """
+    parts = {part.name: part for part in _parts(address)} if address.kind == "checkpoint" else {}
+
+    def of(parameter: str) -> float:
+        name, rest = parameter.removeprefix("specialists.").split(".", 1) if address.part == FUSED else ("", parameter)
+        part = parts.get(name or str(address.part))
+        if part is None or part.lora is None or rest.split(".")[-2] not in part.lora.targets:
+            return 0.0
+        return torch.finfo(part.dtype(rest)).eps / 2
+
+    return of
+
+
+def _compute(
+    address: ModelAddress,
+    batches: Sequence[Tensor],
+    *,
+    rounding: bool = False,
+    merged: Callable[[str], float] | None = None,
+) -> Computed:
     """float32 logits of every batch (b, s), and on demand what rounding makes of them."""
     if address.kind == "checkpoint":
         _parts(address)
@@ -247,7 +272,7 @@ def _compute(address: ModelAddress, batches: Sequence[Tensor], *, rounding: bool
             return [model(input_ids=ids, return_dict=True).logits for ids in batches]
 
     logits = run()
-    return Computed(logits, rounding_cost(model, logits, run) if rounding else None)
+    return Computed(logits, rounding_cost(model, logits, run, merged) if rounding else None)
 
 
 def _load_release(address: ModelAddress) -> Any:

@@ -195,20 +195,24 @@ def train_parts(model: FusedStage, modes: Mapping[str, Mode]) -> None:
         model.exchange.trained = trained
 
 
-def load_hf_weights(model: FusedStage, folders: Mapping[str, Path], groups: RankGroups) -> None:
+def load_hf_weights(
+    model: FusedStage, folders: Mapping[str, Path], groups: RankGroups, dtype: torch.dtype | None = None
+) -> None:
     """Fill this rank's share from the specialists' Hugging Face folders, in the model's element type.
 
-    The first replica reads; the others receive from the rank at their place there. Collective over the job. A
-    specialist without a folder stays as it is.
+    With ``dtype`` they are rounded to it, where it is the narrower one: as a run of that type had them. A specialist
+    without a folder stays as it is. The first replica reads; the others receive from the rank at their place there.
+    Collective over the job.
 
     Raises:
         InputError: a folder cannot be read, or holds a value that is beyond the element type; on ranks that read.
     """
-    fusion, dtype, weights = model.fusion, model.config.params_dtype, {}
+    fusion, own, weights = model.fusion, model.config.params_dtype, {}
+    read_as = own if dtype is None or dtype.itemsize >= own.itemsize else dtype
     if groups.reads:
         archs = {name: stage.arch for name, stage in model.stages.items()}
         archs |= fusion.architectures if fusion is not None else {}
-        weights = {name: HFWeights(folders[name], arch, dtype) for name, arch in archs.items() if name in folders}
+        weights = {name: HFWeights(folders[name], arch, read_as) for name, arch in archs.items() if name in folders}
     # Specialist by specialist: who waits for the first replica does so in a collective, which has a time limit.
     for name, stage in model.stages.items():
         if name not in folders:
