@@ -89,6 +89,13 @@ def test_epochs_that_end_within_the_warm_up_are_refused_and_counted_before(trio:
     assert steps_of_both_stages(FuserConfig.model_validate(tree)) == 4
 
 
+def test_a_run_without_a_second_stage_takes_no_heed_of_what_that_would_train(trio: Path, tmp_path: Path) -> None:
+    tree = short(trio, tmp_path)
+    tree["stage1"] |= {"steps": 1, "train": {"gate": "frozen", "text": "lora"}}
+    tree["stage2"] |= {"steps": 0, "train": {"specialists": "lora"}}
+    assert len(read_steps(train(tree, 1))) == 1
+
+
 def test_files_of_a_class_are_drawn_by_their_weights(trio: Path, tmp_path: Path) -> None:
     tree = short(trio, tmp_path)
     data = tmp_path / "data"

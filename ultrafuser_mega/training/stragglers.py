@@ -76,13 +76,15 @@ class Stragglers:
 
 
 def equal_units(plan: RunPlan) -> list[list[tuple[int, ...]]]:
-    """Tensor-parallel groups of ranks, in lists of those that have equal work."""
+    """Tensor-parallel groups of ranks, in lists of those that have equal work in the last stage that the run has."""
+    if not plan.config.stages:
+        return []
     groups = {tuple(group) for name in plan.architectures for group in plan.layout.tensor_groups(name)}
-    alike = Microbatch.alike(list(plan.architectures), *_ALIKE)
+    alike, last_stage = Microbatch.alike(list(plan.architectures), *_ALIKE), max(plan.config.stages)
     work: dict[tuple[int, ...], tuple[bool, bool, float]] = {}
     for unit in groups:
         rank = unit[0] % plan.layout.replica_size
-        role, products = role_of(plan, rank), rank_cost(plan, rank, alike).products
+        role, products = role_of(plan, rank), rank_cost(plan, rank, alike, stage=last_stage).products
         work[unit] = (role.is_first, role.is_last, sum(products.values()))
     found: list[list[tuple[int, ...]]] = []
     for unit in sorted(groups, key=lambda unit: (work[unit], unit)):
