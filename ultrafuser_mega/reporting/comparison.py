@@ -169,7 +169,7 @@ def _differences(runs: Sequence[RunData]) -> Table:
     settings = [dict(_flat(run.config)) for run in runs]
     for key in dict.fromkeys(key for one in settings for key in one):
         values = [json.dumps(one[key], ensure_ascii=False) if key in one else _GAP for one in settings]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and not set(values) <= {_GAP, "null"}:  # nowhere set, though some have the section
             table.add_row(Text(key), *map(Text, values))
     return table
 

@@ -70,9 +70,12 @@ def test_seconds_in_saves_add_up_over_the_processes_of_a_resumed_run(runs: list[
 
 
 def test_only_settings_that_differ_are_shown(runs: list[Path]) -> None:
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text()) | {"lora": {"rank": 4, "dropout": None}}
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
     found = rows(runs)
-    assert found["seed"] == ["1", "2"]
+    assert found["seed"] == ["1", "2"] and found["lora.rank"] == ["4", "-"]
     assert not any(name.startswith(("layouts", "data")) for name in found)
+    assert "lora.dropout" not in found  # set by neither
     assert "Configurations: what differs" not in rows(runs[:1])
 
 
