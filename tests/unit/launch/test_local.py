@@ -153,7 +153,12 @@ def test_a_rank_that_hangs_once_a_signal_was_heard_is_not_started_again_but_the_
     says_why = "(pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text('hangs'), os._exit(1))"
     listen = f"signal.signal(signal.SIGUSR1, lambda *_: {says_why} if rank == 1 else None)"
     up = run_dir / "up"
-    threading.Thread(target=lambda: (wait_for(up), os.kill(os.getpid(), signal.SIGUSR1))).start()
+
+    def send() -> None:
+        wait_for(up)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=send).start()
     program = f"{listen}; rank == 1 and pathlib.Path({str(up)!r}).write_text('yes'); {WAIT}"
     assert launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir), max_restarts=restarts) == code
     said = f"ended by SIGUSR1 at once; --resume goes on from {run_dir}/checkpoints/stage1-step0000006\n"
