@@ -10,7 +10,6 @@ from ultrafuser_mega.config.section import Section
 from ultrafuser_mega.errors import InputError
 
 Mode = Literal["frozen", "lora", "full"]
-MODES: tuple[Mode, ...] = ("frozen", "lora", "full")
 
 
 class Part(Section):

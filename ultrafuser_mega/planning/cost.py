@@ -40,7 +40,6 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
 from ultrafuser_mega.planning.trained import NUMBER, WIDE, Trains
 
-_WIDE = WIDE
 _STATISTICS = 5  # float32 numbers of a row that the loss's ranks share
 _BACK_AND_FORTH = 3  # products of a linear map in stage 2, in parts of its forward's
 
@@ -228,15 +227,15 @@ def _traffic(
             own_rows = width * microbatch.rows * sum(plan.architectures[name].hidden_size for name in role.names)
             found.append(Traffic("tp", group, len(role.names), own_rows))
         if sequence and trains:
-            found.append(Traffic("tp", group, 1, _WIDE * role.norms, 2, per_step=True))
+            found.append(Traffic("tp", group, 1, WIDE * role.norms, 2, per_step=True))
     if role.fusion > 1:
         group = _group_of(layout.fusion_groups(), rank)
         numbers = exchange_numbers(plan, role, microbatch.rows)
-        rows = microbatch.rows * _WIDE
+        rows = microbatch.rows * WIDE
         if layout.kind == "disjoint":
             found.append(Traffic("fusion", group, 1, numbers * width))
         if parts.states:
-            found.append(Traffic("fusion", group, 1, numbers * _WIDE))
+            found.append(Traffic("fusion", group, 1, numbers * WIDE))
         # The gate's gradient: part of the statistics, or summed up from what the chunked loss makes of the products.
         mixed = not parts.gate_alone and not in_planes(plan, role, microbatch.rows, device)
         columns = _STATISTICS + (0 if mixed else 3 * len(plan.architectures))
@@ -251,10 +250,10 @@ def _traffic(
         group = _group_of(layout.data_groups(), rank)
         trained = parts.parameters(role)
         if parts.shards(plan) > 1:
-            found.append(Traffic("dp", group, 1, _WIDE * trained, per_step=True))
+            found.append(Traffic("dp", group, 1, WIDE * trained, per_step=True))
             found.append(Traffic("dp", group, 1, width * trained, per_step=True))
         else:
-            found.append(Traffic("dp", group, 1, _WIDE * trained, 2, per_step=True))
+            found.append(Traffic("dp", group, 1, WIDE * trained, 2, per_step=True))
     return found
 
 
@@ -333,11 +332,11 @@ def _moved(plan: RunPlan, role: Role, microbatch: Microbatch, parts: Trains, pro
         total += tokens * role.layers[name] * (once * (1 + again) + (back if trains else 0.0))
     weights = sum(role.matrices[name] for name in role.names if parts.whole(name))
     weights += sum(role.adapters[name] for name in role.adapters if parts.modes[name] == "lora")
-    added = 2 * _WIDE if program.fused_weight_gradients else 2 * _WIDE + 2 * width
+    added = 2 * WIDE if program.fused_weight_gradients else 2 * WIDE + 2 * width
     return {"elementwise": total, "gradients": weights * float(added)}
 
 
 def _moved_per_step(plan: RunPlan, role: Role, trains: Trains) -> float:
     """Gradients cleared (4); of a shard read for the norm and scaled (12), AdamW (reads 16, writes 12 + b)."""
     trained, shards = trains.parameters(role), trains.shards(plan)
-    return trained * (_WIDE + (12 + 28 + NUMBER[plan.config.dtype]) / shards)
+    return trained * (WIDE + (12 + 28 + NUMBER[plan.config.dtype]) / shards)

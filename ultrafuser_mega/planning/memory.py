@@ -45,7 +45,6 @@ from ultrafuser_mega.reporting.plan_table import RankShare
 
 Device = Literal["cpu", "cuda"]
 
-_WIDE, _OPTIMIZER = WIDE, OPTIMIZER
 _INDEX = 8  # of int64
 
 
@@ -155,8 +154,8 @@ def rank_memory(
     trained, shards = trains.parameters(role), trains.shards(plan)
     held = {
         "weights": float(role.parameters * width),
-        "gradients": float(trained * _WIDE),
-        "optimizer": trained * _OPTIMIZER[config.dtype] / shards,
+        "gradients": float(trained * WIDE),
+        "optimizer": trained * OPTIMIZER[config.dtype] / shards,
     }
     frozen = [name for name in role.names if not trains.backward(name)]
     forward = max((_forward_workspace(plan, role, name, microbatch) for name in frozen), default=0.0)
@@ -186,7 +185,7 @@ def _copied(plan: RunPlan, role: Role, trained: int, device: Device) -> float:
     if device != "cpu":
         return 0.0
     dtype = plan.config.dtype
-    return (role.parameters * NUMBER[dtype] + trained * float(_OPTIMIZER[dtype])) / plan.layout.dp
+    return (role.parameters * NUMBER[dtype] + trained * float(OPTIMIZER[dtype])) / plan.layout.dp
 
 
 def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, trains: Trains) -> float:
@@ -204,7 +203,7 @@ def kept_activations(plan: RunPlan, role: Role, microbatch: Microbatch, device: 
         total += tokens * (role.layers[name] - recomputed) * layer
         total += tokens * recomputed * part
         if role.is_last:
-            total += tokens * (part + _WIDE / _sequence_parts(plan, role))  # the final norm
+            total += tokens * (part + WIDE / _sequence_parts(plan, role))  # the final norm
         else:
             total += tokens * part  # what the next stage was sent
         if role.is_first and role.tp > 1:
@@ -221,7 +220,7 @@ def layer_bytes(plan: RunPlan, role: Role, arch: Architecture, device: Device) -
     normed = FAMILIES[arch.family].qk_norm
     numbers += ((1 + normed) * (queries + 2 * groups) + attended * queries) * arch.head_dim
     statistics = 2 / parts + queries + normed * (queries + groups)
-    return width * numbers + _WIDE * statistics
+    return width * numbers + WIDE * statistics
 
 
 def _beside_adapters(plan: RunPlan, role: Role, name: str) -> float:
@@ -289,7 +288,7 @@ def _backward_workspace(plan: RunPlan, role: Role, microbatch: Microbatch, devic
             tokens * (hidden + mlp) + whole * hidden * mlp,
             5 * tokens * mlp,
             tokens * (2 * mlp + hidden + part) + whole * 2 * hidden * mlp,
-            tokens * part * (2 + 4 * _WIDE / width),
+            tokens * part * (2 + 4 * WIDE / width),
         )
         own = width * (max(steps) + tokens * part)
         if recomputed_layers(plan, role.layers[name]) == role.layers[name]:
@@ -339,19 +338,19 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, tra
     states = width * rows * total
     own = width * rows * _own_widths(plan, role) if plan.layout.kind == "disjoint" and role.fusion > 1 else 0.0
     gate = _gate_bytes(plan, role, rows)
-    operand = _WIDE if device == "cpu" else width
-    _, chunk, row_bytes = cut(int(rows), plan.vocab_size, role.fusion, total, operand, _WIDE, BUFFER_BYTES[device])
+    operand = WIDE if device == "cpu" else width
+    _, chunk, row_bytes = cut(int(rows), plan.vocab_size, role.fusion, total, operand, WIDE, BUFFER_BYTES[device])
     if in_planes(plan, role, rows, device):
         chunk, row_bytes = int(rows), planes.row_bytes(*_plane_sizes(plan, role, device))
     single_product = chunk >= rows or rows <= total
-    head = role.vocab_rows * total * (operand if single_product else _WIDE) * trains.whole(HEADS)
+    head = role.vocab_rows * total * (operand if single_product else WIDE) * trains.whole(HEADS)
     given = states if trains.states else 0.0  # gradients of hidden states
     forward = own + states + gate + chunk * row_bytes + given + head
     heads = states + gate + given + head + (role.vocab_rows * total * width if head and not single_product else 0)
     exchange = 0.0
     if role.fusion > 1 and trains.states:
         numbers = exchange_numbers(plan, role, rows)
-        exchange = numbers * _WIDE * (1 + 1 / role.fusion) + width * rows * _own_widths(plan, role)
+        exchange = numbers * WIDE * (1 + 1 / role.fusion) + width * rows * _own_widths(plan, role)
     return max(forward, heads, states + gate + given + exchange)
 
 
@@ -361,9 +360,9 @@ def in_planes(plan: RunPlan, role: Role, rows: float, device: Device) -> bool:
 
 
 def _plane_sizes(plan: RunPlan, role: Role, device: Device) -> tuple[int, list[int], int, int]:
-    operand = _WIDE if device == "cpu" else NUMBER[plan.config.dtype]
+    operand = WIDE if device == "cpu" else NUMBER[plan.config.dtype]
     widths = [arch.hidden_size for arch in plan.architectures.values()]
-    return -(-plan.vocab_size // role.fusion), widths, operand, _WIDE
+    return -(-plan.vocab_size // role.fusion), widths, operand, WIDE
 
 
 def _gate_loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
@@ -372,14 +371,14 @@ def _gate_loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device
         return 0.0
     width, rows, count = NUMBER[plan.config.dtype], microbatch.rows, len(plan.architectures)
     columns = min(-(-plan.vocab_size // role.fusion), BLOCK_COLUMNS[device])
-    chunk = even_rows(int(rows), BUFFER_BYTES[device] // (count * columns * _WIDE))
+    chunk = even_rows(int(rows), BUFFER_BYTES[device] // (count * columns * WIDE))
     exchanged = plan.layout.kind == "disjoint" and role.fusion > 1
     states = width * rows * (_widths(plan) + (_own_widths(plan, role) if exchanged else 0))
     slots = width * exchange_numbers(plan, role, rows) * (1 + 1 / role.fusion) if exchanged else 0.0
-    return states + max(slots, _gate_bytes(plan, role, rows) + count * chunk * columns * _WIDE)
+    return states + max(slots, _gate_bytes(plan, role, rows) + count * chunk * columns * WIDE)
 
 
 def _gate_bytes(plan: RunPlan, role: Role, rows: float) -> float:
     """Active units, in the weights' type and in float32."""
     width = NUMBER[plan.config.dtype]
-    return rows * len(plan.architectures) * role.gate_units * (width + (_WIDE if width != _WIDE else 0))
+    return rows * len(plan.architectures) * role.gate_units * (width + (WIDE if width != WIDE else 0))
