@@ -284,12 +284,11 @@ def load_checkpoint(
     Raises:
         InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
-    if beside := weights_beside(path, names_of(model), folders):
-        load_hf_weights(model, beside, groups, stored_type(CheckpointTensors(path)))
+    beside = _read_left_out(path, model, groups, names_of(model), folders)
     tensors = CheckpointTensors(path, verified=verified and noted_bytes(path) > 0)  # the first versions noted nothing
     with torch.no_grad():
         if groups.reads:
-            _fill(weights_to_read(model, groups), tensors, beside=bool(beside))
+            _fill(weights_to_read(model, groups), tensors, beside=beside)
         groups.receive(tensor for tensor, _ in parameter_parts(model, groups))
         if trainable is None:
             return
@@ -309,12 +308,11 @@ def load_teacher(path: Path, model: FusedStage, groups: RankGroups, student: str
     Raises:
         InputError: a tensor is missing, damaged or of another shape, or what it leaves out is not where it was.
     """
-    if folders := weights_beside(path, [name for name in names_of(model) if name != student]):
-        load_hf_weights(model, folders, groups, stored_type(CheckpointTensors(path)))
+    beside = _read_left_out(path, model, groups, [name for name in names_of(model) if name != student])
     with torch.no_grad():
         if groups.reads:
             chunks = [chunk for chunk in weights_to_read(model, groups) if not is_part_of(chunk.key, student)]
-            _fill(chunks, CheckpointTensors(path), beside=bool(folders))
+            _fill(chunks, CheckpointTensors(path), beside=beside)
         found = parameter_parts(model, groups)
         groups.receive(weight for weight, parts in found if not is_part_of(parts[0].key, student))
 
@@ -326,16 +324,29 @@ def is_part_of(key: str, specialist: str) -> bool:
 
 def load_specialists(path: Path, model: FusedStage, groups: RankGroups) -> None:
     """Read the weights but for the gate's into a model of some of the checkpoint's specialists."""
-    if folders := weights_beside(path, names_of(model)):
-        load_hf_weights(model, folders, groups, stored_type(CheckpointTensors(path)))
+    beside = _read_left_out(path, model, groups, names_of(model))
     with torch.no_grad():
         chunks = [chunk for chunk in weights_to_read(model, groups) if not chunk.key.startswith("gate.")]
-        _fill(chunks, CheckpointTensors(path), beside=bool(folders))
+        _fill(chunks, CheckpointTensors(path), beside=beside)
 
 
 def names_of(model: FusedStage) -> list[str]:
     """Specialists of which this rank holds anything."""
     return list(model.stages if model.fusion is None else model.fusion.architectures)
+
+
+def _read_left_out(
+    path: Path,
+    model: FusedStage,
+    groups: RankGroups,
+    names: Iterable[str],
+    folders: Mapping[str, Path] | None = None,
+) -> bool:
+    """Fill what a small checkpoint leaves out of ``names``; whether it is one, so that more may be missing in it."""
+    beside = weights_beside(path, names, folders)
+    if beside:
+        load_hf_weights(model, beside, groups, stored_type(CheckpointTensors(path)))
+    return bool(beside)
 
 
 def _fill(chunks: Iterable[Chunk], tensors: CheckpointTensors, *, beside: bool = False) -> None:

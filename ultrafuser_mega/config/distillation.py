@@ -42,18 +42,14 @@ class Distil(Section):
             raise ValueError("data has no share above 0; give own, prompts or on_policy one")
         return self
 
-    def kind(self, step: int) -> Kind:
-        """What step ``step`` (from 0) takes: the kind that is furthest behind its share, the first of equals."""
-        return self._sequence(step)[-1]
+    def kinds(self, steps: int) -> list[Kind]:
+        """What each of so many steps takes: the kind that is furthest behind its share, the first of equals.
 
-    def before(self, kind: Kind, step: int) -> int:
-        """How many of the steps before ``step`` took this kind."""
-        return self._sequence(step)[:-1].count(kind)
-
-    def _sequence(self, step: int) -> list[Kind]:
+        Fewer steps take the same as the first of more.
+        """
         shares: dict[Kind, float] = {kind: getattr(self.data, kind) for kind in KINDS if getattr(self.data, kind)}
         total, taken, order = sum(shares.values()), dict.fromkeys(shares, 0), list[Kind]()
-        for done in range(1, step + 2):
+        for done in range(1, steps + 1):
             chosen = max(shares, key=lambda kind: done * shares[kind] / total - taken[kind])
             taken[chosen] += 1
             order.append(chosen)

@@ -33,7 +33,6 @@ class Role:
         adapters: specialist -> parameters of its adapters, which ``parameters`` has too.
         adapter_tensors: specialist -> tensors that they are in.
         adapter_products: specialist -> FLOPs of its adapters' products, forward, in parts of 2 per token.
-        gate: parameters of the gate among them.
         norms: parameters whose gradients tensor-parallel ranks sum under sequence parallelism.
     """
 
@@ -55,7 +54,6 @@ class Role:
     adapters: dict[str, int]
     adapter_tensors: dict[str, int]
     adapter_products: dict[str, float]
-    gate: int
     norms: int
 
     @property
@@ -119,7 +117,6 @@ def role_of(plan: RunPlan, rank: int) -> Role:
         adapters={name: layers[name] * one.parameters for name, one in adapters.items()},
         adapter_tensors={name: layers[name] * one.tensors for name, one in adapters.items()},
         adapter_products={name: layers[name] * one.products for name, one in adapters.items()},
-        gate=gate,
         norms=sum(norms.values()),
     )
 

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from ultrafuser_mega.checkpoint.checkpoint import is_part_of, write_checkpoint
 from ultrafuser_mega.checkpoint.chunks import chunks_to_write
 from ultrafuser_mega.checkpoint.progress import Progress
-from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.config import Distil, FuserConfig, Kind
 from ultrafuser_mega.data.answered import Answers, Given, answered_splits
 from ultrafuser_mega.data.batches import StepBatch, TrainingBatches
@@ -79,8 +78,7 @@ def lessons_of(
     """See :class:`Lessons`; None where the run is no distillation."""
     if plan.config.distil is None:
         return None
-    sources = run_sources(plan) if groups.rank == 0 else None
-    return Lessons(plan, groups, own, model, device, sources, answering)
+    return Lessons(plan, groups, own, model, device, answering)
 
 
 class Lessons:
@@ -92,7 +90,6 @@ class Lessons:
         own: batches of the run's data.
         model: this rank's share, with the student.
         device: of this rank.
-        sources: of the run's checkpoints; rank 0's.
         answering: None where the run's data alone are taken.
     """
 
@@ -103,23 +100,30 @@ class Lessons:
         own: TrainingBatches,
         model: FusedStage,
         device: torch.device,
-        sources: SourceFiles | None,
         answering: Answering | None,
     ) -> None:
         assert plan.config.distil is not None and plan.teacher is not None
         self.distil: Distil = plan.config.distil
         self.teacher, self.plan, self.groups, self.own, self.model = plan.teacher, plan, groups, own, model
-        self.device, self._sources, self._answering = device, sources, answering
+        self.device, self._answering = device, answering
         self.folder = plan.config.run_dir / ANSWERS
+        self._kinds = self.distil.kinds(plan.config.stage2.steps)
+        self._before: list[int] = []  # steps before each that are of its kind
+        taken = dict.fromkeys(self._kinds, 0)
+        for kind in self._kinds:
+            self._before.append(taken[kind])
+            taken[kind] += 1
+        # Read now: the checkpoint that a run goes on from may not stay.
+        self._sources = run_sources(plan) if groups.rank == 0 and "on_policy" in taken else None
         self._answered: dict[tuple[Kind, int], TrainingBatches] = {}
 
     def waits(self, step: int) -> bool:
         """Whether the answers of this step (from 0) are not there before the steps before it are done."""
-        return self._key(step) not in self._answered and self.distil.kind(step) != "own"
+        return self._key(step) not in self._answered and self._kinds[step] != "own"
 
     def begin(self, step: int) -> None:
         """Before a step (from 0): what the student learns in it, and its answers where they are missing."""
-        kind = self.distil.kind(step)
+        kind = self._kinds[step]
         begin_with(self.plan.config, self.model)
         if kind == "on_policy" and self.model.fusion is not None:
             self.model.fusion.lesson = Lesson(self.distil.temperature, reverse=1.0, labels=0.0)
@@ -130,32 +134,31 @@ class Lessons:
 
     def step(self, step: int) -> StepBatch:
         """The work of a step (from 0)."""
-        kind, at = self.distil.kind(step), self.distil.before(self.distil.kind(step), step)
-        if kind == "own":
+        at = self._before[step]
+        if self._kinds[step] == "own":
             return self.own.step(at)
         return self._answered[self._key(step)].step(at - self._first(*self._key(step)))
 
     def batch(self, step: int) -> list[Pick]:
         """The samples whose prompts a step takes."""
-        return self.own.sampler.batch(self.distil.before(self.distil.kind(step), step))
+        return self.own.sampler.batch(self._before[step])
 
     def _key(self, step: int) -> tuple[Kind, int]:
         """Of the answers that a step takes: their kind, and how many times that kind was answered before."""
-        kind = self.distil.kind(step)
-        return kind, self.distil.before(kind, step) // self.distil.refresh if kind == "on_policy" else 0
+        kind = self._kinds[step]
+        return kind, self._before[step] // self.distil.refresh if kind == "on_policy" else 0
 
     def _first(self, kind: Kind, window: int) -> int:
         return window * self.distil.refresh if kind == "on_policy" else 0
 
     def _made(self, kind: Kind, window: int, step: int) -> TrainingBatches:
-        steps = self.plan.config.stage2.steps
-        begin, every = self._first(kind, window), self.distil.before(kind, steps)
+        begin, every = self._first(kind, window), self._kinds.count(kind)
         end = min(every, begin + self.distil.refresh) if kind == "on_policy" else every
         batches = [self.own.sampler.batch(at) for at in range(begin, end)]
         wanted = list(dict.fromkeys(pick for batch in batches for pick in batch))
         path = self.folder / f"{kind}-{window:05d}.jsonl"
         # A run that goes on in the midst of the student's steps has answers by the weights that it had before them.
-        known = path.is_file() and (kind == "prompts" or self.distil.before(kind, step) > begin)
+        known = path.is_file() and (kind == "prompts" or self._before[step] > begin)
         answers: dict[Pick, Sequence[int]] = {**read_answers(path)} if known else {}
         # All of them, or those of the steps that a run has been given since.
         if missing := [pick for pick in wanted if pick not in answers]:
