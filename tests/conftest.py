@@ -12,7 +12,7 @@ import torch
 # Small tensors: more threads only wait for each other, and the ranks of one test share the cores anyway.
 torch.set_num_threads(1)
 # Ranks of multi-process tests start with everything imported (see runtime/spawn.py).
-PRELOADED = ["ultrafuser_mega.training.trainer", "ultrafuser_mega.toy", "ultrafuser_mega.convert.export"]
+PRELOADED = ["ultrafuser_mega.training.stage", "ultrafuser_mega.toy", "ultrafuser_mega.convert.export"]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 

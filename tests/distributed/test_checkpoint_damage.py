@@ -25,6 +25,7 @@ from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.run import run_facts
+from ultrafuser_mega.training.stage import train_stage
 from ultrafuser_mega.training.trainer import Trainer
 
 OLDER, NEWEST = "stage1-step0000002", "stage2-step0000002"
@@ -217,4 +218,4 @@ def _train_while_the_folders_go_away(rank: int, tree: dict[str, Any], folder: Pa
     trainer.load()
     with RunReport(run_facts(plan, CPU), enabled=True, done_steps=0) as report:
         shutil.rmtree(folder)
-        trainer.train_stage(Progress(1, 0), report)
+        train_stage(trainer, Progress(1, 0), report)

@@ -28,7 +28,7 @@ from ultrafuser_mega.runtime.groups import make_groups
 from ultrafuser_mega.runtime.layout import plan_colocated
 from ultrafuser_mega.runtime.shared_rows import shared_rows
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training import checkpoints
 from ultrafuser_mega.training.assembly import build_model, run_sources
 from ultrafuser_mega.training.optimizer import make_trainable
 from ultrafuser_mega.training.run import run
@@ -128,7 +128,7 @@ def _train_comparing_copies(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
         How many were compared, and the names of parameters where they differed.
     """
     found: dict[str, Any] = {"copies": 0, "different": []}
-    save = trainer.chunks_to_write
+    save = checkpoints.chunks_to_write
 
     def compare_and_save(model: FusedStage, *rest: Any) -> list[Chunk]:
         for name, parameter in model.named_parameters():
@@ -143,7 +143,7 @@ def _train_comparing_copies(rank: int, tree: dict[str, Any]) -> dict[str, Any]:
                 found["different"].append(name)
         return save(model, *rest)
 
-    trainer.chunks_to_write = compare_and_save  # type: ignore[assignment]
+    checkpoints.chunks_to_write = compare_and_save  # type: ignore[assignment]
     run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
     return found
 

@@ -20,6 +20,7 @@ from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.assembly import make_shard
 from ultrafuser_mega.training.prepare import open_store
 from ultrafuser_mega.training.run import run_facts
+from ultrafuser_mega.training.stage import train_stage
 from ultrafuser_mega.training.trainer import Trainer
 
 
@@ -54,7 +55,7 @@ def _train_stage_one(rank: int, tree: dict[str, Any]) -> tuple[set[str], set[str
 
     trainer.make_trainable = remembered  # type: ignore[method-assign]
     with RunReport(run_facts(plan, CPU), enabled=rank == 0, done_steps=0) as report:
-        trainer.train_stage(Progress(1, 0), report)
+        train_stage(trainer, Progress(1, 0), report)
     after = dict(trainer.model.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     with_gradients = {name for name, p in after.items() if p.grad is not None or hasattr(p, "main_grad")}

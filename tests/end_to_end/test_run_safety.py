@@ -27,7 +27,7 @@ from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.errors import DivergedError, InputError
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
-from ultrafuser_mega.training import trainer
+from ultrafuser_mega.training import stage
 from ultrafuser_mega.training.run import run
 from ultrafuser_mega.training.run_folder import locked_run
 
@@ -169,7 +169,7 @@ def test_a_spike_that_passes_delays_a_checkpoint_and_ends_nothing(tree: dict[str
 
 def _train_with_measured_losses(rank: int, tree: dict[str, Any], losses: list[float]) -> None:
     left = iter(losses)
-    trainer.measured_loss = lambda *of: next(left)
+    stage.measured_loss = lambda *of: next(left)
     run(preflight(FuserConfig.model_validate(tree), 1, resume=False), CPU)
     assert list(left) == []
 

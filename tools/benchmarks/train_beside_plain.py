@@ -270,6 +270,7 @@ def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) 
     from ultrafuser_mega.runtime.groups import make_groups
     from ultrafuser_mega.training.assembly import make_shard
     from ultrafuser_mega.training.prepare import open_store
+    from ultrafuser_mega.training.stage import train_stage
     from ultrafuser_mega.training.trainer import Trainer
 
     plan = preflight(load_config(root / "run.yaml"), 1, resume=False)
@@ -281,7 +282,7 @@ def the_trainer(root: Path, device: torch.device, watched: Watched, done: Done) 
         for stage in (1, 2):
             watch = watched(stage)
             with contextlib.suppress(EnoughError):
-                trainer.train_stage(Progress(stage, 0), cast(RunReport, watch))
+                train_stage(trainer, Progress(stage, 0), cast(RunReport, watch))
             done(stage, watch)
 
 

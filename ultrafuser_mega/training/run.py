@@ -27,6 +27,7 @@ from ultrafuser_mega.training.lessons import Answering
 from ultrafuser_mega.training.prepare import data_notes, ended_by_epochs, intact, open_store
 from ultrafuser_mega.training.run_folder import begin_run, locked_run
 from ultrafuser_mega.training.skipping import RollBack
+from ultrafuser_mega.training.stage import train_stage
 from ultrafuser_mega.training.stopping import Stop
 from ultrafuser_mega.training.token_samples import token_samples
 from ultrafuser_mega.training.trainer import Trainer
@@ -85,7 +86,7 @@ def _run(plan: RunPlan, groups: RankGroups, trainer: Trainer) -> Stop | RollBack
         with trainer.stopping.listening():
             for stage in plan.config.stages:
                 begin = done if done.stage == stage else Progress(stage, 0)
-                if done.stage <= stage and (end := trainer.train_stage(begin, report)):
+                if done.stage <= stage and (end := train_stage(trainer, begin, report)):
                     report.stopped(end.why)
                     return end
             final = trainer.evaluate()
