@@ -293,7 +293,7 @@ def load_checkpoint(
         if trainable is None:
             return
         with megatron_scope(trainable.device):
-            trainable.optimizer.reload_model_params()  # where the checkpoint has no weights in float32
+            trainable.reload()  # where the checkpoint has no weights in float32
             if steps > 0:
                 create_moments(trainable, steps - skipped)
                 _fill(states_to_read(model, trainable, groups), tensors)

@@ -122,10 +122,13 @@ def chunks_to_write(model: FusedStage, trainable: Trainable | None, groups: Rank
                 continue
             share = part.share(replica, replicas)
             found += part.chunks("", _run(parameter)[share.start : share.stop], share.start)
-            for kind, (run, first) in states.get(parameter, {}).items():
-                if trainable is not None and trainable.owned(parameter) == slice(None):  # every replica holds all of it
-                    run, first = run[share.start : share.stop], share.start
-                found += part.chunks(f"optimizer.{kind}.", run, first)
+            if trainable is None or trainable.owned(parameter) != slice(None):  # else every replica holds all of it
+                share = range(parameter.numel())
+            for kind, runs in states.get(parameter, {}).items():
+                for run, first in runs:
+                    begin = max(first, share.start)
+                    own = run[begin - first : max(begin, share.stop) - first]
+                    found += part.chunks(f"optimizer.{kind}.", own, begin)
     return found
 
 
@@ -141,7 +144,8 @@ def states_to_read(model: FusedStage, trainable: Trainable, groups: RankGroups) 
     return [
         chunk
         for parameter, parts in parameter_parts(model, groups)
-        for kind, (run, first) in states.get(parameter, {}).items()
+        for kind, runs in states.get(parameter, {}).items()
+        for run, first in runs
         for part in parts
         for chunk in part.chunks(f"optimizer.{kind}.", run, first)
     ]

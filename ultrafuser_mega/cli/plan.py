@@ -67,6 +67,8 @@ def plan(
     # Behind the configuration: torch and Megatron take seconds, which a misspelt key need not cost.
     from ultrafuser_mega.data.store import MANIFEST, TokenStore
     from ultrafuser_mega.launch.rank import ensure_toy
+    from ultrafuser_mega.planning.hardware import GPUS_PER_NODE
+    from ultrafuser_mega.planning.host_memory import host_memory
     from ultrafuser_mega.planning.memory import rank_shares
     from ultrafuser_mega.planning.microbatch import workload_of
     from ultrafuser_mega.planning.preflight import (
@@ -104,6 +106,8 @@ def plan(
     if loaded.stages:
         number, stage = max(loaded.stages.items())
         lines.append(f"stage {number}: {workload_of(loaded, stage.samples_per_class).source}")
+    if loaded.device != "cpu" and (on_host := host_memory(resolved)) is not None:
+        lines.append(on_host.in_words(min(GPUS_PER_NODE, resolved.layout.world_size)))
     for number, stage in resolved.config.stages.items():
         if stage.epochs is not None:
             counted = f"{stage.steps:,} steps" if store is not None else "as many steps as the data make, once prepared"

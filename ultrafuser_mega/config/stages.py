@@ -87,3 +87,8 @@ class Optimizer(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices, embeddings among them; not biases and norms")
     clip_grad: NonNegativeFloat = Field(1.0, description="bound on the global gradient norm; 0: none")
+    state: Literal["device", "host"] = Field(
+        "device",
+        description="where moments and float32 weights lie between updates (8 or 12 bytes a trained parameter); from "
+        "the host's memory they come to the GPU for the update, which changes no result",
+    )

@@ -67,7 +67,7 @@ class _HostSide(TorchFunctionMode):
         tensor = args[0] if args else None
         if func is Tensor.pin_memory:
             pinned = args[0].clone()
-            pinned._pinned = True
+            self.meter.pin(pinned)
             return pinned
         if isinstance(tensor, FakeTensor):
             if func in (Tensor.tolist, Tensor.numpy):

@@ -3,7 +3,7 @@
 A dispatch mode sees every operation that reaches PyTorch's dispatcher, on fake tensors as on real ones. Memory is that
 of storages: counted when an operation returns a tensor whose storage is new, given back when the storage dies, rounded
 up to 512 bytes as PyTorch's allocator rounds. What the allocator loses to fragmentation, the CUDA context and NCCL's
-buffers is not seen.
+buffers is not seen. Of the host's memory what is pinned counts, which a GPU copies to and from while the host goes on.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ class Memory:
     at_peak: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Pinned:
+    """Bytes of the host's memory that are pinned, and the most there were."""
+
+    now: int = 0
+    peak: int = 0
+
+
 class Meter(TorchDispatchMode):
     """See the module. Open it around what is to be measured.
 
@@ -61,13 +69,15 @@ class Meter(TorchDispatchMode):
         self.kind = "weights"
         self._reading: FrameType | None = None
         self._alive: dict[int, tuple[int, str]] = {}
-        self.memory = Memory()
+        self._pinned: dict[int, int] = {}
+        self.memory, self.pinned = Memory(), Pinned()
         self.clear()
 
     def clear(self) -> None:
         """Forget everything but what is alive."""
         gc.collect()  # else it hangs on when Python collects what cycles hold, and no two runs count alike
         self.memory = Memory(self.memory.now, sum(self.memory.now.values()), dict(self.memory.now))
+        self.pinned = Pinned(self.pinned.now, self.pinned.now)
         self.flops: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -97,6 +107,20 @@ class Meter(TorchDispatchMode):
         size = max(0, min(size, self.memory.now[kind]))
         self.memory.now[kind] -= size
         self.memory.now[to] += size
+
+    def pin(self, tensor: Tensor) -> None:
+        """Take a fake tensor of the host for a pinned one."""
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = storage.nbytes()
+        weakref.finalize(storage, self._unpin, storage._cdata)
+        self.pinned.now += storage.nbytes()
+        self.pinned.peak = max(self.pinned.peak, self.pinned.now)
+
+    def _unpin(self, key: int) -> None:
+        self.pinned.now -= self._pinned.pop(key, 0)
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
 
     def waited(self, why: str) -> None:
         """Note that the host waits for the device, by the line that makes it."""
@@ -166,8 +190,9 @@ class Meter(TorchDispatchMode):
             non_blocking = kwargs.get("non_blocking", args[2] if copied is not None and len(args) > 2 else False)
             if self.device == "cuda" and {source.device.type, to.type} == {"cpu", "cuda"}:
                 if to.type == "cpu":
-                    self.waited("a tensor is copied to the host")
-                elif not (non_blocking and getattr(source, "_pinned", False)):
+                    if copied is None or not (non_blocking and self._is_pinned(copied)):
+                        self.waited("a tensor is copied to the host")
+                elif not (non_blocking and self._is_pinned(source)):
                     self.waited("a tensor that is not pinned, or may block, is copied to the device")
         elif func is aten.index_put_.default and args[2].numel() == 1 and args[2].device.type == "cpu":
             pass  # of a mask and a number PyTorch makes a masked_fill

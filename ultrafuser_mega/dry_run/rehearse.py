@@ -158,7 +158,10 @@ def _tell_apart(meter: Meter, trainer: Trainer, trainable: Trainable) -> None:
     updated = [parameter for group in trainable.optimizer.param_groups for parameter in group["params"]]
     own = {parameter.untyped_storage()._cdata for parameter in parameters}
     copies = [parameter for parameter in updated if parameter.untyped_storage()._cdata not in own]
-    meter.shift("gradients", "optimizer", sum(copy.untyped_storage().nbytes() for copy in _distinct(copies)))
+    held = sum(copy.untyped_storage().nbytes() for copy in _distinct(copies))
+    if trainable.host is not None and trainable.device.type == "cpu":
+        held += trainable.host.nbytes
+    meter.shift("gradients", "optimizer", held)
 
 
 def _distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -194,6 +197,7 @@ def _part(name: str, meter: Meter, trainer: Trainer, microbatches: Sequence[Micr
         operations=dict(meter.operations),
         collectives=meter.collectives,
         waits=dict(meter.waits),
+        host=meter.pinned.peak,
     )
 
 

@@ -13,12 +13,15 @@ import torch.distributed as dist
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.planning.host_memory import check_host_memory
 from ultrafuser_mega.planning.preflight import plan_layouts, preflight
 from ultrafuser_mega.runtime.device import (
     choose_device,
     end_with_launcher,
+    free_memory,
     joined_job,
     kind_of_device,
+    launched_here,
     launched_rank,
     launched_ranks,
     launcher_store,
@@ -79,6 +82,8 @@ def train_main(
             return 0
         ensure_toy(config, launched_ranks())
         plan = preflight(config, launched_ranks(), _all_resume(store, config, resume, requeue or elastic))
+        if device.type == "cuda":
+            check_host_memory(plan, launched_here(), free_memory())
         with joined_job(device, store):
             stop = run(plan, device, store, answering)
         if launched_rank() == 0 and idle:

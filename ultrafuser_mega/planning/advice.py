@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultrafuser_mega.planning.hardware import GIB, Cluster
+from ultrafuser_mega.planning.host_memory import host_memory
 from ultrafuser_mega.planning.layouts import Candidate, fewer_gpus, layout_entry, ranked, worthwhile
 from ultrafuser_mega.planning.microbatch import Workload, workload_of
 from ultrafuser_mega.planning.preflight import RunPlan
@@ -100,6 +101,8 @@ def _verdict(plan: RunPlan, best: Candidate, work: Workload, cluster: Cluster, g
             f"{gpus} GPUs are too many for this batch: {enough} are predicted to take {times[enough]:.2f} s a step, "
             f"{share:.0%} of the speed; more samples_per_class would feed them"
         )
+    if (host := host_memory(best.plan)) is not None:
+        lines.append(host.in_words(min(cluster.gpus_per_node, gpus)))
     settings = f"   with {best.remedy}" if best.remedy else ""
     lines += [f"layouts:{settings}", f"  - {_flow(layout_entry(best.plan.layout))}"]
     return lines

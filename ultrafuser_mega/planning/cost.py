@@ -80,6 +80,7 @@ class RankCost:
         moved: bytes through the GPU's memory in a microbatch outside of products: elementwise, and weights' gradients
             added to the buffer.
         moved_per_step: the same of a step: clearing, norm and clipping of gradients, AdamW.
+        from_host: bytes of the optimizer that come from the host's memory in a step, and go back.
         read: bytes of weights that the products of a microbatch read at the least.
         layers: decoder layers that the rank runs forward and backward; recomputed ones a third more.
         tensors: of parameters.
@@ -90,6 +91,7 @@ class RankCost:
     traffic: tuple[Traffic, ...]
     moved: dict[str, float]
     moved_per_step: float
+    from_host: float
     read: float
     layers: float
     tensors: int
@@ -146,6 +148,7 @@ def rank_cost(
         traffic=tuple(_traffic(plan, role, rank, microbatch, trains, device)),
         moved=_moved(plan, role, microbatch, trains, program),
         moved_per_step=_moved_per_step(plan, role, trains),
+        from_host=memory.host,
         read=NUMBER[plan.config.dtype]
         * sum((_passes(trains, name) if trains.backward(name) else 1) * role.matrices[name] for name in role.names),
         layers=sum(_runs(plan, role, name, trains) * layers / 3 for name, layers in role.layers.items()),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ultrafuser_mega.errors import InputError
 
 GIB = 2**30
+GPUS_PER_NODE = 8  # of the nodes that people rent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Gpu:
         bandwidth: of the memory, bytes/s.
         node_bandwidth: to the other GPUs of its node, bytes/s and direction.
         network_bandwidth: to other nodes, bytes/s and direction.
+        host_bandwidth: to the host's memory, bytes/s and direction.
     """
 
     flops: float
@@ -29,26 +31,61 @@ class Gpu:
     bandwidth: float
     node_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
 
 
 #: What ``--gpu`` names.
 GPUS: dict[str, Gpu] = {
     # NVIDIA A100 datasheet (2021): 312 TFLOPS bf16, 1,555 GB/s, NVLink 600 GB/s both ways; DGX A100: one 200 Gb/s
-    # HDR port a GPU. 40 GB read as 40,960 MiB, of which CUDA reports 39.4 GiB.
-    "a100-40g": Gpu(flops=312e12, memory=39.4 * GIB, bandwidth=1.555e12, node_bandwidth=300e9, network_bandwidth=25e9),
+    # HDR port a GPU. 40 GB read as 40,960 MiB, of which CUDA reports 39.4 GiB. PCIe 4.0 x16 to the host.
+    "a100-40g": Gpu(
+        flops=312e12,
+        memory=39.4 * GIB,
+        bandwidth=1.555e12,
+        node_bandwidth=300e9,
+        network_bandwidth=25e9,
+        host_bandwidth=32e9,
+    ),
     # The same sheet: 2,039 GB/s; 81,920 MiB, of which CUDA reports 79.2 GiB.
-    "a100-80g": Gpu(flops=312e12, memory=79.2 * GIB, bandwidth=2.039e12, node_bandwidth=300e9, network_bandwidth=25e9),
+    "a100-80g": Gpu(
+        flops=312e12,
+        memory=79.2 * GIB,
+        bandwidth=2.039e12,
+        node_bandwidth=300e9,
+        network_bandwidth=25e9,
+        host_bandwidth=32e9,
+    ),
     # NVIDIA H100 datasheet (2023): 1,979 TFLOPS bf16 with sparsity, half of it dense (989.4), 3.35 TB/s, NVLink
     # 900 GB/s both ways; DGX H100: one 400 Gb/s NDR port a GPU. 81,559 MiB, of which CUDA reports 79.1 GiB.
-    "h100-80g": Gpu(flops=989.4e12, memory=79.1 * GIB, bandwidth=3.35e12, node_bandwidth=450e9, network_bandwidth=50e9),
+    # PCIe 5.0 x16 to the host.
+    "h100-80g": Gpu(
+        flops=989.4e12,
+        memory=79.1 * GIB,
+        bandwidth=3.35e12,
+        node_bandwidth=450e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
+    ),
     # NVIDIA H200 datasheet (2024): the H100's products and links, 4.8 TB/s; 143,771 MiB, of which CUDA reports
     # 139.8 GiB.
     "h200-141g": Gpu(
-        flops=989.4e12, memory=139.8 * GIB, bandwidth=4.8e12, node_bandwidth=450e9, network_bandwidth=50e9
+        flops=989.4e12,
+        memory=139.8 * GIB,
+        bandwidth=4.8e12,
+        node_bandwidth=450e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
     ),
     # NVIDIA DGX B200 datasheet (2024), an eighth of it: 72 PFLOPS FP8 with sparsity, a quarter of it bf16 and dense,
     # 64 TB/s, 1,440 GB, NVLink 14.4 TB/s both ways; one 400 Gb/s port a GPU. About 178 GiB are CUDA's.
-    "b200-180g": Gpu(flops=2.25e15, memory=178 * GIB, bandwidth=8e12, node_bandwidth=900e9, network_bandwidth=50e9),
+    "b200-180g": Gpu(
+        flops=2.25e15,
+        memory=178 * GIB,
+        bandwidth=8e12,
+        node_bandwidth=900e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
+    ),
 }
 
 
@@ -87,6 +124,9 @@ class Assumptions:
         hbm: share of ``Gpu.bandwidth`` that everything else reaches.
         links: share of ``node_bandwidth`` that a collective's bytes reach; 340 of 450 GB/s on H100.
         network: the same of ``network_bandwidth``; 42 of 50 GB/s.
+        pcie: share of ``host_bandwidth`` that copies of pinned memory reach.
+        host_memory: bytes/s that a node's memory gives all its GPUs' copies together, both directions: two thirds of
+            two sockets' eight channels of DDR5-4800.
         hidden: share of a collective that a product beside it hides at the most: both want multiprocessors and memory.
         parts: time of two products of half the rows in parts of the whole's: more of a last wave of tiles idles.
         latency: seconds that a collective takes before its first byte.
@@ -101,6 +141,8 @@ class Assumptions:
     hbm: float = 0.80
     links: float = 0.75
     network: float = 0.84
+    pcie: float = 0.8
+    host_memory: float = 400e9
     hidden: float = 0.8
     parts: float = 1.15
     latency: float = 15e-6
@@ -116,7 +158,7 @@ class Cluster:
     """Nodes of equal GPUs; ranks fill one node after the other."""
 
     gpu: Gpu
-    gpus_per_node: int = 8
+    gpus_per_node: int = GPUS_PER_NODE
     assumed: Assumptions = Assumptions()
 
     @property

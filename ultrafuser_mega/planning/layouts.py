@@ -128,7 +128,7 @@ def _judged(plan: RunPlan, work: Workload, cluster: Cluster, stage: int) -> Cand
 
 
 def _remedies(plan: RunPlan, work: Workload, stage: int) -> Iterator[tuple[str, RunPlan, Workload]]:
-    """Settings that take less memory, one at a time, what costs least time first."""
+    """Settings that take less memory, one at a time, what costs least time first; last what takes the host's."""
     parallel = plan.config.parallel
     if not parallel.sequence_parallel and any(placement.tp > 1 for placement in plan.layout.placements.values()):
         yield "parallel.sequence_parallel=true", _parallel(plan, sequence_parallel=True), work
@@ -145,6 +145,10 @@ def _remedies(plan: RunPlan, work: Workload, stage: int) -> Iterator[tuple[str, 
         changed = replace(plan, config=plan.config.model_copy(update={"microbatch_tokens": tokens}))
         yield f"microbatch_tokens={tokens}", changed, replace(work, microbatch_tokens=tokens)
         tokens = tokens // 2 // _TOKEN_STEP * _TOKEN_STEP
+    optimizer = plan.config.optimizer
+    if optimizer.state != "host":
+        config = plan.config.model_copy(update={"optimizer": optimizer.model_copy(update={"state": "host"})})
+        yield "optimizer.state=host", replace(plan, config=config), work
 
 
 def _parallel(plan: RunPlan, **update: Any) -> RunPlan:

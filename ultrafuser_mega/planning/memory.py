@@ -5,7 +5,8 @@ heads of e numbers each, t tensor-parallel ranks, s = t under sequence paralleli
 response tokens, D = sum of all specialists' d, V vocabulary rows of the rank.
 
 Per parameter: its weight (b) and, where it trains, a float32 gradient, two float32 AdamW moments and under bf16 a
-float32 weight, the last three sharded over replicas by the distributed optimizer. AdamW's update needs nothing besides.
+float32 weight, the last three sharded over replicas by the distributed optimizer. AdamW's update needs nothing besides,
+but two blocks of these three where they lie in the host's memory.
 
 Per token of a layer autograd keeps, by the operation that needs it:
 
@@ -42,6 +43,7 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
 from ultrafuser_mega.planning.trained import NUMBER, OPTIMIZER, WIDE, Trains
 from ultrafuser_mega.reporting.plan_table import RankShare
+from ultrafuser_mega.runtime.host_states import BLOCK, SLOTS
 
 Device = Literal["cpu", "cuda"]
 
@@ -55,11 +57,13 @@ class RankMemory:
     Attributes:
         weights: of all that it holds, embeddings and heads among them.
         gradients: the float32 buffer.
-        optimizer: moments, and float32 weights under bf16.
+        optimizer: moments, and float32 weights under bf16, but for those in the host's memory.
         activations: what autograd keeps of all microbatches in flight, at its fullest.
         loss: rows of hidden states, gate, logits, and the gradients of heads and rows while they are on their way.
         workspace: gradients and temporaries of one layer's backward, which comes when the loss is through.
         save: what writing a checkpoint takes beside weights, gradients and optimizer.
+        update: what the optimizer takes beside them.
+        host: of the host's memory, what lies there of the optimizer.
     """
 
     weights: float
@@ -69,6 +73,8 @@ class RankMemory:
     loss: float = 0.0
     workspace: float = 0.0
     save: float = 0.0
+    update: float = 0.0
+    host: float = 0.0
 
     @property
     def static(self) -> float:
@@ -90,7 +96,7 @@ class RankMemory:
     def phases(self) -> dict[str, float]:
         """The most that each phase of a step holds."""
         passes = self.static + self.activations + max(self.loss, self.workspace)
-        return {"backward": passes, "update": self.static, "save": self.static + self.save}
+        return {"backward": passes, "update": self.static + self.update, "save": self.static + self.save}
 
     @property
     def peak(self) -> float:
@@ -124,6 +130,7 @@ def rank_shares(plan: RunPlan, device: Device = "cuda") -> list[RankShare]:
             parameters=role.parameters,
             kinds={number: memory.kinds for number, memory in held.items()},
             peaks={number: (memory.phase, memory.peak) for number, memory in held.items()},
+            host={number: memory.host for number, memory in held.items()},
         )
         shares.append(share)
     return shares
@@ -151,11 +158,14 @@ def rank_memory(
     role = role_of(plan, rank)
     config, width = plan.config, NUMBER[plan.config.dtype]
     trains = Trains.of(config, stage)
-    trained, shards = trains.parameters(role), trains.shards(plan)
+    trained, state = trains.parameters(role), trains.state(plan, role)
+    host = state if config.optimizer.state == "host" and device == "cuda" else 0.0
     held = {
         "weights": float(role.parameters * width),
         "gradients": float(trained * WIDE),
-        "optimizer": trained * OPTIMIZER[config.dtype] / shards,
+        "optimizer": state - host,
+        "host": host,
+        "update": min(SLOTS * BLOCK, SLOTS * host),
     }
     frozen = [name for name in role.names if not trains.backward(name)]
     forward = max((_forward_workspace(plan, role, name, microbatch) for name in frozen), default=0.0)

@@ -38,6 +38,7 @@ _STEP_OPERATIONS = 6  # per parameter, in clipping and updating
 _UNDER_BACKWARD, _UNDER_FORWARD = 0.6, 0.3  # of a microbatch: what gradients and weights can travel under
 
 TP, EXCHANGE, PP, DP = "tp traffic", "exchange", "pp traffic", "dp traffic"
+HOST = "state from the host"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def _one_step(
     pp = max(placement.pp for placement in plan.layout.placements.values())
     rounds = share.count + pp - 1
     busy = float(np.average(times, weights=weights)) * share.count / imbalance
-    once = [_once(cost, cluster, program, times[at]) for at, cost in enumerate(costs)]
+    world = plan.layout.world_size
+    once = [
+        _once(cost, cluster, program, times[at]) | _from_host(cost, cluster, world) for at, cost in enumerate(costs)
+    ]
     last = max(range(len(ranks)), key=lambda at: sum(once[at].values()))
     total = {name: seconds * share.count for name, seconds in parts[slowest].items()}
     total["pipeline fill"] = (pp - 1) * times[slowest]
@@ -188,6 +192,15 @@ def _once(cost: RankCost, cluster: Cluster, program: Program, microbatch: float)
         "optimizer": cost.moved_per_step / (cluster.gpu.bandwidth * assumed.hbm) + norms,
         "step's host": assumed.step + _STEP_OPERATIONS * cost.tensors * assumed.operation,
     }
+
+
+def _from_host(cost: RankCost, cluster: Cluster, world: int) -> dict[str, float]:
+    """Copies of the optimizer's state, both directions at once, at the link's pace or at that of the node's memory."""
+    if not cost.from_host:
+        return {}
+    assumed, ranks = cluster.assumed, min(cluster.gpus_per_node, world)
+    link = cost.from_host / (cluster.gpu.host_bandwidth * assumed.pcie)
+    return {HOST: max(link, 2 * ranks * cost.from_host / assumed.host_memory)}
 
 
 def _shown(traffic: Traffic, cluster: Cluster, program: Program) -> float:

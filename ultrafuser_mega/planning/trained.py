@@ -62,6 +62,10 @@ class Trains:
         """Replicas that share the optimizer's state out among them."""
         return plan.layout.dp if plan.config.parallel.distributed_optimizer and self.beside_gate else 1
 
+    def state(self, plan: RunPlan, role: Role) -> float:
+        """Bytes of what a rank's optimizer holds, wherever that lies."""
+        return self.parameters(role) * OPTIMIZER[plan.config.dtype] / self.shards(plan)
+
     def tensors(self, role: Role) -> int:
         """Trained tensors of a rank, about: as many as the trained parts are of the whole."""
         if self.gate_alone:

@@ -24,6 +24,7 @@ class RankShare:
     parameters: int
     kinds: Mapping[int, Mapping[str, float]]  # stage that has steps -> kind of memory -> bytes
     peaks: Mapping[int, tuple[str, float]]  # the same -> when most is held, and how much
+    host: Mapping[int, float]  # the same -> bytes of the host's memory
 
 
 def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
@@ -33,7 +34,9 @@ def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
         table.add_column(column, no_wrap=True)
     stages = list(shares[0].kinds)
     kinds = list(shares[0].kinds[stages[-1]]) if stages else []
-    for column in ("parameters", *(SHORT.get(kind, kind) for kind in kinds), *(f"stage {number}" for number in stages)):
+    on_host = ["host"] if any(share.host[stages[-1]] for share in shares if stages) else []
+    columns = [*(SHORT.get(kind, kind) for kind in kinds), *on_host, *(f"stage {number}" for number in stages)]
+    for column in ("parameters", *columns):
         table.add_column(column, justify="right", no_wrap=True)
     for share in shares:
         table.add_row(
@@ -44,6 +47,7 @@ def plan_table(title: str, shares: Sequence[RankShare]) -> Table:
             _rows(share.vocabulary_rows),
             f"{share.parameters:,}",
             *(size(share.kinds[stages[-1]][kind]) for kind in kinds),
+            *(size(share.host[stages[-1]]) for _ in on_host),
             *(f"{size(held)} {phase}" for phase, held in share.peaks.values()),
         )
     if stages:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+_SHOWN = 0.005  # of the unit: less is 0.00
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Part:
     flops            "products", "attention" -> FLOPs
     operations       operation -> how often it was dispatched
     waits            where the host waited for the device, and why -> how often
+    host             bytes of the host's memory that were pinned, at the most
     """
 
     name: str
@@ -59,6 +61,7 @@ class Part:
     operations: dict[str, int]
     collectives: list[Collective]
     waits: dict[str, int]
+    host: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -117,7 +120,8 @@ def rehearsal_table(
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("rank", "part"):
         table.add_column(column, no_wrap=True)
-    for column in (*kinds, "peak", "formula", "TFLOP", "formula", "traffic", "operations", "waits"):
+    on_host = ["host"] if any(part.host >= _SHOWN * size for _, rehearsal in roles for part in rehearsal.parts) else []
+    for column in (*kinds, "peak", "formula", *on_host, "TFLOP", "formula", "traffic", "operations", "waits"):
         table.add_column(column, justify="right", no_wrap=True)
     for role, rehearsal in roles:
         for index, part in enumerate(rehearsal.parts):
@@ -129,6 +133,7 @@ def rehearsal_table(
                 *(held(part.peak.get(kind, 0)) for kind in kinds),
                 f"[bold]{held(part.peak_bytes)}[/]",
                 held(formula.peak) if formula else "",
+                *(held(part.host) for _ in on_host),
                 f"{sum(part.flops.values()) / share / 1e12:.3g}" if part.flops else "",
                 f"{formula.flops / share / 1e12:.3g}" if formula and formula.flops else "",
                 f"{sum(c.bytes for c in part.collectives) / share / 1e9:.3g} GB" if part.collectives else "",
@@ -139,6 +144,7 @@ def rehearsal_table(
     table.caption = (
         f"memory in {unit} at its largest; FLOPs, bytes of collectives and dispatched operations per microbatch of a"
         " stage; what the allocator, CUDA and NCCL take for themselves (3 to 5 GiB on a GPU) comes on top"
+        f"{'; host: what is pinned of its memory' if on_host else ''}"
     )
     return table
 

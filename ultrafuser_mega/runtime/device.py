@@ -125,6 +125,11 @@ def held_memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
+def free_memory() -> int:
+    """Bytes of this machine's own memory that programs may still take."""
+    return int(psutil.virtual_memory().available)
+
+
 def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:
     """The key-value store that the ranks of this job share: the launcher's, or one of its own when started by hand."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

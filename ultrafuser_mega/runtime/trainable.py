@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
+from ultrafuser_mega.runtime.host_states import HostStates
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import counted_again
@@ -63,6 +64,7 @@ class Trainable:
     clip_grad: bound on the gradient norm; 0 for none.
     phases: of this rank; sums of gradients over replicas are one, the wait for all ranks' norms another.
     gather: of updated weights from replicas, where the forward hides it.
+    host: what the optimizer holds, where that is in host memory.
     """
 
     wrapped: DistributedDataParallel
@@ -72,6 +74,7 @@ class Trainable:
     device: torch.device
     phases: Phases
     gather: WeightGather | None
+    host: HostStates | None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -80,13 +83,15 @@ class Trainable:
 
     def owned(self, parameter: nn.Parameter) -> slice:
         """Which elements of a flattened parameter this rank updates: with the distributed optimizer a part, or none."""
-        inner = self.optimizer.chained_optimizers[0]
-        if not isinstance(inner, DistributedOptimizer):
-            return slice(None)
-        if parameter not in inner.model_param_group_index_map:
-            return slice(0)
-        part = inner._get_model_param_range_map(parameter)["param"]
-        return slice(part.start, part.end)
+        return owned(self.optimizer, parameter)
+
+    def reload(self) -> None:
+        """Take the optimizer's float32 weights, where it has any, from the model's."""
+        if self.host is not None:
+            self.host.reload()
+            return
+        with megatron_scope(self.device):
+            self.optimizer.reload_model_params()
 
     def zero_grad(self) -> None:
         """Clear gradients before a step."""
@@ -116,16 +121,23 @@ class Trainable:
         rates = self.schedule.rates
         if not skip:
             with megatron_scope(self.device):
-                self.optimizer.step_with_ready_grads()
+                if self.host is None:
+                    self.optimizer.step_with_ready_grads()
+                else:
+                    self.host.update()
+                    if self.gather is None and self.wrapped.ddp_config.use_distributed_optimizer:
+                        self.wrapped.start_param_sync()
                 if self.gather is not None:
                     self.gather.start()
         self.schedule.step(1)
         return rates
 
     def settle(self) -> None:
-        """Until this rank's weights are all as the last update left them, for who reads them without a forward."""
+        """Until weights and optimizer are all as the last update left them, for who reads them without a forward."""
         if self.gather is not None:
             self.gather.wait()
+        if self.host is not None:
+            self.host.settle()
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole model. Megatron's own waits for the device once per parameter where apex is missing."""
@@ -137,3 +149,25 @@ class Trainable:
         with self.phases("gradient norm"):
             dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared.sqrt()
+
+
+def owned(optimizer: ChainedOptimizer, parameter: nn.Parameter) -> slice:
+    """Which elements of a flattened parameter ``optimizer`` updates on this rank; slice(0): none."""
+    inner = optimizer.chained_optimizers[0]
+    if not isinstance(inner, DistributedOptimizer):
+        return slice(None)
+    if parameter not in inner.model_param_group_index_map:
+        return slice(0)
+    part = inner._get_model_param_range_map(parameter)["param"]
+    return slice(part.start, part.end)
+
+
+def updated(optimizer: ChainedOptimizer, parameter: nn.Parameter) -> Tensor:
+    """The tensor that ``optimizer`` updates for a model parameter: itself, its float32 copy, or a shard of either."""
+    inner = optimizer.chained_optimizers[0]
+    if isinstance(inner, DistributedOptimizer):
+        group, order = inner.model_param_group_index_map[parameter]
+        main: Tensor = inner.optimizer.param_groups[group]["params"][order]
+        return main
+    main_param: Tensor | None = getattr(parameter, "main_param", None)
+    return parameter if main_param is None else main_param

@@ -13,7 +13,8 @@ schedule of their own.
 The optimizer is AdamW. Weight decay takes matrices: those of linear layers, the embeddings, the output heads, and both
 layers of the gate (its second, ``w2``, is a 1 x m matrix that is kept as a vector). Biases and norms do not decay.
 Before the update gradients are scaled by min(1, clip_grad / (norm + 1e-6)); the norm is the whole model's. Torch's
-fused AdamW does the update, on CPUs as on GPUs: one kernel without temporaries.
+fused AdamW does the update, on CPUs as on GPUs: one kernel without temporaries. With ``optimizer.state: host`` what it
+holds lies in host memory between updates (``runtime.host_states``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,10 +44,11 @@ from torch import nn
 
 from ultrafuser_mega.config import GATE, HEADS, Stage, TrainedPart
 from ultrafuser_mega.config import Optimizer as OptimizerOptions
+from ultrafuser_mega.runtime.host_states import HostStates, Updated
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.phases import Phases
 from ultrafuser_mega.runtime.shared_rows import sum_shared_gradients
-from ultrafuser_mega.runtime.trainable import Schedules, Trainable
+from ultrafuser_mega.runtime.trainable import Schedules, Trainable, owned, updated
 from ultrafuser_mega.runtime.weight_gather import WeightGather
 
 #: Names of the parameters that weight decay leaves alone: the biases (``b1`` is the gate's) and the norms.
@@ -131,7 +139,19 @@ def make_trainable(
         else "",
     )
     gather = WeightGather(wrapped, phases) if ddp_config.overlap_param_gather else None
-    return Trainable(wrapped, optimizer, schedules, options.clip_grad, device, phases, gather)
+    host = HostStates(_updated_parameters(wrapped, optimizer), device) if options.state == "host" else None
+    return Trainable(wrapped, optimizer, schedules, options.clip_grad, device, phases, gather, host)
+
+
+def _updated_parameters(wrapped: nn.Module, optimizer: ChainedOptimizer) -> list[Updated]:
+    """What this rank updates, in the order of the model."""
+    group_of = {id(main): group for group in optimizer.param_groups for main in group["params"]}
+    found = []
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and (part := owned(optimizer, parameter)) != slice(0):
+            main = updated(optimizer, parameter)
+            found.append(Updated(parameter, part, main, group_of[id(main)]))
+    return found
 
 
 def names_of(part: str) -> str:

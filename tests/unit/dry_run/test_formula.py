@@ -9,6 +9,7 @@ from support.fake_cuda_worker import on_fake_cuda
 from trio_13b import two_layers
 
 from ultrafuser_mega.dry_run.formula import predictions
+from ultrafuser_mega.planning.host_memory import host_memory
 from ultrafuser_mega.reporting.rehearsal import Rehearsal
 
 ADAPTERS: dict[str, Any] = {
@@ -32,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
             "lora": {"rank": 32, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
             **ADAPTERS,
         },
+    },
+    "state on the host": {
+        "layout": {"kind": "colocated", "tp": 8},
+        "changes": {"microbatch_tokens": 2048, "optimizer": {"state": "host"}},
     },
     "disjoint": {
         "layout": {"kind": "disjoint", "specialists": {"text": {"tp": 4}, "code": {"tp": 4}, "math": {"tp": 8}}},
@@ -58,3 +63,16 @@ def test_peak_and_flops_of_a_13b_trio_are_predicted(rehearsals: dict[str, list[R
                 )
             if part.name != "evaluation":
                 assert predicted[rehearsal.rank, part.name].peak == pytest.approx(part.peak_bytes, 0.05), where
+
+
+def test_state_on_the_host_is_there_and_not_on_the_device(rehearsals: dict[str, list[Rehearsal]]) -> None:
+    case = CASES["state on the host"]
+    plan = two_layers(case["layout"], **case["changes"])
+    needed = host_memory(plan)
+    assert needed is not None
+    (rehearsal,) = rehearsals["state on the host"]
+    parts = {part.name: part for part in rehearsal.parts}
+    assert parts["stage 2"].host == pytest.approx(needed.state, 0.01)
+    saved = parts["checkpoint"].host  # its copies are pinned as far as they come from the device
+    assert needed.state + parts["checkpoint"].peak["weights"] <= 1.01 * saved <= 1.01 * (needed.state + needed.save)
+    assert all(part.peak.get("optimizer", 0) < 1e-4 * needed.state for part in rehearsal.parts)

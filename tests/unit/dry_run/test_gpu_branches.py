@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp 2, pp 2, recomputed": (COLOCATED_TP2_PP2, {"parallel": {"recompute_layers": "all"}}),
     "disjoint, unequal": (DISJOINT_8, {}),
     "dp 2, sharded optimizer": (ONE | {"dp": 2}, {"parallel": {"distributed_optimizer": True}}),
+    "state on the host": (COLOCATED_TP2, {"optimizer": {"state": "host"}}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.advice import advise, short
 from ultrafuser_mega.planning.hardware import GPUS, Cluster, named_gpu
+from ultrafuser_mega.planning.host_memory import check_host_memory, host_memory
 from ultrafuser_mega.planning.layouts import layout_entry, layouts_for, ranked, worthwhile
 from ultrafuser_mega.planning.microbatch import GlobalBatch, Workload
 from ultrafuser_mega.planning.preflight import plan_layouts
+from ultrafuser_mega.planning.step_time import estimate
 
 H100 = Cluster(GPUS["h100-80g"])
 ANY = {"kind": "colocated"}
@@ -73,10 +76,40 @@ def test_fitting_layouts_come_first_and_the_fastest_of_them_first(gpus: int) -> 
             assert one.step.memory.peak <= H100.room
 
 
-def test_three_13b_models_do_not_fit_eight_gpus() -> None:
+def test_three_13b_models_fit_eight_gpus_with_what_the_optimizer_holds_on_the_host_alone() -> None:
     found = ranked(plan_13b(ANY), work(), H100, 8)
-    assert not any(one.usable for one in found)
-    assert all("more tp, pp or dp" in str(one.short_of) for one in found)
+    assert not any(one.fits for one in found)
+    assert {one.remedy for one in found} == {"optimizer.state=host", None}
+    assert all("more tp, pp or dp" in str(one.short_of) for one in found if not one.usable)
+    kept = ranked(plan_13b(ANY, optimizer={"state": "host"}), work(), H100, 8)
+    assert kept[0].fits and kept[0].plan.layout == found[0].plan.layout
+    lines = "\n".join(advise(plan_13b(ANY), H100, 8).lines)
+    assert "layouts:   with optimizer.state=host" in lines
+    assert re.search(r"optimizer\.state: host takes 5\d\.\d GiB of host memory a rank, 4\d\d\.\d GiB for 8 of", lines)
+
+
+def test_a_machine_with_too_little_memory_for_the_state_is_refused() -> None:
+    plan = plan_13b({"kind": "colocated", "tp": 8}, optimizer={"state": "host"})
+    needed = host_memory(plan)
+    assert needed is not None
+    check_host_memory(plan, 8, 8 * (needed.state + needed.save))
+    with pytest.raises(
+        InputError,
+        match=r"^optimizer\.state: host takes 54\.6 GiB of host memory a rank, 436\.8 GiB for 8 of a node; 509\.6 GiB "
+        r"more while a checkpoint is written, and 900\.0 GiB of this machine are free; take more nodes",
+    ):
+        check_host_memory(plan, 8, 900 * 2**30)
+    check_host_memory(plan_13b({"kind": "colocated", "tp": 8}), 8, 0)
+
+
+def test_state_from_the_host_takes_the_step_its_way_over_the_link_or_through_the_nodes_memory() -> None:
+    layout = {"kind": "colocated", "tp": 8}
+    batch, state = work(), 54.5978307723999 * 2**30
+    there = estimate(plan_13b(layout), batch, H100)
+    for cluster in (H100, Cluster(replace(H100.gpu, host_bandwidth=1e9))):
+        step = estimate(plan_13b(layout, optimizer={"state": "host"}), batch, cluster)
+        link = state / (cluster.gpu.host_bandwidth * cluster.assumed.pcie)
+        assert step.seconds - there.seconds == pytest.approx(max(link, 16 * state / cluster.assumed.host_memory))
 
 
 def test_remedy_recomputes_no_more_layers_than_it_takes() -> None:

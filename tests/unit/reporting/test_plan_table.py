@@ -13,7 +13,7 @@ def column(table: Table, header: str) -> list[str]:
     return [str(cell) for cell in found.cells]
 
 
-def share(vocabulary_rows: range | None, **peaks: float) -> RankShare:
+def share(vocabulary_rows: range | None, host: float = 0.0, **peaks: float) -> RankShare:
     stages = {int(name[-1]): count for name, count in peaks.items()}
     return RankShare(
         rank=3,
@@ -24,6 +24,7 @@ def share(vocabulary_rows: range | None, **peaks: float) -> RankShare:
         parameters=1234567,
         kinds={number: {"weights": count, "loss": count / 2} for number, count in stages.items()},
         peaks={number: ("save", count) for number, count in stages.items()},
+        host=dict.fromkeys(stages, host),
     )
 
 
@@ -61,3 +62,8 @@ def test_only_stages_that_have_steps_have_a_column(stages: list[str]) -> None:
     kinds = ["weights", "loss"] if stages else []
     assert headers[headers.index("parameters") + 1 :] == kinds + [name.replace("stage", "stage ") for name in stages]
     assert bool(table.caption) == bool(stages)
+
+
+def test_host_memory_has_a_column_where_any_is_taken() -> None:
+    assert column(plan_table("", [share(None, host=3 * 2**20, stage2=1.0)]), "host") == ["3 MiB"]
+    assert "host" not in [column.header for column in plan_table("", [share(None, stage2=1.0)]).columns]

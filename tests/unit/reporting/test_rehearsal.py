@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from ultrafuser_mega.reporting.rehearsal import (
@@ -67,6 +69,12 @@ def test_places_where_a_step_waits_are_named_once_and_those_of_a_checkpoint_are_
     assert waits_of([Rehearsal(4, [STAGE, SAVED]), Rehearsal(5, [STAGE])]) == [
         "the host waits 1 time(s) a step: a number is read at training/totals.py:57"
     ]
+
+
+def test_pinned_host_memory_has_a_column_where_there_is_any() -> None:
+    text = shown(Rehearsal(4, [STAGE, replace(SAVED, host=7 * MIB)]))
+    assert "host: what is pinned" in text and "7.00" in text
+    assert "host" not in shown(Rehearsal(4, [STAGE, SAVED]))
 
 
 def test_a_rehearsal_survives_the_way_through_json() -> None:
