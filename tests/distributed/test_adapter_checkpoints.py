@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+from support.command import ultrafuser
 from support.trio import (
     COLOCATED_TP2_PP2,
     CPU,
@@ -136,12 +138,17 @@ def test_adapters_merged_into_bfloat16_differ_by_what_that_rounds_and_no_more(tr
     out = export_of(run, tmp_path, "specialist:code")
     same = compare(f"{run}@specialist:code", str(out), "Add 2 and 3.")
     assert same.equal and same.tolerance > 2**-12
+    turned = compare(str(out), f"{run}@specialist:code", "Add 2 and 3.")
+    assert turned.equal and turned.tolerance == pytest.approx(same.tolerance)
+    both = compare(str(tmp_path / "fused"), str(run), "Add 2 and 3.")
+    assert both.equal and both.tolerance > 2**-12
     tensors = load_file(out / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         tensors[name] *= 1.25  # of another scale
     (out / "export.json").unlink()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     assert not compare(f"{run}@specialist:code", str(out), "Add 2 and 3.").equal
+    assert not compare(str(out), f"{run}@specialist:code", "Add 2 and 3.").equal
 
 
 def export_of(run: Path, folder: Path, what: str) -> Path:
@@ -169,7 +176,7 @@ def test_weights_that_are_not_those_left_out_are_refused(whole: Path, trio: Path
 
 
 def test_a_run_that_goes_on_takes_what_is_left_out_from_where_its_configuration_says(
-    trio: Path, tmp_path: Path
+    trio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Moved folders are read where they are now; folders of other weights are refused, wherever the old ones are."""
     moved, other = Path(shutil.copytree(trio, tmp_path / "trio")), Path(shutil.copytree(trio, tmp_path / "other"))
@@ -183,6 +190,12 @@ def test_a_run_that_goes_on_takes_what_is_left_out_from_where_its_configuration_
     tree["stage2"]["steps"] = 3
     with pytest.raises(InputError, match=r"leaves out weights of math, whose file .*other/math/model\.safetensors"):
         train(tree | {"models": str(other)}, 1, resume=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    plan = ["plan", "--config", tmp_path / "run.yaml", "--resume"]
+    assert ultrafuser(monkeypatch, *plan) == 0
+    assert f"checked: weights that it leaves out are as they were in {moved / 'text'}, " in capsys.readouterr().out
+    assert ultrafuser(monkeypatch, *plan, f"models={other}") == 2
+    assert "leaves out weights of math, whose file" in capsys.readouterr().err
     moved.rename(tmp_path / "elsewhere")
     train(tree | {"models": str(tmp_path / "elsewhere")}, 1, resume=True)
     end = list_checkpoints(run / "checkpoints")[-1][1]

@@ -15,6 +15,7 @@ from ultrafuser_mega.checkpoint.locate import find_checkpoint
 from ultrafuser_mega.checkpoint.sources import CONFIG
 from ultrafuser_mega.config import DisjointLayout, FuserConfig, Layout, load_config
 from ultrafuser_mega.config.load import parse_config
+from ultrafuser_mega.data.tokenizer import check_tokenizers
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.models.hf_folder import read_architecture
 from ultrafuser_mega.planning.preflight import shared_vocabulary
@@ -68,6 +69,8 @@ def distilled(
     tree["vocab_size"] = shared_vocabulary(fused)
     if (rows := read_architecture(folder).vocab_rows) < tree["vocab_size"]:
         raise InputError(f"--into {into}: its head has {rows} rows, fewer than the {tree['vocab_size']} that are fused")
+    if known is None:
+        _check_tokenizer(into, folder, fused, tree["vocab_size"])
     tree["data"]["store"] = None
     # What a checkpoint keeps counts the steps of its epochs already.
     counted = {key: getattr(fused, key).model_copy(update={"epochs": None}) for key in ("stage1", "stage2")}
@@ -90,6 +93,15 @@ def distilled(
         made_of=made.folders,
     )
     return DerivedRun(made, f"specialist:{STUDENT}", account)
+
+
+def _check_tokenizer(into: str, folder: Path, fused: FuserConfig, vocab_size: int) -> None:
+    """Refuse a student whose tokens are not those that the fused model's logits are of."""
+    first = fused.fused[0]
+    try:
+        check_tokenizers({first: fused.folders[first], STUDENT: folder}, vocab_size)
+    except InputError as error:
+        raise InputError(f"--into {into}: {error}") from None
 
 
 def _with_student(layout: Layout, into: str) -> dict[str, Any]:

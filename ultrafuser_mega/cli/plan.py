@@ -46,7 +46,8 @@ def plan(
     weights, no data.
 
     A checkpoint that the job would begin with (--resume, or checkpoint.start) is read whole, to compare its files with
-    the sizes and checksums that were noted when it was written, as the job does: that takes as long as reading it.
+    the sizes and checksums that were noted when it was written, as the job does: that takes as long as reading it. The
+    folders of weights that it leaves out are compared with samples of what was in them.
 
     --dry-run runs evaluation, a step of each stage and what a checkpoint gathers, on one rank of each kind, with real
     code and tensors that hold nothing: no GPU, no memory and no weights needed, config.json files are enough. It shows
@@ -167,11 +168,29 @@ def _compared(plan: RunPlan) -> tuple[RunPlan, list[str]]:
     damages: list[DamagedCheckpointError] = []
     while weights := plan.resume or plan.start:
         try:
-            return plan, _compare_files(weights[1])
+            compared = _compare_files(weights[1])
+            return plan, [*compared, *_compare_left_out(plan, weights[1])]
         except DamagedCheckpointError as damage:
             damages.append(damage)
             plan = gone_back(plan, damages)
     return plan, []
+
+
+def _compare_left_out(plan: RunPlan, checkpoint: Path) -> list[str]:
+    """Compare the folders of what a small checkpoint leaves out with what was noted of them, where they are now.
+
+    Raises:
+        InputError: one is not there, or holds other weights.
+    """
+    from ultrafuser_mega.checkpoint.left_out import weights_beside
+
+    folders = plan.config.folders if plan.resume is not None else None
+    found = weights_beside(checkpoint, plan.architectures, folders)
+    return (
+        [f"checked: weights that it leaves out are as they were in {', '.join(map(str, found.values()))}"]
+        if found
+        else []
+    )
 
 
 def _compare_files(checkpoint: Path) -> list[str]:

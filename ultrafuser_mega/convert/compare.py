@@ -128,7 +128,7 @@ def compare(a: str, b: str, text: str, tolerance: float | None = None) -> Compar
         b: likewise.
         text: tokenised by a's tokenizer.
         tolerance: largest accepted difference of a float32 logit, in parts of b's largest; None for what rounding
-            explains in b (``rounding_cost``).
+            explains (``rounding_cost``) in b, or in a where b alone is a checkpoint, whose adapters a may have merged.
 
     Raises:
         InputError: a model is missing, damaged, of another vocabulary or too large for this machine.
@@ -139,8 +139,9 @@ def compare(a: str, b: str, text: str, tolerance: float | None = None) -> Compar
         check_memory(name, of_one)
     batches = comparison_batches(_text_ids(first, text), *limits(list(chain(*archs))))
     tokens = list(batches.values())
-    ours = _compute(first, tokens)
-    theirs = _compute(second, tokens, rounding=tolerance is None, merged=_merged(first))
+    in_first = second.kind == "checkpoint" != first.kind
+    ours = _compute(first, tokens, rounding=tolerance is None and in_first, merged=_merged(second))
+    theirs = _compute(second, tokens, rounding=tolerance is None and not in_first, merged=_merged(first))
     agreements = []
     for what, mine, other in zip(batches, ours.logits, theirs.logits, strict=True):
         if mine.shape != other.shape:
@@ -148,7 +149,8 @@ def compare(a: str, b: str, text: str, tolerance: float | None = None) -> Compar
                 f"{a} has {mine.shape[-1]} logits per token, {b} has {other.shape[-1]}; compare like with like"
             )
         agreements.append(Agreement.of(what, mine, other))
-    tolerance = theirs.rounding if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = ours.rounding if in_first else theirs.rounding
     assert tolerance is not None
     return Comparison.of(a, b, tolerance, agreements)
 

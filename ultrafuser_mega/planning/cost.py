@@ -238,7 +238,7 @@ def _traffic(
         if layout.kind == "disjoint":
             found.append(Traffic("fusion", group, 1, numbers * width))
         if parts.states:
-            found.append(Traffic("fusion", group, 1, numbers * WIDE))
+            found.append(Traffic("fusion", group, 1, WIDE * exchange_numbers(plan, role, microbatch.rows, parts)))
         # The gate's gradient: part of the statistics, or summed up from what the chunked loss makes of the products.
         mixed = not parts.gate_alone and not in_planes(plan, role, microbatch.rows, device)
         columns = _STATISTICS + (0 if mixed else 3 * len(plan.architectures))

@@ -58,6 +58,7 @@ class RankMemory:
         weights: of all that it holds, embeddings and heads among them.
         gradients: the float32 buffer.
         optimizer: moments, and float32 weights under bf16, but for those in the host's memory.
+        buffers: scratch space that stays from the first step on.
         activations: what autograd keeps of all microbatches in flight, at its fullest.
         loss: rows of hidden states, gate, logits, and the gradients of heads and rows while they are on their way.
         workspace: gradients and temporaries of one layer's backward, which comes when the loss is through.
@@ -69,6 +70,7 @@ class RankMemory:
     weights: float
     gradients: float
     optimizer: float
+    buffers: float = 0.0
     activations: float = 0.0
     loss: float = 0.0
     workspace: float = 0.0
@@ -88,15 +90,16 @@ class RankMemory:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            "activations": self.activations,
+            "activations": self.activations + self.buffers,
             "loss": self.loss,
         }
 
     @property
     def phases(self) -> dict[str, float]:
         """The most that each phase of a step holds."""
-        passes = self.static + self.activations + max(self.loss, self.workspace)
-        return {"backward": passes, "update": self.static + self.update, "save": self.static + self.save}
+        passes = self.activations + max(self.loss, self.workspace)
+        more = {"backward": passes, "update": self.update, "save": self.save}
+        return {phase: self.static + self.buffers + held for phase, held in more.items()}
 
     @property
     def peak(self) -> float:
@@ -170,23 +173,15 @@ def rank_memory(
     frozen = [name for name in role.names if not trains.backward(name)]
     forward = max((_forward_workspace(plan, role, name, microbatch) for name in frozen), default=0.0)
     loss = _gate_loss if trains.gate_alone else partial(_loss, trains=trains)
-    scratch = _scratch(plan, role, microbatch)
-    if len(frozen) == len(role.names):
-        return RankMemory(
-            **held,
-            activations=_batch(plan, role, microbatch) + scratch,
-            loss=loss(plan, role, microbatch, device),
-            workspace=forward,
-            save=_copied(plan, role, trained, device) if trains.beside_gate else 0.0,
-        )
-    in_flight = min(role.pp - role.stage, microbatches or role.pp)
+    in_flight = min(role.pp - role.stage, microbatches or role.pp) if len(frozen) < len(role.names) else 1
     kept = kept_activations(plan, role, microbatch, device, trains)
     return RankMemory(
         **held,
-        activations=in_flight * (kept + _batch(plan, role, microbatch)) + scratch,
+        buffers=_scratch(plan, role, microbatch),
+        activations=in_flight * (kept + _batch(plan, role, microbatch)),
         loss=loss(plan, role, microbatch, device),
         workspace=max(forward, _backward_workspace(plan, role, microbatch, device, trains)),
-        save=_copied(plan, role, trained, device),
+        save=_copied(plan, role, trained, device) if trains.beside_gate else 0.0,
     )
 
 
@@ -319,14 +314,17 @@ def _widths(plan: RunPlan) -> int:
     return sum(arch.hidden_size for arch in plan.architectures.values())
 
 
-def _own_widths(plan: RunPlan, role: Role) -> int:
-    return sum(plan.architectures[name].hidden_size for name in role.names)
+def _own_widths(plan: RunPlan, role: Role, trains: Trains | None = None) -> int:
+    names = [name for name in role.names if trains is None or trains.backward(name)]
+    return sum(plan.architectures[name].hidden_size for name in names)
 
 
-def exchange_numbers(plan: RunPlan, role: Role, rows: float) -> float:
-    """Numbers of the exchange's buffer: every rank of the fusion group has a slot as large as the largest share."""
+def exchange_numbers(plan: RunPlan, role: Role, rows: float, trains: Trains | None = None) -> float:
+    """Numbers of the exchange's buffer: slots as large as the largest share; with ``trains`` of gradients alone."""
     slots: dict[int, float] = {}
     for name, placement in plan.layout.placements.items():
+        if trains is not None and not trains.backward(name):
+            continue
         for rank in placement.last_stage:
             share = -(-rows // placement.tp) * plan.architectures[name].hidden_size
             slots[rank] = slots.get(rank, 0.0) + share
@@ -338,9 +336,8 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, tra
 
     Forward: hidden rows (b N D; disjoint also the rank's own before the exchange), the gate's activations (b + 4 per
     row, specialist and unit), a chunk's logits, inputs and their gradients (``ops.chunked``) or every specialist's
-    logits of all rows (``ops.planes``), and the gradients that form there: b N D of rows, b V D of heads. Backward:
-    rows, gate, the rows' gradients, and the exchange's float32 buffer; or the heads' gradients on their way to the
-    buffer.
+    logits of all rows (``ops.planes``), and the gradients that form there: b V D of heads, b N D of rows, where they
+    train. Backward: rows, gate, and these; when all but the rows' gradients is gone, the exchange's float32 buffer.
     """
     if not role.is_last:
         return 0.0
@@ -352,16 +349,22 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, tra
     _, chunk, row_bytes = cut(int(rows), plan.vocab_size, role.fusion, total, operand, WIDE, BUFFER_BYTES[device])
     if in_planes(plan, role, rows, device):
         chunk, row_bytes = int(rows), planes.row_bytes(*_plane_sizes(plan, role, device))
+        if not trains.whole(HEADS):  # whose gradients alone want hidden states again
+            row_bytes -= operand * max(arch.hidden_size for arch in plan.architectures.values())
     single_product = chunk >= rows or rows <= total
     head = role.vocab_rows * total * (operand if single_product else WIDE) * trains.whole(HEADS)
-    given = states if trains.states else 0.0  # gradients of hidden states
+    trained = [arch.hidden_size for name, arch in plan.architectures.items() if trains.backward(name)]
+    given = width * rows * sum(trained)  # gradients of hidden states
     forward = own + states + gate + chunk * row_bytes + given + head
     heads = states + gate + given + head + (role.vocab_rows * total * width if head and not single_product else 0)
     exchange = 0.0
     if role.fusion > 1 and trains.states:
-        numbers = exchange_numbers(plan, role, rows)
-        exchange = numbers * WIDE * (1 + 1 / role.fusion) + width * rows * _own_widths(plan, role)
-    return max(forward, heads, states + gate + given + exchange)
+        numbers = exchange_numbers(plan, role, rows, trains)
+        exchange = numbers * WIDE * (1 + 1 / role.fusion)
+        # Where nothing of a rank trains, the loss's backward runs while its rows are still held.
+        trains_here = any(trains.backward(name) for name in role.names)
+        exchange += width * rows * _own_widths(plan, role, trains if trains_here else None)
+    return max(forward, heads, given + exchange)
 
 
 def in_planes(plan: RunPlan, role: Role, rows: float, device: Device) -> bool:

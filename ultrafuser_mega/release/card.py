@@ -17,13 +17,14 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from ultrafuser_mega.config import FuserConfig, in_words, load_config
+from ultrafuser_mega.config import FuserConfig, TrainedPart, in_words, load_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.reporting.markdown import markdown_table
 from ultrafuser_mega.reporting.records import MEAN, PER_TOKEN, SUMMARY_FILE, EvalRecord
 from ultrafuser_mega.reporting.tables import gate_table, loss_table, to_markdown
 
 NOT_STATED = "not stated"
+_STAGES = ("stage", "steps", "samples", "learning rate", "schedule", "warm-up steps", "weight decay")
 _LICENCE_FILE = re.compile(r"licen[cs]e|^(copying|notice|use_policy|terms)", re.IGNORECASE)
 
 
@@ -188,22 +189,24 @@ def _training(config: FuserConfig) -> str:
     classes = [
         (
             name,
-            ", ".join(path.name for path in data.train),
+            ", ".join(path.name + (f" (weight {data.weights[path]:g})" if data.weights else "") for path in data.train),
             ", ".join(_heldout(data.heldout, data.heldout_first)) or "-",
         )
         for name, data in config.data.classes.items()
     ]
     count = len(config.data.classes)
-    gate_lr = config.stage2.gate_lr
-    own_rate = {1: "", 2: "" if gate_lr is None else f", gate {gate_lr:g}"}
     stages = [
         (
             f"{number}: {in_words(config.parts(number))}",
             stage.steps,
             f"{stage.samples_per_class} x {count}",
-            f"{stage.lr:g}" + own_rate[number],
-            stage.schedule,
-            stage.warmup_steps,
+            _with_own(f"{stage.lr:g}", {part.name: f"{part.rates.lr:g}" for part in _trained(config, number)}),
+            _with_own(stage.schedule, {part.name: part.rates.schedule for part in _trained(config, number)}),
+            _with_own(str(stage.warmup_steps), {p.name: str(p.rates.warmup_steps) for p in _trained(config, number)}),
+            _with_own(
+                f"{config.optimizer.weight_decay:g}",
+                {part.name: f"{part.weight_decay:g}" for part in _trained(config, number)},
+            ),
         )
         for number, stage in config.stages.items()
     ]
@@ -217,12 +220,21 @@ def _training(config: FuserConfig) -> str:
         "## Training\n\nData, one class per kind of instruction:\n\n"
         f"{markdown_table(('class', 'trained on', 'held out'), classes)}\n"
         f"{how_many}, every global batch {_sampling(config.data.sampling)}.{begun}\n\n"
-        f"{markdown_table(('stage', 'steps', 'samples', 'learning rate', 'schedule', 'warm-up steps'), stages)}\n"
-        f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}), gradient "
-        f"norm at most {optimizer.clip_grad:g}, sequences of at most {config.data.max_length} tokens, loss per "
+        f"{markdown_table(_STAGES, stages)}\n"
+        f"AdamW (betas {optimizer.beta1:g} and {optimizer.beta2:g}), gradient norm at most {optimizer.clip_grad:g}, "
+        f"sequences of at most {config.data.max_length} tokens, loss per "
         f"{loss.normalize}, label smoothing {loss.label_smoothing:g}, z-loss {loss.z_loss:g}, {config.dtype}, "
         f"seed {config.seed}.{adapted}\n"
     )
+
+
+def _trained(config: FuserConfig, number: int) -> list[TrainedPart]:
+    return [part for part in config.parts(number).values() if part.trains]
+
+
+def _with_own(usual: str, of_parts: Mapping[str, str]) -> str:
+    """What a stage has, and what parts have otherwise: "2e-05, gate 0.001"."""
+    return ", ".join([usual, *(f"{name} {own}" for name, own in of_parts.items() if own != usual)])
 
 
 def _sampling(sampling: str | Mapping[str, float]) -> str:

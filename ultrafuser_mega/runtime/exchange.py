@@ -15,7 +15,7 @@ frozen get no gradients back: nothing is computed or sent for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +103,17 @@ class HiddenExchange:
         by_name = dict(zip(self.names, gathered, strict=True))
         return {name: states if name in self.trained else states.detach() for name, states in by_name.items()}
 
-    def _slot_numel(self, n: int) -> int:
-        return max(sum(piece.numel(n) for piece in pieces) for pieces in self.pieces)
+    def _slot_numel(self, n: int, names: Collection[str]) -> int:
+        """Of the largest share of ``names``, for every rank."""
+        return max(sum(piece.numel(n) for piece in pieces if piece.name in names) for pieces in self.pieces)
 
-    def _walk(self, slots: Tensor, n: int) -> Iterator[tuple[Any, Tensor]]:
-        """Yield (piece, its part of its owner's slot viewed as (rows, d_j)) for slots (F, slot)."""
+    def _walk(self, slots: Tensor, n: int, names: Collection[str]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield (piece of ``names``, its part of its owner's slot viewed as (rows, d_j)) for slots (F, slot)."""
         for slot, pieces in zip(slots, self.pieces, strict=True):
             offset = 0
             for piece in pieces:
+                if piece.name not in names:
+                    continue
                 rows = piece.rows(n)
                 count = rows.stop - rows.start
                 yield piece, slot[offset : offset + count * piece.width].view(count, piece.width)
@@ -120,7 +123,7 @@ class HiddenExchange:
         """Forward: rows of every specialist from their owners."""
         first = next(iter(local.values()))
         n = first.shape[0]
-        mine = first.new_zeros(self._slot_numel(n))
+        mine = first.new_zeros(self._slot_numel(n, self.names))
         offset = 0
         for piece in self.pieces[self.index]:
             part = local[piece.name][piece.rows(n)]
@@ -129,30 +132,28 @@ class HiddenExchange:
         slots = first.new_empty((len(self.pieces), mine.numel()))
         dist.all_gather_into_tensor(slots.view(-1), mine, group=self.group)
         result = {name: first.new_empty((n, self.widths[name])) for name in self.names}
-        for piece, part in self._walk(slots, n):
+        for piece, part in self._walk(slots, n, self.names):
             result[piece.name][piece.rows(n)] = part
         return [result[name] for name in self.names]
 
     def reduce_to_owners(self, partial: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Backward: sum of all ranks' partial gradients (N, d_j), for this rank's own specialist(s) only.
 
-        None stands for, and is given to, specialists that are not trained.
+        None stands for, and is given to, specialists that are not trained; nothing of theirs is sent.
         """
-        by_name = dict(zip(self.names, partial, strict=True))
-        first = next(part for part in partial if part is not None)
+        by_name = {name: part for name, part in zip(self.names, partial, strict=True) if part is not None}
+        first = next(iter(by_name.values()))
         n = first.shape[0]
-        slots = first.new_zeros((len(self.pieces), self._slot_numel(n)), dtype=torch.float32)
-        for piece, part in self._walk(slots, n):
-            if (own := by_name[piece.name]) is not None:
-                part.copy_(own[piece.rows(n)])
+        slots = first.new_zeros((len(self.pieces), self._slot_numel(n, by_name)), dtype=torch.float32)
+        for piece, part in self._walk(slots, n, by_name):
+            part.copy_(by_name[piece.name][piece.rows(n)])
         mine = slots.new_empty(slots.shape[1])
         dist.reduce_scatter_tensor(mine, slots.view(-1), group=self.group)
         complete: list[Tensor | None] = []
         offset = 0
         for piece in self.pieces[self.index]:
-            if by_name[piece.name] is None:
+            if piece.name not in by_name:
                 complete.append(None)
-                offset += piece.numel(n)
                 continue
             share = mine[offset : offset + piece.numel(n)].to(first.dtype)
             whole = share.new_empty(piece.shares * share.numel())

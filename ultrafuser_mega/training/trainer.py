@@ -163,6 +163,7 @@ class Trainer:
                 everyone = exchange(hidden)
                 with self.phases("loss"):
                     loss, rows, weights = fusion.loss(everyone, microbatch.targets)
+                    del everyone  # until its backward the loss holds them
                     loss = loss / terms
             if not self.model.has_backward:
                 with self.phases("backward"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -116,3 +117,22 @@ def test_a_student_trains_by_adapters_of_a_teacher_that_leaves_weights_out_but_n
         distilled(run, str(tmp_path / "small"))
     with pytest.raises(InputError, match=r"nowhere: no such folder$"):
         distilled(tmp_path / "nowhere", "math")
+
+
+def test_a_student_of_another_tokenizer_is_refused_in_one_line(
+    branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = FuserConfig.model_validate(branched_tree(branched, tmp_path / "runs"))
+    import_specialists(plan_config(config, None), tmp_path / "teacher")
+    other = Path(shutil.copytree(branched / "math", tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    one, two = sorted(vocab, key=vocab.__getitem__)[300:302]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    out = tmp_path / "out"
+    assert ultrafuser(monkeypatch, "distil", tmp_path / "teacher", "--into", other, "--out", out) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: --into {other}: tokenizers of text (") and f"and student ({other}, " in line
+    assert "disagree: the piece of id 300 is" in line
+    assert not out.exists() and not (tmp_path / "runs").exists()

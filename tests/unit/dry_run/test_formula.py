@@ -13,12 +13,13 @@ from ultrafuser_mega.planning.host_memory import host_memory
 from ultrafuser_mega.reporting.rehearsal import Rehearsal
 
 ADAPTERS: dict[str, Any] = {
+    "lora": {"rank": 32, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
     "stage2": {
         "steps": 10,
         "samples_per_class": 32,
         "lr": 1e-4,
         "train": {"heads": "frozen", "specialists": "lora", "math": "frozen"},
-    }
+    },
 }
 CASES: dict[str, dict[str, Any]] = {
     "tp 8, dp 2": {"layout": {"kind": "colocated", "tp": 8, "dp": 2}, "changes": {"microbatch_tokens": 2048}},
@@ -28,11 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "adapters, one specialist frozen": {
         "layout": {"kind": "colocated", "tp": 4},
-        "changes": {
-            "microbatch_tokens": 2048,
-            "lora": {"rank": 32, "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
-            **ADAPTERS,
-        },
+        "changes": {"microbatch_tokens": 2048, **ADAPTERS},
+    },
+    "adapters, tp 8": {"layout": {"kind": "colocated", "tp": 8}, "changes": {"microbatch_tokens": 2048, **ADAPTERS}},
+    "adapters in a pipeline": {
+        "layout": {"kind": "colocated", "tp": 4, "pp": 2},
+        "changes": {"microbatch_tokens": 2048, **ADAPTERS},
+    },
+    "adapters, disjoint": {
+        "layout": {"kind": "disjoint", "specialists": {"text": {"tp": 4}, "code": {"tp": 4}, "math": {"tp": 8}}},
+        "changes": {"microbatch_tokens": 4096, **ADAPTERS},
     },
     "state on the host": {
         "layout": {"kind": "colocated", "tp": 8},

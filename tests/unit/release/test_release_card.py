@@ -73,11 +73,31 @@ def test_a_summary_of_the_first_version_is_read_as_well(run_dir: Path, specialis
 
 def test_the_recipe_and_the_data_are_those_of_the_configuration(run_dir: Any, specialists: Any, tmp_path: Path) -> None:
     card = card_of(CardFacts.from_run(run_dir, "x"), specialists["llamas"], tmp_path / "out")
-    assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5"]
-    assert cells(card, "2: everything") == ["150", "8 x 3", "2e-05, gate 0.001", "cosine", "5"]
+    assert cells(card, "1: gate only") == ["40", "8 x 3", "0.03", "cosine", "5", "0"]
+    assert cells(card, "2: everything") == ["150", "8 x 3", "2e-05, gate 0.001", "cosine", "5", "0"]
     assert "sequences of at most 2048 tokens, loss per token" in card
     data = card[card.index("Data, one class") : card.index("Two stages")]
     assert cells(data, "text") == ["text.train.jsonl", "text.heldout.jsonl"]
+
+
+def test_the_card_names_rates_of_parts_and_weights_of_files(specialists: Any, tmp_path: Path) -> None:
+    overrides = [
+        "stage2.train={text: lora, math: frozen}",
+        "stage2.train.code={lr: 1.0e-4, schedule: constant, warmup_steps: 0, weight_decay: 0.5}",
+        "data.classes.text.train=[rare.jsonl, often.jsonl]",
+        "data.classes.text.weights={rare.jsonl: 1, often.jsonl: 4}",
+        "data.classes.text.heldout=[held.jsonl]",
+    ]
+    card = card_of(CardFacts("x", load_config(None, overrides), None), specialists["llamas"], tmp_path / "out")
+    row = cells(card, "2: gate, heads, code, adapters of text")
+    assert [row[2].split(", ")[1:], row[3], row[4], row[5]] == [
+        ["code 0.0001"],
+        "cosine, code constant",
+        "5, code 0",
+        "0, code 0.5",
+    ]
+    data = card[card.index("Data, one class") : card.index("Two stages")]
+    assert cells(data, "text") == ["rare.jsonl (weight 1), often.jsonl (weight 4)", "held.jsonl"]
 
 
 @pytest.mark.parametrize(("left_out", "kept"), [("stage1", "2: everything"), ("stage2", "1: gate only")])
