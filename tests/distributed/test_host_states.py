@@ -12,8 +12,6 @@ from support.trio import COLOCATED_TP2_PP2, DISJOINT_3, ONE, config_tree, read_s
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
-from ultrafuser_mega.runtime import host_states
-from ultrafuser_mega.runtime.host_states import HostStates, Updated
 
 PARTS: dict[str, Any] = {"heads": "frozen", "specialists": "lora", "math": "frozen", "gate": {"lr": 1e-2}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -65,38 +63,3 @@ def _assert_same(one: Path, other: Path) -> None:
     assert any(key.startswith("optimizer.exp_avg_sq.") for key in ends[0].names())
     for key in ends[0].names():
         assert torch.equal(ends[0].read(key), ends[1].read(key)), key
-
-
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_that_cut_parameters_are_updated_as_whole_ones(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, apart: bool
-) -> None:
-    """Of two groups, under a block of some hundred numbers; ``apart``: through two slots, as on a GPU."""
-    monkeypatch.setattr(host_states, "BLOCK", 4096)
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(37, 41), (1,), (300,), (13, 64)]
-    groups: list[dict[str, Any]] = [
-        {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 1e-2, "weight_decay": 0.1},
-        {"betas": (0.9, 0.95), "eps": 1e-8, "lr": 3e-2, "weight_decay": 0.0},
-    ]
-    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-    whole = [torch.nn.Parameter(parameter.detach().float()) for parameter in parameters]
-    mains = [p if dtype == torch.float32 else p.detach().float() for p in parameters]
-    updated = [Updated(p, slice(None), mains[at], groups[at % 2]) for at, p in enumerate(parameters)]
-    host = HostStates(updated, torch.device("cpu"), apart=apart)
-    assert len(host.runs(parameters[0])["exp_avg"]) > 2
-    usual = torch.optim.AdamW([group | {"params": whole[at::2]} for at, group in enumerate(groups)], fused=True)
-    for _ in range(3):
-        for main, one in zip(mains, whole, strict=True):
-            main.grad = torch.randn(one.shape, generator=generator)
-            one.grad = main.grad.clone()
-        host.update()
-        usual.step()
-    for parameter, one in zip(parameters, whole, strict=True):
-        assert torch.equal(parameter, one.to(dtype))
-        for kind, runs in host.runs(parameter).items():
-            expected = one.detach() if kind == "param" else usual.state[one][kind]
-            assert torch.equal(torch.cat([run for run, _ in runs]), expected.view(-1)), kind
-            assert [first for _, first in runs] == sorted(first for _, first in runs)
-    assert host.nbytes >= sum(p.numel() for p in parameters) * (8 if dtype == torch.float32 else 12)

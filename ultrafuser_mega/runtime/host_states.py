@@ -98,6 +98,7 @@ class HostStates:
         self.steps = 0
         self._device = device
         self._apart = device.type != "cpu" if apart is None else apart
+        self._back = torch.Stream(device) if device.type != "cpu" else None
         self._blocks = _blocks_of(updated)
         self._arrived: torch.Event | None = None
         self._runs: dict[nn.Parameter, Runs] = {}
@@ -139,11 +140,8 @@ class HostStates:
     @torch.no_grad()
     def update(self) -> None:
         """Take AdamW's step with the gradients of Megatron's tensors, and give the model its weights."""
-        ferry = (
-            _Ferry(self._device, max((block.held.numel() for block in self._blocks), default=0))
-            if self._apart
-            else None
-        )
+        largest = max((block.held.numel() for block in self._blocks), default=0)
+        ferry = _Ferry(self._device, largest, self._back) if self._apart else None
         for block in self._blocks:
             if ferry is None:
                 self._step(block, block.held)
@@ -185,12 +183,10 @@ class HostStates:
 class _Ferry:
     """Copies blocks to the device and back: one comes, on the current stream, while that before leaves on another."""
 
-    def __init__(self, device: torch.device, numbers: int) -> None:
+    def __init__(self, device: torch.device, numbers: int, back: torch.Stream | None) -> None:
         self._room = torch.empty(SLOTS, numbers, device=device)
         self._turn = 0
-        self._streams = None
-        if device.type != "cpu":
-            self._streams = torch.accelerator.current_stream(device), torch.Stream(device)
+        self._streams = None if back is None else (torch.accelerator.current_stream(device), back)
         self._left: list[torch.Event | None] = [None] * SLOTS  # when a slot was empty again
 
     def fetch(self, held: Tensor) -> Tensor:
