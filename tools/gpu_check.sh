@@ -150,6 +150,7 @@ if [[ $device == cuda ]]; then
     benchmark qwen2.5-7b 60 --preset qwen2.5-7b --repeats 5 --skip torch.compile
     step checkpoint 60 "$trainer" "$python" tools/benchmarks/bench_checkpoint.py --device cuda --hidden 1024 --tokens 1024 \
         --rounds 3 --folder "$parts" --out "$parts/checkpoint.json"
+    step host_states 30 "" "$python" tools/benchmarks/bench_host_states.py --out "$parts/host_states.json"
     cat "$parts/warm.log" 2>/dev/null || true
 fi
 collect
