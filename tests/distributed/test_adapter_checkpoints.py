@@ -190,7 +190,7 @@ def test_a_run_that_goes_on_takes_what_is_left_out_from_where_its_configuration_
     tree["stage2"]["steps"] = 3
     with pytest.raises(InputError, match=r"leaves out weights of math, whose file .*other/math/model\.safetensors"):
         train(tree | {"models": str(other)}, 1, resume=True)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     plan = ["plan", "--config", tmp_path / "run.yaml", "--resume"]
     assert ultrafuser(monkeypatch, *plan) == 0
     assert f"checked: weights that it leaves out are as they were in {moved / 'text'}, " in capsys.readouterr().out
