@@ -10,6 +10,7 @@ from ultrafuser_mega.release.chat_ultrafuser import decode_response
 
 _WINDOW = 24  # tokens; longer than any character, and than any pair of tokens that changes each other's text
 _INCOMPLETE = "\ufffd"  # what decoding gives for a part of a character
+_RARE = 8  # characters that are seldom in a stop string more than once
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TextStream:
         self._text = ""  # all that is certain
         self._final: str | None = None
         self._ends: list[int] = []  # where in it every token's part ends
-        self._shown = 0
+        self._shown = self._open = 0  # characters, and tokens in front of the first one that may get other text
         self._window = 0, ""  # the first token that is decoded again with each new one, and the text before it
         self.stopped = False
 
@@ -99,8 +100,9 @@ class TextStream:
         text = self._cut(text)
         # Some decoders judge a run of bytes as a whole: what was a character is none any more. Shown is shown.
         self._text = self._text[: self._shown] + text[self._shown :]
-        self._ends = [min(end, len(self._text)) for end in self._ends]
         self._ends += [len(self._text)] * (len(self._ids) - len(self._ends))
+        for token in range(self._open, len(self._ends)):
+            self._ends[token] = min(self._ends[token], len(self._text))
         if self._ends:
             self._ends[-1] = len(self._text)
 
@@ -108,19 +110,29 @@ class TextStream:
         """Characters at the end that may be the beginning of a stop string."""
         if self.stopped:
             return 0
-        longest = 0
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(self._text)), longest, -1):
-                if self._text.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+        return max((begun(stop, self._text) for stop in self._stop), default=0)
 
     def _show(self, until: int) -> list[Piece]:
         shown, pieces = self._shown, []
-        for token, end in enumerate(self._ends):
-            if shown < min(end, until):
-                pieces.append(Piece(token, self._text[shown : min(end, until)]))
-                shown = min(end, until)
+        for token in range(self._open, len(self._ends)):
+            end = min(self._ends[token], until)
+            if shown < end:
+                pieces.append(Piece(token, self._text[shown:end]))
+                shown = end
         self._shown = shown
+        while self._open < len(self._ends) - 1 and self._ends[self._open] <= shown:
+            self._open += 1
         return pieces
+
+
+def begun(stop: str, text: str) -> int:
+    """Characters at the end of ``text`` that ``stop`` begins with, without its last."""
+    most = min(len(stop) - 1, len(text))
+    end = text[-_RARE:]
+    place = stop.rfind(end, 0, most)
+    while place >= 0:
+        size = place + len(end)
+        if text.endswith(stop[:size]):
+            return size
+        place = stop.rfind(end, 0, size - 1)
+    return next((size for size in range(min(len(end) - 1, most), 0, -1) if text.endswith(stop[:size])), 0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from ultrafuser_mega.inference.text import TextStream
+from ultrafuser_mega.inference.text import TextStream, begun
 from ultrafuser_mega.release.chat_ultrafuser import SpecialistEncoder, decode_response
 
 LEADS = {"llamas": " ", "qwens": ""}
@@ -80,6 +80,14 @@ def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizer
     ids = response_ids(tokenizers["qwens"], "London is the largest", "")
     shown, stream = streamed(tokenizers["qwens"], ids, "", ("largest city",))
     assert shown == "London is the largest" and not stream.stopped
+
+
+@given(stop=st.text("ab", min_size=1, max_size=24), text=st.text("ab", max_size=40))
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_what_may_begin_a_stop_string_is_the_longest_of_its_beginnings_at_the_end(stop: str, text: str) -> None:
+    beginnings = [stop[:size] for size in range(len(stop))]
+    assert begun(stop, text) == max(len(part) for part in beginnings if text.endswith(part))
+    assert begun(text + stop, "c" + text) == len(text)
 
 
 @pytest.mark.parametrize("trio", LEADS)
