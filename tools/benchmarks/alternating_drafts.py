@@ -8,6 +8,7 @@ but other tokens than without for the same seed. One answer at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +26,12 @@ class Alternating:
 
     Attributes:
         answers: tokens of every prompt's.
-        passes: of all members behind prompts.
+        passes: member -> behind prompts.
         drafted, taken: drafts, and those that were accepted.
     """
 
     answers: list[list[int]] = field(default_factory=list)
-    passes: int = 0
+    passes: Counter[str] = field(default_factory=Counter)
     drafted: int = 0
     taken: int = 0
 
@@ -67,7 +68,7 @@ def answer_alternating(
             drafts, drafted_logits, drafter_states = [], [], []
             for at in range(length + 1):
                 state = lanes.read({drafter: [(held[drafter], 1)]})[drafter][:, -1]
-                found.passes += 1
+                found.passes[drafter] += 1
                 drafter_states.append(state)
                 if at == length:
                     break
@@ -77,10 +78,10 @@ def answer_alternating(
                     own.ids.append(drafts[-1])
                 if drafts[-1] in eos:
                     drafter_states.append(lanes.read({drafter: [(held[drafter], 1)]})[drafter][:, -1])
-                    found.passes += 1
+                    found.passes[drafter] += 1
                     break
             states = lanes.read({n: [(h, h.left)] for n, h in held.items() if n != drafter})
-            found.passes += len(names) - 1
+            found.passes.update(states)
             whole = {n: part[0] for n, part in states.items()} | {drafter: torch.cat(drafter_states)}
             fused = _mixed(lanes, model, {n: whole[n] for n in names})
             found.drafted += len(drafts)

@@ -5,8 +5,9 @@
 PROMPTS has rows as ``ultrafuser generate --input`` takes them. Every length of draft answers the same requests,
 greedily and drawn, a number of them at a time; the lengths take turns in every round, so read the ratios. Times on a
 CPU are of this process alone. Answers are compared token for token with those without drafts. ``passes`` are forward
-passes of specialists for each token behind an answer's first, of which there are n without drafts: where reading
-weights is what takes the time, as on a GPU with few answers at a time and all specialists on it, they are the time.
+passes of specialists for each token behind an answer's first, of which there are n without drafts. ``weights`` are the
+bytes that these read, a specialist's whole but for the rows of its embedding; where reading them is what takes the
+time, as on a GPU with few answers at a time and all specialists on it, ``predicted`` is how much faster that is.
 
 ``adapt`` shortens drafts by what they were seen to cost (the default of the commands). ``cos`` is the published way to
 draft for an ensemble (Fu et al., ICML 2025), see ``alternating_drafts``; its draws are others, which are not compared.
@@ -18,7 +19,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,14 @@ class Found:
     Attributes:
         answers: tokens of every prompt's.
         passes: of all specialists, for each token behind the first ones.
+        weights: bytes that these read.
         accepted: drafts that became part of an answer, of all.
         seconds: for all, prompts included.
     """
 
     answers: list[list[int]]
     passes: float
+    weights: float
     accepted: float
     seconds: float
 
@@ -105,8 +108,9 @@ def compared(
             "tokens": sum(map(len, found[0].answers)),
             **{
                 name: statistics.median(value[name] for value in map(asdict, found[1:]))
-                for name in ("passes", "accepted")
+                for name in ("passes", "weights", "accepted")
             },
+            "predicted": statistics.median(a.weights / b.weights for a, b in zip(plain[1:], found[1:], strict=True)),
             "speed": statistics.median(
                 (a.seconds / sum(map(len, a.answers))) / (b.seconds / sum(map(len, b.answers)))
                 for a, b in zip(plain[1:], found[1:], strict=True)
@@ -124,7 +128,8 @@ def answered(
     if way.startswith("cos"):
         began = clock()
         found = answer_alternating(opened.model, prompts, int(way[3:]), temperature, new, opened.eos)
-        return Found(found.answers, found.passes / found.behind_first, found.accepted, clock() - began)
+        passes = {name: count / found.behind_first for name, count in found.passes.items()}
+        return Found(found.answers, *read(opened.model, passes), found.accepted, clock() - began)
     tokens = cache_tokens(opened.model, batch)
     began = clock()
     adapt = way == "adapt"
@@ -137,7 +142,19 @@ def answered(
     )
     seconds, stats = clock() - began, engine.stats()
     behind_first = max(stats.tokens - len(prompts), 1) / min(batch, len(prompts))
-    return Found(answers, sum(stats.passes.values()) / behind_first, stats.accepted / max(stats.drafted, 1), seconds)
+    passes = {name: count / behind_first for name, count in stats.passes.items()}
+    return Found(answers, *read(opened.model, passes), stats.accepted / max(stats.drafted, 1), seconds)
+
+
+def read(model: Any, passes: Mapping[str, float]) -> tuple[float, float]:
+    """All passes, and the bytes of weights that they read."""
+    weights = 0.0
+    for name, count in passes.items():
+        specialist = model.specialists[name]
+        embedding, head = specialist.get_input_embeddings().weight, specialist.get_output_embeddings().weight
+        unread = 0 if embedding is head else embedding.nbytes
+        weights += count * (sum(part.nbytes for part in specialist.parameters()) - unread)
+    return sum(passes.values()), weights
 
 
 def machine() -> dict[str, Any]:
@@ -164,7 +181,8 @@ def clock() -> float:
 
 def show(runs: Sequence[dict[str, Any]], specialists: int) -> None:
     table = Table(
-        "temperature", "at a time", "draft", "accepted", f"passes ({specialists})", "speed", "tokens/s", "equal"
+        *("temperature", "at a time", "draft", "accepted", f"passes ({specialists})", "predicted", "speed"),
+        *("tokens/s", "equal"),
     )
     for run in runs:
         table.add_row(
@@ -173,6 +191,7 @@ def show(runs: Sequence[dict[str, Any]], specialists: int) -> None:
             run["draft"],
             f"{run['accepted']:.2f}",
             f"{run['passes']:.2f}",
+            f"{run['predicted']:.2f} x",
             f"{run['speed']:.2f} x",
             f"{run['tokens_per_s']:.0f}",
             str(run["equal"]),

@@ -131,9 +131,8 @@ def make_app(parts: Parts) -> ASGIApp:
         pieces: Callable[..., Any],
     ) -> Response:
         id = f"{prefix}-{uuid.uuid4().hex}"
-        traffic.admit(1)  # before the work of encoding
+        traffic.admit(body.answers)  # before the work of encoding, and the memory for it
         answers = await encoded(wanted, body, id)
-        traffic.admit(len(answers))
         if body.stream:
             return await _unless_hung_up(request, stream(pieces(body, id, answers, served, traffic)))
         return await _unless_hung_up(request, _as_json(whole(body, id, answers, served, traffic)))

@@ -135,6 +135,11 @@ class AnswerBody(Body):
         return self
 
     @property
+    def answers(self) -> int:
+        """How many it asks for."""
+        return self.n or 1
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The strings that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -179,6 +184,11 @@ class CompletionBody(AnswerBody):
         if self.max_tokens == 0 and not self.echo:
             raise bad_field("max_tokens", "0 is for echo = true; expected 1 or more")
         return self
+
+    @property
+    def answers(self) -> int:
+        """How many it asks for."""
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def prompts(self) -> list[Any]:

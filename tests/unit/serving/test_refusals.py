@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.serving.keys import VARIABLE, Keys
+from ultrafuser_mega.serving.served import Served
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Which city?"}
@@ -122,6 +123,18 @@ def test_a_text_that_cannot_fit_holds_up_nobody(server: LiveServer, monkeypatch:
     assert status == 400 and not encoded
     check_error(answer, "prompt", "3,000,000 characters")
     assert server.ask("/tokenize", {"prompt": "so " * 400})[1]["count"] > 256 and encoded == [1200]
+
+
+def test_more_answers_than_there_is_room_for_are_refused_before_any_is_prepared(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 262,144 held to a form the memory alone would end the server."""
+    prepared: list[Any] = []
+    monkeypatch.setattr(Served, "_wanted", lambda *given, **more: prepared.append(given))
+    form = {"type": "json_object"}
+    status, answer = server.ask(COMPLETIONS, {"prompt": [[1]] * 2048, "n": 128, "response_format": form})
+    assert status == 400 and not prepared
+    check_error(answer, "n", "262144 answers; this server has room for 512")
 
 
 @pytest.mark.parametrize(
