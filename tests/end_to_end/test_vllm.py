@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,6 +214,18 @@ def test_a_killed_engine_is_named_and_nothing_is_left_behind(tmp_path: Path) -> 
                 assert not any(isinstance(event, FailedEvent) for event in engine.step())
         assert engine.idle
     gone(pids)
+
+
+def test_a_server_that_is_ended_while_its_engines_start_leaves_nothing_behind(release: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ultrafuser_mega", "serve", str(release), "--engine", "vllm", "--port", "0"]
+    server = subprocess.Popen([*command, "--device", "cpu"], env=os.environ | {"TMPDIR": str(tmp_path)})
+    while len(pids := children(server.pid)) < len(LLAMAS):
+        assert server.poll() is None
+        time.sleep(0.1)
+    server.terminate()
+    assert server.wait(60) == 128 + signal.SIGTERM
+    gone(pids)
+    assert not list(tmp_path.glob("ultrafuser-vllm-*"))
 
 
 def children(pid: int) -> list[int]:

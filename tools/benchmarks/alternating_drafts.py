@@ -81,7 +81,7 @@ def answer_alternating(
                     found.passes[drafter] += 1
                     break
             states = lanes.read({n: [(h, h.left)] for n, h in held.items() if n != drafter})
-            found.passes.update(states)
+            found.passes.update(list(states))
             whole = {n: part[0] for n, part in states.items()} | {drafter: torch.cat(drafter_states)}
             fused = _mixed(lanes, model, {n: whole[n] for n in names})
             found.drafted += len(drafts)

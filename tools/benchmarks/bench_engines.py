@@ -3,8 +3,9 @@
     python tools/benchmarks/bench_engines.py RELEASE_OR_RUN --out docs/benchmarks/engines.json     (vLLM beside it)
 
 All answer the same requests, prompts of 8 to ``--prompt-tokens`` random tokens for each specialist, greedily and past
-EOS, so many at a time. Rounds are interleaved; read the ratios. Answers that differ between engines are counted: in
-float32 there should be none but where two tokens are as likely but for rounding.
+EOS, so many at a time. Rounds are interleaved; read the ratios. Beside the clock's time stands the processors', of this
+process and all of vLLM's: on cores that others use as well it is the one to read. Answers that differ between engines
+are counted: in float32 there should be none but where two tokens are as likely but for rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 from bench_drafting import machine
 from rich.console import Console
@@ -71,19 +73,21 @@ def main() -> None:
 def measure(engines: Mapping[str, Engine], model: Any, at_a_time: int, arguments: Any) -> dict[str, Any]:
     """Tokens per second of every engine with so many answers at a time, and how many answers are not the first's."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    processor: dict[str, list[float]] = {name: [] for name in engines}
     other = dict.fromkeys(engines, 0)
     for turn in range(arguments.rounds + 1):
         requests = made(model, at_a_time * arguments.requests, arguments, seed=turn)
         answers = {}
         for name, engine in engines.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), processor_seconds()
             answers[name] = answered(engine, requests, at_a_time)
-            took = time.perf_counter() - began
+            took, used = time.perf_counter() - began, processor_seconds() - used
             if turn:  # the first round warms up
                 seconds[name].append(took)
+                processor[name].append(used)
             rate = len(requests) * arguments.new_tokens / took
             which = f"round {turn}" if turn else "warm-up"
-            print(f"{at_a_time} at a time, {which}: {name}, {rate:.0f} tokens/s", flush=True)
+            print(f"{at_a_time} at a time, {which}: {name}, {rate:.0f} tokens/s, {used / took:.2f} cores", flush=True)
         for name, found in answers.items():
             other[name] += sum(found[id] != answers[PLAIN][id] for id in found)
     tokens = at_a_time * arguments.requests * arguments.new_tokens
@@ -91,6 +95,7 @@ def measure(engines: Mapping[str, Engine], model: Any, at_a_time: int, arguments
         "concurrency": at_a_time,
         "answers": (arguments.rounds + 1) * at_a_time * arguments.requests,
         "tokens_per_second": {name: [tokens / s for s in taken] for name, taken in seconds.items()},
+        "tokens_per_processor_second": {name: [tokens / s for s in used] for name, used in processor.items()},
         "other_answers": other,
     }
 
@@ -125,16 +130,26 @@ def answered(engine: Engine, requests: list[Request], at_a_time: int) -> dict[st
     return answers
 
 
+def processor_seconds() -> float:
+    """Of this process and all that it started."""
+    own = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (own, *own.children(recursive=True)))
+
+
 def show(runs: list[dict[str, Any]]) -> None:
-    """The medians, and each engine's ratio to the embedded one without drafts, round by round."""
-    table = Table("at a time", "engine", "tokens/s", "times embedded", "other answers")
+    """The medians, and each engine's ratios to the embedded one without drafts, round by round."""
+    table = Table(
+        *("at a time", "engine", "tokens/s", "times embedded", "tokens/processor s", "times embedded", "other answers")
+    )
     for run in runs:
-        rates = run["tokens_per_second"]
-        for name, found in rates.items():
-            ratio = statistics.median(own / plain for own, plain in zip(found, rates[PLAIN], strict=True))
+        for name in run["other_answers"]:
+            columns = []
+            for rates in (run["tokens_per_second"], run["tokens_per_processor_second"]):
+                ratio = statistics.median(own / plain for own, plain in zip(rates[name], rates[PLAIN], strict=True))
+                columns += [f"{statistics.median(rates[name]):.0f}", f"{ratio:.2f}"]
             others = f"{run['other_answers'][name]} of {run['answers']}"
-            table.add_row(str(run["concurrency"]), name, f"{statistics.median(found):.0f}", f"{ratio:.2f}", others)
-    Console().print(table)
+            table.add_row(str(run["concurrency"]), name, *columns, others)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +85,8 @@ def serve(
     serving = Serving(rows, memory, draft)
     keys = Keys.load(api_keys)
     listener = listen(host, port)
+    # While the model is loaded; an exception, so that what was begun, as other processes, is ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     called = name or Path(model.rstrip("/")).name
     settings = Settings(host, port, called, keys, most=queue, drain=drain)
     started = _vllm if engine == "vllm" else _embedded
