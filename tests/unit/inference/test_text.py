@@ -76,6 +76,16 @@ def test_a_stop_string_cut_anywhere_by_tokens_never_shows(tokenizers: Any, trio:
     assert shown == stream.text == text[: min(text.find(s) for s in stop if s in text)]
 
 
+@pytest.mark.parametrize("trio", LEADS)
+@pytest.mark.parametrize("stop", ["🙂", "京 and", "üße, 東", "a 🙂 e"])
+def test_a_stop_string_may_begin_and_end_within_characters_of_many_tokens(
+    tokenizers: Any, trio: str, stop: str
+) -> None:
+    text = "Grüße, 東京 and a 🙂 emoji"
+    shown, stream = streamed(tokenizers[trio], response_ids(tokenizers[trio], text, LEADS[trio]), LEADS[trio], (stop,))
+    assert stream.stopped and shown == stream.text == text[: text.find(stop)]
+
+
 def test_the_beginning_of_a_stop_string_is_shown_once_it_leads_nowhere(tokenizers: Any) -> None:
     ids = response_ids(tokenizers["qwens"], "London is the largest", "")
     shown, stream = streamed(tokenizers["qwens"], ids, "", ("largest city",))

@@ -204,7 +204,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv(VARIABLE, raising=False)
     assert not Keys.load(None) and Keys.load(None).open(None)
     file = tmp_path / "keys"
-    file.write_text("# ours\none\n\ntwo\n")
+    file.write_bytes(b"# ours\none\n\n  two \r\n")
     monkeypatch.setenv(VARIABLE, "three")
     keys = Keys.load(file)
     opens = {key: keys.open(f"Bearer {key}".encode()) for key in ("one", "two", "three", "four", "# ours", "")}
