@@ -46,7 +46,7 @@ def serve(
         int | None,
         typer.Option(
             help="tokens that the leading specialist drafts for the others to check, for the same answers sooner; "
-            "0: none; default: 4 where specialists share a device, else none",
+            "0: none; default: 8 where specialists share a device, else none",
             show_default=False,
         ),
     ] = None,

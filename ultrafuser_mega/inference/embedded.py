@@ -16,7 +16,7 @@ from ultrafuser_mega.inference.text_engine import TextEngine
 from ultrafuser_mega.release.modeling_ultrafuser import UltraFuserForCausalLM
 
 _OF_GPU, _OF_MAIN_MEMORY = 0.8, 0.25  # of what is free: on a CPU others want some too
-_DRAFT = 4
+_DRAFT = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Serving:
         rows: answers under way at a time, at most.
         memory: GiB for the caches of all specialists; None: as ``rows`` of the longest need, or a good part of what is
             free, the smaller of the two.
-        draft: tokens that the leading specialist drafts, at most, 0: none; None: 4 where specialists share a device,
+        draft: tokens that the leading specialist drafts, at most, 0: none; None: 8 where specialists share a device,
             none where each has its own, since all others would wait for the one that drafts.
     """
 
