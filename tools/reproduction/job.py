@@ -41,7 +41,9 @@ def reproduce(asked: Asked) -> Path:
     logs = {trio.seed: trio.root / "logs" for trio in trios}
     stores = [Job(trio.seed, _store(trio), logs[trio.seed]) for trio in trios]
     run(stores, asked.jobs, "token stores")
-    jobs = [Job(trio.seed, one, logs[trio.seed]) for trio in trios for one in experiments(trio)]
+    # Stopped at any time, all seeds are equally far, and there is a page to be had of what all have.
+    rows = zip(*(experiments(trio) for trio in trios), strict=True)
+    jobs = [Job(trio.seed, one, logs[trio.seed]) for row in rows for trio, one in zip(trios, row, strict=True)]
     run(jobs, asked.jobs, "runs")
     first = trios[0]
     measured = Measured(list(asked.seeds), list(first.config.data.classes), list(first.config.specialists))
