@@ -15,6 +15,7 @@ from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.address import Address
 from ultrafuser_mega.inference.devices import places_of
 from ultrafuser_mega.inference.mixing import GATE, RULES, Rule
+from ultrafuser_mega.inference.packed import pack
 from ultrafuser_mega.inference.stored import StoredModel
 from ultrafuser_mega.models.dtypes import parse_dtype
 from ultrafuser_mega.release.check import loading
@@ -40,7 +41,7 @@ class OpenedModel:
 
 @contextmanager
 def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[OpenedModel]:
-    """Load a model for as long as the context lasts.
+    """Load a model for as long as the context lasts; its weights may be laid out for reading alone (see ``packed``).
 
     Args:
         model: see ``address``.
@@ -62,6 +63,7 @@ def opened_model(model: str, devices: str, dtype: str | None) -> Iterator[Opened
             loaded = stored.load(wanted)
         for name, device in places.items():
             loaded.specialists[name].to(device)
+        pack(loaded.specialists)
         loaded.gate.to(places[loaded.names[0]])
         yield _opened(stored, loaded, rule)
 

@@ -18,7 +18,9 @@ def test_one_specialist_of_a_release_is_opened_alone(release: Path, model: Any) 
     with opened_model(f"{release}@code", "cpu", None) as opened:
         assert opened.model.names == ["code"]
         own = opened.model.specialists["code"].state_dict()
-        assert all(torch.equal(own[key], value) for key, value in model.specialists["code"].state_dict().items())
+        assert all(
+            torch.equal(own[key].to_dense(), value) for key, value in model.specialists["code"].state_dict().items()
+        )
         ids = torch.tensor([[5, 6, 7]])
         assert opened.model.gate_weights({"code": opened.model.last_hidden("code", ids)}).eq(1).all()
         chat = [{"role": "user", "content": "Who?"}]
@@ -28,13 +30,13 @@ def test_one_specialist_of_a_release_is_opened_alone(release: Path, model: Any) 
         )
 
 
-def test_a_folder_of_one_model_gives_its_own_logits(specialists: Any) -> None:
+def test_a_folder_of_one_model_gives_its_own_logits(specialists: Any, close: Any) -> None:
     folder, template = specialists["llamas"]["math"]
     with opened_model(f"{folder}@{template}", "cpu", None) as opened:
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
-            assert torch.equal(opened.model(ids).logits, theirs(ids).logits.float())
+            torch.testing.assert_close(opened.model(ids).logits, theirs(ids).logits.float(), **close)
 
 
 def test_a_rule_stands_behind_a_plus(release: Path) -> None:
