@@ -150,6 +150,6 @@ def _merged(trio: Trio, row: str, name: str, options: tuple[str, ...]) -> Experi
 def _mixed(trio: Trio, row: str, name: str) -> Experiment:
     out, run_dir = trio.root / "models" / name, trio.config.runs / f"{FUSED_RUN}-{name}"
     command = ("baseline", name, "--config", str(trio.config_path), "--out", str(out), "checkpoint.every=50")
-    # FuseChat looks for its pairs' states by itself.
-    state = run_dir / STATE if name == "btx" else None
-    return Experiment(row, name, command, out / "summary.json", run_dir, str(out), state, "--resume")
+    pivot, first = list(trio.config.specialists)[:2]
+    trained_first = run_dir if name == "btx" else trio.config.runs / f"{FUSED_RUN}-{name}-{pivot}-{first}"
+    return Experiment(row, name, command, out / "summary.json", run_dir, str(out), trained_first / STATE, "--resume")

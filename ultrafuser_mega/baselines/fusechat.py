@@ -54,7 +54,7 @@ def fusechat(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool 
         resume: go on; pairs that are done are not trained again.
 
     Raises:
-        InputError: there is one specialist only, or the run cannot begin, go on or be written.
+        InputError: there is one specialist only, nothing to resume, or the run cannot begin, go on or be written.
         DivergedError: training ruined the numbers.
     """
     refuse_existing(out)
@@ -68,7 +68,8 @@ def fusechat(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool 
         targets[other] = run_config.run_dir / TARGET
         identity = {"pivot": pivot, "other": other, "lambda": LAMBDA}
         pair = Tuning(run_config, store, (pivot, other), identity, f"{pivot} learns from {other}")
-        begun = resume and pair.state.is_file()
+        # Later pairs may not have begun; without the first one's state there is nothing to go on from.
+        begun = resume and (pair.state.is_file() or other == others[0])
         if begun and targets[other].is_dir():
             read_state(pair)  # which sees that it was trained as it would be now
         elif stop := _train_pair(pair, resume=begun):

@@ -27,7 +27,7 @@ from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, row_losses, tune
 from ultrafuser_mega.config import FuserConfig, Loss
 from ultrafuser_mega.data.batches import EvaluationBatches
 from ultrafuser_mega.data.collate import MicroBatch
-from ultrafuser_mega.errors import DivergedError, InputError
+from ultrafuser_mega.errors import EXIT_BAD_INPUT, DivergedError, InputError
 from ultrafuser_mega.inference.answer import Answerer, Limits
 from ultrafuser_mega.inference.model import opened_model
 from ultrafuser_mega.inference.sampling import Sampling
@@ -219,6 +219,8 @@ def test_a_tuned_baseline_becomes_a_folder(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["baseline", method, "--config", config_path, "--of", "math,text,code", "--out", out]
+    assert ultrafuser(monkeypatch, *arguments, "--resume") == EXIT_BAD_INPUT
+    assert "state.pt: no such file; start without --resume" in capsys.readouterr().err and not out.exists()
     assert ultrafuser(monkeypatch, *arguments) == 0, capsys.readouterr()
     made = json.loads((out / "baseline.json").read_text())
     assert made["baseline"] == method and made["like"] == "math"

@@ -16,6 +16,9 @@ from support.command import ultrafuser
 from support.interruptible import start_interruptible
 from support.played_endpoint import Server, said
 
+from ultrafuser_mega.checkpoint.unfinished import alone
+from ultrafuser_mega.errors import EXIT_BAD_INPUT
+
 GSM8K = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
 MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}]
 FILES: dict[str, list[dict[str, Any]]] = {
@@ -40,6 +43,18 @@ def rows(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     for row in found:
         del row["seconds"]
     return {(row["model"], row["benchmark"], row["item"]): row for row in found}
+
+
+def test_a_second_evaluation_into_the_same_folder_is_refused_in_one_line(
+    release: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ("evaluate", f"{release}@text", "--suite", "gsm8k", "--data", data, "--out", out, "--limit", "1")
+    out.mkdir()
+    with alone(out):
+        assert ultrafuser(monkeypatch, *command) == EXIT_BAD_INPUT
+    assert f"error: {out}: another process writes to this name" in capsys.readouterr().err
+    assert not any(out.iterdir())
 
 
 @pytest.mark.parametrize("trio", ["qwens"], indirect=True)
