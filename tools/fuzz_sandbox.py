@@ -3,7 +3,7 @@
     python tools/fuzz_sandbox.py --count 10000 --seed 1 [--code-sandbox bwrap] [--out fuzz.json]
 
 Orphans of this process come back to it (a child subreaper), so its children are all that could be left. Ended early, it
-reports what there is.
+reports what there is; with --out of an earlier report it goes on behind that one's programs, to --count of them in all.
 """
 
 from __future__ import annotations
@@ -47,9 +47,18 @@ def main() -> int:
     opened = this.num_fds()
     verdicts: Counter[str] = Counter()
     faults: list[str] = []
-    slowest, began = 0.0, time.monotonic()
+    slowest = before = 0.0
+    if given.out is not None and given.out.is_file():
+        earlier = json.loads(given.out.read_text())
+        asked, found = (given.seed, given.code_sandbox), (earlier["seed"], earlier["sandbox"])
+        if asked != found:
+            parser.error(f"--out {given.out}: is of seed {found[0]} in {found[1]}, not {asked[0]} in {asked[1]}")
+        verdicts.update(earlier["verdicts"])
+        faults += earlier["faults"]
+        slowest, before = earlier["slowest_s"], earlier["seconds"]
+    began = time.monotonic()
     try:
-        for done in range(given.count):
+        for done in range(verdicts.total(), given.count):
             seed = given.seed * 1_000_000 + done
             program, may_be_right = random_program(seed)
             start = time.monotonic()
@@ -71,11 +80,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("ended early", flush=True)
     report = {
-        "programs": sum(verdicts.values()),
+        "programs": verdicts.total(),
         "seed": given.seed,
         "sandbox": given.code_sandbox,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(before + time.monotonic() - began, 1),
         "slowest_s": round(slowest, 2),
+        "limit_s": LIMITS.seconds,
         "verdicts": dict(verdicts.most_common()),
         "faults": faults,
     }
