@@ -5,7 +5,8 @@
     python tools/reproduce_paper.py --out nano --config examples/configs/nano_real.yaml models=DIR data.root=DIR
 
 OUT/results.md has the claims and tables, OUT/claims.json every number that decided, OUT/seed-N all runs with their
-configurations. Interrupted, the same command goes on where it was; more seeds can be added later.
+configurations. Interrupted, the same command goes on where it was; more seeds can be added later. With --so-far it runs
+nothing and writes the page of what is there: all seeds are equally far.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main(
         Path | None, typer.Option(help="with --config: folder of CLASS.tasks.jsonl", show_default=False)
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes side by side")] = 2,
+    so_far: Annotated[bool, typer.Option("--so-far", help="run nothing; the page of what is there")] = False,
 ) -> None:
     """Reproduce the paper's tables 1 (losses, accuracies), 2, 3, 4, 6, 8 and figures 5, 6, 7, 8/9."""
     try:
@@ -57,7 +59,7 @@ def main(
     from reproduction.trios import Asked
 
     try:
-        page = reproduce(Asked(out, chosen, quick, config, overrides or (), base, tasks, jobs))
+        page = reproduce(Asked(out, chosen, quick, config, overrides or (), base, tasks, jobs, so_far))
     except InputError as error:
         raise _refused(error) from None
     except ExperimentError as error:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from support.branched import branched_tree, write_branched
 
+from ultrafuser_mega.errors import EXIT_BAD_INPUT
 from ultrafuser_mega.toy.checkable import make_tasks, write_tasks
 
 
@@ -27,11 +28,13 @@ def test_the_reproduction_runs_end_to_end_and_goes_on(tmp_path: Path) -> None:
     command += ["--config", str(config), "--base", str(root / "base"), "--tasks", str(root / "data")]
     command += ["stage1.steps=3", "stage2.steps=3", "stage1.warmup_steps=0", "stage2.warmup_steps=0"]
 
-    def start() -> str:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=700, env=os.environ | {"TERM": "dumb"})
-        assert done.returncode == 0, done.stderr
+    def start(*options: str, code: int = 0) -> str:
+        environment = os.environ | {"TERM": "dumb"}
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=700, env=environment)
+        assert done.returncode == code, done.stderr
         return done.stderr
 
+    assert "seed-0: no such folder; nothing was run for seed 0" in start("--so-far", code=EXIT_BAD_INPUT)
     start()
     out = tmp_path / "out"
     page = (out / "results.md").read_text()
@@ -46,3 +49,11 @@ def test_the_reproduction_runs_end_to_end_and_goes_on(tmp_path: Path) -> None:
     assert all(path.is_file() for path in out.glob("plots/figure_*.png")) and len([*out.glob("plots/*.png")]) == 3
     again = start()
     assert "runs: " in again and " min left" not in again and " s left" not in again
+
+    decided = document["claims"]
+    (out / "seed-1" / "models" / "btx" / "summary.json").unlink()
+    start("--so-far")  # the page of what is there
+    document = json.loads((out / "claims.json").read_text())
+    assert document["left_out"] == {"BTX": "not run with every seed"} and "BTX" not in document["losses"]
+    about_others = [claim for claim in decided if "BTX" not in claim["why"] + claim["claim"]]
+    assert len(about_others) > 20 and all(claim in document["claims"] for claim in about_others)

@@ -271,7 +271,8 @@ def _claim(table: Table, place: str, words: str, parts: Sequence[Part], *, paper
         if first in table and second in table and column in table[first] and column in table[second]
     ]
     lacking = dict.fromkeys(row for _, first, second, _, _ in parts for row in (first, second) if row not in table)
-    return Claim(place, words, tuple(found), f"not measured: {', '.join(lacking)}" if lacking else "", paper)
+    missing = f"not measured: {', '.join(lacking)}" if lacking else "" if parts else "not measured: what is compared"
+    return Claim(place, words, tuple(found), missing, paper)
 
 
 def _against(table: Table, rows: Sequence[str]) -> list[Part]:
@@ -296,4 +297,4 @@ def _over(curve: Sequence[tuple[int, float]], begin: float, end: float) -> float
 
 
 def _why(m: Measured, row: str) -> str:
-    return m.left_out.get(row, f"not measured: {row}")
+    return f"{row}: {m.left_out.get(row, 'not measured')}"

@@ -23,6 +23,7 @@ from ultrafuser_mega.evaluation.results import RESULTS_FILE, versions
 from ultrafuser_mega.evaluation.sandbox import open_sandbox
 
 _TASKS, _QUICK_TASKS = 100, 25  # of each class, for every model
+_NOT_RUN = "not run with every seed"
 
 
 def reproduce(asked: Asked) -> Path:
@@ -40,25 +41,32 @@ def reproduce(asked: Asked) -> Path:
         trios.append(make_trio(asked, seed))
     logs = {trio.seed: trio.root / "logs" for trio in trios}
     stores = [Job(trio.seed, _store(trio), logs[trio.seed]) for trio in trios]
-    run(stores, asked.jobs, "token stores")
+    if not asked.so_far:
+        run(stores, asked.jobs, "token stores")
     # Stopped at any time, all seeds are equally far, and there is a page to be had of what all have.
     rows = zip(*(experiments(trio) for trio in trios), strict=True)
     jobs = [Job(trio.seed, one, logs[trio.seed]) for row in rows for trio, one in zip(trios, row, strict=True)]
-    run(jobs, asked.jobs, "runs")
+    if not asked.so_far:
+        run(jobs, asked.jobs, "runs")
     first = trios[0]
     measured = Measured(list(asked.seeds), list(first.config.data.classes), list(first.config.specialists))
     measured.left_out |= missing(first)
+    measured.left_out |= {job.experiment.row: _NOT_RUN for job in jobs if not job.experiment.is_done}
     measured.left_out |= {job.experiment.row: job.left_out.read_text().strip() for job in jobs if job.left_out.exists()}
     if (why := _without_sandbox()) and first.tasks is not None:
         measured.left_out["accuracy on code"] = why
     suite = "toy_text,toy_math" if why else "toy"
     asking = [trio for trio in trios if trio.tasks is not None]
     accuracy = [Job(trio.seed, _accuracy(asked, trio, suite), logs[trio.seed]) for trio in asking]
-    run(accuracy, asked.jobs, "accuracies")
+    if not asked.so_far:
+        run(accuracy, asked.jobs, "accuracies")
+    asked_tasks = [job.experiment for job in accuracy if job.experiment.is_done]
+    if len(asked_tasks) < len(accuracy):
+        measured.left_out["accuracies"] = _NOT_RUN
     for trio in trios:
         read_seed(measured, trio, experiments(trio))
-    for job in accuracy:
-        read_accuracies(measured, job.experiment.result)
+    for one in asked_tasks:
+        read_accuracies(measured, one.result)
     measured.complete()
     found = claims(measured)
     page = write_page(

@@ -85,14 +85,12 @@ def rows_of_table_1(measured: Measured) -> list[str]:
 
 def _tables(m: Measured) -> list[str]:
     shares = headroom(m)
-    share = (
-        f"Headroom recovered, (best further-tuned single - UltraFuser) / (that - oracle per sample): {_cell(shares)}\n"
-    )
+    share = "Headroom recovered, (best further-tuned single - UltraFuser) / (that - oracle per sample): "
     strategies = [DIRECT_SAMPLES, DIRECT_SAMPLES_GATE, DIRECT_STEPS, DIRECT_STEPS_GATE, IID, SKEWED, TOKENS, ULTRAFUSER]
     own = [row for name in m.own for row in (name, further_tuned(name), on_own_class(name))]
     parts = [
         _table("Table 1: held-out loss", "model", m.classes, m.losses, rows_of_table_1(m)),
-        share if shares else "",
+        f"{share}{_cell(shares)}\n" if shares else "",
         _table(
             "Table 1: accuracy on tasks that can be checked",
             "model",

@@ -37,6 +37,7 @@ class Asked:
         base: what those were trained from; None: nothing common.
         tasks: folder of their CLASS.tasks.jsonl; None: there are none.
         jobs: processes side by side.
+        so_far: run nothing, the page is of what is there.
     """
 
     out: Path
@@ -47,6 +48,7 @@ class Asked:
     base: Path | None = None
     tasks: Path | None = None
     jobs: int = 2
+    so_far: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def make_trio(asked: Asked, seed: int) -> Trio:
         InputError: the configuration is wrong, or the folder holds what was made by another.
     """
     root = asked.out.absolute() / f"seed-{seed}"
+    if asked.so_far and not root.is_dir():
+        raise InputError(f"--so-far: {root}: no such folder; nothing was run for seed {seed}")
     base, tasks = asked.base, asked.tasks
     settings = [f"name={FUSED_RUN}", f"seed={seed}", f"runs={root / 'runs'}", f"data.store={root / 'store'}"]
     settings += [_ONE_PROCESS, "checkpoint.every=0", "checkpoint.start=null", "evaluation.token_views=2"]

@@ -45,8 +45,8 @@ def serve(
     draft: Annotated[
         int | None,
         typer.Option(
-            help="tokens that the leading specialist drafts for the others to check, for the same answers sooner; "
-            "0: none; default: 8 where specialists share a device, else none",
+            help="tokens that the leading specialist drafts for the others to check, or that are guessed for a "
+            "model alone, for the same answers sooner; 0: none; default: 8, where each specialist has a device none",
             show_default=False,
         ),
     ] = None,

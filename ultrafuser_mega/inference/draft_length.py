@@ -28,19 +28,20 @@ class DraftLength:
     Args:
         most: tokens that are drafted at most.
         adapt: False: always so many.
+        guesses: whether drafts are guesses, which take no pass of their own.
 
     Attributes:
         drafted: tokens that were proposed.
         accepted: those of them that became part of an answer.
     """
 
-    def __init__(self, most: int, adapt: bool) -> None:
+    def __init__(self, most: int, adapt: bool, guesses: bool = False) -> None:
         self._most, self._adapt = most, adapt
         self.drafted = self.accepted = 0
         self._tried = self._held = 0.0  # drafts that were looked at, and those that were accepted
         self._plain = [0.0] * 6  # of 1, u u, u r, r r, u t, r t: see _costs
         self._with_drafts = [0.0] * 6
-        self._passes_per_draft = 1.0
+        self._passes_per_draft = 0.0 if guesses else 1.0
         self._asked = 0, 0, 0  # drafts, leaders and passes that a round takes whatever is drafted
         self._drafts, self._alike = False, 0  # whether the latest rounds had drafts, and how many in turn are alike
 

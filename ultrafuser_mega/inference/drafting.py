@@ -3,7 +3,8 @@
 The specialist that leads an answer proposes its next tokens alone; the others read all of them in one pass each, and
 the mixture says how far they are what it would have chosen. The leader's hidden states are used again, so k drafts cost
 at most k + 1 passes of one specialist and one pass of each other, for up to k + 1 tokens; fewer where the leader reads
-what followed the same tokens before (``guesses``) and then drafts just that. Drafts and choices of a position are
+what followed the same tokens before (``guesses``) and then drafts just that. A specialist without others checks such
+guesses alone: a pass for up to k + 1 tokens. Drafts and choices of a position are
 drawn with the same noise (``noise``), so they agree as often as the distributions let them, and the answer is the one
 without drafts, token for token, drawn or greedy; but for rounding, which passes of other shapes do otherwise.
 """
@@ -68,7 +69,12 @@ def next_round(lanes: Lanes, rows: Sequence[Underway], length: int) -> Round:
     said = {name: _Said() for name in names}
     passes = dict.fromkeys(names, 0)
     limits = [0 if row.request.constraint is not None else min(length, row.left - 1) for row in rows]
-    _draft(lanes, rows, limits, said, passes)
+    if len(names) > 1:
+        _draft(lanes, rows, limits, said, passes)
+    else:
+        for row, limit in zip(rows, limits, strict=True):
+            for token in row.guess(limit):
+                row.draft(token)
     counts = [row.unsettled for row in rows]
     read = sum(len(part.order) for part in said.values())
     spans, order = {}, {}

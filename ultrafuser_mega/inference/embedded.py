@@ -27,8 +27,9 @@ class Serving:
         rows: answers under way at a time, at most.
         memory: GiB for the caches of all specialists; None: as ``rows`` of the longest need, or a good part of what is
             free, the smaller of the two.
-        draft: tokens that the leading specialist drafts, at most, 0: none; None: 8 where specialists share a device,
-            none where each has its own, since all others would wait for the one that drafts.
+        draft: tokens that the leading specialist drafts, or that are guessed for the only one, at most, 0: none;
+            None: 8 where specialists share a device or there is one, none where each has its own, since all others
+            would wait for the one that drafts.
     """
 
     rows: int = 64
@@ -50,7 +51,8 @@ def text_engine(opened: OpenedModel, serving: Serving) -> TextEngine:
     """
     model = opened.model
     devices = {next(model.specialists[name].parameters()).device for name in model.names}
-    draft = (_DRAFT if len(devices) < len(model.names) else 0) if serving.draft is None else serving.draft
+    apart = len(model.names) > 1 and len(devices) == len(model.names)
+    draft = (0 if apart else _DRAFT) if serving.draft is None else serving.draft
     tokens = cache_tokens(model, serving.rows, serving.memory)
     engine = EmbeddedEngine(model, opened.rule, tokens=tokens, rows=serving.rows, draft=draft)
     return TextEngine(engine, opened.tokenizer, model.config.response_lead, opened.eos)

@@ -48,7 +48,7 @@ class EmbeddedEngine:
         rule: how they are mixed.
         tokens: that every specialist's cache has room for.
         rows: requests that are under way at a time, at most.
-        draft: tokens that a specialist drafts, at most; 0: none.
+        draft: tokens that a specialist drafts, or that are guessed for the only one, at most; 0: none.
         chunk: tokens of prompts that a step reads, at most.
         adapt: whether drafts are shortened where they do not pay (see ``draft_length``).
     """
@@ -68,8 +68,8 @@ class EmbeddedEngine:
         self._names, self._rule, self._rows = list(model.names), rule, rows
         self._vocabulary = model.config.vocab_size
         self._prefill = Prefill(self.lanes, rule, chunk)
-        drafts = len(self._names) > 1 and not rule.reads_text
-        self._length = DraftLength(draft if drafts else 0, adapt)
+        self._alone = len(self._names) == 1
+        self._length = DraftLength(0 if rule.reads_text else draft, adapt, guesses=self._alone)
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._running: dict[str, Underway] = {}
         self._chosen = 0
@@ -176,6 +176,9 @@ class EmbeddedEngine:
         events = self._advance(rows, found.counts, found.hidden, found.logits)
         gained = [len(row.answer) - had for row, had in zip(rows, before, strict=True)]
         accepted = [min(drafted, got - 1) for drafted, got in zip(drafts, gained, strict=True)]
+        if self._alone:
+            for row, drafted, right in zip(rows, drafts, accepted, strict=True):
+                row.trusted = right if drafted else row.trusted
         self._length.learn(drafts, accepted, sum(found.passes.values()), found.read, time.perf_counter() - began)
         return events
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from support.engines import asked, decode, engine_of, events_of, tokens_of
 from support.release_prompts import of_row, random_ids
 
 from ultrafuser_mega.inference.guesses import Guesses
+from ultrafuser_mega.inference.model import opened_model
 from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.inference.underway import Underway
 
@@ -45,12 +48,23 @@ def test_guesses_are_those_of_a_search_from_the_end() -> None:
         assert guesses.behind(more, 3) == expected
 
 
+@pytest.fixture(params=["fused", "alone"])
+def answering(request: pytest.FixtureRequest, model: Any, release: Path) -> Iterator[Any]:
+    """The fused model, and one of its specialists."""
+    if request.param == "fused":
+        yield model
+        return
+    with opened_model(f"{release}@math", "cpu", None) as opened:
+        yield opened.model
+
+
 @pytest.mark.parametrize("trio", ["llamas"], indirect=True)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3), Sampling(repetition_penalty=1.3)])
 def test_answers_are_the_same_whatever_is_guessed(
-    model: Any, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+    answering: Any, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
-    prompts = [of_row(row) for row in range(3)]
+    model = answering
+    prompts = [{name: of_row(row)[name] for name in model.names} for row in range(3)]
     requests = asked(prompts, 14, sampling, EOS)
     expected = tokens_of(events_of(engine_of(model), requests))
     draw = random.Random(0)
@@ -89,3 +103,17 @@ def test_the_leader_reads_what_it_would_draft_in_fewer_passes(model: Any, monkey
     # A leader that agrees and is told all of it takes 1 pass for its drafts, and 3 specialists take 3 passes a round.
     accepted = told.stats().accepted / told.stats().drafted
     assert passes[1] >= 3 * (new - 1) / 5 and (accepted < 1 or passes[1] == 3 * (new - 1) / 5)
+
+
+@pytest.mark.parametrize("trio", ["llamas"], indirect=True)
+def test_a_model_alone_reads_right_guesses_in_one_pass(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = 21
+    with opened_model(f"{release}@math", "cpu", None) as opened:
+        prompt = {"math": of_row(1)["math"]}
+        plain = engine_of(opened.model)
+        known = decode(plain, [prompt], new)
+        monkeypatch.setattr(Underway, "guess", lambda self, most: known[0][len(self.answer) :][:most])
+        told = engine_of(opened.model, draft=4)
+        assert decode(told, [prompt], new) == known
+    assert plain.stats().passes == {"math": new - 1}  # the first token is of the prompt's pass
+    assert told.stats().passes == {"math": (new - 1) // 5} and told.stats().accepted == 4 * (new - 1) // 5
