@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ultrafuser_mega.models.gate import Gate, mark_sharded, shard_rows
 from ultrafuser_mega.models.hf_folder import Architecture, HFWeights
-from ultrafuser_mega.ops import cross_entropy_of_each, distillation_loss, mixture_cross_entropy_with_rows
+from ultrafuser_mega.models.weight_gradients import adding_in_place
+from ultrafuser_mega.ops import Workspace, cross_entropy_of_each, distillation_loss, mixture_cross_entropy_with_rows
 
 _ROW_MULTIPLE = 8  # rows per rank: keeps every shard's GEMM aligned for tensor cores
 
@@ -79,6 +80,7 @@ class FusionHead(nn.Module):
         self.vocab_size = vocab_size
         self.group = group
         self.loss_options = loss
+        self.workspace = Workspace()
         self.rows = -(-vocab_size // (group.size() * _ROW_MULTIPLE)) * _ROW_MULTIPLE
         self.vocab_start = group.rank() * self.rows
         widths = {name: arch.hidden_size for name, arch in self.architectures.items()}
@@ -122,11 +124,17 @@ class FusionHead(nn.Module):
         if self.student is not None:
             return self._student_loss(self.student, hidden, target)
         gate_logits = self.gate(hidden)
+        backend, heads = self.loss_options.backend, [self.heads[name] for name in self.names]
+        weights, into = adding_in_place(heads) if backend in ("auto", "chunked") else (heads, None)
         total, rows = mixture_cross_entropy_with_rows(
-            *self._mixture(hidden, gate_logits),
+            [hidden[name] for name in self.names],
+            weights,
+            gate_logits,
             target,
             reduction="sum",
-            backend=self.loss_options.backend,
+            backend=backend,
+            head_main_grad=into,
+            workspace=self.workspace,
             label_smoothing=self.loss_options.label_smoothing,
             z_loss=self.loss_options.z_loss,
             **self._shard,

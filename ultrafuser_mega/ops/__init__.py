@@ -12,10 +12,12 @@ from ultrafuser_mega.ops.loss import (
     mixture_cross_entropy,
     mixture_cross_entropy_with_rows,
 )
+from ultrafuser_mega.ops.workspace import Workspace
 
 __all__ = [
     "DistillationLoss",
     "LossWithRows",
+    "Workspace",
     "cross_entropy_of_each",
     "distillation_loss",
     "mixture_cross_entropy",

@@ -5,11 +5,14 @@ Per chunk of C rows, with x_j = w_j h_j and all n heads read in place:
     z = sum_j x_j W_j^T            n GEMMs into one fp32 buffer (C, R): the segments are added unrounded
     row statistics                 epilogue.py, in one sweep; under a group one collective of 20 bytes per row
     dz over z                      epilogue.py, in place
-    dx_j = dz W_j
+    dx_j += dz W_j
     dW_j += dz^T x_j
     dh_j, da_j from dx_j           gate_scale.py, in one pass
 which is 3 GEMM passes where forward-then-backward needs 4 without keeping the logits. Only what requires a gradient
 is computed: 2 passes with frozen heads, 1 under no_grad (forward.py).
+
+On a CPU both halves, before and behind the statistics of the whole row, go block by block of the vocabulary, so that
+what one step writes is in the cache when the next one reads it.
 
 dW_j sums over all rows. The first of several chunks finds its memory empty, the others add, in fp32. For bf16 heads
 that sum would be a second copy twice as large as the gradients, so there dz of all rows is kept in the gradients' own
@@ -41,7 +44,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,12 +51,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits, planes
+from ultrafuser_mega.ops import forward, gate_scale, gemm, parked_dlogits, planes
+from ultrafuser_mega.ops.chunk import Chunk, begin_chunk, buffer_numbers
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
-from ultrafuser_mega.ops.forward import buffer_budget, cut, forward_statistics
+from ultrafuser_mega.ops.forward import buffer_budget, cut, forward_statistics, local_columns
 from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
 from ultrafuser_mega.ops.problem import Needs, Problem, readable
-from ultrafuser_mega.ops.statistics import COLUMNS, MAX, PendingStatistics, dlogit_coefficients, row_loss
+from ultrafuser_mega.ops.statistics import COLUMNS, MAX, dlogit_coefficients, row_loss
+from ultrafuser_mega.ops.workspace import Workspace
 
 FP16_SCALE = 256.0  # fp16 probabilities below 6e-5 would be subnormal: dz is stored scaled, its GEMMs scale back
 
@@ -65,14 +69,17 @@ def mixture_loss(
     head_main_grad: Sequence[Tensor | None] = (),
     buffer_bytes: int | None = None,
     epilogue: Epilogue | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, row losses (N,) without gradient).
 
     ``head_main_grad``: n x (V_local, d_j) or None, what receives += dW_j in place of the heads' .grad; () for none.
 
+    ``workspace``: where logits get their memory from.
+
     ``buffer_bytes`` bounds what grows with a chunk (logits, x_j, dx_j), all together; the default suits the device.
     """
-    plan, needs = Plan(problem, buffer_bytes, epilogue, head_main_grad), Needs.of(problem)
+    plan, needs = Plan(problem, buffer_bytes, epilogue, head_main_grad, workspace), Needs.of(problem)
     if needs.any and planes.serve(problem, plan.epilogue, plan.buffer_bytes):
         return planes.mixture_loss(problem, needs, plan.epilogue, head_main_grad)
     return _ChunkedLoss.apply(plan, problem.target, problem.gate_logits, *problem.hidden, *problem.heads)
@@ -87,8 +94,10 @@ class Plan:
         buffer_bytes: int | None = None,
         epilogue: Epilogue | None = None,
         head_main_grad: Sequence[Tensor | None] = (),
+        workspace: Workspace | None = None,
     ) -> None:
         hidden = problem.hidden[0]
+        self.workspace = workspace or Workspace()
         self.main_grad = tuple(head_main_grad) or (None,) * len(problem.heads)
         self.settings = problem.settings
         self.grad_enabled = torch.is_grad_enabled()
@@ -99,6 +108,11 @@ class Plan:
         self.buffers, self.chunk_rows, self.row_bytes = cut(
             problem.rows, columns, problem.settings.shards, width, operand, wide, self.buffer_bytes
         )
+        on_host = hidden.device.type == "cpu" and operand == wide  # what is parked (below) is cut otherwise
+        most = forward.BLOCK_COLUMNS["cpu"] if on_host else problem.real_rows
+        self.blocks = [
+            slice(first, min(first + most, problem.real_rows)) for first in range(0, problem.real_rows, max(most, 1))
+        ] or [slice(0, 0)]
 
     def own_heads(self, needs: Needs) -> list[int]:
         """Those whose gradients are formed here rather than added to a buffer of the caller's."""
@@ -130,6 +144,15 @@ class Plan:
         inputs = sum(states.numel() for states in problem.hidden) * self.epilogue.operand_dtype.itemsize
         return max(chunk, inputs + parked_dlogits.WORKSPACE_BYTES)
 
+    def buffer(self, problem: Problem) -> Tensor:
+        """Memory for the logits of one chunk."""
+        device, dtype = problem.gate_logits.device, problem.gate_logits.dtype
+        return self.workspace.take(buffer_numbers(self.chunk_rows, self.blocks, device), dtype, device)
+
+    def targets(self, problem: Problem) -> Tensor:
+        """(blocks, N): each row's target as a column of each block, -1 where it lies in another."""
+        return local_columns(problem.local_target(), len(self.blocks), self.blocks[0].stop)
+
     def chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, rows))
@@ -137,39 +160,6 @@ class Plan:
     def problem(self, target: Tensor, gate_logits: Tensor, tensors: Sequence[Tensor]) -> Problem:
         n = len(tensors) // 2
         return Problem(tuple(tensors[:n]), tuple(tensors[n:]), gate_logits, target, self.settings)
-
-
-@dataclass
-class _Chunk:
-    """A chunk between its two halves: its logits are computed, its statistics are on their way to all ranks."""
-
-    rows: slice
-    logits: Tensor  # (C, R), a view of a buffer; the epilogue's from here on
-    gate_weights: Tensor  # (C, n)
-    inputs: list[Tensor]  # n x (C, d_j): x_j = w_j h_j
-    scratch: Any  # the epilogue's
-    pending: PendingStatistics
-
-
-def _buffers(problem: Problem, plan: Plan) -> Tensor:
-    pitch = -(-problem.real_rows // planes.PITCH_MULTIPLE) * planes.PITCH_MULTIPLE
-    return problem.gate_logits.new_empty((plan.buffers, plan.chunk_rows, pitch))
-
-
-def _begun(problem: Problem, plan: Plan, rows: slice, buffer: Tensor, kept: Tensor, target: Tensor) -> _Chunk:
-    """The first half of a chunk's way, its logits in ``buffer``. kept, target (N,): of the problem, the local ones."""
-    gate_weights, inputs = gate_scale.scale_inputs(
-        problem.gate_logits[rows],
-        kept[rows],
-        [states[rows] for states in problem.hidden],
-        plan.epilogue.operand_dtype,
-    )
-    logits = buffer[: rows.stop - rows.start, : problem.real_rows]
-    for j, (x, head) in enumerate(zip(inputs, problem.heads, strict=True)):
-        gemm.accumulate(logits, x, head[: problem.real_rows].t(), add=j > 0)
-    local, scratch = plan.epilogue.statistics(logits, target[rows], keep=True)
-    pending = PendingStatistics(local, problem.real_rows, problem.settings)
-    return _Chunk(rows, logits, gate_weights, inputs, scratch, pending)
 
 
 class Sweep:
@@ -189,14 +179,13 @@ class Sweep:
         needs: Needs,
         weight: Tensor,  # (N,): 0 on ignored rows
         into: Sequence[Tensor | None] = (),
-        begun: _Chunk | None = None,
+        begun: Chunk | None = None,
     ) -> None:
         self.problem, self.plan, self.needs, self.weight, self.begun = problem, plan, needs, weight, begun
         wide = problem.accumulate_dtype
         n, rows = len(problem.hidden), problem.rows
-        self.target = problem.local_target()
+        self.targets = plan.targets(problem)
         self.kept = problem.kept()
-        self.real_heads = [head[: problem.real_rows] for head in problem.heads]  # n x (R, d_j)
         self.scale = FP16_SCALE if plan.epilogue.operand_dtype == torch.float16 else 1.0
 
         self.statistics = weight.new_empty((rows, COLUMNS))
@@ -251,33 +240,36 @@ class Sweep:
         ]
         if self.begun is not None:
             self._finish(self.begun, d_inputs)
+            plan.workspace.give(self.begun.buffer)
             return
-        buffers = _buffers(problem, plan)
-        started: deque[_Chunk] = deque()
+        buffers = [plan.buffer(problem) for _ in range(plan.buffers)]
+        started: deque[Chunk] = deque()
         for index, rows in enumerate(plan.chunks(problem.rows)):
-            started.append(_begun(problem, plan, rows, buffers[index % plan.buffers], self.kept, self.target))
+            buffer = buffers[index % plan.buffers]
+            started.append(begin_chunk(problem, plan.epilogue, plan.blocks, rows, buffer, self.kept, self.targets))
             while len(started) >= plan.buffers:
                 self._finish(started.popleft(), d_inputs)
         while started:
             self._finish(started.popleft(), d_inputs)
+        plan.workspace.give(buffers[0])
 
-    def _finish(self, chunk: _Chunk, buffers: list[Tensor | None]) -> None:
+    def _finish(self, chunk: Chunk, buffers: list[Tensor | None]) -> None:
         rows = chunk.rows
         self.statistics[rows] = chunk.pending.wait()
         statistics = self.statistics[rows]
         coefficients = dlogit_coefficients(statistics, self.weight[rows] * self.scale, self.problem.settings)
-        dz = self.plan.epilogue.dlogits(
-            chunk.logits, chunk.scratch, self.target[rows], statistics[:, MAX], coefficients
-        )
-        d_inputs = [None if dx is None else dx[: dz.shape[0]] for dx in buffers]
-        if self.parked is not None:
-            self.parked.park(rows, dz)
-        for j, (head, total, dx) in enumerate(zip(self.real_heads, self.heads, d_inputs, strict=True)):
-            if total is not None and j not in self.parked_heads:
-                add = rows.start > 0 or self.into[j] is not None
-                gemm.accumulate(self._real(j), dz.t(), chunk.inputs[j], add=add, alpha=1.0 / self.scale)
-            if dx is not None:
-                gemm.accumulate(dx, dz, head, add=False, alpha=1.0 / self.scale)
+        row_max, d_inputs = statistics[:, MAX], [None if dx is None else dx[: rows.stop - rows.start] for dx in buffers]
+        for i, (block, target) in enumerate(zip(self.plan.blocks, self.targets, strict=True)):
+            logits, scratch = chunk.logits[i], chunk.scratch[i]
+            dz = self.plan.epilogue.dlogits(logits, scratch, target[rows], row_max, coefficients)
+            if self.parked is not None:
+                self.parked.park(rows, dz)
+            for j, (head, total, dx) in enumerate(zip(self.problem.heads, self.heads, d_inputs, strict=True)):
+                if total is not None and j not in self.parked_heads:
+                    add = rows.start > 0 or self.into[j] is not None
+                    gemm.accumulate(total[block], dz.t(), chunk.inputs[j], add=add, alpha=1.0 / self.scale)
+                if dx is not None:
+                    gemm.accumulate(dx, dz, head[block], add=i > 0, alpha=1.0 / self.scale)
         if any(dx is not None for dx in d_inputs):
             gate_scale.unscale_gradients(
                 chunk.gate_weights,
@@ -315,8 +307,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.deferred = needs.any and (single or (per_row and any(needs.heads)))
 
         if ctx.deferred and single:
-            everything, buffer = slice(0, problem.rows), _buffers(problem, plan)[0]
-            ctx.begun = _begun(problem, plan, everything, buffer, kept, problem.local_target())
+            rows, buffer, targets = slice(0, problem.rows), plan.buffer(problem), plan.targets(problem)
+            ctx.begun = begin_chunk(problem, plan.epilogue, plan.blocks, rows, buffer, kept, targets)
             statistics = ctx.begun.pending.wait()
             ctx.save_for_backward(target, gate_logits, *tensors)
         elif ctx.deferred or not needs.any:

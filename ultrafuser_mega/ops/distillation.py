@@ -37,8 +37,7 @@ from ultrafuser_mega.ops import gate_scale, gemm
 from ultrafuser_mega.ops.chunked import FP16_SCALE, held_dtype, scaled
 from ultrafuser_mega.ops.distillation_epilogue import Epilogue, epilogue_for
 from ultrafuser_mega.ops.distillation_statistics import COLUMNS, Mix, PendingStatistics, row_losses
-from ultrafuser_mega.ops.forward import buffer_budget, cut
-from ultrafuser_mega.ops.planes import PITCH_MULTIPLE
+from ultrafuser_mega.ops.forward import buffer_budget, cut, pitch
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 
 
@@ -216,8 +215,8 @@ class _Sweep:
 
     def run(self) -> None:
         plan, rows = self.plan, self.teacher.rows
-        pitch = -(-self.real // PITCH_MULTIPLE) * PITCH_MULTIPLE
-        buffers = self.weight.new_empty((plan.buffers, 2, plan.chunk_rows, pitch))
+        between = pitch(self.real, self.weight.device)
+        buffers = self.weight.new_empty((plan.buffers, 2, plan.chunk_rows, between))
         self.d_inputs = self.weight.new_empty((plan.chunk_rows, self.states.shape[1])) if self.needs[0] else None
         started: deque[_Chunk] = deque()
         for index, start in enumerate(range(0, rows, plan.chunk_rows)):

@@ -15,10 +15,12 @@ from ultrafuser_mega.ops.epilogue import Epilogue
 from ultrafuser_mega.ops.problem import Problem
 from ultrafuser_mega.ops.statistics import COLUMNS, PendingStatistics, combine
 
-BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
+BLOCK_COLUMNS = {"cpu": 1024, "cuda": 8192}
 BUFFER_BYTES = {"cpu": 72 << 20, "cuda": 896 << 20}
 HOST_BLOCK_BYTES = 30 << 20  # what glibc holds between calls ends at 32 MiB: more is zeroed page by page every time
 ROW_MULTIPLE = 128  # rows of a chunk: whole GEMM tiles
+PITCH_MULTIPLE = 64  # columns: every row of a buffer starts on a cache line, also when it holds 16-bit numbers
+HOST_PITCH_EXTRA = 16  # columns: rows a power of two of bytes apart would share a few sets of a CPU's caches
 
 
 def buffer_budget(device: torch.device) -> int:
@@ -50,6 +52,11 @@ def cut(
     buffers = 1 if shards == 1 or rows * (inputs + d_inputs) <= budget else 2
     row_bytes = buffers * inputs + d_inputs
     return buffers, even_rows(rows, budget // row_bytes), row_bytes
+
+
+def pitch(columns: int, device: torch.device) -> int:
+    """How many numbers lie between the rows of a buffer of logits."""
+    return -(-columns // PITCH_MULTIPLE) * PITCH_MULTIPLE + (HOST_PITCH_EXTRA if device.type == "cpu" else 0)
 
 
 def _block_columns(problem: Problem) -> int:
@@ -87,24 +94,23 @@ def forward_statistics(
     if gate_logits.device.type == "cpu":
         buffer_bytes = min(buffer_bytes, HOST_BLOCK_BYTES)
     chunk_rows = even_rows(problem.rows, buffer_bytes // row_bytes)
-    buffer = gate_logits.new_empty((planes, chunk_rows, columns))
+    buffer = gate_logits.new_empty((planes, chunk_rows, pitch(columns, gate_logits.device)))
     numbers = COLUMNS if apart is None or each else COLUMNS + 3 * n
     statistics = gate_logits.new_empty((models, problem.rows, numbers))
-    target = problem.local_target()
+    firsts = range(0, max(real, 1), columns)
+    targets = local_columns(problem.local_target(), len(firsts), columns)
     for start in range(0, problem.rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, problem.rows))
         inputs = [states[rows] for states in problem.hidden]  # NaN in an ignored row stays in that row's statistics
         if apart is None:
             _, inputs = gate_scale.scale_inputs(gate_logits[rows], kept[rows], inputs, epilogue.operand_dtype)
         blocks = []
-        for first in range(0, max(real, 1), columns):
-            last = min(first + columns, real)
+        for first, target in zip(firsts, targets, strict=True):
+            last, column = min(first + columns, real), target[rows]
             logits = buffer[:, : rows.stop - rows.start, : last - first]  # (planes, C, B)
             for j, (x, head) in enumerate(zip(inputs, problem.heads, strict=True)):
                 plane = logits[0 if apart is None else j]
                 gemm.accumulate(plane, x, head[first:last].t(), add=j > 0 and apart is None)
-            here = (target[rows] >= first) & (target[rows] < last)
-            column = (target[rows] - first).masked_fill(~here, -1)
             if apart is None:
                 block, _ = epilogue.statistics(logits[0], column, keep=False)
             else:
@@ -116,6 +122,17 @@ def forward_statistics(
             blocks.append(block)
         statistics[:, rows] = union(blocks, columns, real).view(models, -1, numbers)
     return PendingStatistics(statistics.flatten(0, 1), real, problem.settings).wait()
+
+
+def local_columns(target: Tensor, blocks: int, columns: int) -> Tensor:
+    """(blocks, N): the target's column in each block of so many columns, -1 where it lies in another.
+
+    target (N,): its column among all of them, or -1.
+    """
+    if blocks == 1:
+        return target[None]
+    column = target - columns * torch.arange(blocks, device=target.device)[:, None]
+    return column.masked_fill_((column < 0) | (column >= columns), -1)
 
 
 def _mean_in_place(planes: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import automatic, chunked, reference, registered
 from ultrafuser_mega.ops.problem import Problem, check_main_grad, checked_problem, trainable
+from ultrafuser_mega.ops.workspace import Workspace
 
 P = ParamSpec("P")
 
@@ -48,6 +49,7 @@ def mixture_cross_entropy_with_rows(
     z_loss: float = 0.0,
     backend: str = "auto",
     head_main_grad: Sequence[Tensor | None] | None = None,  # n x (V_local, d_j)
+    workspace: Workspace | None = None,
 ) -> LossWithRows:
     """Cross-entropy of z = sum_j softmax(gate_logits)_j W_j h_j against ``target``.
 
@@ -76,6 +78,8 @@ def mixture_cross_entropy_with_rows(
             chunked alone, and not inside torch.compile. reduction="none" adds from within its matrix products and needs
             no memory for it (but with fp16), at its 4 GEMM passes; "sum" and "mean" keep the 3 and, unless one chunk
             takes all rows, hold one fp32 copy of dW_j between forward and backward.
+        workspace: kept by the caller between calls on a CPU, where backend chunked takes the logits' memory from it.
+            Not used inside torch.compile.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), () or (N,) for reduction="none", and every row's loss, detached, at no
@@ -129,10 +133,11 @@ def mixture_cross_entropy_with_rows(
     with torch.autocast(target.device.type, enabled=False):  # the types are chosen here
         if backend == "reference":
             return _reference_loss(problem)
-        if backend == "chunked" and head_main_grad is not None:
-            return LossWithRows(*chunked.mixture_loss(problem, head_main_grad=head_main_grad))
         if torch.compiler.is_compiling():
             return LossWithRows(*registered.mixture_loss(problem, backend))
+        if backend == "chunked":
+            given = head_main_grad or ()
+            return LossWithRows(*chunked.mixture_loss(problem, head_main_grad=given, workspace=workspace))
         return LossWithRows(*registered.backend_loss(problem, backend))
 
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.ops import gemm
 from ultrafuser_mega.ops.epilogue import Epilogue
+from ultrafuser_mega.ops.forward import pitch
 from ultrafuser_mega.ops.problem import Needs, Problem
 from ultrafuser_mega.ops.statistics import (
     COLUMNS,
@@ -31,8 +32,6 @@ from ultrafuser_mega.ops.statistics import (
     gate_gradient,
     row_loss,
 )
-
-PITCH_MULTIPLE = 64  # columns: every row of a buffer starts on a cache line, also when it holds 16-bit numbers
 
 
 def row_bytes(columns: int, widths: Sequence[int], operand_bytes: int, wide_bytes: int) -> int:
@@ -89,8 +88,8 @@ class _Plan:
 
 
 def _logits(problem: Problem) -> Tensor:  # (n, N, R)
-    pitch = -(-problem.real_rows // PITCH_MULTIPLE) * PITCH_MULTIPLE
-    buffer = problem.gate_logits.new_empty((len(problem.hidden), problem.rows, pitch))
+    between = pitch(problem.real_rows, problem.target.device)
+    buffer = problem.gate_logits.new_empty((len(problem.hidden), problem.rows, between))
     planes = buffer[:, :, : problem.real_rows]
     for plane, states, head in zip(planes, problem.hidden, problem.heads, strict=True):
         gemm.accumulate(plane, states, head[: problem.real_rows].t(), add=False)

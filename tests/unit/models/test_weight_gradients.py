@@ -1,4 +1,4 @@
-"""A linear layer's weight gradient is added to its float32 buffer by one product, unrounded."""
+"""Weight gradients are added to their float32 buffers by what computes them, unrounded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, layers
-from torch import Tensor
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, layers
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients
+from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients, adding_in_place
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
 
@@ -81,6 +81,82 @@ def test_megatrons_names_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyP
         assert layers._grad_accum_fusion_available
         raise ZeroDivisionError
     assert [getattr(layers, name) for name in NAMES] == [False, None]
+    assert layers.F is torch.nn.functional
+
+
+def embedded(rank: int, tp: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Counter[str]]:
+    """(this rank's buffer after some microbatches, the same in float64, .grad, operations of the last backward)."""
+    generator = torch.Generator().manual_seed(2)
+    config = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False, params_dtype=dtype)
+    with megatron_scope(CPU), accumulated_weight_gradients(CPU):
+        layer = VocabParallelEmbedding(
+            OUT, WIDTH, init_method=lambda weight: None, config=config, tp_group=dist.group.WORLD
+        )
+        rows = OUT // tp
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(OUT, WIDTH, generator=generator)[rank * rows : (rank + 1) * rows])
+        layer.weight.main_grad = torch.ones(rows, WIDTH)
+        expected = torch.ones(OUT, WIDTH, dtype=torch.float64)
+        for _ in range(MICROBATCHES):
+            ids = torch.randint(OUT, (1, TOKENS), generator=generator)
+            upstream = torch.randn(1, TOKENS, WIDTH, generator=generator).to(dtype)
+            output = layer(ids)
+            with Dispatched() as dispatched:
+                output.backward(upstream)
+            for i in range(TOKENS):
+                expected[ids[0, i]] += upstream[0, i].double()
+    expected = expected[rank * rows : (rank + 1) * rows]
+    assert layer.weight.grad_added_to_main_grad
+    return layer.weight.main_grad, expected, layer.weight.grad, dispatched.counts
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_an_embedding_are_added_where_they_belong_and_no_table_is_filled(dtype: torch.dtype, tp: int) -> None:
+    for buffer, expected, _, counts in run_ranks(embedded, tp, tp, dtype):
+        # Each row is the sum of at most 8 x 40 numbers of about one.
+        torch.testing.assert_close(buffer.double(), expected, rtol=0, atol=320 * 2.0**-24 * expected.abs().max().item())
+        assert counts["index_add_"] == 1 and counts["zeros"] == counts["zero_"] == counts["fill_"] == 0
+
+
+def test_an_embedding_without_a_buffer_has_a_gradient_as_ever() -> None:
+    table = nn.Parameter(torch.randn(OUT, WIDTH))
+    ids = torch.arange(5).repeat(2)[None]
+    with accumulated_weight_gradients(CPU):
+        layers.F.embedding(ids, table).sum().backward()
+    assert table.grad is not None
+    torch.testing.assert_close(table.grad, torch.where(torch.arange(OUT)[:, None] < 5, 2.0, 0.0).expand(OUT, WIDTH))
+
+
+class Squared(torch.autograd.Function):
+    """sum(w^2), whose backward adds 2 w to a buffer of the caller's."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, buffer: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.buffer = buffer
+        return weight.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.buffer.add_(2 * upstream * ctx.saved_tensors[0])
+        return None, None
+
+
+def test_hooks_run_for_a_gradient_that_its_function_has_added_itself() -> None:
+    trained: Any = nn.Parameter(torch.full((3, 2), 5.0))
+    frozen = nn.Parameter(torch.ones(3, 2), requires_grad=False)
+    trained.main_grad = torch.ones(3, 2)
+    told = []
+    trained.register_post_accumulate_grad_hook(lambda weight: told.append(weight.grad_added_to_main_grad))
+    weights, into = adding_in_place([trained, frozen])
+    assert into is not None and into[0] is trained.main_grad and into[1] is None and weights[1] is frozen
+    Squared.apply(weights[0], into[0]).backward()
+    assert told == [True]
+    torch.testing.assert_close(trained.main_grad, torch.full((3, 2), 11.0))
+    with torch.no_grad():
+        assert adding_in_place([trained])[1] is None
+    assert adding_in_place([frozen])[1] is None
 
 
 @pytest.mark.parametrize(("device", "apex_answers"), [("cuda", True), ("cpu", False)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.mixture_cases import Case, answer_of, make_case, relative_error, rule_violations, truth
 
-from ultrafuser_mega.ops import chunked, gemm
+from ultrafuser_mega.ops import chunked, forward, gemm
 from ultrafuser_mega.ops.epilogue_torch import TorchEpilogue
 from ultrafuser_mega.ops.problem import checked_problem
 
@@ -42,6 +42,23 @@ def chunked_loss(
 def test_any_chunk_size_gives_the_same_answer(rows_per_chunk: int, reduction: str) -> None:
     case = make_case(
         21, rows=37, vocab=50, widths=(4, 3), dtype=torch.float64, padding=2, reduction=reduction, label_smoothing=0.1
+    )
+    answer = answer_of(chunked_loss, case, buffer_bytes=rows_per_chunk * 50 * 8)
+    expected = truth(case)
+    assert relative_error(answer.loss, expected.loss) <= 1e-12
+    for name, gradient in answer.gradients().items():
+        assert relative_error(gradient, expected.gradients()[name]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("columns", [1, 16, 49, 50])
+@pytest.mark.parametrize("rows_per_chunk", [7, 1000])
+def test_any_blocks_of_the_vocabulary_give_the_same_answer(
+    monkeypatch: pytest.MonkeyPatch, rows_per_chunk: int, columns: int, reduction: str
+) -> None:
+    monkeypatch.setitem(forward.BLOCK_COLUMNS, "cpu", columns)
+    case = make_case(
+        23, rows=37, vocab=50, widths=(4, 3), dtype=torch.float64, padding=2, reduction=reduction, label_smoothing=0.1
     )
     answer = answer_of(chunked_loss, case, buffer_bytes=rows_per_chunk * 50 * 8)
     expected = truth(case)
