@@ -1,13 +1,13 @@
 """Builds the extensions; everything else about the package stands in pyproject.toml.
 
-The C++ extension is required: without it the package does not install. The CUDA extension is a faster form of something
+The C++ extensions are required: without them the package does not install. The CUDA extension is a faster form of something
 that PyTorch computes, too; the environment variable UFM_BUILD_CUDA says what becomes of it:
 
     auto  (default) built where nvcc is found and succeeds; else one line says why not and the CPU's part is installed
     1     built, or the installation fails with one line
     0     left out
 
-Neither includes a torch header (raw pointers and a stream cross the border) and the CUDA runtime is linked statically,
+None includes a torch header (raw pointers and a stream cross the border) and the CUDA runtime is linked statically,
 so a wheel built once serves every torch and imports on a machine without a GPU.
 """
 
@@ -24,13 +24,23 @@ from setuptools import Extension, setup
 CUDA_ARCHITECTURES = (80, 90, 100)
 NVCC_TIMEOUT_S = 180  # ten times what it takes: a toolkit that hangs must not hang the installation
 
+ON_CPU = {
+    "extra_compile_args": ["-O3", "-fopenmp-simd", "-pthread"],  # no -march: the code carries one clone per x86 level
+    "extra_link_args": ["-pthread"],
+}
 cpu_epilogue = Pybind11Extension(
     "ultrafuser_mega.ops._cpu_epilogue",
     sources=["csrc/cpu_epilogue.cpp", "csrc/cpu_epilogue_module.cpp"],
-    depends=["csrc/cpu_epilogue.hpp", "csrc/over_rows.hpp"],
+    depends=["csrc/cpu_epilogue.hpp", "csrc/exp_nonpositive.hpp", "csrc/over_rows.hpp"],
     cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp-simd", "-pthread"],  # no -march: the code carries one clone per x86 level
-    extra_link_args=["-pthread"],
+    **ON_CPU,
+)
+cpu_elementwise = Pybind11Extension(
+    "ultrafuser_mega.models._cpu_elementwise",
+    sources=["csrc/cpu_elementwise.cpp", "csrc/cpu_elementwise_module.cpp"],
+    depends=["csrc/cpu_elementwise.hpp", "csrc/exp_nonpositive.hpp", "csrc/over_rows.hpp"],
+    cxx_std=17,
+    **ON_CPU,
 )
 cuda_gate = Extension(
     "ultrafuser_mega.ops._cuda_gate",
@@ -40,7 +50,7 @@ cuda_gate = Extension(
 
 
 class BuildExtensions(build_ext):
-    """Builds the C++ extension as ever, and cuda_gate by one call of nvcc as UFM_BUILD_CUDA says.
+    """Builds the C++ extensions as ever, and cuda_gate by one call of nvcc as UFM_BUILD_CUDA says.
 
     Where cuda_gate is not built, one of an earlier build goes, too: it would be packed or imported in its place.
     """
@@ -133,4 +143,4 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-setup(ext_modules=[cpu_epilogue, cuda_gate], cmdclass={"build_ext": BuildExtensions})
+setup(ext_modules=[cpu_epilogue, cpu_elementwise, cuda_gate], cmdclass={"build_ext": BuildExtensions})

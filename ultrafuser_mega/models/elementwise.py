@@ -2,8 +2,8 @@
 
 Written as torch's single operations, each would be a chain of nodes with a saved temporary behind every one: host time
 and memory. Here a node's forward and its backward are one operator each. On CUDA elementwise_triton.py runs it, as one
-kernel that reads and writes every number once; elsewhere the formula below does. Either rounds as transformers does:
-statistics in float32, results in the hidden states' type.
+kernel that reads and writes every number once, on CPUs in float32 elementwise_cpu.py does so; elsewhere the formula
+below. All round as transformers does: statistics in float32, results in the hidden states' type.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ultrafuser_mega.models import elementwise_cpu
 from ultrafuser_mega.ops.operators import register
 
 FORMULAS: dict[str, Callable[..., Any]] = {}  # of every operator; what the kernels are held to and measured beside
 
 
 def _operator(arguments: str, empty: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a formula the operator ultrafuser::<its name>, which elementwise_triton's function of that name is on CUDA.
+    """Make a formula the operator ultrafuser::<its name>, which elementwise_triton's function of that name is on CUDA,
+    and elementwise_cpu's in float32 on CPUs.
 
     Args:
         arguments: and results, as PyTorch's schemas have them.
@@ -34,7 +36,14 @@ def _operator(arguments: str, empty: Callable[..., Any]) -> Callable[[Callable[.
     def as_operator(formula: Callable[..., Any]) -> Callable[..., Any]:
         name = formula.__name__
         FORMULAS[name] = formula
-        return register(name + arguments, formula, empty, cuda=lambda *given: getattr(_kernels(), name)(*given))
+        compiled = getattr(elementwise_cpu, name)
+
+        def on_cpu(*given: Any) -> Any:
+            return (compiled if given[0].dtype == torch.float32 else formula)(*given)
+
+        return register(
+            name + arguments, formula, empty, cuda=lambda *given: getattr(_kernels(), name)(*given), cpu=on_cpu
+        )
 
     return as_operator
 

@@ -15,7 +15,11 @@ _LIBRARY = torch.library.Library("ultrafuser", "FRAGMENT")
 
 
 def register(
-    schema: str, function: Callable[..., Any], empty: Callable[..., Any], cuda: Callable[..., Any] | None = None
+    schema: str,
+    function: Callable[..., Any],
+    empty: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    cpu: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Make ``function`` the operator ultrafuser::<the schema's name>, which takes its arguments by position.
 
@@ -24,12 +28,14 @@ def register(
         function: on every device.
         empty: from the arguments the results without numbers, for fake tensors.
         cuda: in place of ``function`` on CUDA.
+        cpu: likewise on CPUs.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    if cuda is not None:
-        _LIBRARY.impl(name, cuda, "CUDA")
+    for key, kernel in (("CUDA", cuda), ("CPU", cpu)):
+        if kernel is not None:
+            _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"ultrafuser::{name}", empty, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.ultrafuser, name).default
     return operator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.mixture_cases import Case, make_case, relative_error, truth
+from support.mixture_cases import Case, make_case, relative_error, truth, upstream_of
 
 from ultrafuser_mega.ops import Workspace, mixture_cross_entropy
 
@@ -50,27 +50,23 @@ def test_what_is_in_use_is_not_given_to_another() -> None:
 
 def test_losses_whose_backwards_come_in_any_order_do_not_disturb_each_other() -> None:
     workspace = Workspace()
-    cases = [
-        make_case(seed, rows=21, vocab=40, widths=(4, 3), dtype=torch.float64, reduction="sum") for seed in (31, 32, 33)
-    ]
+    cases = [make_case(seed, rows=21, vocab=40, widths=(4, 3), dtype=torch.float64) for seed in (31, 32, 33)]
     for order in ((0, 1, 2), (2, 0, 1)):
         runs = [begun(case, workspace) for case in cases]
         for i in order:
-            runs[i][0].backward()
+            runs[i][0].backward(upstream_of(cases[i]))
         for case, (_, leaves) in zip(cases, runs, strict=True):
             assert right(case, leaves)
 
 
 def test_a_second_backward_of_the_same_graph_is_right_though_the_memory_is_another_loss_s_by_then() -> None:
     workspace = Workspace()
-    first, second = (
-        make_case(seed, rows=21, vocab=40, widths=(4, 3), dtype=torch.float64, reduction="sum") for seed in (34, 35)
-    )
+    first, second = (make_case(seed, rows=21, vocab=40, widths=(4, 3), dtype=torch.float64) for seed in (34, 35))
     loss, leaves = begun(first, workspace)
-    loss.backward(retain_graph=True)
+    loss.backward(upstream_of(first), retain_graph=True)
     other, others = begun(second, workspace)
     for leaf in leaves:
         leaf.grad = None
-    loss.backward()
-    other.backward()
+    loss.backward(upstream_of(first))
+    other.backward(upstream_of(second))
     assert right(first, leaves) and right(second, others)
