@@ -8,7 +8,7 @@ it is open: same classes, same schedules, same collectives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
-def megatron_scope(device: torch.device) -> Iterator[None]:
+def megatron_scope(device: torch.device) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """Run Megatron-core code on ``device``; wrap model building, schedules and optimizer steps in it.
+
+    Yields what to wrap the forward of layers and loss in, which name no CUDA by text: a look at every call of torch's
+    would cost them a hundredth of a small model's step.
 
     Nothing in it draws random numbers: the specialists have no dropout, and their weights come from files. So Megatron
     keeps no states of generators here, on no device.
@@ -30,9 +33,19 @@ def megatron_scope(device: torch.device) -> Iterator[None]:
             setattr(owner, name, value)
         if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch space of the tensor-parallel layers
             parallel_state._set_global_memory_buffer()
-        if device.type != "cuda":
-            stack.enter_context(_CudaNamesMeanCpu())
-        yield
+        mode = None if device.type == "cuda" else stack.enter_context(_CudaNamesMeanCpu())
+
+        @contextlib.contextmanager
+        def names_as_they_are() -> Iterator[None]:
+            if mode is not None:
+                mode.__exit__(None, None, None)
+            try:
+                yield
+            finally:
+                if mode is not None:
+                    mode.__enter__()
+
+        yield names_as_they_are
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):

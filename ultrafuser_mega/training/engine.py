@@ -153,16 +153,20 @@ class Engine:
         if self._p2p is not None:
             self._p2p.begin(lambda: self.model.handed_over(feed.look_ahead().tokens))
 
+        def loss_of(hidden: Any, batch: B) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            with names_as_they_are():
+                return loss(hidden, batch), uncounted, {}
+
         def forward_step(
             batches: Any, stage: Any
         ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, dict[str, Any]]]]:
             batch = next(batches)
-            with torch.set_grad_enabled(not forward_only):
+            with names_as_they_are(), torch.set_grad_enabled(not forward_only):
                 output = stage(batch.tokens, batch.rows)
             # Megatron would count tokens (the number between) to divide the gradients in the end.
-            return output, lambda hidden: (loss(hidden, batch), uncounted, {})
+            return output, lambda hidden: loss_of(hidden, batch)
 
-        with megatron_scope(self.device), accumulated_weight_gradients(self.device):
+        with megatron_scope(self.device) as names_as_they_are, accumulated_weight_gradients(self.device):
             self._schedule(
                 forward_step_func=forward_step,
                 data_iterator=feed,
