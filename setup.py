@@ -30,15 +30,15 @@ ON_CPU = {
 }
 cpu_epilogue = Pybind11Extension(
     "ultrafuser_mega.ops._cpu_epilogue",
-    sources=["csrc/cpu_epilogue.cpp", "csrc/cpu_epilogue_module.cpp"],
-    depends=["csrc/cpu_epilogue.hpp", "csrc/exp_nonpositive.hpp", "csrc/over_rows.hpp"],
+    sources=["csrc/cpu_epilogue.cpp", "csrc/cpu_mixture.cpp", "csrc/cpu_epilogue_module.cpp"],
+    depends=["csrc/cpu_epilogue.hpp", "csrc/cpu_loops.hpp", "csrc/over_rows.hpp"],
     cxx_std=17,
     **ON_CPU,
 )
 cpu_elementwise = Pybind11Extension(
     "ultrafuser_mega.models._cpu_elementwise",
     sources=["csrc/cpu_elementwise.cpp", "csrc/cpu_elementwise_module.cpp"],
-    depends=["csrc/cpu_elementwise.hpp", "csrc/exp_nonpositive.hpp", "csrc/over_rows.hpp"],
+    depends=["csrc/cpu_elementwise.hpp", "csrc/cpu_loops.hpp", "csrc/over_rows.hpp"],
     cxx_std=17,
     **ON_CPU,
 )

@@ -1,6 +1,6 @@
 #include "cpu_elementwise.hpp"
 
-#include "exp_nonpositive.hpp"
+#include "cpu_loops.hpp"
 #include "over_rows.hpp"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 #include "cpu_epilogue.hpp"
 
-#include "exp_nonpositive.hpp"
+#include "cpu_loops.hpp"
 #include "over_rows.hpp"
 
 #include <algorithm>
@@ -10,17 +10,6 @@
 
 namespace ufm {
 namespace {
-
-// fp64 exists to check gradients, not to be fast: the library's exp will do.
-UFM_INLINE double exp_nonpositive_one(double x) { return std::exp(x); }
-
-template <typename T>
-UFM_INLINE T block_maximum(const T* z, int64_t count) {
-    T top = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : top)
-    for (int64_t v = 0; v < count; ++v) top = z[v] > top ? z[v] : top;
-    return top;
-}
 
 // A row's statistics. Blocks are summed apart and put together in double, in order.
 template <typename T, bool kKeep>
@@ -98,160 +87,6 @@ UFM_INLINE void some_dlogits(const Chunk<T>& chunk, int64_t begin, int64_t end, 
     }
 }
 
-// The steps of a mixture's block, in templates for both types and clones for the one that must be fast. Each clone is
-// a function of its own with restricted pointers: inlined into the loop over blocks, GCC 12 leaves them scalar.
-
-// z = w o, or z += w o.
-template <typename T>
-UFM_INLINE void mix(const T* __restrict o, T w, bool first, int64_t count, T* __restrict z) {
-    if (first) {
-#pragma omp simd
-        for (int64_t v = 0; v < count; ++v) z[v] = w * o[v];
-    } else {
-#pragma omp simd
-        for (int64_t v = 0; v < count; ++v) z[v] += w * o[v];
-    }
-}
-UFM_MULTIVERSION void mix_block(const float* o, float w, bool first, int64_t count, float* z) {
-    mix(o, w, first, count, z);
-}
-void mix_block(const double* o, double w, bool first, int64_t count, double* z) { mix(o, w, first, count, z); }
-
-template <typename T>
-struct Pair {
-    T first, second;
-};
-
-// e = exp(z - reference); returns the sums of e and of z - reference.
-template <typename T>
-UFM_INLINE Pair<T> exponentials(const T* __restrict z, T reference, int64_t count, T* __restrict e) {
-    T sum = 0, shift = 0;
-#pragma omp simd reduction(+ : sum, shift)
-    for (int64_t v = 0; v < count; ++v) {
-        const T difference = z[v] - reference;
-        const T value = exp_nonpositive_one(difference);
-        e[v] = value;
-        sum += value;
-        shift += difference;
-    }
-    return {sum, shift};
-}
-UFM_MULTIVERSION Pair<float> exp_block(const float* z, float reference, int64_t count, float* e) {
-    return exponentials(z, reference, count, e);
-}
-Pair<double> exp_block(const double* z, double reference, int64_t count, double* e) {
-    return exponentials(z, reference, count, e);
-}
-
-// The sums of e (o - z) and of o - z.
-template <typename T>
-UFM_INLINE Pair<T> deviations(const T* __restrict o, const T* __restrict z, const T* __restrict e, int64_t count) {
-    T weighted = 0, total = 0;
-#pragma omp simd reduction(+ : weighted, total)
-    for (int64_t v = 0; v < count; ++v) {
-        const T difference = o[v] - z[v];
-        weighted += e[v] * difference;
-        total += difference;
-    }
-    return {weighted, total};
-}
-UFM_MULTIVERSION Pair<float> deviation_block(const float* o, const float* z, const float* e, int64_t count) {
-    return deviations(o, z, e, count);
-}
-Pair<double> deviation_block(const double* o, const double* z, const double* e, int64_t count) {
-    return deviations(o, z, e, count);
-}
-
-UFM_MULTIVERSION float max_block(const float* z, int64_t count) { return block_maximum(z, count); }
-double max_block(const double* z, int64_t count) { return block_maximum(z, count); }
-
-// The mixture's statistics of one row. Sums over blocks are kept in double, relative to the largest z so far.
-template <typename T>
-void one_mixture_row(const T* logits, int64_t plane_stride, int64_t specialists, int64_t cols,
-                                const T* weights, int64_t target, T* statistics, double* sums) {
-    alignas(64) T z[kBlock];
-    alignas(64) T e[kBlock];
-    const T minus_infinity = -std::numeric_limits<T>::infinity();
-    const int64_t width = kColumns + 3 * specialists;
-    double* const expectation = sums + kColumns;  // then the target's and the plain sums, per specialist
-    double* const at_target = expectation + specialists;
-    double* const plain = at_target + specialists;
-    std::fill(sums, sums + width, 0.0);
-    T row_max = minus_infinity, target_logit = minus_infinity;
-    for (int64_t begin = 0; begin < cols; begin += kBlock) {
-        const int64_t count = std::min(kBlock, cols - begin);
-        const T* const o = logits + begin;
-        for (int64_t j = 0; j < specialists; ++j) mix_block(o + j * plane_stride, weights[j], j == 0, count, z);
-        const T top = max_block(z, count);
-        const T origin = top > row_max ? top : row_max;
-        const bool grows = top > row_max && row_max != minus_infinity;
-        const double rescale = grows ? double(exp_nonpositive_one(row_max - top)) : 1.0;
-        const double moved = grows ? double(row_max) - double(top) : 0.0;
-        const auto [sum, shift] = exp_block(z, origin == minus_infinity ? T(0) : origin, count, e);
-        sums[1] = sums[1] * rescale + double(sum);
-        sums[3] = sums[3] + double(begin) * moved + double(shift);
-        for (int64_t j = 0; j < specialists; ++j) {
-            const auto [weighted, total] = deviation_block(o + j * plane_stride, z, e, count);
-            expectation[j] = expectation[j] * rescale + double(weighted);
-            plain[j] += double(total);
-        }
-        if (target >= begin && target < begin + count) {
-            target_logit = z[target - begin];
-            for (int64_t j = 0; j < specialists; ++j)
-                at_target[j] = logits[j * plane_stride + target] - target_logit;
-        }
-        row_max = origin;
-    }
-    for (int64_t k = 0; k < width; ++k) statistics[k] = static_cast<T>(sums[k]);
-    statistics[0] = row_max;
-    statistics[2] = target_logit == minus_infinity ? minus_infinity : target_logit - row_max;
-}
-
-template <typename T>
-void some_mixture_rows(const Chunk<const T>& chunk, int64_t begin, int64_t end, int64_t plane_stride,
-                                  int64_t specialists, const T* weights, T* statistics) {
-    const int64_t width = kColumns + 3 * specialists;
-    std::vector<double> sums(static_cast<size_t>(width));
-    for (int64_t i = begin; i < end; ++i)
-        one_mixture_row(chunk.logits + i * chunk.row_stride, plane_stride, specialists, chunk.cols,
-                        weights + i * specialists, chunk.target[i], statistics + i * width, sums.data());
-}
-
-// dz = a e - c.
-template <typename T>
-UFM_INLINE void gradient(T* __restrict e, T a, T c, int64_t count) {
-#pragma omp simd
-    for (int64_t v = 0; v < count; ++v) e[v] = e[v] * a - c;
-}
-UFM_MULTIVERSION void gradient_block(float* e, float a, float c, int64_t count) { gradient(e, a, c, count); }
-void gradient_block(double* e, double a, double c, int64_t count) { gradient(e, a, c, count); }
-
-template <typename T>
-void some_mixture_dlogits(const Chunk<T>& chunk, int64_t begin, int64_t end, int64_t plane_stride, int64_t specialists,
-                          const T* weights, const T* row_max, const T* a, const T* b, const T* c) {
-    alignas(64) T z[kBlock];
-    alignas(64) T e[kBlock];
-    for (int64_t i = begin; i < end; ++i) {
-        T* const row = chunk.logits + i * chunk.row_stride;
-        const bool ignored = a[i] == T(0) && b[i] == T(0) && c[i] == T(0);
-        for (int64_t first = 0; first < chunk.cols; first += kBlock) {
-            const int64_t count = std::min(kBlock, chunk.cols - first);
-            T* const o = row + first;
-            if (ignored) {
-                for (int64_t j = 0; j < specialists; ++j) std::fill_n(o + j * plane_stride, count, T(0));
-                continue;
-            }
-            const T* const w = weights + i * specialists;
-            for (int64_t j = 0; j < specialists; ++j) mix_block(o + j * plane_stride, w[j], j == 0, count, z);
-            exp_block(z, row_max[i], count, e);
-            gradient_block(e, a[i], c[i], count);
-            const int64_t target = chunk.target[i] - first;
-            if (target >= 0 && target < count) e[target] -= b[i];
-            for (int64_t j = 0; j < specialists; ++j) mix_block(e, w[j], true, count, o + j * plane_stride);
-        }
-    }
-}
-
 // The clones: target_clones works on plain functions, so each type has its own.
 UFM_MULTIVERSION void keep_f32(const Chunk<float>& chunk, int64_t begin, int64_t end, float* stats, float* kept) {
     some_rows<float, true>(chunk, begin, end, stats, kept);
@@ -305,22 +140,6 @@ void dlogits(const Chunk<double>& chunk, const double* block_max, const double* 
     });
 }
 
-template <typename T>
-void mixture_statistics(const Chunk<const T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
-                        T* statistics, int threads) {
-    over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
-        some_mixture_rows(chunk, begin, end, plane_stride, specialists, weights, statistics);
-    });
-}
-
-template <typename T>
-void mixture_dlogits(const Chunk<T>& chunk, int64_t plane_stride, int64_t specialists, const T* weights,
-                     const T* row_max, const T* a, const T* b, const T* c, int threads) {
-    over_rows(chunk.rows, chunk.cols * specialists, threads, [&](int64_t begin, int64_t end) {
-        some_mixture_dlogits(chunk, begin, end, plane_stride, specialists, weights, row_max, a, b, c);
-    });
-}
-
 template <>
 void exp_nonpositive(const float* x, float* y, int64_t count) {
     exp_f32(x, y, count);
@@ -332,11 +151,4 @@ void exp_nonpositive(const double* x, double* y, int64_t count) {
 
 template void row_statistics<float>(const Chunk<float>&, float*, float*, int);
 template void row_statistics<double>(const Chunk<double>&, double*, double*, int);
-template void mixture_statistics<float>(const Chunk<const float>&, int64_t, int64_t, const float*, float*, int);
-template void mixture_statistics<double>(const Chunk<const double>&, int64_t, int64_t, const double*, double*, int);
-template void mixture_dlogits<float>(const Chunk<float>&, int64_t, int64_t, const float*, const float*, const float*,
-                                     const float*, const float*, int);
-template void mixture_dlogits<double>(const Chunk<double>&, int64_t, int64_t, const double*, const double*,
-                                      const double*, const double*, const double*, int);
-
 }  // namespace ufm

@@ -1,4 +1,4 @@
-"""Types of the C++ module built from csrc/cpu_elementwise_module.cpp. Tensors cross as addresses (tensor.data_ptr())."""
+"""Types of the C++ module built from csrc/cpu_elementwise_module.cpp. Tensors cross as addresses, tensor.data_ptr()."""
 
 def rms_norm_forward(
     x: int, weight: int, eps: float, rows: int, width: int, y: int, rstd: int, threads: int

@@ -1,8 +1,10 @@
-// What the CPU's loops have in common: how they are compiled, and an exponential that vectorises.
+// What the CPU's loops have in common: how they are compiled, an exponential that vectorises, a block's maximum.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 // One binary for every x86-64 machine: the loader picks the widest clone the CPU has. Elsewhere (ARM, musl,
 // macOS) the plain loops are what the compiler vectorises for its baseline.
@@ -41,6 +43,17 @@ UFM_INLINE float exp_nonpositive_one(float x) {
     std::memcpy(&y, &result, sizeof y);
     y = x < kLowest ? 0.0f : y;
     return x == x ? y : x;
+}
+
+// fp64 exists to check gradients, not to be fast: the library's exp will do.
+UFM_INLINE double exp_nonpositive_one(double x) { return std::exp(x); }
+
+template <typename T>
+UFM_INLINE T block_maximum(const T* z, int64_t count) {
+    T top = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : top)
+    for (int64_t v = 0; v < count; ++v) top = z[v] > top ? z[v] : top;
+    return top;
 }
 
 }  // namespace
