@@ -41,9 +41,11 @@ def report(console: Console) -> bool:
         found = _version(name)
         healthy &= found is not None
         table.add_row(name, found or "[red]missing: pip install -e .[/]", "required")
-    extension = importlib.util.find_spec("ultrafuser_mega.ops._cpu_epilogue") is not None
-    healthy &= extension
-    table.add_row("C++ extension", "built" if extension else "[red]not built: pip install -e .[/]", "the loss on CPUs")
+    modules = ("ultrafuser_mega.ops._cpu_epilogue", "ultrafuser_mega.models._cpu_elementwise")
+    built = all(importlib.util.find_spec(module) is not None for module in modules)
+    healthy &= built
+    state = "built" if built else "[red]not built: pip install -e .[/]"
+    table.add_row("C++ extensions", state, "the loss and layers on CPUs")
     for name, found, purpose in _devices():
         table.add_row(name, found, purpose)
     for accelerator in OPTIONAL:

@@ -23,7 +23,7 @@ def run_doctor() -> tuple[bool, dict[str, str]]:
 def test_working_installation_is_healthy() -> None:
     healthy, rows = run_doctor()
     assert healthy
-    assert {*machine.REQUIRED, "C++ extension", "device", "backend", "triton"} <= {row.split(" │")[0] for row in rows}
+    assert {*machine.REQUIRED, "C++ extensions", "device", "backend", "triton"} <= {row.split(" │")[0] for row in rows}
 
 
 def test_missing_requirement_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

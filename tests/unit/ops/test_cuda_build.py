@@ -46,16 +46,16 @@ echo sm_60 sm_70
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what setup.py needs, with the C++ extension already built: a stand-in, newer than its sources."""
+    """A copy of what setup.py needs, with the C++ extensions already built: stand-ins, newer than their sources."""
     shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, tmp_path / name)
-    ops = tmp_path / "built" / "ultrafuser_mega" / "ops"
-    ops.mkdir(parents=True)
-    built = ops / f"_cpu_epilogue{SUFFIX}"
-    built.write_text("stand-in")
     newest = max(source.stat().st_mtime for source in (tmp_path / "csrc").iterdir())
-    os.utime(built, (newest + 10, newest + 10))
+    for name in ("ops/_cpu_epilogue", "models/_cpu_elementwise"):
+        built = tmp_path / "built" / "ultrafuser_mega" / f"{name}{SUFFIX}"
+        built.parent.mkdir(parents=True)
+        built.write_text("stand-in")
+        os.utime(built, (newest + 10, newest + 10))
     return tmp_path
 
 
@@ -145,7 +145,8 @@ def test_0_leaves_it_out_without_looking(checkout: Any) -> None:
 @pytest.mark.parametrize(("wanted", "nvcc"), [("0", WORKING), ("auto", None), ("auto", BROKEN)])
 def test_what_is_not_built_is_not_left_over_from_an_earlier_build_either(checkout: Any, wanted: Any, nvcc: Any) -> None:
     """In place, where Python would import it, and in the build's folder, from which wheels are packed."""
-    (checkout / "ultrafuser_mega" / "ops").mkdir(parents=True)
+    for room in ("ops", "models"):
+        (checkout / "ultrafuser_mega" / room).mkdir(parents=True)
     assert build(checkout, "1", WORKING, "--inplace").returncode == 0
     assert extension(checkout).exists() and extension(checkout, ".").exists()
     (checkout / "cuda" / "bin" / "nvcc").unlink()
