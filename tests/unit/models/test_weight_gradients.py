@@ -138,7 +138,7 @@ class Squared(torch.autograd.Function):
         return weight.square().sum()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None]:
         ctx.buffer.add_(2 * upstream * ctx.saved_tensors[0])
         return None, None
 
