@@ -15,6 +15,9 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1
     """out (M, P) = alpha a (M, K) b (K, P), plus out if ``add``; operands are no wider than ``out``."""
     beta = 1 if add else 0
     if a.dtype == b.dtype == out.dtype:
+        if not add and out.device.type == "cpu":
+            out.zero_()  # MKL multiplies what is there by beta in a pass of its own, which takes longer
+            beta = 1
         out.addmm_(a, b, beta=beta, alpha=alpha)
     elif out.is_cuda:
         addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
