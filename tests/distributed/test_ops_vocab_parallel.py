@@ -14,7 +14,7 @@ import torch.distributed as dist
 from support.mixture_cases import Answer, Case, answer_of, make_case, relative_error, truth
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import chunked, gate_only, mixture_cross_entropy
+from ultrafuser_mega.ops import chunk, chunked, gate_only, mixture_cross_entropy
 from ultrafuser_mega.runtime.spawn import run_ranks
 
 BACKENDS = ["reference", "chunked", "gate_only"]
@@ -237,7 +237,7 @@ def order_of_products_and_waits(rank: int) -> list[str]:
     chunked.buffer_budget = lambda device: 2 * (2 * (27 * 4 + 10 * 4) + 10 * 4)  # as Plan counts a row
     events: list[str] = []
 
-    class Pending(chunked.PendingStatistics):
+    class Pending(chunk.PendingStatistics):
         def __init__(self, *arguments: Any) -> None:
             self.index = sum(event.startswith("send") for event in events)
             events.append(f"send {self.index}")
@@ -254,7 +254,7 @@ def order_of_products_and_waits(rank: int) -> list[str]:
             events.append(f"logits {sum(event.startswith('logits') for event in events)}")
         product(out, a, b, add=add, alpha=alpha)
 
-    chunked.PendingStatistics = Pending  # type: ignore[misc, assignment]
+    chunk.PendingStatistics = Pending  # type: ignore[misc, assignment]
     chunked.gemm.accumulate = accumulate
     answer_of(mixture_cross_entropy, case, (True, True, False), group=dist.group.WORLD, backend="chunked")
     return events
