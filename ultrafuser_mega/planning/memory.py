@@ -337,8 +337,7 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, tra
     Forward: hidden rows (b N D; disjoint also the rank's own before the exchange), the gate's activations (b + 4 per
     row, specialist and unit), a chunk's logits, inputs and their gradients (``ops.chunked``) or every specialist's
     logits of all rows (``ops.planes``), and the gradients that form there: b V D of heads, b N D of rows, where they
-    train. Backward: rows, gate, and these; when all but the rows' gradients is gone, the exchange's float32 buffer. On
-    a CPU heads have gradients of their own, in float32, where there are several chunks alone.
+    train. Backward: rows, gate, and these; when all but the rows' gradients is gone, the exchange's float32 buffer.
     """
     if not role.is_last:
         return 0.0
@@ -353,9 +352,8 @@ def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, tra
         if not trains.whole(HEADS):  # whose gradients alone want hidden states again
             row_bytes -= operand * max(arch.hidden_size for arch in plan.architectures.values())
     single_product = chunk >= rows or rows <= total
-    head = role.vocab_rows * total * (operand if single_product else WIDE) * trains.whole(HEADS)
-    if device == "cpu" and chunk >= rows:  # added to the buffer by the product
-        head = 0
+    formed = trains.whole(HEADS) and not (device == "cpu" and chunk >= rows)  # where the product adds to the buffer
+    head = role.vocab_rows * total * (operand if single_product else WIDE) * formed
     trained = [arch.hidden_size for name, arch in plan.architectures.items() if trains.backward(name)]
     given = width * rows * sum(trained)  # gradients of hidden states
     forward = own + states + gate + chunk * row_bytes + given + head
