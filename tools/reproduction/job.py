@@ -40,7 +40,7 @@ def reproduce(asked: Asked) -> Path:
         say(f"seed {seed}: specialists and data")
         trios.append(make_trio(asked, seed))
     logs = {trio.seed: trio.root / "logs" for trio in trios}
-    stores = [Job(trio.seed, _store(trio), logs[trio.seed]) for trio in trios]
+    stores = [Job(trio.seed, token_store(trio), logs[trio.seed]) for trio in trios]
     if not asked.so_far:
         run(stores, asked.jobs, "token stores")
     # Stopped at any time, all seeds are equally far, and there is a page to be had of what all have.
@@ -76,7 +76,8 @@ def reproduce(asked: Asked) -> Path:
     return page
 
 
-def _store(trio: Trio) -> Experiment:
+def token_store(trio: Trio) -> Experiment:
+    """What all runs of the fused configuration read; made before they share it."""
     command = ("prepare", "--config", str(trio.config_path))
     return Experiment("token store", "prepare", command, trio.config.store_dir / "manifest.json")
 
@@ -102,11 +103,12 @@ def _accuracy(asked: Asked, trio: Trio, suite: str) -> Experiment:
     return Experiment("accuracies", "accuracies", tuple(command), out / RESULTS_FILE)
 
 
-def _facts(asked: Asked, seconds: float) -> dict[str, Any]:
+def facts_here(asked: Asked) -> dict[str, Any]:
+    """What results were made with."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
     own = versions()
-    told = {
+    return {
         "options": " ".join(sys.argv[1:]),
         "seeds": ", ".join(map(str, asked.seeds)),
         "commit": commit.stdout.strip() or "no git repository",
@@ -114,11 +116,14 @@ def _facts(asked: Asked, seconds: float) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {own[name]}" for name in ("python", "torch", "transformers") if name in own),
         "specialists": "the branched toy, made for each seed" if asked.config is None else str(asked.config),
     }
+
+
+def _facts(asked: Asked, seconds: float) -> dict[str, Any]:
     # What an interrupted start took is not in this one's time.
     took = asked.out / "seconds.json"
     before = json.loads(took.read_text()) if took.is_file() else 0.0
     took.write_text(json.dumps(before + seconds))
-    return told | {"time": f"{(before + seconds) / 60:.0f} minutes"}
+    return facts_here(asked) | {"time": f"{(before + seconds) / 60:.0f} minutes"}
 
 
 def _processor() -> str:

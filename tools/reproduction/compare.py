@@ -1,0 +1,126 @@
+"""All of a comparison of variants: specialists, runs, what they take, then the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reproduction.experiments import Experiment
+from reproduction.job import facts_here, token_store
+from reproduction.measured import Measured, read_seed
+from reproduction.runner import Job, run, say
+from reproduction.trios import Asked, Trio, make_trio
+from reproduction.variants import LESSONS, TRAINED, Compared, adapters, fused_run, parse_rows, students
+from reproduction.variants_page import Cost, adapters_page, bytes_of, median_seconds, students_page
+from ultrafuser_mega.config import load_config
+from ultrafuser_mega.dry_run.processes import rehearse_ranks
+from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.planning.preflight import laid_out
+from ultrafuser_mega.planning.trained import part_shares
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """What the user asked for: the seeds' specialists, and what is compared."""
+
+    asked: Asked
+    compared: Compared
+
+    @classmethod
+    def of(
+        cls,
+        out: Path,
+        seeds: str,
+        quick: bool,
+        fused: Path | None,
+        rows: str,
+        jobs: int,
+        overrides: Sequence[str],
+        into: str | None = None,
+    ) -> Comparing:
+        """Of the command line; raises InputError for what is none."""
+        chosen = parse_rows(rows, TRAINED if into is None else LESSONS)
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise InputError(f"--seeds {seeds}: expected whole numbers, as in 0,1,2") from None
+        config = None
+        if fused is not None:
+            fused, config = fused.absolute(), fused.absolute() / "config.yaml"
+            if not (fused / "summary.json").is_file():
+                raise InputError(f"--run {fused}: is no finished run; give one's folder")
+        asked = Asked(out, numbers, quick, config, overrides, jobs=jobs)
+        return cls(asked, Compared(chosen, into or "", fused))
+
+
+def compare_adapters(comparing: Comparing) -> Path:
+    """What stage 2 trains; returns the page.
+
+    Raises:
+        InputError, ExperimentError, StoppedError: as ``reproduction.job.reproduce``.
+    """
+    trios, runs = _run_all(comparing, adapters)
+    costs = {}
+    for one in runs[0]:
+        say(f"what {one.row} takes")
+        costs[one.row] = _cost(trios[0], one)
+    measured = _measured(comparing, trios, runs)
+    return adapters_page(comparing.asked.out, measured, costs, _facts(comparing))
+
+
+def compare_students(comparing: Comparing) -> Path:
+    """One model out; returns the page. Raises as :func:`compare_adapters`."""
+    trios, runs = _run_all(comparing, students)
+    rows = [one.row for one in runs[0] if one.command[0] == "distil"]
+    return students_page(comparing.asked.out, _measured(comparing, trios, runs), rows, _facts(comparing))
+
+
+def _run_all(
+    comparing: Comparing, experiments: Callable[[Trio, Compared], list[Experiment]]
+) -> tuple[list[Trio], list[list[Experiment]]]:
+    asked, compared = comparing.asked, comparing.compared
+    trios = []
+    for seed in asked.seeds:
+        say(f"seed {seed}: specialists and data")
+        trios.append(make_trio(asked, seed))
+
+    def jobs(make: Callable[[Trio], list[Experiment]]) -> list[Job]:
+        return [Job(trio.seed, one, trio.root / "logs") for trio in trios for one in make(trio)]
+
+    run(jobs(lambda trio: [token_store(trio)]), asked.jobs, "token stores")
+    run(jobs(lambda trio: [fused_run(trio, compared)]), asked.jobs, "fused runs")
+    run(jobs(lambda trio: experiments(trio, compared)), asked.jobs, "variants")
+    return trios, [experiments(trio, compared) for trio in trios]
+
+
+def _measured(comparing: Comparing, trios: Sequence[Trio], runs: Sequence[Sequence[Experiment]]) -> Measured:
+    first = trios[0].config
+    measured = Measured(list(comparing.asked.seeds), list(first.data.classes), list(first.specialists))
+    for trio, own in zip(trios, runs, strict=True):
+        read_seed(measured, trio, [fused_run(trio, comparing.compared), *own])
+    measured.complete()
+    return measured
+
+
+def _cost(trio: Trio, one: Experiment) -> Cost:
+    assert one.run_dir is not None
+    config_path, overrides = one.run_dir / "config.yaml", ["checkpoint.start=null"]
+    plan = laid_out(load_config(config_path, overrides), 1)
+    (rehearsal,) = rehearse_ranks([0], 1, "cpu", config_path, overrides)
+    (part,) = (part for part in rehearsal.parts if part.name == "stage 2")
+    return Cost(
+        trained=sum(share.trained for share in part_shares(plan, 2)),
+        peak=part.peak,
+        checkpoint=bytes_of(max((one.run_dir / "checkpoints").glob("stage2-*"))),
+        seconds=median_seconds(one.run_dir),
+    )
+
+
+def _facts(comparing: Comparing) -> dict[str, Any]:
+    asked = comparing.asked
+    found = facts_here(asked)
+    if comparing.compared.fused is not None:
+        found["specialists"] = f"those of the run {comparing.compared.fused.name}, the same for all seeds"
+    return found

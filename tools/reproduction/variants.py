@@ -1,0 +1,151 @@
+"""Runs that are compared with each other for what one node can do: what stage 2 trains, and one model out.
+
+Both begin with a fused run: its checkpoint behind stage 1, its model as teacher. Commands of ultrafuser, as in
+``experiments``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reproduction.experiments import Experiment
+from reproduction.rows import AVERAGE, TASK_ARITHMETIC, ULTRAFUSER
+from reproduction.trios import FUSED_RUN, Trio
+from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.errors import InputError
+
+#: What stage 2 trains -> its settings; the gate at its own rate in all of them.
+TRAINED: dict[str, tuple[str, ...]] = {
+    "everything": (),
+    "adapters of rank 32": ("stage2.train={heads: frozen, specialists: lora}", "lora={rank: 32, alpha: 64}"),
+    "adapters of rank 8": ("stage2.train={heads: frozen, specialists: lora}", "lora={rank: 8, alpha: 16}"),
+    "gate and heads": ("stage2.train={specialists: frozen}",),
+}
+LABELS = "labels alone"
+#: What a student learns on -> its settings; labels alone are further tuning.
+LESSONS: dict[str, tuple[str, ...]] = {
+    LABELS: (),
+    "forward KL": (),
+    "reverse KL": ("distil.reverse=1",),
+    "half labels": ("distil.labels=0.5",),
+    "teacher's answers": ("distil.data={own: 0, prompts: 1}",),
+    "on-policy": ("distil.data={own: 0, on_policy: 1}",),
+    "mixture": ("distil.data={own: 2, prompts: 1, on_policy: 1}",),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind at one rate.
+
+    Attributes:
+        kind: a key of TRAINED or LESSONS.
+        lr: stage2.lr; None: the configuration's.
+    """
+
+    kind: str
+    lr: float | None
+
+    def __str__(self) -> str:
+        return self.kind if self.lr is None else f"{self.kind}, {self.lr:g}"
+
+    @property
+    def key(self) -> str:
+        """Of files."""
+        return "-".join(re.findall(r"[A-Za-z0-9.]+", str(self)))
+
+    @property
+    def rate(self) -> tuple[str, ...]:
+        """As a setting."""
+        return () if self.lr is None else (f"stage2.lr={self.lr:g}",)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is to be compared.
+
+    Attributes:
+        rows: of the table.
+        into: the specialist that a student begins as.
+        fused: a finished run that all seeds begin with; None: each seed trains its own.
+    """
+
+    rows: Sequence[Row]
+    into: str = "text"
+    fused: Path | None = None
+
+
+def parse_rows(text: str, known: Iterable[str]) -> list[Row]:
+    """KIND or KIND@RATE, with commas; nothing: all kinds at the configuration's rate. Raises InputError."""
+    kinds = list(known)
+    found = []
+    for part in [part.strip() for part in text.split(",") if part.strip()] or kinds:
+        kind, _, rate = part.partition("@")
+        if kind not in kinds:
+            raise InputError(f"--rows {part}: there is no such kind; use {', '.join(kinds)}")
+        try:
+            found.append(Row(kind, float(rate) if rate else None))
+        except ValueError:
+            raise InputError(f"--rows {part}: expected a rate behind @, as in {kind}@5e-4") from None
+    return found
+
+
+def fused_run(trio: Trio, compared: Compared) -> Experiment:
+    """What a seed's runs begin with."""
+    run_dir = compared.fused or trio.config.runs / FUSED_RUN
+    command = ("train", "--config", str(trio.config_path), f"name={FUSED_RUN}")
+    return Experiment(ULTRAFUSER, FUSED_RUN, command, run_dir / "summary.json", run_dir, go_on="--requeue")
+
+
+def adapters(trio: Trio, compared: Compared) -> list[Experiment]:
+    """Stage 2 in every kind, from one checkpoint of stage 1.
+
+    Raises:
+        InputError: the fused run keeps none.
+    """
+    folder = (compared.fused or trio.config.runs / FUSED_RUN) / "checkpoints"
+    untrained = [path for progress, path in list_checkpoints(folder) if progress.stage == 1]
+    if not untrained:
+        raise InputError(f"{folder}: holds no checkpoint of stage 1; train one with stage1.steps above 0")
+    gate = trio.config.stage2.gate_lr or trio.config.stage2.lr
+    found = []
+    for row in compared.rows:
+        begins = (f"name={row.key}", "stage1.steps=0", f"checkpoint.start={untrained[-1]}")
+        settings = (*TRAINED[row.kind], *row.rate, f"stage2.gate_lr={gate:g}")
+        if row.kind != "everything":
+            settings += ("checkpoint.weights=trained",)
+        command = ("train", "--config", str(trio.config_path), *begins, *settings)
+        run_dir = trio.config.runs / row.key
+        found.append(Experiment(str(row), row.key, command, run_dir / "summary.json", run_dir, go_on="--requeue"))
+    return found
+
+
+def students(trio: Trio, compared: Compared) -> list[Experiment]:
+    """What one model can be: merged, trained on labels, and distilled in every kind, for equally many steps."""
+    into, found = compared.into, list[Experiment]()
+    found.append(_exported(trio, AVERAGE, "average", ("baseline", "average"), None, ()))
+    if trio.base is not None:
+        command = ("baseline", "task-arithmetic", "--base", str(trio.base))
+        found.append(_exported(trio, TASK_ARITHMETIC, "task-arithmetic", command, None, ()))
+    teacher = compared.fused or trio.config.runs / FUSED_RUN
+    for row in compared.rows:
+        command = ("distil", str(teacher), "--into", into)
+        if row.kind == LABELS:
+            command = ("baseline", "further-tuned", "--specialist", into)
+        store = "tuned-store" if row.kind == LABELS else "student-store"
+        found.append(_exported(trio, str(row), row.key, command, store, (*LESSONS[row.kind], *row.rate)))
+    return found
+
+
+def _exported(
+    trio: Trio, row: str, key: str, command: tuple[str, ...], store: str | None, settings: tuple[str, ...]
+) -> Experiment:
+    out, run_dir = trio.root / "models" / key, None
+    command += ("--config", str(trio.config_path), "--out", str(out), *settings)
+    if store is not None:  # it trains
+        run_dir = trio.config.runs / key
+        command += (f"name={key}", f"data.store={trio.root / store}")
+    return Experiment(row, key, command, out / "summary.json", run_dir, str(out), go_on="--requeue" if store else "")
