@@ -89,8 +89,9 @@ def _run_all(
     def jobs(make: Callable[[Trio], list[Experiment]]) -> list[Job]:
         return [Job(trio.seed, one, trio.root / "logs") for trio in trios for one in make(trio)]
 
-    run(jobs(lambda trio: [token_store(trio)]), asked.jobs, "token stores")
-    run(jobs(lambda trio: [fused_run(trio, compared)]), asked.jobs, "fused runs")
+    if compared.fused is None:
+        run(jobs(lambda trio: [token_store(trio)]), asked.jobs, "token stores")
+        run(jobs(lambda trio: [fused_run(trio, compared)]), asked.jobs, "fused runs")
     run(jobs(lambda trio: experiments(trio, compared)), asked.jobs, "variants")
     return trios, [experiments(trio, compared) for trio in trios]
 

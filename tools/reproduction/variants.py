@@ -24,6 +24,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "adapters of rank 8": ("stage2.train={heads: frozen, specialists: lora}", "lora={rank: 8, alpha: 16}"),
     "gate and heads": ("stage2.train={specialists: frozen}",),
 }
+_AT_THE_END = "evaluation.every=0"  # and at the beginning: what a table needs
 LABELS = "labels alone"
 #: What a student learns on -> its settings; labels alone are further tuning.
 LESSONS: dict[str, tuple[str, ...]] = {
@@ -113,7 +114,7 @@ def adapters(trio: Trio, compared: Compared) -> list[Experiment]:
     gate = trio.config.stage2.gate_lr or trio.config.stage2.lr
     found = []
     for row in compared.rows:
-        begins = (f"name={row.key}", "stage1.steps=0", f"checkpoint.start={untrained[-1]}")
+        begins = (f"name={row.key}", "stage1.steps=0", f"checkpoint.start={untrained[-1]}", _AT_THE_END)
         settings = (*TRAINED[row.kind], *row.rate, f"stage2.gate_lr={gate:g}")
         if row.kind != "everything":
             settings += ("checkpoint.weights=trained",)
@@ -147,5 +148,5 @@ def _exported(
     command += ("--config", str(trio.config_path), "--out", str(out), *settings)
     if store is not None:  # it trains
         run_dir = trio.config.runs / key
-        command += (f"name={key}", f"data.store={trio.root / store}")
+        command += (f"name={key}", f"data.store={trio.root / store}", _AT_THE_END)
     return Experiment(row, key, command, out / "summary.json", run_dir, str(out), go_on="--requeue" if store else "")

@@ -1,0 +1,102 @@
+"""tools/compare_variants.py: which runs it makes of what was asked, and what its pages say of made-up numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from reproduction.measured import Measured
+from reproduction.rows import AVERAGE, ULTRAFUSER
+from reproduction.trios import Trio
+from reproduction.variants import LABELS, LESSONS, TRAINED, Compared, adapters, parse_rows, students
+from reproduction.variants_page import Cost, adapters_page, best_single, recovered, students_page
+
+from ultrafuser_mega.config import load_config
+from ultrafuser_mega.errors import InputError
+
+
+@pytest.fixture
+def trio(tmp_path: Path) -> Trio:
+    settings = [f"runs={tmp_path / 'runs'}", "stage2.gate_lr=3e-3"]
+    return Trio(0, tmp_path, load_config(None, settings), tmp_path / "base", None)
+
+
+def lost(m: Measured, row: str, *means: float) -> None:
+    m.losses[row] = {"text": list(means), "code": list(means), "mean": list(means)}
+
+
+@pytest.fixture
+def measured() -> Measured:
+    m = Measured([0, 1], ["text", "code"], ["text", "code"])
+    lost(m, "text", 4.0, 4.0)
+    lost(m, "code", 4.2, 4.2)
+    lost(m, AVERAGE, 3.5, 3.7)
+    lost(m, LABELS, 3.0, 3.2)
+    lost(m, "forward KL", 2.5, 2.4)
+    lost(m, ULTRAFUSER, 2.0, 2.2)
+    lost(m, "oracle per sample", 1.9, 2.1)
+    return m
+
+
+def test_rows_are_kinds_with_or_without_a_rate() -> None:
+    first, second = parse_rows("forward KL@2e-3, on-policy", LESSONS)
+    assert (str(first), first.key, first.rate) == ("forward KL, 0.002", "forward-KL-0.002", ("stage2.lr=0.002",))
+    assert (str(second), second.rate) == ("on-policy", ())
+    assert [row.kind for row in parse_rows("", TRAINED)] == list(TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("sideways KL", "no such kind; use labels"), ("on-policy@fast", "a rate behind @")]
+)
+def test_rows_that_are_none_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_rows(text, LESSONS)
+
+
+def test_all_students_begin_alike_and_only_the_lesson_differs(trio: Trio) -> None:
+    runs = students(trio, Compared(parse_rows("", LESSONS), "math"))
+    assert [one.row for one in runs] == [AVERAGE, "task arithmetic", *LESSONS]
+    tuned, *distilled = runs[2:]
+    assert tuned.command[:4] == ("baseline", "further-tuned", "--specialist", "math")
+    for one in distilled:
+        assert one.command[:4] == ("distil", str(trio.config.runs / "ultrafuser"), "--into", "math")
+        assert set(LESSONS[one.row]) <= set(one.command)
+    lessons = {setting for settings in LESSONS.values() for setting in settings}
+    settings = [
+        {part for part in one.command if "=" in part and part not in lessons and not part.startswith("name=")}
+        for one in distilled
+    ]
+    assert all(own == settings[0] for own in settings)
+
+
+def test_stage_2_begins_with_the_newest_checkpoint_of_stage_1_and_the_gates_own_rate(trio: Trio) -> None:
+    compared = Compared(parse_rows("adapters of rank 8@1e-2", TRAINED))
+    with pytest.raises(InputError, match="holds no checkpoint of stage 1"):
+        adapters(trio, compared)
+    for name in ("stage1-step0000010", "stage1-step0000020", "stage2-step0000030"):
+        folder = trio.config.runs / "ultrafuser" / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "progress.json").write_text("{}")
+    (one,) = adapters(trio, compared)
+    assert f"checkpoint.start={folder.parent / 'stage1-step0000020'}" in one.command
+    assert {"stage1.steps=0", "stage2.lr=0.01", "stage2.gate_lr=0.003", "checkpoint.weights=trained"} <= set(
+        one.command
+    )
+
+
+def test_the_best_single_model_is_one_that_learned_nothing_from_the_fused_one(measured: Measured) -> None:
+    assert best_single(measured, ["forward KL"]) == LABELS
+    assert recovered(measured, LABELS, "forward KL", ULTRAFUSER) == pytest.approx([0.5, 0.8])
+    assert recovered(measured, LABELS, ULTRAFUSER, ULTRAFUSER) == [1.0, 1.0]
+
+
+def test_pages_hold_what_was_measured(measured: Measured, tmp_path: Path) -> None:
+    text = students_page(tmp_path, measured, ["forward KL"], {"seeds": "0, 1"}).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| forward KL |"))
+    assert line.endswith("| 0.65 ± 1.91 | 0.59 ± 1.73 |")
+    assert json.loads((tmp_path / "students.json").read_text())["best_single"] == LABELS
+    cost = Cost(1234, {"weights": 3 * 2**20, "gradients": 2**20, "optimizer": 2**21}, 5 * 2**20, 0.25)
+    lost(measured, "gate and heads", 2.6, 2.6)
+    text = adapters_page(tmp_path, measured, {"gate and heads": cost}, {}).read_text()
+    assert "| gate and heads | 2.600 | 2.600 | 2.600 | 1,234 | 3.0 | 6.0 | 5.0 | 0.25 |" in text
