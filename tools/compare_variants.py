@@ -61,13 +61,14 @@ def students(
     seeds: _Seeds = "0,1,2",
     quick: _Quick = False,
     run: _Run = None,
+    base: Annotated[Path | None, typer.Option(help="with --run: model that its specialists were trained from")] = None,
     rows: _Rows = "",
     jobs: _Jobs = 1,
 ) -> None:
     """Merged, trained on labels, and distilled in every way, for equally many steps and samples."""
     from reproduction.compare import Comparing, compare_students
 
-    _do(compare_students, lambda: Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [], into))
+    _do(compare_students, lambda: Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [], into, base))
 
 
 def _do(compare: Callable[[Comparing], Path], asked: Callable[[], Comparing]) -> None:

@@ -1,1 +1,1 @@
-"""The paper's tables and figures on small models: what to run, what was measured, which claims hold."""
+"""Runs on small models over seeds, and what came of them: the paper's tables, and variants side by side."""

@@ -39,6 +39,7 @@ class Comparing:
         jobs: int,
         overrides: Sequence[str],
         into: str | None = None,
+        base: Path | None = None,
     ) -> Comparing:
         """Of the command line; raises InputError for what is none."""
         chosen = parse_rows(rows, TRAINED if into is None else LESSONS)
@@ -47,11 +48,13 @@ class Comparing:
         except ValueError:
             raise InputError(f"--seeds {seeds}: expected whole numbers, as in 0,1,2") from None
         config = None
+        if base is not None and fused is None:
+            raise InputError("--base: belongs to --run; give one")
         if fused is not None:
             fused, config = fused.absolute(), fused.absolute() / "config.yaml"
             if not (fused / "summary.json").is_file():
                 raise InputError(f"--run {fused}: is no finished run; give one's folder")
-        asked = Asked(out, numbers, quick, config, overrides, jobs=jobs)
+        asked = Asked(out, numbers, quick, config, overrides, base=base and base.absolute(), jobs=jobs)
         return cls(asked, Compared(chosen, into or "", fused))
 
 
