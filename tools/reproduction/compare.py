@@ -13,7 +13,7 @@ from reproduction.measured import Measured, read_seed
 from reproduction.runner import Job, run, say
 from reproduction.trios import Asked, Trio, make_trio
 from reproduction.variants import LESSONS, TRAINED, Compared, adapters, fused_run, parse_rows, students
-from reproduction.variants_page import Cost, adapters_page, bytes_of, median_seconds, students_page
+from reproduction.variants_page import Cost, adapters_page, median_seconds, students_page
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.dry_run.processes import rehearse_ranks
 from ultrafuser_mega.errors import InputError
@@ -117,7 +117,6 @@ def _cost(trio: Trio, one: Experiment) -> Cost:
     return Cost(
         trained=sum(share.trained for share in part_shares(plan, 2)),
         peak=part.peak,
-        checkpoint=bytes_of(max((one.run_dir / "checkpoints").glob("stage2-*"))),
         seconds=median_seconds(one.run_dir),
     )
 

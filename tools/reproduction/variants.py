@@ -116,8 +116,6 @@ def adapters(trio: Trio, compared: Compared) -> list[Experiment]:
     for row in compared.rows:
         begins = (f"name={row.key}", "stage1.steps=0", f"checkpoint.start={untrained[-1]}", _AT_THE_END)
         settings = (*TRAINED[row.kind], *row.rate, f"stage2.gate_lr={gate:g}")
-        if row.kind != "everything":
-            settings += ("checkpoint.weights=trained",)
         command = ("train", "--config", str(trio.config_path), *begins, *settings)
         run_dir = trio.config.runs / row.key
         found.append(Experiment(str(row), row.key, command, run_dir / "summary.json", run_dir, go_on="--requeue"))
@@ -144,9 +142,8 @@ def students(trio: Trio, compared: Compared) -> list[Experiment]:
 def _exported(
     trio: Trio, row: str, key: str, command: tuple[str, ...], store: str | None, settings: tuple[str, ...]
 ) -> Experiment:
-    out, run_dir = trio.root / "models" / key, None
+    out = trio.root / "models" / key
     command += ("--config", str(trio.config_path), "--out", str(out), *settings)
     if store is not None:  # it trains
-        run_dir = trio.config.runs / key
         command += (f"name={key}", f"data.store={trio.root / store}", _AT_THE_END)
-    return Experiment(row, key, command, out / "summary.json", run_dir, str(out), go_on="--requeue" if store else "")
+    return Experiment(row, key, command, out / "summary.json", go_on="--requeue" if store else "")

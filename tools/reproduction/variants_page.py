@@ -17,6 +17,7 @@ from ultrafuser_mega.reporting.records import MEAN, ORACLE_PER_SAMPLE, YARDSTICK
 
 _RULE = "Held-out nats per response token; ± is half of Student's 95 % interval of the mean over seeds.\n"
 _MIB = 2**20
+_KEPT = 12  # bytes of a trained float32 parameter and its moments in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,12 @@ class Cost:
     Attributes:
         trained: parameters.
         peak: kind of memory -> bytes when most was allocated, of a dry run of stage 2.
-        checkpoint: bytes of the folder, optimizer included.
         seconds: of a step, the median.
     """
 
     trained: int
     peak: Mapping[str, int]
-    checkpoint: int
     seconds: float
-
-
-def bytes_of(folder: Path) -> int:
-    """Of all files in it."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def median_seconds(run_dir: Path) -> float:
@@ -49,7 +43,7 @@ def median_seconds(run_dir: Path) -> float:
 
 def adapters_page(out: Path, m: Measured, costs: Mapping[str, Cost], facts: Mapping[str, Any]) -> Path:
     """Of what stage 2 trained; ``costs`` by row."""
-    head = ["stage 2 trained", *m.classes, MEAN, "trained", "states MiB", "peak MiB", "checkpoint MiB", "s a step"]
+    head = ["stage 2 trained", *m.classes, MEAN, "trained", "states MiB", "peak MiB", "kept MiB", "s a step"]
     rows = []
     for row in [*m.specialists, AFTER_STAGE_1, *costs]:
         if row not in m.losses:
@@ -59,10 +53,11 @@ def adapters_page(out: Path, m: Measured, costs: Mapping[str, Cost], facts: Mapp
             cells += [""] * 5
         else:
             states = sum(cost.peak.get(kind, 0) for kind in ("gradients", "optimizer"))
-            sizes = (states, sum(cost.peak.values()), cost.checkpoint)
+            sizes = (states, sum(cost.peak.values()), _KEPT * cost.trained)
             cells += [f"{cost.trained:,}", *(f"{size / _MIB:.1f}" for size in sizes), f"{cost.seconds:.2f}"]
         rows.append([row, *cells])
     told = "States are gradients and optimizer; states and peak are of a dry run on samples of the greatest length.\n"
+    told += "Kept is what a checkpoint holds of what trains, all that it holds with checkpoint.weights=trained.\n"
     document = {"facts": facts, "losses": m.losses, "costs": {row: asdict(cost) for row, cost in costs.items()}}
     return _write(out / "adapters.md", "# What stage 2 trains", facts, _RULE + told, _table(head, rows), document)
 
