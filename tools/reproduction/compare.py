@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,13 @@ def compare_adapters(comparing: Comparing) -> Path:
         InputError, ExperimentError, StoppedError: as ``reproduction.job.reproduce``.
     """
     trios, runs = _run_all(comparing, adapters)
-    costs = {}
-    for one in runs[0]:
-        say(f"what {one.row} takes")
-        costs[one.row] = _cost(trios[0], one)
+    costs, of_kind = {}, dict[str, Cost]()
+    for row, one in zip(comparing.compared.rows, runs[0], strict=True):
+        assert one.run_dir is not None
+        if row.kind not in of_kind:
+            say(f"what {row.kind} takes")
+            of_kind[row.kind] = _cost(one.run_dir / "config.yaml")
+        costs[one.row] = replace(of_kind[row.kind], seconds=median_seconds(one.run_dir))
     measured = _measured(comparing, trios, runs)
     return adapters_page(comparing.asked.out, measured, costs, _facts(comparing))
 
@@ -108,17 +111,12 @@ def _measured(comparing: Comparing, trios: Sequence[Trio], runs: Sequence[Sequen
     return measured
 
 
-def _cost(trio: Trio, one: Experiment) -> Cost:
-    assert one.run_dir is not None
-    config_path, overrides = one.run_dir / "config.yaml", ["checkpoint.start=null"]
-    plan = laid_out(load_config(config_path, overrides), 1)
-    (rehearsal,) = rehearse_ranks([0], 1, "cpu", config_path, overrides)
+def _cost(config: Path) -> Cost:
+    overrides = ["checkpoint.start=null"]
+    (rehearsal,) = rehearse_ranks([0], 1, "cpu", config, overrides)
     (part,) = (part for part in rehearsal.parts if part.name == "stage 2")
-    return Cost(
-        trained=sum(share.trained for share in part_shares(plan, 2)),
-        peak=part.peak,
-        seconds=median_seconds(one.run_dir),
-    )
+    shares = part_shares(laid_out(load_config(config, overrides), 1), 2)
+    return Cost(sum(share.trained for share in shares), part.peak)
 
 
 def _facts(comparing: Comparing) -> dict[str, Any]:

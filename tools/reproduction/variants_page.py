@@ -27,12 +27,12 @@ class Cost:
     Attributes:
         trained: parameters.
         peak: kind of memory -> bytes when most was allocated, of a dry run of stage 2.
-        seconds: of a step, the median.
+        seconds: of a step of one run, the median.
     """
 
     trained: int
     peak: Mapping[str, int]
-    seconds: float
+    seconds: float = math.nan
 
 
 def median_seconds(run_dir: Path) -> float:
