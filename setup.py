@@ -1,7 +1,7 @@
 """Builds the extensions; everything else about the package stands in pyproject.toml.
 
-The C++ extensions are required: without them the package does not install. The CUDA extension is a faster form of something
-that PyTorch computes, too; the environment variable UFM_BUILD_CUDA says what becomes of it:
+The C++ extensions are required: without them the package does not install. The CUDA extension is a faster form of
+something that PyTorch computes, too; the environment variable UFM_BUILD_CUDA says what becomes of it:
 
     auto  (default) built where nvcc is found and succeeds; else one line says why not and the CPU's part is installed
     1     built, or the installation fails with one line

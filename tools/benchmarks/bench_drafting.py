@@ -9,8 +9,9 @@ passes of specialists for each token behind an answer's first, of which there ar
 bytes that these read, a specialist's whole but for the rows of its embedding; where reading them is what takes the
 time, as on a GPU with few answers at a time and all specialists on it, ``predicted`` is how much faster that is.
 
-``adapt`` shortens drafts by what they were seen to cost (the default of the commands, of up to 8). ``cos`` is the published way to
-draft for an ensemble (Fu et al., ICML 2025), see ``alternating_drafts``; its draws are others, which are not compared.
+``adapt`` shortens drafts by what they were seen to cost (the default of the commands, of up to 8). ``cos`` is the
+published way to draft for an ensemble (Fu et al., ICML 2025), see ``alternating_drafts``; its draws are others, which
+are not compared.
 """
 
 from __future__ import annotations
