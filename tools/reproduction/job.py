@@ -60,13 +60,13 @@ def reproduce(asked: Asked) -> Path:
     accuracy = [Job(trio.seed, _accuracy(asked, trio, suite), logs[trio.seed]) for trio in asking]
     if not asked.so_far:
         run(accuracy, asked.jobs, "accuracies")
-    asked_tasks = [job.experiment for job in accuracy if job.experiment.is_done]
-    if len(asked_tasks) < len(accuracy):
+    answered = all(job.experiment.is_done for job in accuracy)
+    if not answered:
         measured.left_out["accuracies"] = _NOT_RUN
     for trio in trios:
         read_seed(measured, trio, experiments(trio))
-    for one in asked_tasks:
-        read_accuracies(measured, one.result)
+    for job in accuracy if answered else ():
+        read_accuracies(measured, job.experiment.result)
     measured.complete()
     found = claims(measured)
     page = write_page(
