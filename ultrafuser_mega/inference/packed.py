@@ -44,7 +44,13 @@ def pack(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         return
     shared = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    for owner in list(model.modules()):
-        for name, part in list(owner.named_children()):
-            if type(part) is nn.Linear and part.weight.dtype == torch.float32 and part.weight.device.type == "cpu":
-                setattr(owner, name, PackedLinear(part, counts=id(part.weight) not in shared))
+    # Names alone are listed: a layer's memory is free when the next one is laid out.
+    for owner in [part for part in model.modules() if type(part) is not nn.Linear]:
+        for name in [name for name, part in owner.named_children() if _is_packed(part)]:
+            part = owner.get_submodule(name)
+            assert isinstance(part, nn.Linear)
+            setattr(owner, name, PackedLinear(part, counts=id(part.weight) not in shared))
+
+
+def _is_packed(part: nn.Module) -> bool:
+    return type(part) is nn.Linear and part.weight.dtype == torch.float32 and part.weight.device.type == "cpu"

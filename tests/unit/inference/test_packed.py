@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,20 @@ def test_an_embedding_that_shares_a_layers_weight_keeps_its_own() -> None:
     ids = torch.arange(9)
     with torch.no_grad():
         torch.testing.assert_close(model["head"](embedding(ids)), embedding.weight @ embedding.weight.T)
+
+
+def test_no_more_than_one_layer_is_held_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(3))
+    stored = [weakref.ref(part.weight) for part in model.modules() if isinstance(part, nn.Linear)]
+    held = []
+
+    def lay_out(weight: Any, rows: int, reorder: Any = torch.ops.mkldnn._reorder_linear_weight) -> Any:
+        held.append(sum(weight() is not None for weight in stored))
+        return reorder(weight, rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lay_out)
+    pack(model)
+    assert held == [6, 5, 4, 3, 2, 1]
 
 
 def test_other_element_types_stay_as_they_are() -> None:
