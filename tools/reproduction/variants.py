@@ -15,11 +15,12 @@ from reproduction.experiments import Experiment
 from reproduction.rows import AVERAGE, TASK_ARITHMETIC, ULTRAFUSER
 from reproduction.trios import FUSED_RUN, Trio
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.config import GATE
 from ultrafuser_mega.errors import InputError
 
 #: What stage 2 trains -> its settings; the gate at its own rate in all of them.
 TRAINED: dict[str, tuple[str, ...]] = {
-    "everything": (),
+    "everything": ("stage2.train={}",),
     "adapters of rank 32": ("stage2.train={heads: frozen, specialists: lora}", "lora={rank: 32, alpha: 64}"),
     "adapters of rank 8": ("stage2.train={heads: frozen, specialists: lora}", "lora={rank: 8, alpha: 16}"),
     "gate and heads": ("stage2.train={specialists: frozen}",),
@@ -111,7 +112,7 @@ def adapters(trio: Trio, compared: Compared) -> list[Experiment]:
     untrained = [path for progress, path in list_checkpoints(folder) if progress.stage == 1]
     if not untrained:
         raise InputError(f"{folder}: holds no checkpoint of stage 1; train one with stage1.steps above 0")
-    gate = trio.config.stage2.gate_lr or trio.config.stage2.lr
+    gate = trio.config.parts(2)[GATE].rates.lr
     found = []
     for row in compared.rows:
         begins = (f"name={row.key}", "stage1.steps=0", f"checkpoint.start={untrained[-1]}", _AT_THE_END)

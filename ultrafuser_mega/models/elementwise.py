@@ -39,7 +39,8 @@ def _operator(arguments: str, empty: Callable[..., Any]) -> Callable[[Callable[.
         compiled = getattr(elementwise_cpu, name)
 
         def on_cpu(*given: Any) -> Any:
-            return (compiled if given[0].dtype == torch.float32 else formula)(*given)
+            in_float32 = all(one.dtype == torch.float32 for one in given if isinstance(one, Tensor))
+            return (compiled if in_float32 else formula)(*given)
 
         return register(
             name + arguments, formula, empty, cuda=lambda *given: getattr(_kernels(), name)(*given), cpu=on_cpu

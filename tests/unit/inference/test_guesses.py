@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.engines import asked, decode, engine_of, events_of, tokens_of
 from support.release_prompts import of_row, random_ids
 
 from ultrafuser_mega.inference.guesses import Guesses
 from ultrafuser_mega.inference.model import opened_model
+from ultrafuser_mega.inference.requests import TokenEvent
 from ultrafuser_mega.inference.sampling import Sampling
 from ultrafuser_mega.inference.underway import Underway
 
@@ -85,6 +87,44 @@ def test_answers_are_the_same_whatever_is_guessed(
             for rows in (1, 3):
                 assert tokens_of(events_of(engine_of(model, rows=rows, draft=draft), requests)) == expected
             monkeypatch.undo()
+
+
+@pytest.mark.parametrize("trio", ["llamas"], indirect=True)
+def test_what_is_told_of_a_token_is_the_same_if_it_was_guessed(
+    answering: Any, monkeypatch: pytest.MonkeyPatch, close: Any
+) -> None:
+    prompts = [{name: of_row(row % 3)[name] for name in answering.names} for row in range(4)]
+    bias = {at: -3.0 for at in range(20, 60)} | {77: 4.0}
+    settings = [
+        Sampling(logit_bias=bias, frequency_penalty=0.7),
+        Sampling(0.8, seed=-5, top_k=50, presence_penalty=1.5),
+        Sampling(1.2, seed=2**62, min_p=0.01, logit_bias=bias),
+        Sampling(),
+    ]
+    lengths = [14, 1, 9, 2]
+    requests = asked(prompts, lengths, settings, EOS, top_logprobs=3)
+    expected = [event for event in events_of(engine_of(answering), requests) if isinstance(event, TokenEvent)]
+    known = tokens_of(expected)
+    assert len(known[0]) > 5 and len(known[1]) == 1
+    # Right at first, wrong behind every third token.
+    monkeypatch.setattr(
+        Underway,
+        "guess",
+        lambda self, most: [
+            token if len(self.answer) % 3 + at < 4 else 77
+            for at, token in enumerate(known[self.request.row][len(self.answer) + len(self.drafts) :][:most])
+            if token not in EOS
+        ],
+    )
+    engine = engine_of(answering, draft=8)
+    found = [event for event in events_of(engine, requests) if isinstance(event, TokenEvent)]
+    assert 0 < engine.stats().accepted < engine.stats().drafted
+    for row in known:
+        for one, other in zip(*([e for e in of if e.id == str(row)] for of in (expected, found)), strict=True):
+            assert (one.token, one.finish) == (other.token, other.finish)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            numbers = ([e.logprob, *e.weights, *(p for _, p in e.top)] for e in (one, other))
+            torch.testing.assert_close(*map(torch.tensor, numbers), **close)
 
 
 @pytest.mark.parametrize("trio", ["llamas"], indirect=True)

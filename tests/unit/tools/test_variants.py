@@ -83,6 +83,23 @@ def test_stage_2_begins_with_the_newest_checkpoint_of_stage_1_and_the_gates_own_
     assert {"stage1.steps=0", "stage2.lr=0.01", "stage2.gate_lr=0.003"} <= set(one.command)
 
 
+def test_every_kind_trains_what_it_is_called_whatever_the_given_run_trained(tmp_path: Path) -> None:
+    train = "stage2.train={gate: {lr: 1e-3}, heads: frozen, specialists: lora}"
+    config = load_config(None, [f"runs={tmp_path / 'runs'}", train])
+    (config.runs / "ultrafuser" / "checkpoints" / "stage1-step0000010").mkdir(parents=True)
+    (config.runs / "ultrafuser" / "checkpoints" / "stage1-step0000010" / "progress.json").write_text("{}")
+    runs = adapters(Trio(0, tmp_path, config, tmp_path / "base", None), Compared(parse_rows("", TRAINED)))
+    trained = {}
+    for one in runs:
+        settings = [part for part in one.command[3:] if "=" in part]
+        parts = load_config(None, [train, *settings]).parts(2)
+        assert parts["gate"].rates.lr == 1e-3
+        trained[one.row] = [part.mode for part in parts.values()]
+    assert trained["everything"] == ["full"] * 5
+    assert trained["adapters of rank 32"] == trained["adapters of rank 8"] == ["full", "frozen", *["lora"] * 3]
+    assert trained["gate and heads"] == ["full", "full", *["frozen"] * 3]
+
+
 def test_the_best_single_model_is_one_that_learned_nothing_from_the_fused_one(measured: Measured) -> None:
     assert best_single(measured, ["forward KL"]) == LABELS
     assert recovered(measured, LABELS, "forward KL", ULTRAFUSER) == pytest.approx([0.5, 0.8])
