@@ -94,7 +94,7 @@ def test_what_is_told_of_a_token_is_the_same_if_it_was_guessed(
     answering: Any, monkeypatch: pytest.MonkeyPatch, close: Any
 ) -> None:
     prompts = [{name: of_row(row % 3)[name] for name in answering.names} for row in range(4)]
-    bias = {at: -3.0 for at in range(20, 60)} | {77: 4.0}
+    bias = dict.fromkeys(range(20, 60), -3.0) | {77: 4.0}
     settings = [
         Sampling(logit_bias=bias, frequency_penalty=0.7),
         Sampling(0.8, seed=-5, top_k=50, presence_penalty=1.5),
