@@ -61,6 +61,6 @@ def _train(rank: int, tree: dict[str, Any], hooks: bool) -> tuple[int, int]:
     weight_gradients._added = counted
     if hooks:
         fusion_head.adding_in_place = lambda weights: (list(weights), None)
-        weight_gradients._embedding = functional.embedding
+        weight_gradients._embedding = lambda ids, table: functional.embedding(ids, table)
     run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
     return len(told), len({id(weight) for weight in told})

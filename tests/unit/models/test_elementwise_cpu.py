@@ -104,9 +104,8 @@ def test_no_rows_are_no_trouble(dtype: torch.dtype) -> None:
 def test_the_compiled_operations_read_float32_alone() -> None:
     x, dy = normal(5, 8, seed=0), normal(5, 8, seed=1)
     weight = normal(8, seed=2).bfloat16()
-    given = x, weight, 1e-5
-    y, rstd = elementwise.rms_norm_forward(*given)
-    torch.testing.assert_close((y, rstd), elementwise.FORMULAS["rms_norm_forward"](*given), rtol=0, atol=0)
+    y, rstd = elementwise.rms_norm_forward(x, weight, 1e-5)
+    torch.testing.assert_close((y, rstd), elementwise.FORMULAS["rms_norm_forward"](x, weight, 1e-5), rtol=0, atol=0)
     for given in ((dy, x.bfloat16(), weight, rstd), (dy, x, weight, rstd)):
         expected = elementwise.FORMULAS["rms_norm_backward"](*given)
         torch.testing.assert_close(elementwise.rms_norm_backward(*given), expected, rtol=0, atol=0)
