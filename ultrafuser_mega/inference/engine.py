@@ -175,7 +175,7 @@ class EmbeddedEngine:
         before = [len(row.answer) for row in rows]
         events = self._advance(rows, found.counts, found.hidden, found.logits)
         gained = [len(row.answer) - had for row, had in zip(rows, before, strict=True)]
-        accepted = [min(drafted, got - 1) for drafted, got in zip(drafts, gained, strict=True)]
+        accepted = [min(drafted, max(got - 1, 0)) for drafted, got in zip(drafts, gained, strict=True)]
         if self._alone:
             for row, drafted, right in zip(rows, drafts, accepted, strict=True):
                 row.trusted = right if drafted else row.trusted
