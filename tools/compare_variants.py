@@ -11,18 +11,13 @@ all runs with their configurations. Interrupted, the same command goes on.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from reproduction.ends import told
 
-from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
-
-if TYPE_CHECKING:
-    from reproduction.compare import Comparing
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -50,7 +45,7 @@ def adapters(
     """Stage 2 from one checkpoint of stage 1: everything, adapters of two ranks, gate and heads."""
     from reproduction.compare import Comparing, compare_adapters
 
-    _do(compare_adapters, lambda: Comparing.of(out, seeds, quick, run, rows, jobs, overrides or []))
+    told(lambda: compare_adapters(Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [])))
 
 
 @app.command()
@@ -68,24 +63,7 @@ def students(
     """Merged, trained on labels, and distilled in every way, for equally many steps and samples."""
     from reproduction.compare import Comparing, compare_students
 
-    _do(compare_students, lambda: Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [], into, base))
-
-
-def _do(compare: Callable[[Comparing], Path], asked: Callable[[], Comparing]) -> None:
-    from reproduction.runner import ExperimentError, StoppedError
-
-    try:
-        page = compare(asked())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except (StoppedError, KeyboardInterrupt):
-        print("interrupted; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    print(f"wrote {page}")
+    told(lambda: compare_students(Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [], into, base)))
 
 
 if __name__ == "__main__":

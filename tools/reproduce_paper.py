@@ -11,13 +11,13 @@ nothing and writes the page of what is there: all seeds are equally far.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from reproduction.ends import refused, told
 
-from ultrafuser_mega.errors import EXIT_BAD_INPUT, InputError
+from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 _SEEDS, _QUICK_SEEDS = "0,1,2", "0,1"
@@ -51,29 +51,13 @@ def main(
             raise InputError("--base, --tasks: belong to --config; give one")
         chosen = _seeds(seeds or (_QUICK_SEEDS if quick else _SEEDS))
     except InputError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     quiet_dependencies()
     # Behind the options: torch and Megatron take seconds, and say much that is as it should be.
     from reproduction.job import reproduce
-    from reproduction.runner import ExperimentError, StoppedError
     from reproduction.trios import Asked
 
-    try:
-        page = reproduce(Asked(out, chosen, quick, config, overrides or (), base, tasks, jobs, so_far))
-    except InputError as error:
-        raise _refused(error) from None
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except (StoppedError, KeyboardInterrupt):
-        print("interrupted; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    print(f"wrote {page}")
-
-
-def _refused(error: InputError) -> typer.Exit:
-    print(f"error: {error}", file=sys.stderr)
-    return typer.Exit(EXIT_BAD_INPUT)
+    told(lambda: reproduce(Asked(out, chosen, quick, config, overrides or (), base, tasks, jobs, so_far)))
 
 
 def _seeds(text: str) -> list[int]:
