@@ -1,6 +1,6 @@
 """elementwise.py on a CPU in float32: csrc/cpu_elementwise.cpp, every number read and written once.
 
-On torch.get_num_threads() threads, whose number does not change a bit of what comes out.
+On torch.get_numtorch.get_num_threads() threads, whose number does not change a bit of what comes out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
     y, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
     _cpu_elementwise.rms_norm_forward(
-        x.data_ptr(), weight.data_ptr(), eps, rstd.numel(), width, y.data_ptr(), rstd.data_ptr(), _threads()
+        x.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        rstd.numel(),
+        width,
+        y.data_ptr(),
+        rstd.data_ptr(),
+        torch.get_num_threads(),
     )
     return y, rstd
 
@@ -41,7 +48,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
         len(weight),
         dx.data_ptr(),
         dw.data_ptr(),
-        _threads(),
+        torch.get_num_threads(),
     )
     return dx, dw
 
@@ -50,7 +57,9 @@ def swiglu_forward(x: Tensor) -> Tensor:
     """elementwise.swiglu_forward."""
     x, width = x.contiguous(), x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], width))
-    _cpu_elementwise.swiglu_forward(x.data_ptr(), y.numel() // max(width, 1), width, y.data_ptr(), _threads())
+    _cpu_elementwise.swiglu_forward(
+        x.data_ptr(), y.numel() // max(width, 1), width, y.data_ptr(), torch.get_num_threads()
+    )
     return y
 
 
@@ -59,7 +68,7 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, x, width = dy.contiguous(), x.contiguous(), dy.shape[-1]
     dx = torch.empty_like(x)
     rows = dy.numel() // max(width, 1)
-    _cpu_elementwise.swiglu_backward(dy.data_ptr(), x.data_ptr(), rows, width, dx.data_ptr(), _threads())
+    _cpu_elementwise.swiglu_backward(dy.data_ptr(), x.data_ptr(), rows, width, dx.data_ptr(), torch.get_num_threads())
     return dx
 
 
@@ -80,7 +89,7 @@ def rotated_heads_forward(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) 
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        _threads(),
+        torch.get_num_threads(),
     )
     return q, k, v
 
@@ -101,10 +110,6 @@ def rotated_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin:
         each,
         width // 2,
         mixed.data_ptr(),
-        _threads(),
+        torch.get_num_threads(),
     )
     return mixed
-
-
-def _threads() -> int:
-    return torch.get_num_threads()

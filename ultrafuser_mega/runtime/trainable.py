@@ -86,11 +86,10 @@ class Trainable:
         return owned(self.optimizer, parameter)
 
     def reload(self) -> None:
-        """Take the optimizer's float32 weights, where it has any, from the model's."""
+        """Take the optimizer's float32 weights, where it has any, from the model's; within ``megatron_scope``."""
         if self.host is not None:
             self.host.reload()
-            return
-        with megatron_scope(self.device):
+        else:
             self.optimizer.reload_model_params()
 
     def zero_grad(self) -> None:
