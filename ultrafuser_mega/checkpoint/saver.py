@@ -33,6 +33,7 @@ from ultrafuser_mega.checkpoint.chunks import Chunk
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, unfinished_of
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.gloo import IN_ORDER
 
 #: Name of the link to the checkpoint of the lowest held-out loss.
 BEST = "best"
@@ -59,7 +60,7 @@ class Saver:
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._identity, self._sources = identity, sources
-        self._group = dist.new_group(backend="gloo", group_desc="saving")
+        self._group = dist.new_group(backend=IN_ORDER, group_desc="saving")
         self._copies: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._news: deque[str] = deque()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.gloo import IN_ORDER
 from ultrafuser_mega.runtime.start import name_of_start
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
@@ -146,11 +147,11 @@ def joined_job(device: torch.device, store: dist.Store, timeout: timedelta = tim
     CPU tensors travel by gloo everywhere; on GPUs, CUDA tensors by NCCL. After an exception the process group is left
     as it is: taking it down would make the other ranks fail too, before this one could say why.
     """
-    backend, bound = "gloo", None
+    backend, bound = IN_ORDER, None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Binding the device makes NCCL communicators eagerly, in the same order on every rank.
-        backend, bound = "cpu:gloo,cuda:nccl", device
+        backend, bound = f"cpu:{IN_ORDER},cuda:nccl", device
     dist.init_process_group(
         backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, device_id=bound
     )

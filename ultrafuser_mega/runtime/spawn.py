@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.runtime.gloo import IN_ORDER
 from ultrafuser_mega.runtime.quiet import quiet_dependencies
 
 
@@ -99,7 +100,7 @@ def _rank_main(work: bytes, rank: int, world_size: int, meeting: str, timeout_s:
     try:
         function, args = pickle.loads(work)
         dist.init_process_group(
-            "gloo",
+            IN_ORDER,
             init_method=f"file://{meeting}/store",
             rank=rank,
             world_size=world_size,
