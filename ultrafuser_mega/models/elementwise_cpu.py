@@ -1,6 +1,6 @@
 """elementwise.py on a CPU in float32: csrc/cpu_elementwise.cpp, every number read and written once.
 
-On torch.get_numtorch.get_num_threads() threads, whose number does not change a bit of what comes out.
+On torch.get_num_threads() threads, whose number does not change a bit of what comes out.
 """
 
 from __future__ import annotations
