@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_many_gathers_of_weights_at_once_damage_no_memory() -> None:
 def _gather_many_at_once(rank: int, gathers: int) -> None:
     group = dist.group.WORLD
     assert group is not None
-    gloo = group._get_backend(torch.device("cpu"))
+    gloo: Any = group._get_backend(torch.device("cpu"))
     shards, wholes = torch.ones(16, 8), torch.zeros(16, 8)
     for _ in range(gathers // len(shards)):
         # what a coalesced all-gather into a tensor comes to, as Megatron begins one for every bucket
