@@ -144,14 +144,15 @@ def launcher_store(timeout: timedelta = timedelta(minutes=30)) -> dist.Store:
 def joined_job(device: torch.device, store: dist.Store, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Join the job's process group through ``store`` (see :func:`launcher_store`), and leave it at a good end.
 
-    CPU tensors travel by gloo everywhere; on GPUs, CUDA tensors by NCCL. After an exception the process group is left
-    as it is: taking it down would make the other ranks fail too, before this one could say why.
+    CPU tensors travel by gloo everywhere; on GPUs, where those travel one at a time, CUDA tensors by NCCL. After an
+    exception the process group is left as it is: taking it down would make the other ranks fail too, before this one
+    could say why.
     """
     backend, bound = IN_ORDER, None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Binding the device makes NCCL communicators eagerly, in the same order on every rank.
-        backend, bound = f"cpu:{IN_ORDER},cuda:nccl", device
+        backend, bound = "cpu:gloo,cuda:nccl", device
     dist.init_process_group(
         backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, device_id=bound
     )
