@@ -229,6 +229,8 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs of a product or an attention; 0 of anything else."""
     if packet in (aten.addmm, aten.addmm_):  # torch's formula does not know out= and out_dtype=
         return 2 * int(args[1].shape[0]) * int(args[1].shape[1]) * int(args[2].shape[1])
+    if packet is torch.ops.mkldnn._linear_pointwise:
+        return 2 * int(args[0].numel()) * int(args[1].shape[0])
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:

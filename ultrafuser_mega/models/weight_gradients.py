@@ -1,11 +1,11 @@
-"""Weight gradients that are added to ``main_grad`` by what computes them.
+"""Weight gradients that are added to ``main_grad`` by what computes them, and the products of linear layers on CPUs.
 
 Where ``gradient_accumulation_fusion`` is set Megatron-core asks apex's extension ``fused_weight_gradient_mlp_cuda`` for
 that product, by a name in the module of its linear layers; else it rounds the gradient to the weight's type, writes it
 and reads it again to add it. Where the extension is missing, and on CPUs, the product of ``ops/gemm.py`` answers.
 
 On CPUs the same goes for embeddings, whose gradients else are tables of zeros with a few rows in them, and for the
-output heads (:func:`adding_in_place`). On CUDA the rows would be added in no fixed order, and the loss of several
+output heads (:func:`adding_in_place`). Outputs of linear layers are products of ``ops/gemm.py`` there, too. On CUDA the rows would be added in no fixed order, and the loss of several
 chunks would hold the heads' gradients in float32 (docs/decisions.md).
 """
 
@@ -28,7 +28,7 @@ from ultrafuser_mega.ops import gemm
 @contextlib.contextmanager
 def accumulated_weight_gradients(device: torch.device) -> Iterator[None]:
     """Around building layers on ``device``, their forward and their backward: the product is there, apex's on CUDA if
-    installed, and on CPUs the embedding."""
+    installed, and on CPUs the embedding and the layers' outputs."""
     if device.type == "cuda" and layers._grad_accum_fusion_available:
         yield
         return
@@ -37,6 +37,7 @@ def accumulated_weight_gradients(device: torch.device) -> Iterator[None]:
         "fused_weight_gradient_mlp_cuda": SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate),
     }
     if device.type == "cpu":
+        ours["torch"] = SimpleNamespace(**{**vars(torch), "matmul": gemm.product})
         ours["F"] = SimpleNamespace(**{**vars(F), "embedding": _embedding})
     saved = {name: getattr(layers, name, None) for name in ours}
     try:

@@ -1,0 +1,98 @@
+"""Products of oneDNN where MKL's are narrow: the same numbers, of operands and results in any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ultrafuser_mega.dry_run.meter import Meter
+from ultrafuser_mega.ops import gemm
+
+M, K, P = 37, 72, 50
+BY_ONEDNN, BY_MKL = "mkldnn._linear_pointwise", "aten.addmm_"
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def narrow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_mkl_is_narrow", lambda: True)
+    monkeypatch.setattr(gemm, "ONEDNN_FROM", 0)
+
+
+def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of random numbers; "turned" is the transpose of a matrix, "pitched" has room between its rows."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    if layout == "turned":
+        return torch.randn(columns, rows, generator=generator).to(dtype).t()
+    return torch.randn(rows, columns + (layout == "pitched") * 16, generator=generator).to(dtype)[:, :columns]
+
+
+def bound(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """Of what any order of summation may be off: each of K products and sums rounds once, of the sum of magnitudes."""
+    sizes = a.double().abs() @ b.double().abs() + (0 if added is None else added.double().abs())
+    return (K + 2) * torch.finfo(torch.float32).eps / 2 * sizes
+
+
+def counted(call: Any) -> tuple[dict[str, int], int]:
+    """(calls of each operation, FLOPs)."""
+    with Meter("cpu", {}) as meter:
+        call()
+    return meter.operations, meter.flops["products"]
+
+
+@pytest.mark.parametrize("layout_b", ["plain", "turned", "pitched"])
+@pytest.mark.parametrize("layout_a", ["plain", "turned", "pitched"])
+def test_onednns_product_is_the_product_in_any_layout(layout_a: str, layout_b: str) -> None:
+    a, b = matrix(M, K, layout_a), matrix(K, P, layout_b)
+    found: list[Tensor] = []
+    operations, flops = counted(lambda: found.append(gemm.product(a, b)))
+    assert ((found[0].double() - a.double() @ b.double()).abs() <= bound(a, b)).all()
+    assert operations[BY_ONEDNN] == 1
+    assert flops == 2 * M * K * P
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("layout", ["plain", "pitched"])
+def test_onednns_product_is_added_to_or_written_over_what_is_there(layout: str, add: bool) -> None:
+    a, b, out = matrix(M, K, "turned"), matrix(K, P, "plain"), matrix(M, P, layout)
+    before = out.clone() if add else torch.zeros(M, P)
+    operations, _ = counted(lambda: gemm.accumulate(out, a, b, add=add))
+    assert ((out.double() - before.double() - a.double() @ b.double()).abs() <= bound(a, b, before)).all()
+    assert operations[BY_ONEDNN] == 1
+
+
+def test_what_is_written_over_may_be_nan() -> None:
+    out = torch.full((M, P), float("nan"))
+    gemm.accumulate(out, matrix(M, K, "plain"), matrix(K, P, "plain"), add=False)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_types_stay_with_pytorchs_products(dtype: torch.dtype) -> None:
+    a, b = matrix(M, K, "plain", dtype), matrix(K, P, "turned", dtype)
+    out = torch.zeros(M, P, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    operations, _ = counted(lambda: (gemm.accumulate(out, a, b, add=True), gemm.product(a, b)))
+    assert operations[BY_ONEDNN] == 0
+
+
+def test_small_products_stay_with_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "ONEDNN_FROM", M * K * P + 1)
+    a, b = matrix(M, K, "plain"), matrix(K, P, "plain")
+    operations, _ = counted(lambda: (gemm.accumulate(torch.zeros(M, P), a, b, add=True), gemm.product(a, b)))
+    assert operations[BY_ONEDNN] == 0
+    assert operations[BY_MKL] == operations["aten.mm"] == 1
+
+
+def test_fake_tensors_count_onednns_product_as_real_ones_do() -> None:
+    def both() -> None:
+        gemm.accumulate(torch.zeros(M, P), torch.ones(M, K), torch.ones(K, P), add=True)
+
+    with FakeTensorMode():
+        fake = counted(both)
+    assert fake == counted(both)
+    assert fake[1] == 2 * M * K * P
