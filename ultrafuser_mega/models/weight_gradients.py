@@ -5,8 +5,9 @@ that product, by a name in the module of its linear layers; else it rounds the g
 and reads it again to add it. Where the extension is missing, and on CPUs, the product of ``ops/gemm.py`` answers.
 
 On CPUs the same goes for embeddings, whose gradients else are tables of zeros with a few rows in them, and for the
-output heads (:func:`adding_in_place`). Outputs of linear layers are products of ``ops/gemm.py`` there, too. On CUDA the rows would be added in no fixed order, and the loss of several
-chunks would hold the heads' gradients in float32 (docs/decisions.md).
+output heads (:func:`adding_in_place`). On CUDA the rows would be added in no fixed order, and the loss of several
+chunks would hold the heads' gradients in float32 (docs/decisions.md). What linear layers give out is a product of
+``ops/gemm.py`` on CPUs, too; their inputs' gradients Megatron-core takes by a tensor's own method.
 """
 
 from __future__ import annotations

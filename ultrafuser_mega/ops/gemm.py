@@ -3,7 +3,7 @@
 CUDA's vendor GEMM writes fp32 from 16-bit operands directly. The CPU's does not, so there 16-bit operands are upcast,
 the large one a block at a time: no second copy of a head ever exists.
 
-PyTorch's products in fp32 on x86 are MKL's, which on an AMD processor with AVX-512 take kernels of half that width. There
+PyTorch's products in fp32 on x86 are MKL's, whose kernels on an AMD processor with AVX-512 are half as wide. There
 larger ones are oneDNN's, which PyTorch has, too: 220 to 250 GFLOP/s where MKL does 95 to 110.
 """
 
@@ -31,7 +31,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1.0) -> None:
     """out (M, P) = alpha a (M, K) b (K, P), plus out if ``add``; operands are no wider than ``out``."""
     beta = 1 if add else 0
-    if alpha == 1.0 and _is_onednns(a, b):
+    if alpha == 1.0 and out.dtype == a.dtype and _is_onednns(a, b):
         if add:
             out.add_(product(a, b))
         else:
@@ -55,10 +55,10 @@ def _is_onednns(a: Tensor, b: Tensor) -> bool:
 @functools.cache
 def _mkl_is_narrow() -> bool:
     """Whether this processor has AVX-512 and MKL no kernels of that width for it."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    with contextlib.suppress(OSError):
-        return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    torch_has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if torch_has_both and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        with contextlib.suppress(OSError):
+            return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return False
 
 

@@ -16,8 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
-from ultrafuser_mega.ops import gemm
-
 
 @contextlib.contextmanager
 def megatron_scope(device: torch.device) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
@@ -51,11 +49,9 @@ def megatron_scope(device: torch.device) -> Iterator[Callable[[], contextlib.Abs
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Sends tensor factories and casts that name "cuda" to the CPU, and the products by which layers' inputs get gradients to ``ops/gemm.py``."""
+    """Sends tensor factories and casts that name "cuda" to the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.matmul:
-            return gemm.product(*args)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrafuser_mega.models.weight_gradients import accumulated_weight_gradients, adding_in_place
+from ultrafuser_mega.ops import gemm
 from ultrafuser_mega.runtime.mcore import megatron_scope
 from ultrafuser_mega.runtime.spawn import run_ranks
 
@@ -74,6 +75,46 @@ def test_the_product_itself_adds() -> None:
     assert counts["add_"] == counts["add"] == 0
 
 
+def passed_through(rank: int, frozen: bool) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Where MKL is narrow: (output, gradients of input and weight), the same in float64, (oneDNN's products in the
+    forward, in the backward)."""
+    generator = torch.Generator().manual_seed(3)
+    config = ModelParallelConfig(
+        gradient_accumulation_fusion=True, use_cpu_initialization=True, perform_initialization=False
+    )
+    with pytest.MonkeyPatch.context() as patch, megatron_scope(CPU), accumulated_weight_gradients(CPU):
+        patch.setattr(gemm, "_mkl_is_narrow", lambda: True)
+        patch.setattr(gemm, "ONEDNN_FROM", 0)
+        layer = ColumnParallelLinear(
+            WIDTH, OUT, config=config, init_method=lambda weight: None, bias=False, tp_group=dist.group.WORLD
+        )
+        layer.weight.requires_grad_(not frozen)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(OUT, WIDTH, generator=generator))
+        layer.weight.main_grad = torch.zeros(OUT, WIDTH)
+        x = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
+        upstream = torch.randn(TOKENS, OUT, generator=generator)
+        with Dispatched() as forward:
+            output, _ = layer(x)
+        with Dispatched() as backward:
+            output.backward(upstream)
+        assert x.grad is not None
+        wide, weight = upstream.double(), layer.weight.detach().double()
+        expected = [x.detach().double() @ weight.t(), wide @ weight, wide.t() @ x.detach().double() * (not frozen)]
+    calls = [dispatched.counts["_linear_pointwise"] for dispatched in (forward, backward)]
+    return [output.detach(), x.grad, layer.weight.main_grad], expected, calls
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_layers_output_and_weight_gradient_are_onednns_products_where_mkl_is_narrow(frozen: bool) -> None:
+    found, expected, calls = run_ranks(passed_through, 1, frozen)[0]
+    for one, exact in zip(found, expected, strict=True):
+        # Sums of at most 40 products of about one in float32.
+        torch.testing.assert_close(one.double(), exact, rtol=0, atol=40 * 2.0**-24 * 40)
+    assert calls == [1, 0 if frozen else 1]
+
+
 def test_megatrons_names_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, NAMES[0], False)
     monkeypatch.setattr(layers, NAMES[1], None, raising=False)
@@ -81,7 +122,7 @@ def test_megatrons_names_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyP
         assert layers._grad_accum_fusion_available
         raise ZeroDivisionError
     assert [getattr(layers, name) for name in NAMES] == [False, None]
-    assert layers.F is torch.nn.functional
+    assert layers.F is torch.nn.functional and layers.torch is torch
 
 
 def embedded(rank: int, tp: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Counter[str]]:

@@ -45,6 +45,16 @@ def counted(call: Any) -> tuple[dict[str, int], int]:
     return meter.operations, meter.flops["products"]
 
 
+def both_ways(out: Tensor, a: Tensor, b: Tensor) -> dict[str, int]:
+    """Calls of each operation where a product is added to ``out`` and another is given out."""
+
+    def calls() -> None:
+        gemm.accumulate(out, a, b, add=True)
+        gemm.product(a, b)
+
+    return counted(calls)[0]
+
+
 @pytest.mark.parametrize("layout_b", ["plain", "turned", "pitched"])
 @pytest.mark.parametrize("layout_a", ["plain", "turned", "pitched"])
 def test_onednns_product_is_the_product_in_any_layout(layout_a: str, layout_b: str) -> None:
@@ -76,23 +86,22 @@ def test_what_is_written_over_may_be_nan() -> None:
 def test_other_types_stay_with_pytorchs_products(dtype: torch.dtype) -> None:
     a, b = matrix(M, K, "plain", dtype), matrix(K, P, "turned", dtype)
     out = torch.zeros(M, P, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    operations, _ = counted(lambda: (gemm.accumulate(out, a, b, add=True), gemm.product(a, b)))
-    assert operations[BY_ONEDNN] == 0
+    assert both_ways(out, a, b)[BY_ONEDNN] == 0
 
 
 def test_small_products_stay_with_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "ONEDNN_FROM", M * K * P + 1)
     a, b = matrix(M, K, "plain"), matrix(K, P, "plain")
-    operations, _ = counted(lambda: (gemm.accumulate(torch.zeros(M, P), a, b, add=True), gemm.product(a, b)))
+    operations = both_ways(torch.zeros(M, P), a, b)
     assert operations[BY_ONEDNN] == 0
     assert operations[BY_MKL] == operations["aten.mm"] == 1
 
 
 def test_fake_tensors_count_onednns_product_as_real_ones_do() -> None:
-    def both() -> None:
+    def added() -> None:
         gemm.accumulate(torch.zeros(M, P), torch.ones(M, K), torch.ones(K, P), add=True)
 
     with FakeTensorMode():
-        fake = counted(both)
-    assert fake == counted(both)
+        fake = counted(added)
+    assert fake == counted(added)
     assert fake[1] == 2 * M * K * P
