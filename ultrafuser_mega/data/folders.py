@@ -1,4 +1,7 @@
-"""A folder that is written as a whole: under a hidden name beside its own, which it gets when it is complete."""
+"""A folder that is written as a whole: under a hidden name beside its own, which it gets when it is complete.
+
+Processes that would write the same one take turns, of other machines too where they share the file system.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,29 @@ import fcntl
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def in_turn(out: Path) -> Iterator[None]:
+    """One process at a time writes ``out``; another one says that it waits. Behind the wait there may be a folder."""
+    lock = FileLock(out.parent / f".{out.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{out}: another process is writing it; waiting for that", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
+        lock.release()
 
 
 @contextmanager

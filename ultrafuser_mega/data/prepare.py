@@ -2,7 +2,7 @@
 
 The files are read once to identify them and once to tokenise them (build.py). The store is written
 beside its target and renamed when it is complete; nobody ever sees half of one. A finished store made
-from the same inputs is used again.
+from the same inputs is used again, also by processes that began together: one makes it, the others wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ultrafuser_mega.data.align import Aligner
 from ultrafuser_mega.data.build import Source, write_splits
 from ultrafuser_mega.data.columns import check_columns
 from ultrafuser_mega.data.files import expand_files, find_format
-from ultrafuser_mega.data.folders import move_into_place, work_folder
+from ultrafuser_mega.data.folders import in_turn, move_into_place, work_folder
 from ultrafuser_mega.data.report import PrepareReport
 from ultrafuser_mega.data.store import FORMAT_VERSION, MANIFEST, TokenStore, digest, hash_file, read_manifest
 from ultrafuser_mega.data.store_writer import token_dtype, write_manifest
@@ -82,12 +82,15 @@ def prepare_store(
         return PrepareReport(out, read_manifest(out), reused=True)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(out) as work:
-        splits = write_splits(work, planned, aligner, on_malformed, progress)
-        _refuse_empty(splits, planned)
-        manifest = _manifest(inputs, aligner, splits)
-        write_manifest(work, manifest)
-        move_into_place(work, out)
+    with in_turn(out):
+        if _finished_before(out, inputs, overwrite):  # meanwhile, by whoever had the turn before
+            return PrepareReport(out, read_manifest(out), reused=True)
+        with work_folder(out) as work:
+            splits = write_splits(work, planned, aligner, on_malformed, progress)
+            _refuse_empty(splits, planned)
+            manifest = _manifest(inputs, aligner, splits)
+            write_manifest(work, manifest)
+            move_into_place(work, out)
     return PrepareReport(out, manifest, reused=False)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from filelock import FileLock
-
-from ultrafuser_mega.data.folders import move_into_place, work_folder
+from ultrafuser_mega.data.folders import in_turn, move_into_place, work_folder
 from ultrafuser_mega.data.store import MANIFEST, TokenStore
 from ultrafuser_mega.errors import InputError, writing
 
@@ -15,7 +13,7 @@ from ultrafuser_mega.errors import InputError, writing
 def copy_store(store: Path, out: Path) -> bool:
     """Have ``out`` hold what the finished ``store`` holds, every byte compared with the manifest's checksums.
 
-    A whole copy is used again. What is damaged or of another store makes room. Processes of one machine take turns.
+    A whole copy is used again. What is damaged or of another store makes room. Processes take turns.
 
     Returns whether anything was copied.
 
@@ -27,7 +25,7 @@ def copy_store(store: Path, out: Path) -> bool:
         raise InputError(f"--copy-to: {out} is the token store itself; name a folder on a disk of this machine")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(out.parent / f".{out.name}.lock"):
+        with in_turn(out):
             if _holds(out, wanted):
                 return False
             with work_folder(out) as work:
