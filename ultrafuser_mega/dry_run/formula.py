@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ultrafuser_mega.planning.cost import rank_cost
-from ultrafuser_mega.planning.memory import Device
+from ultrafuser_mega.planning.loss_memory import Device
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.reporting.rehearsal import Predicted, Rehearsal

@@ -12,6 +12,8 @@ Products of stage 2 (FLOPs):
     head        6 N V D                   2 for the logits, 4 for both gradients
     gate        6 N d u n
 
+Of a distillation's heads 2 N V D, 4 N V d more for the student's; of its gate 2 N d u n.
+
 A frozen specialist: 2 T W and 4 h e sum s^2 / t; where the gate alone trains 2 N V D and 4 N d u n. Adapters spare the
 2 T W of weights' gradients and add 6 T R (inputs + outputs) of each linear map, R the ranks beside it.
 
@@ -27,14 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ultrafuser_mega.config import GATE, HEADS
-from ultrafuser_mega.planning.memory import (
-    Device,
-    RankMemory,
-    exchange_numbers,
-    in_planes,
-    rank_memory,
-    recomputed_layers,
-)
+from ultrafuser_mega.planning.loss_memory import STUDENT_STATISTICS, Device, exchange_numbers, in_planes
+from ultrafuser_mega.planning.memory import RankMemory, rank_memory, recomputed_layers
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
@@ -182,20 +178,31 @@ def _products(plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains,
             layers -= 2 * tokens * _first_map(plan, role, name)
         scores = 4 * arch.heads * arch.head_dim / role.tp * microbatch.squares[name] * role.layers[name]
         attention += scores * (1 + again + (2.5 if trains.backward(name) else 0))  # backward: 2.5 forwards
-    widths = [arch.hidden_size for arch in plan.architectures.values()]
-    rows = microbatch.rows
-    to_states = sum(arch.hidden_size for name, arch in plan.architectures.items() if trains.backward(name))
-    back = 0 if trains.gate_alone else to_states  # from logits
-    if not trains.gate_alone and (trains.states or trains.whole(GATE)) and not in_planes(plan, role, rows, device):
-        back = sum(widths)  # the gate's gradient is made of them
-    head = (2 + 2 * trains.whole(HEADS)) * sum(widths) + 2 * back
-    gate = (2 + 2 * trains.whole(GATE)) * sum(widths) + 2 * to_states
+    head, gate = _loss_products(plan, role, microbatch, trains, device)
     return {
         "layers": layers,
         "attention": attention,
-        "head": head * rows * len(role.vocabulary or ()),
-        "gate": gate * rows * role.gate_units,
+        "head": head * microbatch.rows * len(role.vocabulary or ()),
+        "gate": gate * microbatch.rows * role.gate_units,
     }
+
+
+def _loss_products(
+    plan: RunPlan, role: Role, microbatch: Microbatch, trains: Trains, device: Device
+) -> tuple[float, float]:
+    """FLOPs of the loss: for a row and vocabulary row of the heads, for a row and unit of the gate."""
+    widths = {name: arch.hidden_size for name, arch in plan.architectures.items()}
+    total, student = sum(widths.values()), plan.config.student
+    if student is not None:
+        own = widths[student]
+        return 2 * total + 2 * own * (trains.whole(HEADS) + trains.backward(student)), 2 * (total - own)
+    to_states = sum(width for name, width in widths.items() if trains.backward(name))
+    back = 0 if trains.gate_alone else to_states  # from logits
+    planes = in_planes(plan, role, microbatch.rows, device)
+    if not trains.gate_alone and (trains.states or trains.whole(GATE)) and not planes:
+        back = total  # the gate's gradient is made of them
+    head = (2 + 2 * trains.whole(HEADS)) * total + 2 * back
+    return head, (2 + 2 * trains.whole(GATE)) * total + 2 * to_states
 
 
 def _first_map(plan: RunPlan, role: Role, name: str) -> float:
@@ -240,10 +247,14 @@ def _traffic(
         if parts.states:
             found.append(Traffic("fusion", group, 1, WIDE * exchange_numbers(plan, role, microbatch.rows, parts)))
         # The gate's gradient: part of the statistics, or summed up from what the chunked loss makes of the products.
-        mixed = not parts.gate_alone and not in_planes(plan, role, microbatch.rows, device)
+        # A frozen gate beside a student has none.
+        learns = plan.config.student is not None
+        mixed = not learns and not parts.gate_alone and not in_planes(plan, role, microbatch.rows, device)
         columns = _STATISTICS + (0 if mixed else 3 * len(plan.architectures))
+        if learns:
+            columns = STUDENT_STATISTICS
         found.append(Traffic("fusion", group, 1, rows * columns * role.fusion))
-        found.append(Traffic("fusion", group, 1 + mixed, (1 + mixed) * rows * len(plan.architectures), 2))
+        found.append(Traffic("fusion", group, 1 + mixed, (1 + mixed) * rows * len(plan.config.fused), 2))
     if role.pp > 1:
         group = _group_of(layout.pipeline_groups(role.names[0]), rank)
         ways = (not role.is_first) + (not role.is_last)

@@ -28,24 +28,18 @@ only for an adapter beside it, where nothing else needs it (a norm's output); an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
-from ultrafuser_mega.config import HEADS
 from ultrafuser_mega.models.families import FAMILIES
 from ultrafuser_mega.models.hf_folder import Architecture
 from ultrafuser_mega.models.lora import linear_maps
 from ultrafuser_mega.models.pipeline import stage_layers
-from ultrafuser_mega.ops import planes
-from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, cut, even_rows
+from ultrafuser_mega.planning.loss_memory import Device, loss_bytes
 from ultrafuser_mega.planning.microbatch import Microbatch, workload_of
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.roles import Role, role_of
 from ultrafuser_mega.planning.trained import NUMBER, OPTIMIZER, WIDE, Trains
 from ultrafuser_mega.reporting.plan_table import RankShare
 from ultrafuser_mega.runtime.host_states import BLOCK, SLOTS
-
-Device = Literal["cpu", "cuda"]
 
 _INDEX = 8  # of int64
 
@@ -172,14 +166,13 @@ def rank_memory(
     }
     frozen = [name for name in role.names if not trains.backward(name)]
     forward = max((_forward_workspace(plan, role, name, microbatch) for name in frozen), default=0.0)
-    loss = _gate_loss if trains.gate_alone else partial(_loss, trains=trains)
     in_flight = min(role.pp - role.stage, microbatches or role.pp) if len(frozen) < len(role.names) else 1
     kept = kept_activations(plan, role, microbatch, device, trains)
     return RankMemory(
         **held,
         buffers=_scratch(plan, role, microbatch),
         activations=in_flight * (kept + _batch(plan, role, microbatch)),
-        loss=loss(plan, role, microbatch, device),
+        loss=loss_bytes(plan, role, microbatch, device, trains),
         workspace=max(forward, _backward_workspace(plan, role, microbatch, device, trains)),
         save=_copied(plan, role, trained, device) if trains.beside_gate else 0.0,
     )
@@ -308,92 +301,3 @@ def _forward_workspace(plan: RunPlan, role: Role, name: str, microbatch: Microba
     arch, width = plan.architectures[name], NUMBER[plan.config.dtype]
     hidden = arch.hidden_size * (1 + 2 / _sequence_parts(plan, role))
     return width * microbatch.tokens[name] * (hidden + 4 * arch.ffn_size / role.tp)
-
-
-def _widths(plan: RunPlan) -> int:
-    return sum(arch.hidden_size for arch in plan.architectures.values())
-
-
-def _own_widths(plan: RunPlan, role: Role, trains: Trains | None = None) -> int:
-    names = [name for name in role.names if trains is None or trains.backward(name)]
-    return sum(plan.architectures[name].hidden_size for name in names)
-
-
-def exchange_numbers(plan: RunPlan, role: Role, rows: float, trains: Trains | None = None) -> float:
-    """Numbers of the exchange's buffer: slots as large as the largest share; with ``trains`` of gradients alone."""
-    slots: dict[int, float] = {}
-    for name, placement in plan.layout.placements.items():
-        if trains is not None and not trains.backward(name):
-            continue
-        for rank in placement.last_stage:
-            share = -(-rows // placement.tp) * plan.architectures[name].hidden_size
-            slots[rank] = slots.get(rank, 0.0) + share
-    return role.fusion * max(slots.values())
-
-
-def _loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, trains: Trains) -> float:
-    """The chunked loss with gate and exchange, at its fullest.
-
-    Forward: hidden rows (b N D; disjoint also the rank's own before the exchange), the gate's activations (b + 4 per
-    row, specialist and unit), a chunk's logits, inputs and their gradients (``ops.chunked``) or every specialist's
-    logits of all rows (``ops.planes``), and the gradients that form there: b V D of heads, b N D of rows, where they
-    train. Backward: rows, gate, and these; when all but the rows' gradients is gone, the exchange's float32 buffer.
-    """
-    if not role.is_last:
-        return 0.0
-    width, rows, total = NUMBER[plan.config.dtype], microbatch.rows, _widths(plan)
-    states = width * rows * total
-    own = width * rows * _own_widths(plan, role) if plan.layout.kind == "disjoint" and role.fusion > 1 else 0.0
-    gate = _gate_bytes(plan, role, rows)
-    operand = WIDE if device == "cpu" else width
-    _, chunk, row_bytes = cut(int(rows), plan.vocab_size, role.fusion, total, operand, WIDE, BUFFER_BYTES[device])
-    if in_planes(plan, role, rows, device):
-        chunk, row_bytes = int(rows), planes.row_bytes(*_plane_sizes(plan, role, device))
-        if not trains.whole(HEADS):  # whose gradients alone want hidden states again
-            row_bytes -= operand * max(arch.hidden_size for arch in plan.architectures.values())
-    single_product = chunk >= rows or rows <= total
-    formed = trains.whole(HEADS) and not (device == "cpu" and chunk >= rows)  # where the product adds to the buffer
-    head = role.vocab_rows * total * (operand if single_product else WIDE) * formed
-    trained = [arch.hidden_size for name, arch in plan.architectures.items() if trains.backward(name)]
-    given = width * rows * sum(trained)  # gradients of hidden states
-    forward = own + states + gate + chunk * row_bytes + given + head
-    rounded = role.vocab_rows * total * width if head and not single_product and device != "cpu" else 0
-    heads = states + gate + given + head + rounded
-    exchange = 0.0
-    if role.fusion > 1 and trains.states:
-        numbers = exchange_numbers(plan, role, rows, trains)
-        exchange = numbers * WIDE * (1 + 1 / role.fusion)
-        # Where nothing of a rank trains, the loss's backward runs while its rows are still held.
-        trains_here = any(trains.backward(name) for name in role.names)
-        exchange += width * rows * _own_widths(plan, role, trains if trains_here else None)
-    return max(forward, heads, given + exchange)
-
-
-def in_planes(plan: RunPlan, role: Role, rows: float, device: Device) -> bool:
-    """Whether stage 2's loss of so many rows keeps every specialist's logits apart; only last stages have one."""
-    return role.fusion > 0 and planes.pay_and_fit(int(rows), *_plane_sizes(plan, role, device), BUFFER_BYTES[device])
-
-
-def _plane_sizes(plan: RunPlan, role: Role, device: Device) -> tuple[int, list[int], int, int]:
-    operand = WIDE if device == "cpu" else NUMBER[plan.config.dtype]
-    widths = [arch.hidden_size for arch in plan.architectures.values()]
-    return -(-plan.vocab_size // role.fusion), widths, operand, WIDE
-
-
-def _gate_loss(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device) -> float:
-    """Stage 1's loss: rows, and what they are received in, or then the gate and a chunk of all specialists' logits."""
-    if not role.is_last:
-        return 0.0
-    width, rows, count = NUMBER[plan.config.dtype], microbatch.rows, len(plan.architectures)
-    columns = min(-(-plan.vocab_size // role.fusion), BLOCK_COLUMNS[device])
-    chunk = even_rows(int(rows), BUFFER_BYTES[device] // (count * columns * WIDE))
-    exchanged = plan.layout.kind == "disjoint" and role.fusion > 1
-    states = width * rows * (_widths(plan) + (_own_widths(plan, role) if exchanged else 0))
-    slots = width * exchange_numbers(plan, role, rows) * (1 + 1 / role.fusion) if exchanged else 0.0
-    return states + max(slots, _gate_bytes(plan, role, rows) + count * chunk * columns * WIDE)
-
-
-def _gate_bytes(plan: RunPlan, role: Role, rows: float) -> float:
-    """Active units, in the weights' type and in float32."""
-    width = NUMBER[plan.config.dtype]
-    return rows * len(plan.architectures) * role.gate_units * (width + (WIDE if width != WIDE else 0))
