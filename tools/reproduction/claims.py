@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from reproduction.measured import Measured, Table, deviations
+from reproduction.measured import Measured, Table, deviations, recovered
 from reproduction.rows import (
     AVERAGE,
     BTX,
@@ -57,8 +57,7 @@ def headroom(measured: Measured) -> list[float]:
     if not tuned or not {ULTRAFUSER, ORACLE_PER_SAMPLE} <= losses.keys():
         return []
     best = min(tuned, key=lambda row: fmean(losses[row][MEAN]))
-    rows = (losses[row][MEAN] for row in (best, ULTRAFUSER, ORACLE_PER_SAMPLE))
-    return [(single - model) / (single - oracle) for single, model, oracle in zip(*rows, strict=True)]
+    return recovered(measured, best, ULTRAFUSER, ORACLE_PER_SAMPLE)
 
 
 def _table_1(m: Measured) -> list[Claim]:

@@ -27,6 +27,7 @@ from reproduction.trios import FUSED_RUN, Trio
 from ultrafuser_mega.baselines.derived import steps_of_both_stages
 from ultrafuser_mega.baselines.tuning import STATE
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.reporting.records import UNIFORM_LOGITS, UNIFORM_PROBABILITIES
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def addresses(trio: Trio, done: list[Experiment]) -> dict[str, str]:
     untrained = [path for progress, path in list_checkpoints(config.run_dir / "checkpoints") if progress.stage == 1]
     if untrained and config.stage1.steps:
         found[AFTER_STAGE_1] = str(untrained[-1])
-        found["uniform logits"] = f"{untrained[-1]}+uniform"
-        found["uniform probabilities"] = f"{untrained[-1]}+probabilities"
+        found[UNIFORM_LOGITS] = f"{untrained[-1]}+uniform"
+        found[UNIFORM_PROBABILITIES] = f"{untrained[-1]}+probabilities"
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from reproduction.rows import (
     on_own_class,
 )
 from reproduction.verdicts import Claim, Spread, counted
+from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.reporting.records import MEAN, YARDSTICKS
 
 _RULE = """Losses are held-out nats per response token; ± is half of Student's 95 % interval of the mean over seeds. A
@@ -70,9 +70,7 @@ def write_page(
     pictures = "".join(f"\n{_title(path)}\n\n![{path.stem}]({path.relative_to(out)})\n" for path in plots)
     parts.append(f"## Figures\n{pictures}")
     page = out / "results.md"
-    draft = page.with_suffix(".partial")
-    draft.write_text("\n".join(parts))
-    draft.replace(page)
+    write_atomically(page, "\n".join(parts))
     return page
 
 
@@ -90,7 +88,7 @@ def _tables(m: Measured) -> list[str]:
     own = [row for name in m.own for row in (name, further_tuned(name), on_own_class(name))]
     parts = [
         _table("Table 1: held-out loss", "model", m.classes, m.losses, rows_of_table_1(m)),
-        f"{share}{_cell(shares)}\n" if shares else "",
+        f"{share}{Spread.of(shares).words()}\n" if shares else "",
         _table(
             "Table 1: accuracy on tasks that can be checked",
             "model",
@@ -123,7 +121,8 @@ def _table_4(m: Measured) -> str:
     lines = ["| sampling | mean over checkpoints | standard deviation over checkpoints |", "|---|---|---|"]
     for row in rows:
         means, spreads = deviations(m, row)
-        lines.append(f"| {'balanced' if row == ULTRAFUSER else row} | {_cell(means)} | {_cell(spreads, 4)} |")
+        sampling = "balanced" if row == ULTRAFUSER else row
+        lines.append(f"| {sampling} | {Spread.of(means).words()} | {Spread.of(spreads).words(4)} |")
     return "## Table 4: the last half of stage 2's evaluations, held-out loss\n\n" + "\n".join(lines) + "\n"
 
 
@@ -138,7 +137,7 @@ def _table(
     body = []
     for row in present:
         own = table[row]
-        cells = [_cell([scale * value for value in own[c]], digits) if c in own else "-" for c in columns]
+        cells = [Spread.of([scale * value for value in own[c]]).words(digits) if c in own else "-" for c in columns]
         body.append(f"| {row} | " + " | ".join(cells) + " |")
     head = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     return f"## {title}{' (%)' if scale != 1.0 else ''}\n\n" + "\n".join([*head, *body]) + "\n"
@@ -152,12 +151,6 @@ def _claims(found: Sequence[Claim]) -> str:
 
 def _facts(facts: Mapping[str, Any]) -> str:
     return "".join(f"- {name}: {value}\n" for name, value in facts.items())
-
-
-def _cell(values: Sequence[float], digits: int = 3) -> str:
-    spread = Spread.of(values)
-    reach = f" ± {spread.reach:.{digits}f}" if math.isfinite(spread.reach) else ""
-    return f"{spread.mean:.{digits}f}{reach}"
 
 
 def _title(path: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ultrafuser_mega.config import FuserConfig, dump_config, load_config
 from ultrafuser_mega.errors import InputError, writing
+from ultrafuser_mega.files import whole, write_atomically
 from ultrafuser_mega.toy import ToyFolders, ToyRecipe, make_toy
 from ultrafuser_mega.toy.corpus import CLASSES, generate, read_jsonl, write_jsonl
 
@@ -116,9 +117,8 @@ def write_fresh(toy: ToyFolders, folder: Path, seed: int, rows: int) -> dict[str
         known = {row.instruction for path in (toy.train[name], toy.heldout[name]) for row in read_jsonl(path)}
         known |= {json.loads(line)["instruction"] for line in toy.tasks[name].open(encoding="utf-8")}
         other = generate(name, seed=seed + _FRESH_SEED, train_rows=rows, heldout_rows=1).train
-        draft = found[name].with_suffix(".partial")
-        write_jsonl(draft, tuple(row for row in other if row.instruction not in known))
-        draft.rename(found[name])
+        with whole(found[name]) as draft:
+            write_jsonl(draft, tuple(row for row in other if row.instruction not in known))
     return found
 
 
@@ -131,6 +131,4 @@ def _keep(trio: Trio) -> None:
         )
     with writing(trio.config_path):
         trio.root.mkdir(parents=True, exist_ok=True)
-        draft = trio.config_path.with_suffix(".partial")
-        draft.write_text(text)
-        draft.rename(trio.config_path)
+        write_atomically(trio.config_path, text)

@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
-from reproduction.measured import Measured
+from reproduction.measured import Measured, recovered
 from reproduction.rows import AFTER_STAGE_1, ULTRAFUSER
 from reproduction.verdicts import Spread
+from ultrafuser_mega.files import write_atomically
 from ultrafuser_mega.reporting.records import MEAN, ORACLE_PER_SAMPLE, YARDSTICKS, read_metrics
 
 _RULE = "Held-out nats per response token; ± is half of Student's 95 % interval of the mean over seeds.\n"
@@ -38,7 +39,7 @@ class Cost:
 def median_seconds(run_dir: Path) -> float:
     """Of a step."""
     steps, _ = read_metrics(run_dir)
-    return sorted(record.seconds for record in steps)[len(steps) // 2]
+    return median(record.seconds for record in steps)
 
 
 def adapters_page(out: Path, m: Measured, costs: Mapping[str, Cost], facts: Mapping[str, Any]) -> Path:
@@ -48,7 +49,7 @@ def adapters_page(out: Path, m: Measured, costs: Mapping[str, Cost], facts: Mapp
     for row in [*m.specialists, AFTER_STAGE_1, *costs]:
         if row not in m.losses:
             continue
-        cells = [_cell(m.losses[row][column]) for column in (*m.classes, MEAN)]
+        cells = [Spread.of(m.losses[row][column]).words() for column in (*m.classes, MEAN)]
         if (cost := costs.get(row)) is None:
             cells += [""] * 5
         else:
@@ -71,9 +72,9 @@ def students_page(out: Path, m: Measured, students: Sequence[str], facts: Mappin
     for row in [*singles, *students, AFTER_STAGE_1, ULTRAFUSER, ORACLE_PER_SAMPLE]:
         if row not in m.losses:
             continue
-        cells = [_cell(m.losses[row][column]) for column in (*m.classes, MEAN)]
+        cells = [Spread.of(m.losses[row][column]).words() for column in (*m.classes, MEAN)]
         shares[row] = {top: recovered(m, best, row, top) for top in (ULTRAFUSER, ORACLE_PER_SAMPLE)}
-        cells += [_cell(own, 2) for own in shares[row].values()] if row in students else ["", ""]
+        cells += [Spread.of(own).words(2) for own in shares[row].values()] if row in students else ["", ""]
         rows.append([row, *cells])
     told = (
         f"Shares are (single - model) / (single - top), the single model being `{best}`, the best of those above it.\n"
@@ -95,28 +96,14 @@ def best_single(m: Measured, students: Sequence[str]) -> str:
     return min((row for row in m.losses if row not in others), key=lambda row: fmean(m.losses[row][MEAN]))
 
 
-def recovered(m: Measured, single: str, row: str, top: str) -> list[float]:
-    """Per seed: the share of the way from ``single`` to ``top`` that ``row`` is."""
-    losses = (m.losses[name][MEAN] for name in (single, row, top))
-    return [(begin - own) / (begin - end) for begin, own, end in zip(*losses, strict=True)]
-
-
 def _write(
     page: Path, title: str, facts: Mapping[str, Any], told: str, table: str, document: Mapping[str, Any]
 ) -> Path:
     page.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    draft = page.with_suffix(".partial")
-    draft.write_text("\n".join([f"{title}\n", "".join(f"- {k}: {v}\n" for k, v in facts.items()), told, table]))
-    draft.replace(page)
+    write_atomically(page, "\n".join([f"{title}\n", "".join(f"- {k}: {v}\n" for k, v in facts.items()), told, table]))
     return page
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _cell(values: Sequence[float], digits: int = 3) -> str:
-    spread = Spread.of(values)
-    reach = f" ± {spread.reach:.{digits}f}" if math.isfinite(spread.reach) and spread.reach > 0 else ""
-    return f"{spread.mean:.{digits}f}{reach}"

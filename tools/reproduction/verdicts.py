@@ -57,6 +57,11 @@ class Spread:
         """Of the interval."""
         return self.mean + self.reach
 
+    def words(self, digits: int = 3) -> str:
+        """Of a table's cell; without a reach where there is none."""
+        reach = f" ± {self.reach:.{digits}f}" if math.isfinite(self.reach) and self.reach > 0 else ""
+        return f"{self.mean:.{digits}f}{reach}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -91,13 +96,13 @@ class Comparison:
 
     def words(self) -> str:
         """What was found, and why it decides nothing where it does not."""
-        found, digits = self.spread, 4
-        text = f"{self.what}: {found.mean:+.{digits}f}"
+        found = self.spread
+        text = f"{self.what}: {found.mean:+.4f}"
         if found.seeds < 2:
             return f"{text} (one seed has no interval)"
-        text += f" ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+        text += f" ({found.low:+.4f} to {found.high:+.4f})"
         if self.margin:
-            text += f" against a margin of {self.margin:+.{digits}f}"
+            text += f" against a margin of {self.margin:+.4f}"
         if self.verdict == OPEN:
             below = sum(d < self.margin for d in self.differences)
             text += f"; {below} of {found.seeds} seeds below {'the margin' if self.margin else '0'}"

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from reproduction.measured import Measured
+from reproduction.measured import Measured, recovered
 from reproduction.rows import AVERAGE, ULTRAFUSER
 from reproduction.trios import Trio
 from reproduction.variants import LABELS, LESSONS, TRAINED, Compared, adapters, parse_rows, students
-from reproduction.variants_page import Cost, adapters_page, best_single, recovered, students_page
+from reproduction.variants_page import Cost, adapters_page, best_single, students_page
 
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.errors import InputError
