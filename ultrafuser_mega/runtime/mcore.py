@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def megatron_scope(device: torch.device) -> Iterator[Callable[[], contextlib.Abs
     """Run Megatron-core code on ``device``; wrap model building, schedules and optimizer steps in it.
 
     Yields what to wrap the forward of layers and loss in, which name no CUDA by text: a look at every call of torch's
-    would cost them a hundredth of a small model's step.
+    would cost them a hundredth of a small model's step. Under a mode that someone has opened meanwhile they have it.
 
     Nothing in it draws random numbers: the specialists have no dropout, and their weights come from files. So Megatron
     keeps no states of generators here, on no device.
@@ -37,13 +37,14 @@ def megatron_scope(device: torch.device) -> Iterator[Callable[[], contextlib.Abs
 
         @contextlib.contextmanager
         def names_as_they_are() -> Iterator[None]:
-            if mode is not None:
-                mode.__exit__(None, None, None)
+            on_top = mode if _get_current_function_mode() is mode else None  # torch takes off the one on top alone
+            if on_top is not None:
+                on_top.__exit__(None, None, None)
             try:
                 yield
             finally:
-                if mode is not None:
-                    mode.__enter__()
+                if on_top is not None:
+                    on_top.__enter__()
 
         yield names_as_they_are
 
