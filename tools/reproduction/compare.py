@@ -91,6 +91,8 @@ def _run_all(
     for seed in asked.seeds:
         say(f"seed {seed}: specialists and data")
         trios.append(make_trio(asked, seed))
+    if compared.fused is not None:
+        _refuse_other_samples(trios[0], compared.fused)
 
     def jobs(make: Callable[[Trio], list[Experiment]]) -> list[Job]:
         return [Job(trio.seed, one, trio.root / "logs") for trio in trios for one in make(trio)]
@@ -100,6 +102,17 @@ def _run_all(
         run(jobs(lambda trio: [fused_run(trio, compared)]), asked.jobs, "fused runs")
     run(jobs(lambda trio: experiments(trio, compared)), asked.jobs, "variants")
     return trios, [experiments(trio, compared) for trio in trios]
+
+
+def _refuse_other_samples(trio: Trio, fused: Path) -> None:
+    """Rows of the run that all begin with stand in the same table."""
+    asked = trio.config.evaluation.samples_per_class
+    had = load_config(fused / "config.yaml").evaluation.samples_per_class
+    if asked != had:
+        raise InputError(
+            f"evaluation.samples_per_class={asked}: the run {fused} was evaluated on {had} samples of a class, and its "
+            "losses stand in the same table; leave it out"
+        )
 
 
 def _measured(comparing: Comparing, trios: Sequence[Trio], runs: Sequence[Sequence[Experiment]]) -> Measured:

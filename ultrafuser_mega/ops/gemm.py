@@ -17,25 +17,26 @@ import torch
 from torch import Tensor, addmm
 
 UPCAST_BLOCK = 4096  # vocabulary rows of a head converted at once on the CPU
-ONEDNN_FROM = 1 << 24  # multiplications: oneDNN takes half a millisecond to compile a product of a new shape
+ONEDNN_FROM = 1 << 24  # multiplications
+ONEDNN_TO = 1 << 22  # numbers of an operand or of what is written: oneDNN makes copies of them
+ONEDNN_STEP = 64  # of tokens
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b of a (..., K) and b (K, P), without gradients."""
-    if _is_onednns(a, b):
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return found
-    return a @ b
+    rows = a.reshape(-1, a.shape[-1])
+    if not any(_onednns_part(rows, b)):
+        return a @ b
+    out = rows.new_empty((len(rows), b.shape[1]))
+    accumulate(out, rows, b, add=False)
+    return out.view(*a.shape[:-1], b.shape[1])
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1.0) -> None:
     """out (M, P) = alpha a (M, K) b (K, P), plus out if ``add``; operands are no wider than ``out``."""
     beta = 1 if add else 0
-    if alpha == 1.0 and out.dtype == a.dtype and _is_onednns(a, b):
-        if add:
-            out.add_(product(a, b))
-        else:
-            out.copy_(product(a, b))
+    if alpha == 1.0 and out.dtype == a.dtype and any(part := _onednns_part(a, b)):
+        _accumulate_by_onednn(out, a, b, part, add=add)
     elif a.dtype == b.dtype == out.dtype:
         if not add and out.device.type == "cpu":
             out.zero_()  # MKL multiplies what is there by beta in a pass of its own, which takes longer
@@ -47,9 +48,35 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1
         _accumulate_upcast(out, a.to(out.dtype), b, beta, alpha)
 
 
-def _is_onednns(a: Tensor, b: Tensor) -> bool:
-    fits = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
-    return fits and a.numel() * b.shape[1] >= ONEDNN_FROM and _mkl_is_narrow()
+def _onednns_part(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """How many rows and summands are oneDNN's, from the first; (0, 0): none.
+
+    OneDNN compiles and keeps a program for every shape, and the numbers of tokens differ from one microbatch to the next.
+    Tokens are what lies one behind another in ``a``: its rows, or the summands of a gradient's product.
+    """
+    if a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32 or not _mkl_is_narrow():
+        return 0, 0
+    rows, summands = a.shape
+    if a.stride(0) == 1:
+        summands -= summands % ONEDNN_STEP
+    else:
+        rows -= rows % ONEDNN_STEP
+    columns = b.shape[1]
+    worth_it = rows * summands * columns >= ONEDNN_FROM and rows * max(summands, columns) <= ONEDNN_TO
+    return (rows, summands) if worth_it else (0, 0)
+
+
+def _accumulate_by_onednn(out: Tensor, a: Tensor, b: Tensor, part: tuple[int, int], *, add: bool) -> None:
+    rows, summands = part
+    found = torch.ops.mkldnn._linear_pointwise(a[:rows, :summands], b[:summands].t(), None, "none", [], "")
+    if add:
+        out[:rows].add_(found)
+    else:
+        out[:rows].copy_(found)
+    if summands < len(b):
+        out.addmm_(a[:, summands:], b[summands:])
+    if rows < len(a):
+        accumulate(out[rows:], a[rows:], b, add=add)
 
 
 @functools.cache

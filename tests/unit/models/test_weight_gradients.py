@@ -84,7 +84,8 @@ def passed_through(rank: int, frozen: bool) -> tuple[list[Tensor], list[Tensor],
     )
     with pytest.MonkeyPatch.context() as patch, megatron_scope(CPU), accumulated_weight_gradients(CPU):
         patch.setattr(gemm, "_mkl_is_narrow", lambda: True)
-        patch.setattr(gemm, "ONEDNN_FROM", 0)
+        patch.setattr(gemm, "ONEDNN_FROM", 1)
+        patch.setattr(gemm, "ONEDNN_STEP", 8)
         layer = ColumnParallelLinear(
             WIDTH, OUT, config=config, init_method=lambda weight: None, bias=False, tp_group=dist.group.WORLD
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrafuser_mega.dry_run.meter import Meter
 from ultrafuser_mega.ops import gemm
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def narrow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "_mkl_is_narrow", lambda: True)
-    monkeypatch.setattr(gemm, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(gemm, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(gemm, "ONEDNN_STEP", 16)
 
 
 def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,6 +97,35 @@ def test_small_products_stay_with_pytorchs(monkeypatch: pytest.MonkeyPatch) -> N
     operations = both_ways(torch.zeros(M, P), a, b)
     assert operations[BY_ONEDNN] == 0
     assert operations[BY_MKL] == operations["aten.mm"] == 1
+
+
+class _Shapes(TorchDispatchMode):
+    """Of the operands of oneDNN's products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.Size, torch.Size]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.seen.add((args[0].shape, args[1].shape))
+        return func(*args, **kwargs or {})
+
+
+def test_any_number_of_tokens_has_one_of_few_shapes() -> None:
+    """OneDNN keeps a program for each: of as many as there are numbers of tokens memory would grow for long."""
+    weight = matrix(P, K, "plain")
+    with _Shapes() as shapes:
+        for tokens in range(1, 65):
+            states, upstream = torch.ones(tokens, 1, K), torch.ones(tokens, P)
+            gemm.product(states, weight.t())
+            gemm.accumulate(torch.zeros(P, K), upstream.t(), states[:, 0], add=True)
+    assert len(shapes.seen) == 2 * 64 // 16
+
+
+def test_large_operands_stay_with_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "ONEDNN_TO", M * P - 1)
+    assert both_ways(torch.zeros(M, P), matrix(M, K, "plain"), matrix(K, P, "plain"))[BY_ONEDNN] == 0
 
 
 def test_fake_tensors_count_onednns_product_as_real_ones_do() -> None:

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from reproduction.compare import Comparing, compare_adapters
 from reproduction.measured import Measured, recovered
 from reproduction.rows import AVERAGE, ULTRAFUSER
 from reproduction.trios import Trio
 from reproduction.variants import LABELS, LESSONS, TRAINED, Compared, adapters, parse_rows, students
 from reproduction.variants_page import Cost, adapters_page, best_single, students_page
 
-from ultrafuser_mega.config import load_config
+from ultrafuser_mega.config import dump_config, load_config
 from ultrafuser_mega.errors import InputError
 
 
@@ -52,6 +53,17 @@ def test_rows_are_kinds_with_or_without_a_rate() -> None:
 def test_rows_that_are_none_are_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_rows(text, LESSONS)
+
+
+def test_other_held_out_samples_than_those_of_the_given_run_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    config = load_config(None, [f"runs={tmp_path / 'runs'}", "evaluation.samples_per_class=30"])
+    (run / "config.yaml").write_text(dump_config(config))
+    (run / "summary.json").write_text("{}")
+    more = ["evaluation.samples_per_class=120"]
+    with pytest.raises(InputError, match=r"samples_per_class=120: the run .*demo was evaluated on 30 .*leave it out"):
+        compare_adapters(Comparing.of(tmp_path / "out", "0", False, run, "", 1, more))
 
 
 def test_all_students_begin_alike_and_only_the_lesson_differs(trio: Trio) -> None:
