@@ -51,7 +51,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1
 def _onednns_part(a: Tensor, b: Tensor) -> tuple[int, int]:
     """How many rows and summands are oneDNN's, from the first; (0, 0): none.
 
-    OneDNN compiles and keeps a program for every shape, and the numbers of tokens differ from one microbatch to the next.
+    OneDNN compiles and keeps a program for every shape, and numbers of tokens differ from one microbatch to the next.
     Tokens are what lies one behind another in ``a``: its rows, or the summands of a gradient's product.
     """
     if a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32 or not _mkl_is_narrow():
