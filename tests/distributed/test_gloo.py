@@ -28,6 +28,22 @@ def _threads_of_groups(rank: int, folder: Path) -> set[int]:
     return {group._get_backend(torch.device("cpu")).options._threads for group in found}
 
 
+def test_a_saver_has_its_group_beside_a_job_on_gpus(tmp_path: Path) -> None:
+    """There groups are asked for a backend of the rank's own GPU, which the job is bound to."""
+    run_ranks(_save_beside_gpus, 1, tmp_path)
+
+
+def _save_beside_gpus(rank: int, folder: Path) -> None:
+    world = dist.group.WORLD
+    assert world is not None
+    world.bound_device_id = torch.device("cuda", 0)  # what a job on GPUs gives
+    saver = Saver(folder, keep=1, keep_every=0, identity={}, sources=None)
+    world.bound_device_id = None  # there is none for the barrier at the end
+    told: list[int | None] = [None]
+    dist.all_gather_object(told, rank, group=saver._group)
+    assert told == [rank]
+
+
 @pytest.mark.slow
 def test_many_gathers_of_weights_at_once_damage_no_memory() -> None:
     """Of a group with two threads a process dies within some 50,000, now and then of the first 1,000."""

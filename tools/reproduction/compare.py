@@ -87,12 +87,12 @@ def _run_all(
     comparing: Comparing, experiments: Callable[[Trio, Compared], list[Experiment]]
 ) -> tuple[list[Trio], list[list[Experiment]]]:
     asked, compared = comparing.asked, comparing.compared
+    if compared.fused is not None:
+        _refuse_other_samples(asked, compared.fused)
     trios = []
     for seed in asked.seeds:
         say(f"seed {seed}: specialists and data")
         trios.append(make_trio(asked, seed))
-    if compared.fused is not None:
-        _refuse_other_samples(trios[0], compared.fused)
 
     def jobs(make: Callable[[Trio], list[Experiment]]) -> list[Job]:
         return [Job(trio.seed, one, trio.root / "logs") for trio in trios for one in make(trio)]
@@ -104,13 +104,13 @@ def _run_all(
     return trios, [experiments(trio, compared) for trio in trios]
 
 
-def _refuse_other_samples(trio: Trio, fused: Path) -> None:
+def _refuse_other_samples(asked: Asked, fused: Path) -> None:
     """Rows of the run that all begin with stand in the same table."""
-    asked = trio.config.evaluation.samples_per_class
+    wanted = load_config(asked.config, list(asked.overrides)).evaluation.samples_per_class
     had = load_config(fused / "config.yaml").evaluation.samples_per_class
-    if asked != had:
+    if wanted != had:
         raise InputError(
-            f"evaluation.samples_per_class={asked}: the run {fused} was evaluated on {had} samples of a class, and its "
+            f"evaluation.samples_per_class={wanted}: the run {fused} was evaluated on {had} samples of a class, and its "
             "losses stand in the same table; leave it out"
         )
 

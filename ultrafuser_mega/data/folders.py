@@ -5,6 +5,7 @@ Processes that would write the same one take turns, of other machines too where 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
@@ -27,6 +28,9 @@ def in_turn(out: Path) -> Iterator[None]:
     except Timeout:
         print(f"{out}: another process is writing it; waiting for that", file=sys.stderr, flush=True)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # network folders without locks: no turns
+            raise
     try:
         yield
     finally:

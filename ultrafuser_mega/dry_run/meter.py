@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ultrafuser_mega.reporting.rehearsal import Collective
 
 aten = torch.ops.aten
+_BY_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # of a PyTorch that has it
 _GRANULE = 512  # bytes that PyTorch's CUDA allocator rounds up to
 _READS_A_NUMBER = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
 _DATA_DEPENDENT = (aten.nonzero.default, aten.masked_select.default, aten.index.Tensor, aten.index_put_.default)
@@ -229,7 +230,7 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs of a product or an attention; 0 of anything else."""
     if packet in (aten.addmm, aten.addmm_):  # torch's formula does not know out= and out_dtype=
         return 2 * int(args[1].shape[0]) * int(args[1].shape[1]) * int(args[2].shape[1])
-    if packet is torch.ops.mkldnn._linear_pointwise:
+    if packet is _BY_ONEDNN:
         return 2 * int(args[0].numel()) * int(args[1].shape[0])
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))

@@ -18,12 +18,14 @@ from torch import Tensor, addmm
 
 UPCAST_BLOCK = 4096  # vocabulary rows of a head converted at once on the CPU
 ONEDNN_FROM = 1 << 24  # multiplications
-ONEDNN_TO = 1 << 22  # numbers of an operand or of what is written: oneDNN makes copies of them
+ONEDNN_TO = 1 << 22  # numbers of the first operand or of what is written: oneDNN makes copies of them
 ONEDNN_STEP = 64  # of tokens
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b of a (..., K) and b (K, P), without gradients."""
+    if b.dim() != 2 or not a.numel():
+        return a @ b
     rows = a.reshape(-1, a.shape[-1])
     if not any(_onednns_part(rows, b)):
         return a @ b

@@ -30,4 +30,4 @@ def _group(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Proc
     return cast(ProcessGroupGloo, gloo(store, rank, ranks, options))
 
 
-dist.Backend.register_backend(IN_ORDER, _group, devices=["cpu"])
+dist.Backend.register_backend(IN_ORDER, _group, devices=["cpu", "cuda"])

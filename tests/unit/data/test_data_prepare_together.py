@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import sys
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from ultrafuser_mega.data import prepare as preparing
+from ultrafuser_mega.data.folders import in_turn
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
 
@@ -87,3 +90,16 @@ def test_a_second_one_with_other_inputs_is_refused_and_leaves_the_first_ones(tog
     first = together.run(max_length=300)
     assert len(together.said) == 1 and "made from other inputs (max_length)" in together.said[0]
     assert together.written == 1 and TokenStore.open(first.folder).fingerprint == first.manifest["fingerprint"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_where_folders_have_no_locks_there_are_no_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(handle: int, way: int) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with in_turn(tmp_path / "store"):
+        (tmp_path / "store").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

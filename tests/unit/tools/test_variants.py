@@ -64,6 +64,7 @@ def test_other_held_out_samples_than_those_of_the_given_run_are_refused(tmp_path
     more = ["evaluation.samples_per_class=120"]
     with pytest.raises(InputError, match=r"samples_per_class=120: the run .*demo was evaluated on 30 .*leave it out"):
         compare_adapters(Comparing.of(tmp_path / "out", "0", False, run, "", 1, more))
+    assert not (tmp_path / "out").exists()  # it may be asked again without
 
 
 def test_all_students_begin_alike_and_only_the_lesson_differs(trio: Trio) -> None:
