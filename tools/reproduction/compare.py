@@ -110,8 +110,8 @@ def _refuse_other_samples(asked: Asked, fused: Path) -> None:
     had = load_config(fused / "config.yaml").evaluation.samples_per_class
     if wanted != had:
         raise InputError(
-            f"evaluation.samples_per_class={wanted}: the run {fused} was evaluated on {had} samples of a class, and its "
-            "losses stand in the same table; leave it out"
+            f"evaluation.samples_per_class={wanted}: the run {fused} was evaluated on {had} samples of a class, and "
+            "its losses stand in the same table; leave it out"
         )
 
 
