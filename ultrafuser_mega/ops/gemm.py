@@ -24,20 +24,19 @@ ONEDNN_STEP = 64  # of tokens
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b of a (..., K) and b (K, P), without gradients."""
-    if b.dim() != 2 or not a.numel():
-        return a @ b
-    rows = a.reshape(-1, a.shape[-1])
-    if not any(_onednns_part(rows, b)):
-        return a @ b
-    out = rows.new_empty((len(rows), b.shape[1]))
-    accumulate(out, rows, b, add=False)
-    return out.view(*a.shape[:-1], b.shape[1])
+    if b.dim() == 2 and a.numel():
+        rows = a.reshape(-1, a.shape[-1])
+        if part := _onednns_part(rows, b):
+            out = rows.new_empty((len(rows), b.shape[1]))
+            _accumulate_by_onednn(out, rows, b, part, add=False)
+            return out.view(*a.shape[:-1], b.shape[1])
+    return a @ b
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1.0) -> None:
     """out (M, P) = alpha a (M, K) b (K, P), plus out if ``add``; operands are no wider than ``out``."""
     beta = 1 if add else 0
-    if alpha == 1.0 and out.dtype == a.dtype and any(part := _onednns_part(a, b)):
+    if alpha == 1.0 and out.dtype == a.dtype and (part := _onednns_part(a, b)):
         _accumulate_by_onednn(out, a, b, part, add=add)
     elif a.dtype == b.dtype == out.dtype:
         if not add and out.device.type == "cpu":
@@ -50,14 +49,14 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1
         _accumulate_upcast(out, a.to(out.dtype), b, beta, alpha)
 
 
-def _onednns_part(a: Tensor, b: Tensor) -> tuple[int, int]:
-    """How many rows and summands are oneDNN's, from the first; (0, 0): none.
+def _onednns_part(a: Tensor, b: Tensor) -> tuple[int, int] | None:
+    """How many rows and summands are oneDNN's, from the first; None: the product stays with MKL.
 
     OneDNN compiles and keeps a program for every shape, and numbers of tokens differ from one microbatch to the next.
     Tokens are what lies one behind another in ``a``: its rows, or the summands of a gradient's product.
     """
     if a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32 or not _mkl_is_narrow():
-        return 0, 0
+        return None
     rows, summands = a.shape
     if a.stride(0) == 1:
         summands -= summands % ONEDNN_STEP
@@ -65,7 +64,7 @@ def _onednns_part(a: Tensor, b: Tensor) -> tuple[int, int]:
         rows -= rows % ONEDNN_STEP
     columns = b.shape[1]
     worth_it = rows * summands * columns >= ONEDNN_FROM and rows * max(summands, columns) <= ONEDNN_TO
-    return (rows, summands) if worth_it else (0, 0)
+    return (rows, summands) if worth_it else None
 
 
 def _accumulate_by_onednn(out: Tensor, a: Tensor, b: Tensor, part: tuple[int, int], *, add: bool) -> None:

@@ -123,9 +123,13 @@ def test_any_number_of_tokens_has_one_of_few_shapes() -> None:
     assert len(shapes.seen) == 2 * 64 // 16
 
 
-def test_large_operands_stay_with_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "ONEDNN_TO", M * P - 1)
-    assert both_ways(torch.zeros(M, P), matrix(M, K, "plain"), matrix(K, P, "plain"))[BY_ONEDNN] == 0
+@pytest.mark.parametrize(("inner", "outer"), [(K, P), (P, K)], ids=["the first operand", "what is written"])
+def test_large_operands_stay_with_pytorchs_products(monkeypatch: pytest.MonkeyPatch, inner: int, outer: int) -> None:
+    out, a, b = torch.zeros(M, outer), matrix(M, inner, "plain"), matrix(inner, outer, "plain")
+    largest = M // gemm.ONEDNN_STEP * gemm.ONEDNN_STEP * max(inner, outer)
+    for limit, calls in ((largest, 2), (largest - 1, 0)):
+        monkeypatch.setattr(gemm, "ONEDNN_TO", limit)
+        assert both_ways(out, a, b)[BY_ONEDNN] == calls
 
 
 def test_fake_tensors_count_onednns_product_as_real_ones_do() -> None:
