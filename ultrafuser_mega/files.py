@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: What locking fails with in network folders that have no locks.
+NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP)
 
 
 @contextmanager

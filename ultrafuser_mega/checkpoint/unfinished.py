@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ultrafuser_mega.errors import InputError, writing
+from ultrafuser_mega.files import NO_LOCKS
 
 
 def unfinished_of(out: Path) -> Path:
@@ -40,7 +40,7 @@ def alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             is_there = False
         except OSError as error:
-            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # network folders that lock no folders
+            if error.errno not in NO_LOCKS:
                 raise
             is_there = True
         if not is_there:  # or another process has removed it and made it anew

@@ -5,7 +5,6 @@ Processes that would write the same one take turns, of other machines too where 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import glob
 import os
@@ -18,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ultrafuser_mega.files import NO_LOCKS
+
 
 @contextmanager
 def in_turn(out: Path) -> Iterator[None]:
@@ -29,7 +30,7 @@ def in_turn(out: Path) -> Iterator[None]:
         print(f"{out}: another process is writing it; waiting for that", file=sys.stderr, flush=True)
         lock.acquire()
     except OSError as error:
-        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):  # network folders without locks: no turns
+        if error.errno not in NO_LOCKS:  # where there are none, there are no turns
             raise
     try:
         yield
