@@ -26,7 +26,7 @@ _Overrides = Annotated[
 ]
 _Out = Annotated[Path, typer.Option(help="folder of everything")]
 _Seeds = Annotated[str, typer.Option(help="repetitions")]
-_Quick = Annotated[bool, typer.Option("--quick", help="smaller toys, fewer steps")]
+_Quick = Annotated[bool, typer.Option("--quick", help="fewer steps and held-out samples")]
 _Run = Annotated[Path | None, typer.Option(help="a finished run to begin with; default: toys, made for each seed")]
 _Rows = Annotated[str, typer.Option(help="some kinds, with stage2.lr or the run's: KIND@5e-4,KIND; default: all")]
 _Jobs = Annotated[int, typer.Option(min=1, help="processes side by side")]

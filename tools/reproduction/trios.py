@@ -34,7 +34,7 @@ class Asked:
     Attributes:
         out: folder of everything.
         seeds: repetitions.
-        quick: a smaller everything.
+        quick: fewer steps, tasks and held-out samples.
         config: of somebody's own specialists; None: the toy's.
         overrides: of it.
         base: what those were trained from; None: nothing common.
