@@ -30,8 +30,8 @@ ON_CPU = {
 }
 cpu_epilogue = Pybind11Extension(
     "ultrafuser_mega.ops._cpu_epilogue",
-    sources=["csrc/cpu_epilogue.cpp", "csrc/cpu_mixture.cpp", "csrc/cpu_epilogue_module.cpp"],
-    depends=["csrc/cpu_epilogue.hpp", "csrc/cpu_loops.hpp", "csrc/over_rows.hpp"],
+    sources=[f"csrc/cpu_{part}.cpp" for part in ("epilogue", "mixture", "distillation", "epilogue_module")],
+    depends=[f"csrc/{part}.hpp" for part in ("cpu_epilogue", "cpu_distillation", "cpu_loops", "over_rows")],
     cxx_std=17,
     **ON_CPU,
 )

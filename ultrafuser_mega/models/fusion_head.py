@@ -155,6 +155,7 @@ class FusionHead(nn.Module):
             gate_logits,
             target,
             reduction="sum",
+            workspace=self.workspace,
             **asdict(self.lesson),
             **self._shard,
         )

@@ -88,5 +88,57 @@ def mixture_dlogits_f64(
     c: int,
     threads: int,
 ) -> None: ...
+def distillation_statistics_f32(
+    teacher: int,
+    student: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    temperature: float,
+    statistics: int,
+    threads: int,
+) -> None: ...
+def distillation_statistics_f64(
+    teacher: int,
+    student: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    temperature: float,
+    statistics: int,
+    threads: int,
+) -> None: ...
+def distillation_dlogits_f32(
+    teacher: int,
+    student: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    temperature: float,
+    forward: float,
+    reverse: float,
+    labels: float,
+    statistics: int,
+    weight: int,
+    threads: int,
+) -> None: ...
+def distillation_dlogits_f64(
+    teacher: int,
+    student: int,
+    target: int,
+    rows: int,
+    cols: int,
+    row_stride: int,
+    temperature: float,
+    forward: float,
+    reverse: float,
+    labels: float,
+    statistics: int,
+    weight: int,
+    threads: int,
+) -> None: ...
 def exp_nonpositive_f32(x: int, y: int, count: int) -> None: ...
 def exp_nonpositive_f64(x: int, y: int, count: int) -> None: ...

@@ -53,7 +53,7 @@ def begin_chunk(
         [states[rows] for states in problem.hidden],
         epilogue.operand_dtype,
     )
-    logits, found, scratch = list(_cut(buffer, rows.stop - rows.start, blocks)), [], []
+    logits, found, scratch = list(cut_out(buffer, rows.stop - rows.start, blocks)), [], []
     for block, z, target in zip(blocks, logits, targets, strict=True):
         for j, (x, head) in enumerate(zip(inputs, problem.heads, strict=True)):
             gemm.accumulate(z, x, head[block].t(), add=j > 0)
@@ -65,7 +65,8 @@ def begin_chunk(
     return Chunk(rows, buffer, logits, gate_weights, inputs, scratch, pending)
 
 
-def _cut(buffer: Tensor, rows: int, blocks: Sequence[slice]) -> Iterator[Tensor]:
+def cut_out(buffer: Tensor, rows: int, blocks: Sequence[slice]) -> Iterator[Tensor]:
+    """The logits (C, B) of every block, in a buffer of ``buffer_numbers`` of at least so many rows."""
     start = 0
     for block in blocks:
         columns = block.stop - block.start

@@ -51,10 +51,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultrafuser_mega.ops import forward, gate_scale, gemm, parked_dlogits, planes
+from ultrafuser_mega.ops import gate_scale, gemm, parked_dlogits, planes
 from ultrafuser_mega.ops.chunk import Chunk, begin_chunk, buffer_numbers
 from ultrafuser_mega.ops.epilogue import Epilogue, epilogue_for
-from ultrafuser_mega.ops.forward import buffer_budget, cut, forward_statistics, local_columns
+from ultrafuser_mega.ops.forward import (
+    block_columns,
+    buffer_budget,
+    column_blocks,
+    cut,
+    forward_statistics,
+    local_columns,
+)
 from ultrafuser_mega.ops.parked_dlogits import ParkedDlogits
 from ultrafuser_mega.ops.problem import Needs, Problem, readable
 from ultrafuser_mega.ops.statistics import COLUMNS, MAX, dlogit_coefficients, row_loss
@@ -108,11 +115,8 @@ class Plan:
         self.buffers, self.chunk_rows, self.row_bytes = cut(
             problem.rows, columns, problem.settings.shards, width, operand, wide, self.buffer_bytes
         )
-        on_host = hidden.device.type == "cpu" and operand == wide  # what is parked (below) is cut otherwise
-        most = forward.BLOCK_COLUMNS["cpu"] if on_host else problem.real_rows
-        self.blocks = [
-            slice(first, min(first + most, problem.real_rows)) for first in range(0, problem.real_rows, max(most, 1))
-        ] or [slice(0, 0)]
+        most = block_columns(problem.real_rows, hidden.device, operand, wide)  # what is parked (below) is cut otherwise
+        self.blocks = column_blocks(problem.real_rows, most)
 
     def own_heads(self, needs: Needs) -> list[int]:
         """Those whose gradients are formed here rather than added to a buffer of the caller's."""

@@ -13,8 +13,8 @@ In row chunks, as chunked.py: per chunk of C rows
     z = sum_j x_j W_j^T and s = h W^T     n + 1 GEMMs into two fp32 buffers (C, R)
     row statistics                        epilogue, one sweep of both; under a group one collective of 36 bytes per row
     ds over s                             epilogue, in place
-    dh = ds W,  dW += ds^T h
-so gradients are formed in the forward, in one GEMM pass over the teacher and three over the student. dW is summed over
+    dh += ds W,  dW += ds^T h
+on a CPU block by block of the vocabulary, before and behind the statistics of the whole row. So gradients are formed in the forward, in one GEMM pass over the teacher and three over the student. dW is summed over
 chunks in the wide type. The upstream gradient, one scalar, is multiplied in the backward. Under a group a chunk's
 collective travels while the next one's GEMMs run.
 """
@@ -34,11 +34,13 @@ from torch.autograd.function import once_differentiable
 
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.ops import gate_scale, gemm
+from ultrafuser_mega.ops.chunk import buffer_numbers, cut_out
 from ultrafuser_mega.ops.chunked import FP16_SCALE, held_dtype, scaled
 from ultrafuser_mega.ops.distillation_epilogue import Epilogue, epilogue_for
-from ultrafuser_mega.ops.distillation_statistics import COLUMNS, Mix, PendingStatistics, row_losses
-from ultrafuser_mega.ops.forward import buffer_budget, cut, pitch
+from ultrafuser_mega.ops.distillation_statistics import COLUMNS, Mix, PendingStatistics, combine, row_losses
+from ultrafuser_mega.ops.forward import block_columns, buffer_budget, column_blocks, cut, local_columns
 from ultrafuser_mega.ops.problem import Problem, checked_problem
+from ultrafuser_mega.ops.workspace import Workspace
 
 
 class DistillationLoss(NamedTuple):
@@ -66,6 +68,7 @@ def distillation_loss(
     reduction: str = "mean",
     buffer_bytes: int | None = None,
     epilogue: Epilogue | None = None,
+    workspace: Workspace | None = None,
 ) -> DistillationLoss:
     """The student (``hidden``, ``head_weight``) learns the mixture's distribution over every token, as above.
 
@@ -85,6 +88,7 @@ def distillation_loss(
         reduction: "mean" over the kept rows (0 if there are none) or "sum".
         buffer_bytes: bound on what grows with a chunk; the default suits the device.
         epilogue: what works between the GEMMs; the default suits the device.
+        workspace: kept by the caller between calls on a CPU, where the logits take their memory from it.
 
     A logit of -inf is a word that cannot come: of the teacher it counts nothing in KL(p | q); where only one of the two
     rules a word out the divergence is of the order of 1e30 instead of infinite, and its gradient finite.
@@ -117,7 +121,7 @@ def distillation_loss(
     )
     if mix.temperature == 0:
         raise InputError("temperature: 0 must be above 0")
-    plan = _Plan(teacher, mix, hidden, head_weight, buffer_bytes, epilogue)
+    plan = _Plan(teacher, mix, hidden, buffer_bytes, epilogue, workspace)
     with torch.autocast(target.device.type, enabled=False):
         loss, rows = _Distillation.apply(plan, hidden, head_weight)
     return DistillationLoss(loss, *rows.unbind())
@@ -168,24 +172,27 @@ class _Plan:
         teacher: Problem,
         mix: Mix,
         hidden: Tensor,
-        head: Tensor,
         buffer_bytes: int | None,
         epilogue: Epilogue | None,
+        workspace: Workspace | None,
     ) -> None:
-        self.teacher, self.mix = teacher, mix
+        self.teacher, self.mix, self.workspace = teacher, mix, workspace or Workspace()
         self.grad_enabled = torch.is_grad_enabled()
         self.epilogue = epilogue or epilogue_for(hidden.device, hidden.dtype)
         width = hidden.shape[1] + sum(states.shape[1] for states in teacher.hidden)
         settings, wide = teacher.settings, teacher.accumulate_dtype.itemsize
+        operand = self.epilogue.operand_dtype.itemsize
         self.buffers, self.chunk_rows, self.row_bytes = cut(
             teacher.rows,
             2 * settings.vocab_size,  # both models'
             settings.shards,
             width,
-            self.epilogue.operand_dtype.itemsize,
+            operand,
             wide,
             buffer_bytes or buffer_budget(hidden.device),
         )
+        most = block_columns(teacher.real_rows, hidden.device, operand, wide)
+        self.blocks = column_blocks(teacher.real_rows, most)
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,7 @@ class _Chunk:
     """A chunk between its two halves: its logits are computed, its statistics are on their way to all ranks."""
 
     rows: slice
-    logits: Tensor  # (2, C, R), a view of a buffer: the teacher's, the student's
+    logits: list[tuple[Tensor, Tensor]]  # of every block (C, B) in a buffer: the teacher's, the student's
     inputs: Tensor  # (C, d): the student's hidden states in the GEMMs' type, 0 on ignored rows
     pending: PendingStatistics
 
@@ -205,18 +212,21 @@ class _Sweep:
     def __init__(self, plan: _Plan, hidden: Tensor, head: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> None:
         teacher = plan.teacher
         self.plan, self.teacher, self.states, self.weight = plan, teacher, hidden, weight
-        self.kept, self.target, self.real = teacher.kept(), teacher.local_target(), teacher.real_rows
-        self.student_head = head[: self.real]
+        self.kept, self.student_head = teacher.kept(), head
+        self.targets = local_columns(teacher.local_target(), len(plan.blocks), plan.blocks[0].stop)  # (blocks, N)
         self.scale = FP16_SCALE if plan.epilogue.operand_dtype == torch.float16 else 1.0
         self.statistics = weight.new_empty((teacher.rows, COLUMNS))
         self.hidden = torch.empty(hidden.shape, dtype=held_dtype(hidden.dtype), device=hidden.device)
-        self.head = weight.new_zeros(head.shape) if needs[1] else None
+        self.head = weight.new_empty(head.shape) if needs[1] else None
+        if self.head is not None:
+            self.head[teacher.real_rows if teacher.rows else 0 :].zero_()  # what no product writes
         self.needs = needs
 
     def run(self) -> None:
         plan, rows = self.plan, self.teacher.rows
-        between = pitch(self.real, self.weight.device)
-        buffers = self.weight.new_empty((plan.buffers, 2, plan.chunk_rows, between))
+        numbers = buffer_numbers(plan.chunk_rows, plan.blocks, self.weight.device)
+        memory = plan.workspace.take(plan.buffers * 2 * numbers, self.weight.dtype, self.weight.device)
+        buffers = memory.view(plan.buffers, 2, numbers)
         self.d_inputs = self.weight.new_empty((plan.chunk_rows, self.states.shape[1])) if self.needs[0] else None
         started: deque[_Chunk] = deque()
         for index, start in enumerate(range(0, rows, plan.chunk_rows)):
@@ -226,6 +236,7 @@ class _Sweep:
                 self._finish(started.popleft())
         while started:
             self._finish(started.popleft())
+        plan.workspace.give(memory)
 
     def _begun(self, rows: slice, buffer: Tensor) -> _Chunk:
         teacher, dtype = self.teacher, self.plan.epilogue.operand_dtype
@@ -234,13 +245,17 @@ class _Sweep:
             teacher.gate_logits[rows], kept, [states[rows] for states in teacher.hidden], dtype
         )
         _, (own,) = gate_scale.scale_inputs(self.weight.new_zeros((kept.shape[0], 1)), kept, [self.states[rows]], dtype)
-        logits = buffer[:, : rows.stop - rows.start, : self.real]
-        for j, (x, head) in enumerate(zip(inputs, teacher.heads, strict=True)):
-            gemm.accumulate(logits[0], x, head[: self.real].t(), add=j > 0)
-        gemm.accumulate(logits[1], own, self.student_head.t(), add=False)
-        mix = self.plan.mix
-        local = self.plan.epilogue.statistics(logits[0], logits[1], self.target[rows], mix)
-        return _Chunk(rows, logits, own, PendingStatistics(local, self.real, teacher.settings, mix.temperature))
+        mix, blocks = self.plan.mix, self.plan.blocks
+        count = rows.stop - rows.start
+        known, learnt = (cut_out(plane, count, blocks) for plane in buffer)
+        logits, found = list(zip(known, learnt, strict=True)), []
+        for block, (z, s), target in zip(blocks, logits, self.targets, strict=True):
+            for j, (x, head) in enumerate(zip(inputs, teacher.heads, strict=True)):
+                gemm.accumulate(z, x, head[block].t(), add=j > 0)
+            gemm.accumulate(s, own, self.student_head[block].t(), add=False)
+            found.append(self.plan.epilogue.statistics(z, s, target[rows], mix))
+        local = found[0] if len(found) == 1 else combine(torch.stack(found), mix.temperature)
+        return _Chunk(rows, logits, own, PendingStatistics(local, teacher.real_rows, teacher.settings, mix.temperature))
 
     def _finish(self, chunk: _Chunk) -> None:
         rows = chunk.rows
@@ -248,14 +263,15 @@ class _Sweep:
         if not any(self.needs):
             return
         weight = self.weight[rows] * self.scale
-        known, own = chunk.logits.unbind()
-        ds = self.plan.epilogue.dlogits(known, own, self.target[rows], statistics, weight, self.plan.mix)
-        if self.head is not None:
-            out = self.head[: self.real]
-            gemm.accumulate(out, ds.t(), chunk.inputs, add=rows.start > 0, alpha=1.0 / self.scale)
-        if self.d_inputs is not None:
-            dx = self.d_inputs[: ds.shape[0]]
-            gemm.accumulate(dx, ds, self.student_head, add=False, alpha=1.0 / self.scale)
+        dx = None if self.d_inputs is None else self.d_inputs[: rows.stop - rows.start]
+        for i, (block, (z, s), target) in enumerate(zip(self.plan.blocks, chunk.logits, self.targets, strict=True)):
+            ds = self.plan.epilogue.dlogits(z, s, target[rows], statistics, weight, self.plan.mix)
+            if self.head is not None:
+                out = self.head[block]
+                gemm.accumulate(out, ds.t(), chunk.inputs, add=rows.start > 0, alpha=1.0 / self.scale)
+            if dx is not None:
+                gemm.accumulate(dx, ds, self.student_head[block], add=i > 0, alpha=1.0 / self.scale)
+        if dx is not None:
             self.hidden[rows] = dx
 
 

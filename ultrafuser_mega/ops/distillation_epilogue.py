@@ -1,11 +1,12 @@
-"""The softmax work between the GEMMs of distillation.py, in plain PyTorch: the path of CPUs, and of fp64 on a GPU.
+"""The softmax work between the GEMMs of distillation.py, and its form in plain PyTorch: the path of fp64 on a GPU.
 
     statistics(teacher (C, R), student (C, R), target (C,), mix)  ->  (C, 8), distillation_statistics.py
     dlogits(teacher, student, target, statistics, weight (C,), mix)  ->  (C, R) gradient, in the student's memory
 
 ``operand_dtype`` is the type of that gradient and of the other operand of its GEMMs; ``target`` is the local column or
 -1, ``statistics`` are those of the whole vocabulary, ``weight`` is 0 on ignored rows. dlogits leaves the teacher's
-logits undefined. It is the twin that distillation_triton.py, the GPU's, is tested against.
+logits undefined. The plain form is the twin that the compiled ones, distillation_cpu.py and distillation_triton.py,
+are tested against.
 
 Rows are taken a few at a time, so that what lies between two operations stays in a processor's cache.
 """
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ultrafuser_mega.ops.distillation_cpu import CpuEpilogue
 from ultrafuser_mega.ops.distillation_statistics import (
     COLUMNS,
     LABEL_SUM,
@@ -46,6 +48,8 @@ class Epilogue(Protocol):
 
 def epilogue_for(device: torch.device, dtype: torch.dtype) -> Epilogue:
     """The epilogue that serves ``device`` for hidden states and heads of type ``dtype``."""
+    if device.type == "cpu":
+        return CpuEpilogue(accumulate_dtype(dtype))  # 16-bit operands are upcast there anyway, see gemm.py
     if device.type == "cuda" and dtype != torch.float64:
         from ultrafuser_mega.ops.distillation_triton import TritonEpilogue  # needs triton
 

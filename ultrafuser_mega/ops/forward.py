@@ -59,6 +59,17 @@ def pitch(columns: int, device: torch.device) -> int:
     return -(-columns // PITCH_MULTIPLE) * PITCH_MULTIPLE + (HOST_PITCH_EXTRA if device.type == "cpu" else 0)
 
 
+def column_blocks(columns: int, most: int) -> list[slice]:
+    """``columns`` cut into consecutive blocks of ``most``, the last one what remains; of no columns one empty block."""
+    return [slice(first, min(first + most, columns)) for first in range(0, columns, max(most, 1))] or [slice(0, 0)]
+
+
+def block_columns(columns: int, device: torch.device, operand_bytes: int, wide_bytes: int) -> int:
+    """Columns of a block where gradients are formed in the logits' place: on a CPU, unless they are narrower there, so
+    many that what one step writes is in a cache when the next one reads it; else all of them."""
+    return BLOCK_COLUMNS["cpu"] if device.type == "cpu" and operand_bytes == wide_bytes else columns
+
+
 def _block_columns(problem: Problem) -> int:
     return min(max(problem.real_rows, 1), BLOCK_COLUMNS.get(problem.target.device.type, BLOCK_COLUMNS["cuda"]))
 
