@@ -24,8 +24,10 @@ from setuptools import Extension, setup
 CUDA_ARCHITECTURES = (80, 90, 100)
 NVCC_TIMEOUT_S = 180  # ten times what it takes: a toolkit that hangs must not hang the installation
 
+# No -march: the code carries one clone per x86 level. GCC leaves a loop with a comparison of floats scalar on AVX2, an
+# exponential for one, unless it may forget that some program might have its floating-point exceptions trap.
 ON_CPU = {
-    "extra_compile_args": ["-O3", "-fopenmp-simd", "-pthread"],  # no -march: the code carries one clone per x86 level
+    "extra_compile_args": ["-O3", "-fopenmp-simd", "-fno-trapping-math", "-pthread"],
     "extra_link_args": ["-pthread"],
 }
 cpu_epilogue = Pybind11Extension(
