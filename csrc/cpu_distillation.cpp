@@ -197,7 +197,7 @@ template <typename T>
 void distillation_statistics(const Lesson<const T, const T>& lesson, double temperature, T* statistics, int threads) {
     over_rows(lesson.rows, 2 * lesson.cols, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-            one_row(lesson.teacher + i * lesson.row_stride, lesson.student + i * lesson.row_stride, lesson.cols,
+            one_row(lesson.teacher + i * lesson.teacher_stride, lesson.student + i * lesson.student_stride, lesson.cols,
                     lesson.target[i], temperature, statistics + i * kLessonColumns);
     });
 }
@@ -207,13 +207,13 @@ void distillation_dlogits(const Lesson<const T, T>& lesson, const Shares& shares
                           int threads) {
     over_rows(lesson.rows, 2 * lesson.cols, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            T* const s = lesson.student + i * lesson.row_stride;
+            T* const s = lesson.student + i * lesson.student_stride;
             if (weight[i] == T(0)) {
                 std::fill_n(s, lesson.cols, T(0));
                 continue;
             }
             const Factors<T> factors = factors_of(shares, statistics + i * kLessonColumns, double(weight[i]));
-            gradient_of(lesson.teacher + i * lesson.row_stride, s, factors, lesson.cols);
+            gradient_of(lesson.teacher + i * lesson.teacher_stride, s, factors, lesson.cols);
             const int64_t target = lesson.target[i];
             if (target >= 0 && target < lesson.cols) s[target] -= static_cast<T>(weight[i] * shares.labels);
         }

@@ -1,5 +1,5 @@
 // The softmax work that stands between the GEMMs of the distillation loss, on the CPU: distillation_statistics.py has the
-// formulas. Teacher's and student's logits, z and s, are rows x cols each, their rows equally far apart.
+// formulas. Teacher's and student's logits, z and s, are rows x cols each.
 //
 // Rows are independent and every row is summed in one fixed order, so results do not depend on `threads`.
 #pragma once
@@ -12,10 +12,10 @@ constexpr int64_t kLessonColumns = 8;  // numbers per row of statistics
 
 template <typename Z, typename S>
 struct Lesson {
-    Z* teacher;
-    S* student;
+    Z* teacher;             // row i at teacher + i * teacher_stride
+    S* student;             // row i at student + i * student_stride
     const int64_t* target;  // (rows,) column of the target, any value outside [0, cols) if it is not here
-    int64_t rows, cols, row_stride;
+    int64_t rows, cols, teacher_stride, student_stride;
 };
 
 // What the loss of a row is made of: factors of KL(p | q), of KL(q | p) and of the labels' cross-entropy.

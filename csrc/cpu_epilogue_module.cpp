@@ -57,19 +57,21 @@ void bind(py::module_& m, const char* suffix) {
           });
     m.def(("distillation_statistics_" + type).c_str(),
           [](std::uintptr_t teacher, std::uintptr_t student, std::uintptr_t target, int64_t rows, int64_t cols,
-             int64_t row_stride, double temperature, std::uintptr_t statistics, int threads) {
+             int64_t teacher_stride, int64_t student_stride, double temperature, std::uintptr_t statistics,
+             int threads) {
               py::gil_scoped_release unlocked;
               const ufm::Lesson<const T, const T> lesson{at<const T>(teacher), at<const T>(student),
-                                                         at<const int64_t>(target), rows, cols, row_stride};
+                                                         at<const int64_t>(target), rows, cols, teacher_stride,
+                                                         student_stride};
               ufm::distillation_statistics<T>(lesson, temperature, at<T>(statistics), threads);
           });
     m.def(("distillation_dlogits_" + type).c_str(),
           [](std::uintptr_t teacher, std::uintptr_t student, std::uintptr_t target, int64_t rows, int64_t cols,
-             int64_t row_stride, double temperature, double forward, double reverse, double labels,
-             std::uintptr_t statistics, std::uintptr_t weight, int threads) {
+             int64_t teacher_stride, int64_t student_stride, double temperature, double forward, double reverse,
+             double labels, std::uintptr_t statistics, std::uintptr_t weight, int threads) {
               py::gil_scoped_release unlocked;
               const ufm::Lesson<const T, T> lesson{at<const T>(teacher), at<T>(student), at<const int64_t>(target),
-                                                   rows, cols, row_stride};
+                                                   rows, cols, teacher_stride, student_stride};
               ufm::distillation_dlogits<T>(lesson, {temperature, forward, reverse, labels}, at<const T>(statistics),
                                            at<const T>(weight), threads);
           });

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peers import plain_distillation
 from support.mixture_cases import IGNORE, Case, make_case, relative_error
 from torch import Tensor
@@ -59,17 +58,7 @@ def truth(lesson: Lesson) -> dict[str, Tensor]:
         alone = states.double() @ head.double()[:vocab].t()
         z += torch.where(weights[:, j, None] > 0, weights[:, j, None] * alone, 0.0)
     h, w = lesson.hidden.double(), lesson.head.double()[:vocab]
-    s = h @ w.t()
-    log_p, log_q = (z / t).log_softmax(1), (s / t).log_softmax(1)
-    p, q = log_p.exp(), log_q.exp()
-    forward = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
-    against = torch.where(q > 0, log_q - log_p, 0.0) if beta else torch.zeros_like(q)  # infinite where p alone is 0
-    reverse = (q * against).sum(1)
-    onehot = F.one_hot(teacher.target.clamp(min=0), vocab).double()
-    labels = -(s.log_softmax(1) * onehot).sum(1)
-    divergence = (1 - beta) * forward + beta * reverse
-    rows = (1 - c) * t**2 * divergence + c * labels
-    ds = (1 - c) * t * ((1 - beta) * (q - p) + beta * q * (against - reverse[:, None])) + c * (s.softmax(1) - onehot)
+    rows, divergence, labels, ds = truth_of_logits(z, h @ w.t(), teacher.target, t, beta, c)
     factor = UPSTREAM * kept.double()
     if options.get("reduction", "mean") == "mean":
         factor = factor / max(1, int(kept.sum()))
@@ -81,6 +70,25 @@ def truth(lesson: Lesson) -> dict[str, Tensor]:
     return {
         "loss": loss, "rows": rows, "divergence": divergence, "cross_entropy": labels, "hidden": ds @ w, "head": head
     }  # fmt: skip
+
+
+def truth_of_logits(
+    z: Tensor, s: Tensor, target: Tensor, t: float, beta: float, c: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, divergence, cross-entropy, each (N,); (N, V) gradient of the losses' sum) from the models' logits in
+    float64, at temperature t with the shares beta of KL(q | p) and c of the labels."""
+    log_p, log_q = (z / t).log_softmax(1), (s / t).log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+    forward = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1)
+    against = torch.where(q > 0, log_q - log_p, 0.0) if beta else torch.zeros_like(q)  # infinite where p alone is 0
+    reverse = (q * against).sum(1)
+    words = torch.arange(s.shape[1], device=s.device)
+    onehot = (words == target.clamp(min=0)[:, None]).double()
+    labels = -torch.where(onehot > 0, s.log_softmax(1), 0.0).sum(1)
+    divergence = (1 - beta) * forward + beta * reverse
+    rows = (1 - c) * t**2 * divergence + c * labels
+    ds = (1 - c) * t * ((1 - beta) * (q - p) + beta * q * (against - reverse[:, None])) + c * (s.softmax(1) - onehot)
+    return rows, divergence, labels, ds
 
 
 def answer_of(function: Any, lesson: Lesson, **more: Any) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ def _statistics(teacher: Tensor, student: Tensor, target: Tensor, temperature: f
         rows,
         columns,
         teacher.stride(0),
+        student.stride(0),
         temperature,
         statistics.data_ptr(),
         torch.get_num_threads(),
@@ -62,6 +63,7 @@ def _dlogits(
         rows,
         columns,
         teacher.stride(0),
+        student.stride(0),
         temperature,
         forward,
         reverse,
@@ -73,7 +75,7 @@ def _dlogits(
 
 
 class CpuEpilogue:
-    """fp32 or fp64 logits, both models' rows equally far apart; the gradient has their type."""
+    """fp32 or fp64 logits; their gradient has the same type."""
 
     def __init__(self, operand_dtype: torch.dtype) -> None:
         self.operand_dtype = operand_dtype

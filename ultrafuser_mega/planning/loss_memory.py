@@ -11,8 +11,8 @@ import torch
 
 from ultrafuser_mega.config import HEADS
 from ultrafuser_mega.ops import planes
-from ultrafuser_mega.ops.distillation_epilogue import BLOCK_BYTES
-from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, cut, even_rows, pitch
+from ultrafuser_mega.ops.chunk import buffer_numbers
+from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, block_columns, column_blocks, cut, even_rows
 from ultrafuser_mega.ops.gemm import UPCAST_BLOCK
 from ultrafuser_mega.planning.microbatch import Microbatch
 from ultrafuser_mega.planning.preflight import RunPlan
@@ -22,7 +22,7 @@ from ultrafuser_mega.planning.trained import NUMBER, WIDE, Trains
 Device = Literal["cpu", "cuda"]
 
 STUDENT_STATISTICS = 9  # float32 numbers of a student's row that ranks share
-_EPILOGUE = 4  # intermediates of a student's statistics in plain PyTorch: both rows relative to their maxima, and exp
+_PUT_TOGETHER = 2 * STUDENT_STATISTICS  # of a row and a part of the vocabulary, while the parts' become those of all
 
 
 def loss_bytes(plan: RunPlan, role: Role, microbatch: Microbatch, device: Device, trains: Trains) -> float:
@@ -91,9 +91,9 @@ def _student_loss(
 ) -> float:
     """A distillation's chunked loss with exchange, at its fullest (``ops.distillation``).
 
-    Forward: hidden rows of all, a chunk's logits of teacher and student, the inputs of their products and, on a CPU,
-    what lies between two operations on them; of the student b N d of rows and, in float32, V d of its head. Backward:
-    rows, and these, the head's once more in its own type; the exchange as for the mixture.
+    Forward: hidden rows of all, a chunk's logits of teacher and student, the inputs of their products and, on a CPU, a
+    block of a head in the products' type; of the student b N d of rows and, in float32, V d of its head. Backward: rows,
+    and these, the head's once more in its own type; the exchange as for the mixture.
     """
     width, rows, total = NUMBER[plan.config.dtype], microbatch.rows, _widths(plan)
     own = plan.architectures[student].hidden_size
@@ -101,18 +101,20 @@ def _student_loss(
     operand = WIDE if device == "cpu" else width
     buffers, chunk, _ = cut(int(rows), 2 * plan.vocab_size, role.fusion, total, operand, WIDE, BUFFER_BYTES[device])
     columns = len(role.vocabulary or ())
-    logits = buffers * 2 * chunk * pitch(columns, torch.device(device)) * WIDE
+    on = torch.device(device)
+    most = block_columns(columns, on, operand, WIDE)
+    blocks = column_blocks(columns, most)
+    logits = buffers * 2 * buffer_numbers(chunk, blocks, on) * WIDE
+    parts = max(role.fusion, len(blocks))
+    statistics = WIDE * STUDENT_STATISTICS * rows + (WIDE * _PUT_TOGETHER * chunk * parts if parts > 1 else 0)
     inputs = chunk * operand * (total + (buffers - 1) * own) + chunk * own * WIDE
     between = 0.0
-    if device == "cpu":
-        row = columns * WIDE
-        between = float(_EPILOGUE * row * min(chunk, max(1, BLOCK_BYTES[device] // max(1, row))))
-        if operand != width:
-            widest = max(arch.hidden_size for arch in plan.architectures.values())
-            between = max(between, WIDE * min(columns, UPCAST_BLOCK) * widest)
+    if operand != width:
+        widest = max(arch.hidden_size for arch in plan.architectures.values())
+        between = float(WIDE * min(columns, most, UPCAST_BLOCK) * widest)
     head = WIDE * role.vocab_rows * own if trains.whole(HEADS) else 0
     formed = width * rows * own + head
-    forward = held + logits + inputs + between + formed + WIDE * STUDENT_STATISTICS * rows
+    forward = held + logits + inputs + between + formed + statistics
     rounded = head * width / WIDE if width != WIDE else 0.0
     return max(forward, held + formed + rounded, width * rows * own + _exchanged(plan, role, rows, trains))
 
