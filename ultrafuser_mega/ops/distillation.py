@@ -14,8 +14,9 @@ In row chunks, as chunked.py: per chunk of C rows
     row statistics                        epilogue, one sweep of both; under a group one collective of 36 bytes per row
     ds over s                             epilogue, in place
     dh += ds W,  dW += ds^T h
-on a CPU block by block of the vocabulary, before and behind the statistics of the whole row. So gradients are formed in the forward, in one GEMM pass over the teacher and three over the student. dW is summed over
-chunks in the wide type. The upstream gradient, one scalar, is multiplied in the backward. Under a group a chunk's
+so gradients are formed in the forward, in one GEMM pass over the teacher and three over the student. On a CPU all of it
+goes block by block of the vocabulary, before and behind the statistics of the whole row, as in chunked.py. dW is summed
+over chunks in the wide type. The upstream gradient, one scalar, is multiplied in the backward. Under a group a chunk's
 collective travels while the next one's GEMMs run.
 """
 

@@ -91,9 +91,10 @@ def _student_loss(
 ) -> float:
     """A distillation's chunked loss with exchange, at its fullest (``ops.distillation``).
 
-    Forward: hidden rows of all, a chunk's logits of teacher and student, the inputs of their products and, on a CPU, a
-    block of a head in the products' type; of the student b N d of rows and, in float32, V d of its head. Backward: rows,
-    and these, the head's once more in its own type; the exchange as for the mixture.
+    Forward: hidden rows of all, a chunk's logits of teacher and student, the inputs of their products, statistics by
+    shard or by block and, on a CPU, a block of a head in the products' type; of the student b N d of rows and, in
+    float32, V d of its head. Backward: rows, and these, the head's once more in its own type; the exchange as for the
+    mixture.
     """
     width, rows, total = NUMBER[plan.config.dtype], microbatch.rows, _widths(plan)
     own = plan.architectures[student].hidden_size

@@ -12,7 +12,7 @@ from support.distillation_cases import Lesson, answer_of, make_lesson, truth, vi
 from support.mixture_cases import IGNORE, relative_error
 
 from ultrafuser_mega.errors import InputError
-from ultrafuser_mega.ops import distillation_loss
+from ultrafuser_mega.ops import Workspace, distillation_loss
 from ultrafuser_mega.runtime.spawn import run_ranks
 
 SMALL: dict[str, Any] = {"rows": 41, "vocab": 333, "widths": (16, 24, 8), "width": 20, "padding": 5}
@@ -36,6 +36,19 @@ def test_loss_and_gradients_are_those_of_the_definition(dtype: torch.dtype, kind
     if dtype == torch.float64:
         found, expected = answer_of(distillation_loss, lesson), truth(lesson)
         assert max(relative_error(found[name], value) for name, value in expected.items()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_a_vocabulary_and_memory_handed_on_change_nothing(dtype: torch.dtype) -> None:
+    """On a CPU the vocabulary goes in blocks of 1024 words, here three of them and words that are padding."""
+    workspace = Workspace()
+    for kind in KINDS:
+        lesson = make_lesson(17, **(SMALL | {"vocab": 2500}), dtype=dtype, options=kind)
+        for buffer_bytes in (None, 600 << 10):
+            found = answer_of(distillation_loss, lesson, buffer_bytes=buffer_bytes, workspace=workspace)
+            assert violations(found, lesson) == []
+            if dtype == torch.float64:
+                assert max(relative_error(found[name], value) for name, value in truth(lesson).items()) < 1e-12
 
 
 def test_a_sum_of_rows_is_a_sum() -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ultrafuser_mega.ops.distillation_cpu import CpuEpilogue
 from ultrafuser_mega.ops.distillation_epilogue import TorchEpilogue, epilogue_for
-from ultrafuser_mega.ops.distillation_statistics import FORWARD, LABEL_SUM, REVERSE, STUDENT_SUM, Mix, combine, row_losses
+from ultrafuser_mega.ops.distillation_statistics import (
+    FORWARD,
+    LABEL_SUM,
+    REVERSE,
+    STUDENT_SUM,
+    Mix,
+    combine,
+    row_losses,
+)
 
 BLOCK = 1024  # columns between two looks at the maxima
 MIXES = [
@@ -34,7 +42,9 @@ def answer(known: Tensor, own: Tensor, target: Tensor, mix: Mix, cuts: tuple[int
     """((3, C): loss, divergence, cross-entropy of each row; the gradient (C, R) of their weighted sum), from shards of
     the vocabulary that end at ``cuts``."""
     epilogue, ends = CpuEpilogue(known.dtype), [0, *cuts, known.shape[1]]
-    shards = [(slice(a, b), torch.where((target >= a) & (target < b), target - a, -1)) for a, b in itertools.pairwise(ends)]
+    shards = [
+        (slice(a, b), torch.where((target >= a) & (target < b), target - a, -1)) for a, b in itertools.pairwise(ends)
+    ]
     own = own.clone()  # its rows are not as far apart as the teacher's
     found = [epilogue.statistics(known[:, s], own[:, s], label, mix) for s, label in shards]
     statistics = found[0] if len(found) == 1 else combine(torch.stack(found), mix.temperature)
@@ -45,8 +55,8 @@ def answer(known: Tensor, own: Tensor, target: Tensor, mix: Mix, cuts: tuple[int
 
 
 def compare(known: Tensor, own: Tensor, target: Tensor, mix: Mix, cuts: tuple[int, ...] = ()) -> None:
-    """With y, r and D = y - r of distillation_statistics.py, a sum's terms err by their exponentials' roundings, (|y| + 4)
-    ulp, and as it adds up a block's in any order, by BLOCK ulp / 2 of their sum; D is at most as large as |y| + |r|."""
+    """With y, r and D = y - r of distillation_statistics.py, a sum's terms err by their exponentials' roundings,
+    (|y| + 4) ulp, and it adds up a block's in any order, for BLOCK ulp / 2 of their sum; D is at most |y| + |r|."""
     shares = (mix.temperature, mix.reverse, mix.labels)
     rows, divergence, labels, ds = truth_of_logits(known.double(), own.double(), target, *shares)
     losses, gradient = answer(known, own, target, mix, cuts)
@@ -58,10 +68,11 @@ def compare(known: Tensor, own: Tensor, target: Tensor, mix: Mix, cuts: tuple[in
     torch.testing.assert_close(losses.double(), expected, rtol=error, atol=error * scale)
     # of a gradient q and p err by their sums and their own roundings, what stands beside q by as much as a divergence
     wanted = ds * ds.new_tensor(WEIGHT)[:, None]
-    allowed = error * scale * max(WEIGHT) * (known.double() / mix.temperature).softmax(1).maximum(
-        (own.double() / mix.temperature).softmax(1)
-    ).maximum(own.double().softmax(1))
-    allowed += 2 * torch.finfo(known.dtype).eps * wanted.abs() + 1e-35  # rounded itself; an exponential below 1e-38 is 0
+    at_temperature, alone = (z.double() / mix.temperature for z in (known, own)), own.double()
+    likely = torch.stack([z.softmax(1) for z in (*at_temperature, alone)]).amax(0)
+    allowed = error * scale * max(WEIGHT) * likely
+    allowed += 2 * torch.finfo(known.dtype).eps * wanted.abs()  # it is rounded itself
+    allowed += 1e-35  # an exponential below 1e-38 is 0
     assert bool(((gradient.double() - wanted).abs() <= allowed).all())
 
 
@@ -195,9 +206,7 @@ def test_the_plain_form_gives_the_same(dtype: torch.dtype) -> None:
         compiled, twin = CpuEpilogue(dtype), TorchEpilogue(dtype)
         statistics, expected = (e.statistics(known, own, target, mix) for e in (compiled, twin))
         torch.testing.assert_close(statistics, expected, rtol=rtol, atol=atol)
-        mine, twins = (
-            e.dlogits(known.clone(), own.clone(), target, expected, weight, mix) for e in (compiled, twin)
-        )
+        mine, twins = (e.dlogits(known.clone(), own.clone(), target, expected, weight, mix) for e in (compiled, twin))
         torch.testing.assert_close(mine, twins, rtol=rtol, atol=atol)
 
 
