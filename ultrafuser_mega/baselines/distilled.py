@@ -50,7 +50,7 @@ def distilled(
     kept = config or checkpoint / CONFIG
     if config is None and not kept.is_file():
         raise InputError(f"{run}: keeps no configuration; give the run's folder, or --config")
-    fused = load_config(kept)
+    fused = load_config(kept, [override for override in overrides if _of_the_fused(override)])
     if STUDENT in fused.specialists:
         raise InputError(f"specialists.{STUDENT}: the fused model has a specialist of this name; name it otherwise")
     if fused.distil is not None:
@@ -93,6 +93,12 @@ def distilled(
         made_of=made.folders,
     )
     return DerivedRun(made, f"specialist:{STUDENT}", account)
+
+
+def _of_the_fused(override: str) -> bool:
+    """Whether it says where the fused model's folders are, of which the student's may be one."""
+    section, *below = override.partition("=")[0].split(".")
+    return section == "models" or (section == "specialists" and below[:1] != [STUDENT])
 
 
 def _check_tokenizer(into: str, folder: Path, fused: FuserConfig, vocab_size: int) -> None:

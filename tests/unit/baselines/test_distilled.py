@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support.branched import branched_tree, write_branched
 from support.command import ultrafuser
 from support.trio import DISJOINT_8, config_tree, train
@@ -56,6 +57,22 @@ def test_the_run_takes_as_many_samples_as_the_fused_one_and_places_the_student(b
     assert shares["heads"].parameters == 4 * shares["heads"].trained > 0 == shares["gate"].trained  # the student's
     other = distilled(tmp_path / "teacher", str(branched / "base"), "ultralm").config
     assert other.name == "run-distilled-base" and other.specialists[STUDENT].template == "ultralm"
+
+
+def test_overrides_that_say_where_the_fused_models_folders_are_hold_for_the_students(
+    branched: Path, tmp_path: Path
+) -> None:
+    tree = config_tree(branched, tmp_path / "runs", DISJOINT_8)
+    import_specialists(plan_config(FuserConfig.model_validate(tree), None), tmp_path / "teacher")
+    for specialist in tree["specialists"].values():
+        specialist["path"] = Path(specialist["path"]).name
+    config = tmp_path / "moved.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    moved = distilled(tmp_path / "teacher", "math", None, config, [f"models={branched}"]).config
+    assert moved.folders[STUDENT] == moved.folders["math"] == branched / "math"
+    overrides = [f"models={branched}", "specialists.math.path=base", "specialists.student.template=ultralm"]
+    other = distilled(tmp_path / "teacher", "math", None, config, overrides).config
+    assert other.folders[STUDENT] == branched / "base" and other.specialists[STUDENT].template == "ultralm"
 
 
 def test_a_student_is_trained_and_exported_as_one_model_with_its_own_template(
