@@ -12,6 +12,7 @@ import torch
 from ultrafuser_mega.config import HEADS
 from ultrafuser_mega.ops import planes
 from ultrafuser_mega.ops.chunk import buffer_numbers
+from ultrafuser_mega.ops.distillation import LESSON_BYTES
 from ultrafuser_mega.ops.forward import BLOCK_COLUMNS, BUFFER_BYTES, block_columns, column_blocks, cut, even_rows
 from ultrafuser_mega.ops.gemm import UPCAST_BLOCK
 from ultrafuser_mega.planning.microbatch import Microbatch
@@ -100,7 +101,7 @@ def _student_loss(
     own = plan.architectures[student].hidden_size
     held = width * rows * (total + (_own_widths(plan, role) if _is_exchanged(plan, role) else 0))
     operand = WIDE if device == "cpu" else width
-    buffers, chunk, _ = cut(int(rows), 2 * plan.vocab_size, role.fusion, total, operand, WIDE, BUFFER_BYTES[device])
+    buffers, chunk, _ = cut(int(rows), 2 * plan.vocab_size, role.fusion, total, operand, WIDE, LESSON_BYTES[device])
     columns = len(role.vocabulary or ())
     on = torch.device(device)
     most = block_columns(columns, on, operand, WIDE)
