@@ -31,7 +31,8 @@ def distil(
     distil.temperature, distil.reverse (0: forward KL, 1: reverse), distil.labels (share of plain cross-entropy). What
     it learns on is mixed by shares: distil.data.own, the run's data; distil.data.prompts, its prompts answered by the
     fused model; distil.data.on_policy, its prompts answered by the student as it is every distil.refresh steps, with
-    reverse KL. The result is an ordinary Hugging Face folder with the student's own template, which evaluate takes.
+    reverse KL, none of the first distil.on_policy_after steps. The result is an ordinary Hugging Face folder with the
+    student's own template, which evaluate takes.
 
     A run like any other, named <name>-distilled-<student>: --resume goes on, its configuration is kept beside it. It
     takes as many samples as both stages of the fused run; stage2.steps=N says otherwise.
@@ -39,7 +40,7 @@ def distil(
     \b
       ultrafuser distil runs/demo --into text --out distilled
       ultrafuser distil runs/demo --into text --out distilled distil.temperature=2 distil.labels=0.1 stage2.lr=1e-4
-      ultrafuser distil runs/demo --into text --out distilled distil.data='{own: 1, on_policy: 1}' distil.refresh=20
+      ultrafuser distil runs/demo --into text --out distilled distil.data.on_policy=1 distil.on_policy_after=175
       ultrafuser distil runs/demo --into SmolLM2-135M --out distilled stage2.train.student=lora
     """
     from ultrafuser_mega.baselines.distilled import distilled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ultrafuser_mega.config.section import Section
 
@@ -32,6 +32,9 @@ class Distil(Section):
         0.0, ge=0.0, le=1.0, description="share of the responses' cross-entropy; the student's own answers are none"
     )
     data: Shares = Shares()
+    on_policy_after: NonNegativeInt = Field(
+        0, description="steps before the first on-policy one; behind them those catch up with their share"
+    )
     refresh: PositiveInt = Field(50, description="on-policy steps between two times that the student answers")
     max_new_tokens: PositiveInt = Field(256, description="of an answer")
     sampling_temperature: NonNegativeFloat = Field(1.0, description="of answers; 0: the likeliest tokens")
@@ -40,17 +43,25 @@ class Distil(Section):
     def _some_data(self) -> Distil:
         if not any(getattr(self.data, kind) for kind in KINDS):
             raise ValueError("data has no share above 0; give own, prompts or on_policy one")
+        if self.on_policy_after and not self.data.on_policy:
+            raise ValueError("on_policy_after: data.on_policy is 0; give it a share, or leave on_policy_after out")
+        if self.on_policy_after and not (self.data.own or self.data.prompts):
+            raise ValueError(
+                f"on_policy_after: nothing is there to learn in the first {self.on_policy_after} steps; give data.own "
+                "or data.prompts a share"
+            )
         return self
 
     def kinds(self, steps: int) -> list[Kind]:
         """What each of so many steps takes: the kind that is furthest behind its share, the first of equals.
 
-        Fewer steps take the same as the first of more.
+        On-policy steps wait until ``on_policy_after`` others are done. Fewer steps take the same as the first of more.
         """
         shares: dict[Kind, float] = {kind: getattr(self.data, kind) for kind in KINDS if getattr(self.data, kind)}
         total, taken, order = sum(shares.values()), dict.fromkeys(shares, 0), list[Kind]()
         for done in range(1, steps + 1):
-            chosen = max(shares, key=lambda kind: done * shares[kind] / total - taken[kind])
+            ready = [kind for kind in shares if kind != "on_policy" or done > self.on_policy_after]
+            chosen = max(ready, key=lambda kind: done * shares[kind] / total - taken[kind])
             taken[chosen] += 1
             order.append(chosen)
         return order

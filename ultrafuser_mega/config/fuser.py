@@ -135,6 +135,11 @@ class FuserConfig(Section):
         for name in (GATE, *self.fused):
             if parts[name].trains:
                 raise ValueError(f"stage2.train.{name}: is the teacher's; set stage2.train.{name}=frozen")
+        if self.stage2.epochs is None and 0 < self.stage2.steps <= distil.on_policy_after:
+            raise ValueError(
+                f"distil.on_policy_after: {distil.on_policy_after} leaves no on-policy step of stage2.steps="
+                f"{self.stage2.steps}; give less, or more steps"
+            )
         if self.checkpoint.start is not None:
             raise ValueError("checkpoint.start: distil.teacher has the teacher's weights; leave it out")
         if self.loss.label_smoothing or self.loss.z_loss:

@@ -60,6 +60,28 @@ def test_steps_take_kinds_of_data_in_their_shares() -> None:
         distil(data={"own": 0})
 
 
+def test_on_policy_steps_wait_and_then_catch_up_with_their_share() -> None:
+    halves = distil(data={"own": 1, "on_policy": 1}, on_policy_after=6)
+    assert halves.kinds(12) == ["own"] * 6 + ["on_policy"] * 6
+    assert halves.kinds(14)[12:] == ["own", "on_policy"]  # the shares are those of all steps
+    assert all(halves.kinds(step) == halves.kinds(30)[:step] for step in range(31))
+    kinds = distil(data={"own": 2, "prompts": 1, "on_policy": 1}, on_policy_after=9).kinds(40)
+    assert [kinds[:9].count(kind) for kind in ("own", "prompts", "on_policy")] == [6, 3, 0]
+    assert [kinds.count(kind) for kind in ("own", "prompts", "on_policy")] == [20, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"own": 1}, "on_policy_after: data.on_policy is 0"),
+        ({"own": 0, "on_policy": 1}, "nothing is there to learn in the first 5 steps"),
+    ],
+)
+def test_on_policy_steps_that_wait_for_nothing_or_never_come_are_refused(data: dict[str, int], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        distil(data=data, on_policy_after=5)
+
+
 def _trained(rank: int, path: Path, resume: bool) -> None:
     draw_nothing()
     config = load_config(path)
@@ -108,6 +130,24 @@ def test_a_run_that_is_resumed_takes_the_same_steps_and_answers(mixed_run: Fuser
     assert {path.name: path.read_text() for path in (mixed_run.run_dir / "answers").glob("*.jsonl")} == answers
 
 
+def test_on_policy_steps_behind_own_ones_go_on_bit_for_bit(teacher: Path, tmp_path: Path) -> None:
+    """Own data in steps 0 and 1; the student answers before 2 (for 3 and 4 as well) and 5; stopped behind 4."""
+    settings = ["data={own: 2, on_policy: 4}", "on_policy_after=2", "refresh=3", "max_new_tokens=5"]
+    overrides = [f"runs={tmp_path}", "stage2.steps=6", "checkpoint.every=4", "evaluation.every=0"]
+    made = distilled(teacher, "text", overrides=[*overrides, *(f"distil.{setting}" for setting in settings)])
+    made.write_config()
+    run_ranks(_trained, 1, made.config_path, False, timeout_s=240.0)
+    folder = made.config.run_dir
+    whole = [(step["loss"], step["grad_norm"]) for step in read_steps(folder)]
+    answers = {path.name: path.read_text() for path in (folder / "answers").glob("*.jsonl")}
+    assert len(whole) == 6 and sorted(answers) == ["on_policy-00000.jsonl", "on_policy-00001.jsonl"]
+    shutil.rmtree(folder / "checkpoints" / "stage2-step0000006")
+    (folder / "answers" / "on_policy-00001.jsonl").unlink()  # to be given again, by the same weights
+    run_ranks(_trained, 1, made.config_path, True, timeout_s=240.0)
+    assert [(step["loss"], step["grad_norm"]) for step in read_steps(folder)] == whole
+    assert {path.name: path.read_text() for path in (folder / "answers").glob("*.jsonl")} == answers
+
+
 def test_the_table_has_teacher_and_student_beside_what_was_trained(branched: Path, mixed_run: FuserConfig) -> None:
     _, evaluations = read_metrics(mixed_run.run_dir)
     store = TokenStore.open(mixed_run.store_dir)
@@ -147,6 +187,11 @@ def test_answered_samples_keep_every_specialists_prompt(mixed_run: FuserConfig) 
         ("text", ["distil.student=law"], "distil.student: law must be one of two or more specialists"),
         ("text", ["distil.temprature=2"], "unknown key distil.temprature; did you mean distil.temperature"),
         ("text", ["distil.data={own: 0}"], "data has no share above 0"),
+        (
+            "text",
+            ["distil.data.on_policy=1", "distil.on_policy_after=8", "stage2.steps=8"],
+            "distil.on_policy_after: 8 leaves no on-policy step of stage2.steps=8; give less",
+        ),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(teacher: Path, into: str, overrides: list[str], message: str) -> None:
