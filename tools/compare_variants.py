@@ -57,13 +57,16 @@ def students(
     quick: _Quick = False,
     run: _Run = None,
     base: Annotated[Path | None, typer.Option(help="with --run: model that its specialists were trained from")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="of a student; default: as many samples as the fused run takes")
+    ] = None,
     rows: _Rows = "",
     jobs: _Jobs = 1,
 ) -> None:
     """Merged, trained on labels, and distilled in every way, for equally many steps and samples."""
     from reproduction.compare import Comparing, compare_students
 
-    told(lambda: compare_students(Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [], into, base)))
+    told(lambda: compare_students(Comparing.of(out, seeds, quick, run, rows, jobs, overrides or [], into, base, steps)))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def headroom(measured: Measured) -> list[float]:
     if not tuned or not {ULTRAFUSER, ORACLE_PER_SAMPLE} <= losses.keys():
         return []
     best = min(tuned, key=lambda row: fmean(losses[row][MEAN]))
-    return recovered(measured, best, ULTRAFUSER, ORACLE_PER_SAMPLE)
+    return recovered(losses, best, ULTRAFUSER, ORACLE_PER_SAMPLE)
 
 
 def _table_1(m: Measured) -> list[Claim]:

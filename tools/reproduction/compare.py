@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reproduction.experiments import Experiment
-from reproduction.job import facts_here, token_store
+from reproduction.experiments import Experiment, addresses
+from reproduction.job import ask_tasks, facts_here, token_store
 from reproduction.measured import Measured, read_seed
 from reproduction.runner import Job, run, say
 from reproduction.trios import Asked, Trio, make_trio
-from reproduction.variants import LESSONS, TRAINED, Compared, adapters, fused_run, parse_rows, students
+from reproduction.variants import LABELS, LESSONS, TRAINED, Compared, adapters, fused_run, parse_rows, students
 from reproduction.variants_page import Cost, adapters_page, median_seconds, students_page
 from ultrafuser_mega.config import load_config
 from ultrafuser_mega.dry_run.processes import rehearse_ranks
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.planning.preflight import laid_out
 from ultrafuser_mega.planning.trained import part_shares
+from ultrafuser_mega.reporting.records import YARDSTICKS
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Comparing:
         overrides: Sequence[str],
         into: str | None = None,
         base: Path | None = None,
+        steps: int | None = None,
     ) -> Comparing:
         """Of the command line; raises InputError for what is none."""
         chosen = parse_rows(rows, TRAINED if into is None else LESSONS)
@@ -55,7 +57,7 @@ class Comparing:
             if not (fused / "summary.json").is_file():
                 raise InputError(f"--run {fused}: is no finished run; give one's folder")
         asked = Asked(out, numbers, quick, config, overrides, base=base and base.absolute(), jobs=jobs)
-        return cls(asked, Compared(chosen, into or "", fused))
+        return cls(asked, Compared(chosen, into or "", fused, steps))
 
 
 def compare_adapters(comparing: Comparing) -> Path:
@@ -79,8 +81,19 @@ def compare_adapters(comparing: Comparing) -> Path:
 def compare_students(comparing: Comparing) -> Path:
     """One model out; returns the page. Raises as :func:`compare_adapters`."""
     trios, runs = _run_all(comparing, students)
-    rows = [one.row for one in runs[0] if one.command[0] == "distil"]
-    return students_page(comparing.asked.out, _measured(comparing, trios, runs), rows, _facts(comparing))
+    asked, compared = comparing.asked, comparing.compared
+    measured = _measured(comparing, trios, runs)
+    own = {trio.seed: [fused_run(trio, compared), *found] for trio, found in zip(trios, runs, strict=True)}
+
+    def models(trio: Trio) -> dict[str, str]:
+        found = addresses(trio, [one for one in own[trio.seed] if one.is_done])
+        return {row: address for row, address in found.items() if row not in YARDSTICKS}
+
+    ask_tasks(asked, trios, models, measured, f"students-accuracy{compared.suffix}")
+    measured.complete()
+    labels = [str(row) for row in compared.rows if row.kind == LABELS]
+    learned = [str(row) for row in compared.rows if row.kind != LABELS]
+    return students_page(asked.out, measured, learned, labels, _facts(comparing) | measured.left_out)
 
 
 def _run_all(

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,9 @@ def reproduce(asked: Asked) -> Path:
     measured.left_out |= missing(first)
     measured.left_out |= {job.experiment.row: _NOT_RUN for job in jobs if not job.experiment.is_done}
     measured.left_out |= {job.experiment.row: job.left_out.read_text().strip() for job in jobs if job.left_out.exists()}
-    if (why := _without_sandbox()) and first.tasks is not None:
-        measured.left_out["accuracy on code"] = why
-    suite = "toy_text,toy_math" if why else "toy"
-    asking = [trio for trio in trios if trio.tasks is not None]
-    accuracy = [Job(trio.seed, _accuracy(asked, trio, suite), logs[trio.seed]) for trio in asking]
-    if not asked.so_far:
-        run(accuracy, asked.jobs, "accuracies")
-    answered = all(job.experiment.is_done for job in accuracy)
-    if not answered:
-        measured.left_out["accuracies"] = _NOT_RUN
+    ask_tasks(asked, trios, lambda trio: addresses(trio, [one for one in experiments(trio) if one.is_done]), measured)
     for trio in trios:
         read_seed(measured, trio, experiments(trio))
-    for job in accuracy if answered else ():
-        read_accuracies(measured, job.experiment.result)
     measured.complete()
     found = claims(measured)
     page = write_page(
@@ -74,6 +64,38 @@ def reproduce(asked: Asked) -> Path:
     )
     print(counted(claim for claim in found if claim.paper))
     return page
+
+
+def ask_tasks(
+    asked: Asked,
+    trios: Sequence[Trio],
+    models: Callable[[Trio], Mapping[str, str]],
+    measured: Measured,
+    key: str = "accuracy",
+) -> None:
+    """Have models answer tasks whose replies can be checked, and add what they had right, where there are tasks.
+
+    Args:
+        asked: whether to run what is missing, and how many tasks.
+        trios: of all seeds.
+        models: row -> address, of a trio's models.
+        measured: is added to; says what was left out.
+        key: of files and of the folder of answers.
+    """
+    asking = [trio for trio in trios if trio.tasks is not None]
+    if not asking:
+        return
+    if why := _without_sandbox():
+        measured.left_out["accuracy on code"] = why
+    suite = "toy_text,toy_math" if why else "toy"
+    jobs = [Job(trio.seed, _accuracy(asked, trio, suite, models(trio), key), trio.root / "logs") for trio in asking]
+    if not asked.so_far:
+        run(jobs, asked.jobs, "accuracies")
+    if not all(job.experiment.is_done for job in jobs):
+        measured.left_out["accuracies"] = _NOT_RUN
+        return
+    for job in jobs:
+        read_accuracies(measured, job.experiment.result)
 
 
 def token_store(trio: Trio) -> Experiment:
@@ -91,16 +113,15 @@ def _without_sandbox() -> str:
     return ""
 
 
-def _accuracy(asked: Asked, trio: Trio, suite: str) -> Experiment:
-    out = trio.root / "accuracy"
-    rows = addresses(trio, [one for one in experiments(trio) if one.is_done])
+def _accuracy(asked: Asked, trio: Trio, suite: str, rows: Mapping[str, str], key: str) -> Experiment:
+    out = trio.root / key
     if (found := out / RESULTS_FILE).is_file() and not rows.keys() <= json.loads(found.read_text())["models"].keys():
         found.unlink()  # of fewer models: what they answered is kept, and not asked again
     command = ["evaluate", *(f"{row}={address}" for row, address in rows.items())]
     limit = str(_QUICK_TASKS if asked.quick else _TASKS)
     command += ["--suite", suite, "--data", str(trio.tasks), "--out", str(out), "--limit", limit]
     command += ["--oracle", ",".join(trio.config.specialists)]
-    return Experiment("accuracies", "accuracies", tuple(command), out / RESULTS_FILE)
+    return Experiment("accuracies", key, tuple(command), out / RESULTS_FILE)
 
 
 def facts_here(asked: Asked) -> dict[str, Any]:

@@ -87,10 +87,10 @@ def deviations(measured: Measured, row: str) -> tuple[list[float], list[float]]:
     return [fmean(half) for half in halves], [stdev(half) if len(half) > 1 else 0.0 for half in halves]
 
 
-def recovered(measured: Measured, single: str, row: str, top: str) -> list[float]:
-    """Per seed: the share of the way from ``single`` to ``top`` that ``row`` is."""
-    losses = (measured.losses[name][MEAN] for name in (single, row, top))
-    return [(begin - own) / (begin - end) for begin, own, end in zip(*losses, strict=True)]
+def recovered(table: Table, single: str, row: str, top: str) -> list[float]:
+    """Per seed: the share of the way from ``single`` to ``top`` that ``row`` is, in means."""
+    means = (table[name][MEAN] for name in (single, row, top))
+    return [(begin - own) / (begin - end) for begin, own, end in zip(*means, strict=True)]
 
 
 def _read_fused(measured: Measured, summary: Mapping[str, Any]) -> None:

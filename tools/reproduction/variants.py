@@ -14,6 +14,7 @@ from pathlib import Path
 from reproduction.experiments import Experiment
 from reproduction.rows import AVERAGE, TASK_ARITHMETIC, ULTRAFUSER
 from reproduction.trios import FUSED_RUN, Trio
+from ultrafuser_mega.baselines.derived import steps_of_both_stages
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
 from ultrafuser_mega.config import GATE
 from ultrafuser_mega.errors import InputError
@@ -26,7 +27,9 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "gate and heads": ("stage2.train={specialists: frozen}",),
 }
 _AT_THE_END = "evaluation.every=0"  # and at the beginning: what a table needs
+_FRESH = "distil.refresh=10"  # these runs are short, and their student soon answers otherwise
 LABELS = "labels alone"
+OWN_FIRST = "own then on-policy"  # an equal half of the steps each
 #: What a student learns on -> its settings; labels alone are further tuning.
 LESSONS: dict[str, tuple[str, ...]] = {
     LABELS: (),
@@ -34,8 +37,9 @@ LESSONS: dict[str, tuple[str, ...]] = {
     "reverse KL": ("distil.reverse=1",),
     "half labels": ("distil.labels=0.5",),
     "teacher's answers": ("distil.data={own: 0, prompts: 1}",),
-    "on-policy": ("distil.data={own: 0, on_policy: 1}",),
-    "mixture": ("distil.data={own: 2, prompts: 1, on_policy: 1}",),
+    "on-policy": ("distil.data={own: 0, on_policy: 1}", _FRESH),
+    OWN_FIRST: ("distil.data={own: 1, on_policy: 1}", _FRESH),
+    "mixture": ("distil.data={own: 2, prompts: 1, on_policy: 1}", _FRESH),
 }
 
 
@@ -73,11 +77,18 @@ class Compared:
         rows: of the table.
         into: the specialist that a student begins as.
         fused: a finished run that all seeds begin with; None: each seed trains its own.
+        steps: of a student; None: as many samples as the fused run takes.
     """
 
     rows: Sequence[Row]
     into: str = "text"
     fused: Path | None = None
+    steps: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Of files of students, which are others after other steps."""
+        return "" if self.steps is None else f"-{self.steps}-steps"
 
 
 def parse_rows(text: str, known: Iterable[str]) -> list[Row]:
@@ -99,7 +110,9 @@ def fused_run(trio: Trio, compared: Compared) -> Experiment:
     """What a seed's runs begin with."""
     run_dir = compared.fused or trio.config.runs / FUSED_RUN
     command = ("train", "--config", str(trio.config_path), f"name={FUSED_RUN}")
-    return Experiment(ULTRAFUSER, FUSED_RUN, command, run_dir / "summary.json", run_dir, go_on="--requeue")
+    return Experiment(
+        ULTRAFUSER, FUSED_RUN, command, run_dir / "summary.json", run_dir, str(run_dir), go_on="--requeue"
+    )
 
 
 def adapters(trio: Trio, compared: Compared) -> list[Experiment]:
@@ -136,7 +149,12 @@ def students(trio: Trio, compared: Compared) -> list[Experiment]:
         if row.kind == LABELS:
             command = ("baseline", "further-tuned", "--specialist", into)
         store = "tuned-store" if row.kind == LABELS else "student-store"
-        found.append(_exported(trio, str(row), row.key, command, store, (*LESSONS[row.kind], *row.rate)))
+        settings = (*LESSONS[row.kind], *row.rate)
+        if compared.steps is not None:
+            settings += ("stage1.steps=0", f"stage2.steps={compared.steps}")
+        if row.kind == OWN_FIRST:
+            settings += (f"distil.on_policy_after={(compared.steps or steps_of_both_stages(trio.config)) // 2}",)
+        found.append(_exported(trio, str(row), row.key + compared.suffix, command, store, settings))
     return found
 
 
@@ -147,4 +165,5 @@ def _exported(
     command += ("--config", str(trio.config_path), "--out", str(out), *settings)
     if store is not None:  # it trains
         command += (f"name={key}", f"data.store={trio.root / store}", _AT_THE_END)
-    return Experiment(row, key, command, out / "summary.json", go_on="--requeue" if store else "")
+    result, go_on = out / "summary.json", "--requeue" if store else ""
+    return Experiment(row, key, command, result, address=str(out), go_on=go_on)

@@ -10,9 +10,10 @@ from reproduction.compare import Comparing, compare_adapters
 from reproduction.measured import Measured, recovered
 from reproduction.rows import AVERAGE, ULTRAFUSER
 from reproduction.trios import Trio
-from reproduction.variants import LABELS, LESSONS, TRAINED, Compared, adapters, parse_rows, students
+from reproduction.variants import LABELS, LESSONS, OWN_FIRST, TRAINED, Compared, adapters, parse_rows, students
 from reproduction.variants_page import Cost, adapters_page, best_single, students_page
 
+from ultrafuser_mega.baselines.derived import steps_of_both_stages
 from ultrafuser_mega.config import dump_config, load_config
 from ultrafuser_mega.errors import InputError
 
@@ -76,11 +77,25 @@ def test_all_students_begin_alike_and_only_the_lesson_differs(trio: Trio) -> Non
         assert one.command[:4] == ("distil", str(trio.config.runs / "ultrafuser"), "--into", "math")
         assert set(LESSONS[one.row]) <= set(one.command)
     lessons = {setting for settings in LESSONS.values() for setting in settings}
+    lessons |= {part for part in distilled[-2].command if part.startswith("distil.on_policy_after=")}
     settings = [
         {part for part in one.command if "=" in part and part not in lessons and not part.startswith("name=")}
         for one in distilled
     ]
     assert all(own == settings[0] for own in settings)
+
+
+def test_own_data_come_first_in_half_of_the_steps_whatever_number_those_are(trio: Trio) -> None:
+    (*_, labels, one) = students(trio, Compared(parse_rows(f"{LABELS},{OWN_FIRST}", LESSONS)))
+    both = steps_of_both_stages(trio.config)
+    assert f"distil.on_policy_after={both // 2}" in one.command
+    assert not any(part.startswith("stage2.steps=") for part in (*labels.command, *one.command))
+    assert one.result == trio.root / "models" / "own-then-on-policy" / "summary.json"
+    (*_, labels, one) = students(trio, Compared(parse_rows(f"{LABELS},{OWN_FIRST}", LESSONS), steps=300))
+    assert "distil.on_policy_after=150" in one.command
+    for run in (labels, one):  # of further tuning both stages count
+        assert {"stage1.steps=0", "stage2.steps=300"} <= set(run.command)
+    assert one.result == trio.root / "models" / "own-then-on-policy-300-steps" / "summary.json"
 
 
 def test_stage_2_begins_with_the_newest_checkpoint_of_stage_1_and_the_gates_own_rate(trio: Trio) -> None:
@@ -115,15 +130,40 @@ def test_every_kind_trains_what_it_is_called_whatever_the_given_run_trained(tmp_
 
 def test_the_best_single_model_is_one_that_learned_nothing_from_the_fused_one(measured: Measured) -> None:
     assert best_single(measured, ["forward KL"]) == LABELS
-    assert recovered(measured, LABELS, "forward KL", ULTRAFUSER) == pytest.approx([0.5, 0.8])
-    assert recovered(measured, LABELS, ULTRAFUSER, ULTRAFUSER) == [1.0, 1.0]
+    assert recovered(measured.losses, LABELS, "forward KL", ULTRAFUSER) == pytest.approx([0.5, 0.8])
+    assert recovered(measured.losses, LABELS, ULTRAFUSER, ULTRAFUSER) == [1.0, 1.0]
 
 
-def test_pages_hold_what_was_measured(measured: Measured, tmp_path: Path) -> None:
-    text = students_page(tmp_path, measured, ["forward KL"], {"seeds": "0, 1"}).read_text()
+def test_the_page_of_students_holds_what_was_measured(measured: Measured, tmp_path: Path) -> None:
+    text = students_page(tmp_path, measured, ["forward KL"], [LABELS], {"seeds": "0, 1"}).read_text()
     (line,) = (line for line in text.splitlines() if line.startswith("| forward KL |"))
     assert line.endswith("| 0.65 ± 1.91 | 0.59 ± 1.73 |")
     assert json.loads((tmp_path / "students.json").read_text())["best_single"] == LABELS
+    assert "Accuracy" not in text
+
+
+def test_accuracies_are_shares_of_the_headroom_above_the_best_labels(measured: Measured, tmp_path: Path) -> None:
+    oracle = "oracle of text, code"
+    others = {LABELS: [0.1, 0.2], f"{LABELS}, 0.1": [0.1, 0.1], "forward KL": [0.3, 0.25]}
+    for row, means in (others | {ULTRAFUSER: [0.5, 0.4], oracle: [0.5, 0.3], "text": [0.2, 0.2]}).items():
+        measured.accuracies[row] = {"text": means, "mean": means}
+    lost(measured, f"{LABELS}, 0.1", 3.1, 3.3)
+    rows = [LABELS, f"{LABELS}, 0.1"]
+    text = students_page(tmp_path, measured, ["forward KL"], rows, {}).read_text().split("## Accuracy")[1]
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert lines["| model"] == "| model | text | mean | of the headroom |"
+    assert " | 0.50" in lines["| forward KL"]  # 0.2 of 0.4 and 0.05 of 0.1
+    assert lines[f"| {LABELS}"].endswith(" |  |") and lines[f"| {oracle}"].endswith(" |  |")
+    document = json.loads((tmp_path / "students.json").read_text())
+    assert document["single_of_accuracies"] == LABELS
+    assert document["recovered_accuracy"]["forward KL"] == {oracle: pytest.approx([0.5, 0.5])}
+    assert document["recovered_accuracy"][ULTRAFUSER] == {oracle: pytest.approx([1.0, 2.0])}
+    measured.accuracies[oracle]["mean"] = [0.5, 0.2]  # no headroom in a seed: there is no share
+    students_page(tmp_path, measured, ["forward KL"], rows, {})
+    assert json.loads((tmp_path / "students.json").read_text())["recovered_accuracy"] == {}
+
+
+def test_the_page_of_adapters_holds_what_was_measured(measured: Measured, tmp_path: Path) -> None:
     cost = Cost(2**18, {"weights": 3 * 2**20, "gradients": 2**20, "optimizer": 2**21}, 0.25)
     lost(measured, "gate and heads", 2.6, 2.6)
     text = adapters_page(tmp_path, measured, {"gate and heads": cost}, {}).read_text()
