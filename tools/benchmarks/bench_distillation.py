@@ -44,6 +44,7 @@ KINDS = {
     "reverse KL": {"reverse": 1.0},
     "both, labels, T 2": {"reverse": 0.5, "labels": 0.2, "temperature": 2.0},
 }
+HEAD = f"{'loss':20}{'variant':25}{'s':>8}{'x bare':>8}{'x plain':>9}{'CPU x bare':>12}{'MiB beside gradients':>22}"
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 SMALL = {"tokens": 192, "vocab": 2003, "width": 96, "teachers": 3}  # of the errors
 
@@ -155,10 +156,13 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     sizes = (arguments.tokens, arguments.vocab, arguments.width, arguments.teachers)
     inputs = Inputs.drawn(*sizes, dtype, arguments.device)
-    records = [record for kind in KINDS for record in measured(inputs, kind, arguments.repeats)]
+    records = []
+    print(HEAD, flush=True)
+    for kind in KINDS:
+        records += (found := measured(inputs, kind, arguments.repeats))
+        print(*lines_of(found), sep="\n", flush=True)
     errors = all_errors(arguments.shards)
-    for line in table(records) + error_table(errors):
-        print(line)
+    print(*error_table(errors), sep="\n")
     if arguments.out:
         machine = {"cpu": cpu_model(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         shape = dict(zip(("tokens", "vocab", "width", "teachers"), sizes, strict=True)) | {"dtype": arguments.dtype}
@@ -330,10 +334,8 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-def table(records: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"{'loss':20}{'variant':25}{'s':>8}{'x bare':>8}{'x plain':>9}{'CPU x bare':>12}{'MiB beside gradients':>22}"
-    ]
+def lines_of(records: list[dict[str, Any]]) -> list[str]:
+    lines = []
     for r in records:
         held = "" if r["bytes_beside_gradients"] is None else f"{r['bytes_beside_gradients'] / 2**20:.0f}"
         ratios = f"{r['to_bare']:8.2f}{r['to_plain']:9.2f}{r['cpu_to_bare']:12.2f}"

@@ -17,6 +17,6 @@ class Faults(Section):
     )
     hang_minutes: NonNegativeFloat = Field(
         10.0,
-        description="no phase of a step (a microbatch's forward, an exchange, a save) takes so long: a rank hangs, and "
-        "the job ends; 0: never",
+        description="no phase of a step (a microbatch's forward, an exchange, a save, a step of the engine that "
+        "answers) takes so long: a rank hangs, and the job ends; 0: never",
     )

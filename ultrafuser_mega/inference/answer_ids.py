@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ def answer_ids(
     temperature: float,
     seed: int,
     device: torch.device,
+    go_on: Callable[[], None] = lambda: None,
 ) -> dict[int, list[int]]:
     """Row -> its answer, the ending token included, if it came.
 
@@ -29,6 +30,7 @@ def answer_ids(
         temperature: 0 for the likeliest tokens.
         seed: of the draws, with the row.
         device: of all specialists.
+        go_on: called after every step of the engine.
 
     Raises:
         InputError: there is no such model, a prompt does not fit, or the model gave no number.
@@ -47,4 +49,5 @@ def answer_ids(
                     raise InputError(event.message)
                 if isinstance(event, TokenEvent):
                     answers[int(event.id)].append(event.token)
+            go_on()
     return answers

@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 IDLE = "between phases"
 OTHER = "other"
+ANSWERING = "answering"  # of prompts that a student learns from
 
 _Bound = float | torch.Event  # seconds of this host, or a place in the device's work
 
@@ -33,7 +34,8 @@ class Phases:
     Attributes:
         current: the innermost phase that runs, as in "forward of text" or "forward of text in evaluation"; IDLE outside
             of all.
-        since: when it was entered, or come back to, by ``time.monotonic``.
+        since: when it was entered, come back to, or gave its last sign of life (:meth:`go_on`), by
+            ``time.monotonic``.
         host_seconds: of the phases that were entered as a whole, all together: seconds that this host was in them.
     """
 
@@ -62,6 +64,10 @@ class Phases:
             self._enter(outer, outer_whole)
             if whole:
                 self.host_seconds[name] += self.since - begun
+
+    def go_on(self) -> None:
+        """A sign of life in a phase that takes as long as there is work: ``since`` is now."""
+        self.since = time.monotonic()
 
     def restart(self) -> None:
         """Forget the steps until now; a step begins."""

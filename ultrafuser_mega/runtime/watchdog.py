@@ -76,6 +76,7 @@ class Watchdog:
         self._rank, self._ranks, self._phases, self._where, self._seconds = rank, ranks, phases, where, seconds
         self._tick = min(max(seconds / 20, 0.1), 2.0)
         self._beat = 0
+        self._known: dict[int, int] = {}  # rank -> its beat when signs were last read
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -94,7 +95,7 @@ class Watchdog:
         try:
             while not over.wait(self._tick):
                 faulthandler.dump_traceback_later(1.5 * self._seconds + 30, exit=True)
-                if self._tell() > self._seconds:
+                if self._tell() > self._seconds and not self._others_go_on():
                     self._end(watched)
         except dist.DistError:  # the store's host is gone, and with it the job
             return
@@ -115,15 +116,28 @@ class Watchdog:
         stack = "".join(traceback.format_list(frames[-_STACK_FRAMES:]))
         until = time.monotonic() + 2.0 + 5 * self._tick
         while time.monotonic() < until:
-            if self._tell(stack, waits) < self._seconds:
+            if self._tell(stack, waits) < self._seconds or self._others_go_on():
                 return
             time.sleep(self._tick)
         signs = [replace(sign, answers=sign.beat > beats.get(sign.rank, 0)) for sign in self._signs()]
         end_job(self._store, lambda: describe(signs), 1)
 
+    def _others_go_on(self) -> bool:
+        """Whether this rank waits for another that goes on in the same phase, with more prompts to answer."""
+        signs = self._signs()
+        (own,) = (sign for sign in signs if sign.rank == self._rank)
+        fresh = [sign for sign in signs if sign.beat > self._known.get(sign.rank, 0)]
+        self._known = {sign.rank: sign.beat for sign in signs}
+        return goes_on(own, fresh, self._seconds)
+
     def _signs(self) -> list[Sign]:
         keys = [key for rank in range(self._ranks) if self._store.check([key := f"watch/{rank}"])]
         return [Sign(**json.loads(self._store.get(key))) for key in keys]
+
+
+def goes_on(own: Sign, others: Sequence[Sign], seconds: float) -> bool:
+    """Whether one of ``others`` has been in the phase and step of ``own`` for no longer than ``seconds``."""
+    return any((s.step, s.phase) == (own.step, own.phase) and s.seconds <= seconds for s in others)
 
 
 def describe(signs: Sequence[Sign]) -> str:

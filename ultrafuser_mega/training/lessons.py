@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from ultrafuser_mega.models.fused import FusedStage
 from ultrafuser_mega.models.fusion_head import Lesson
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
+from ultrafuser_mega.runtime.phases import ANSWERING, Phases
 from ultrafuser_mega.training.assembly import run_sources
 
 ANSWERS = "answers"
@@ -49,6 +50,7 @@ class Answering(Protocol):
         temperature: float,
         seed: int,
         device: torch.device,
+        go_on: Callable[[], None],
     ) -> dict[int, list[int]]:
         """Row -> answer.
 
@@ -58,6 +60,7 @@ class Answering(Protocol):
             temperature: 0 for the likeliest tokens.
             seed: of the draws.
             device: of this rank.
+            go_on: a sign of life, called whenever some of the work is done.
         """
 
 
@@ -74,11 +77,12 @@ def lessons_of(
     model: FusedStage,
     device: torch.device,
     answering: Answering | None,
+    phases: Phases,
 ) -> Lessons | None:
     """See :class:`Lessons`; None where the run is no distillation."""
     if plan.config.distil is None:
         return None
-    return Lessons(plan, groups, own, model, device, answering)
+    return Lessons(plan, groups, own, model, device, answering, phases)
 
 
 class Lessons:
@@ -91,6 +95,7 @@ class Lessons:
         model: this rank's share, with the student.
         device: of this rank.
         answering: None where the run's data alone are taken.
+        phases: of this rank.
     """
 
     def __init__(
@@ -101,11 +106,12 @@ class Lessons:
         model: FusedStage,
         device: torch.device,
         answering: Answering | None,
+        phases: Phases,
     ) -> None:
         assert plan.config.distil is not None and plan.teacher is not None
         self.distil: Distil = plan.config.distil
         self.teacher, self.plan, self.groups, self.own, self.model = plan.teacher, plan, groups, own, model
-        self.device, self._answering = device, answering
+        self.device, self._answering, self._phases = device, answering, phases
         self.folder = plan.config.run_dir / ANSWERS
         self._kinds = self.distil.kinds(plan.config.stage2.steps)
         self._before: list[int] = []  # steps before each that are of its kind
@@ -162,7 +168,8 @@ class Lessons:
         answers: dict[Pick, Sequence[int]] = {**read_answers(path)} if known else {}
         # All of them, or those of the steps that a run has been given since.
         if missing := [pick for pick in wanted if pick not in answers]:
-            answers |= self._ask(kind, window, step, missing)
+            with self._phases(ANSWERING, whole=True):
+                answers |= self._ask(kind, window, step, missing)
             if self.groups.rank == 0:
                 _write_answers(path, answers)
         splits = answered_splits(self.own.store, {pick: answers[pick] for pick in wanted})
@@ -178,7 +185,12 @@ class Lessons:
         prompts = {row: self._prompt(wanted[row], names) for row in range(rank, len(wanted), ranks)}
         seed = zlib.crc32(f"{self.plan.config.seed}/{kind}/{window}".encode()) >> 1
         own = self._answering(
-            model, prompts, temperature=self.distil.sampling_temperature, seed=seed, device=self.device
+            model,
+            prompts,
+            temperature=self.distil.sampling_temperature,
+            seed=seed,
+            device=self.device,
+            go_on=self._phases.go_on,
         )
         everyone: list[dict[int, list[int]]] = [{}] * ranks
         dist.all_gather_object(everyone, own, group=self.groups.world)

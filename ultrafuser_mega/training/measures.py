@@ -20,7 +20,7 @@ from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.planning.step_time import useful_flops
 from ultrafuser_mega.reporting.records import StepRecord
 from ultrafuser_mega.runtime.device import held_memory, peak_memory, to_device
-from ultrafuser_mega.runtime.phases import OTHER, Phases
+from ultrafuser_mega.runtime.phases import ANSWERING, OTHER, Phases
 from ultrafuser_mega.runtime.trainable import Rates
 from ultrafuser_mega.training.stragglers import Stragglers
 from ultrafuser_mega.training.totals import Totals, gate_column
@@ -62,7 +62,7 @@ class Measures:
         self._computes = ["data", *forward, "loss", "backward", "optimizer"]
         replicas = plan.layout.data_groups()
         self._meetings = {"exchange": plan.layout.fusion_groups(), "gradients": replicas, "weights": replicas}
-        self._names = [*self._computes, *self._meetings, *WAITS, "save", "evaluation", OTHER]
+        self._names = [*self._computes, *self._meetings, *WAITS, ANSWERING, "save", "evaluation", OTHER]
         self._stragglers = Stragglers(plan)
         self._tokens: dict[str, int] = {}  # specialist -> its tokens in the step before
         self.straggler: str | None = None
@@ -155,7 +155,7 @@ class Measures:
                 least = phases[name][group].min()
                 idle[group] += phases[name][group] - least
                 phases[name][group] = least
-        last = {name: phases.pop(name) for name in ("save", "evaluation", OTHER)}
+        last = {name: phases.pop(name) for name in (ANSWERING, "save", "evaluation", OTHER)}
         every = phases | {IDLE: idle} | last
         return {
             name.replace(" ", "_"): {"mean": float(seconds[seconds > 0].mean()), "worst": float(seconds.max())}

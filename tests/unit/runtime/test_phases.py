@@ -115,3 +115,14 @@ def test_a_profiler_sees_phases_as_ranges() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler, phases("forward of text"):
         torch.ones(2) + 1
     assert "forward of text" in {event.name for event in profiler.events()}
+
+
+def test_a_sign_of_life_restarts_what_is_watched_and_leaves_seconds_as_they_are(clock: Clock) -> None:
+    phases = Phases()
+    with phases("answering", whole=True):
+        clock.now = 5.0
+        phases.go_on()
+        assert (phases.current, phases.since) == ("answering", 5.0)
+        clock.now = 8.0
+    phases.end_step()
+    assert phases.of_last_step()["answering"] == phases.host_seconds["answering"] == 8.0

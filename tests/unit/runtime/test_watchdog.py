@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ultrafuser_mega.runtime.watchdog import Sign, describe
+from ultrafuser_mega.runtime.watchdog import Sign, describe, goes_on
 
 
 def sign(rank: int, phase: str, seconds: float, step: int = 5, **more: object) -> Sign:
@@ -36,3 +36,10 @@ def test_a_rank_that_waits_for_others_does_not_hang_and_of_the_others_the_one_lo
 def test_a_large_job_names_some_of_the_ranks_that_wait() -> None:
     ranks = [sign(0, "data", 700.0), *(sign(rank, "exchange", 600.0, waits=True) for rank in range(1, 512))]
     assert last_line(*ranks).endswith("; ranks 1, 2, 3, 4, 5, 6, 7, 8, ... in exchange")
+
+
+def test_who_waits_goes_on_as_long_as_another_does_in_the_same_phase_of_the_same_step() -> None:
+    own = sign(0, "answering", 700.0)
+    assert goes_on(own, [own, sign(1, "answering", 3.0)], 600.0)
+    assert not goes_on(own, [own, sign(1, "answering", 601.0)], 600.0)
+    assert not goes_on(own, [own, sign(1, "exchange", 3.0), sign(2, "answering", 3.0, step=4)], 600.0)

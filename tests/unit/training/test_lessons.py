@@ -100,6 +100,12 @@ def mixed_run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> FuserC
     return made.config
 
 
+def test_answering_is_a_phase_of_the_step_before_which_it_happens(mixed_run: FuserConfig) -> None:
+    steps = read_steps(mixed_run.run_dir)
+    answered = [record["step"] - 1 for record in steps if "answering" in record["phases"]]  # phases of the step before
+    assert answered == [1, 3]  # steps from 1; the student answers before the tenth, too, whose phases nobody reads
+
+
 def test_answers_are_those_of_the_model_that_gives_them(branched: Path, teacher: Path, mixed_run: FuserConfig) -> None:
     """The teacher's of the checkpoint, the student's first ones of the folder that it begins as."""
     store = TokenStore.open(mixed_run.store_dir)
