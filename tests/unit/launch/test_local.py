@@ -152,14 +152,14 @@ def test_a_rank_that_hangs_once_a_signal_was_heard_is_not_started_again_but_the_
 ) -> None:
     says_why = "(pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text('hangs'), os._exit(1))"
     listen = f"signal.signal(signal.SIGUSR1, lambda *_: {says_why} if rank == 1 else None)"
-    up = run_dir / "up"
 
     def send() -> None:
-        wait_for(up)
+        for rank in range(3):  # whoever does not listen yet is ended by the signal itself
+            wait_for(run_dir / f"up{rank}")
         os.kill(os.getpid(), signal.SIGUSR1)
 
     threading.Thread(target=send).start()
-    program = f"{listen}; rank == 1 and pathlib.Path({str(up)!r}).write_text('yes'); {WAIT}"
+    program = f"{listen}; pathlib.Path({str(run_dir)!r}, f'up{{rank}}').write_text('yes'); {WAIT}"
     assert launch_local(3, ["-c", RANK + program], from_checkpoints(run_dir), max_restarts=restarts) == code
     said = f"ended by SIGUSR1 at once; --resume goes on from {run_dir}/checkpoints/stage1-step0000006\n"
     assert capfd.readouterr().err == (said if restarts else "")
