@@ -100,18 +100,9 @@ def distillation_statistics_f32(
     statistics: int,
     threads: int,
 ) -> None: ...
-def distillation_statistics_f64(
-    teacher: int,
-    student: int,
-    target: int,
-    rows: int,
-    cols: int,
-    teacher_stride: int,
-    student_stride: int,
-    temperature: float,
-    statistics: int,
-    threads: int,
-) -> None: ...
+
+distillation_statistics_f64 = distillation_statistics_f32
+
 def distillation_dlogits_f32(
     teacher: int,
     student: int,
@@ -128,21 +119,8 @@ def distillation_dlogits_f32(
     weight: int,
     threads: int,
 ) -> None: ...
-def distillation_dlogits_f64(
-    teacher: int,
-    student: int,
-    target: int,
-    rows: int,
-    cols: int,
-    teacher_stride: int,
-    student_stride: int,
-    temperature: float,
-    forward: float,
-    reverse: float,
-    labels: float,
-    statistics: int,
-    weight: int,
-    threads: int,
-) -> None: ...
+
+distillation_dlogits_f64 = distillation_dlogits_f32
+
 def exp_nonpositive_f32(x: int, y: int, count: int) -> None: ...
 def exp_nonpositive_f64(x: int, y: int, count: int) -> None: ...

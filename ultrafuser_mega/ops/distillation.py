@@ -43,8 +43,8 @@ from ultrafuser_mega.ops.forward import BUFFER_BYTES, block_columns, column_bloc
 from ultrafuser_mega.ops.problem import Problem, checked_problem
 from ultrafuser_mega.ops.workspace import Workspace
 
-#: In flight by default. On a CPU as many rows go at once as of the mixture's logits alone: half as many make the loss a
-#: tenth slower.
+#: In flight by default. On a CPU as many rows go at once as of the mixture's logits alone: half as many make the loss
+#: slower.
 LESSON_BYTES = BUFFER_BYTES | {"cpu": 2 * BUFFER_BYTES["cpu"]}
 
 

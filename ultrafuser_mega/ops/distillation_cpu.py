@@ -20,20 +20,20 @@ STATISTICS = {
 DLOGITS = {torch.float32: _cpu_epilogue.distillation_dlogits_f32, torch.float64: _cpu_epilogue.distillation_dlogits_f64}
 
 
+def _lesson(teacher: Tensor, student: Tensor, target: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """Addresses, rows, columns and strides, as both of them take them."""
+    addresses = teacher.data_ptr(), student.data_ptr(), target.data_ptr()
+    rows, columns = teacher.shape
+    return *addresses, rows, columns, teacher.stride(0), student.stride(0)
+
+
 @launch_operator(
     "cpu_distillation_statistics(Tensor teacher, Tensor student, Tensor target, float temperature,"
     " Tensor(a!) statistics)"
 )
 def _statistics(teacher: Tensor, student: Tensor, target: Tensor, temperature: float, statistics: Tensor) -> None:
-    rows, columns = teacher.shape
     STATISTICS[teacher.dtype](
-        teacher.data_ptr(),
-        student.data_ptr(),
-        target.data_ptr(),
-        rows,
-        columns,
-        teacher.stride(0),
-        student.stride(0),
+        *_lesson(teacher, student, target),
         temperature,
         statistics.data_ptr(),
         torch.get_num_threads(),
@@ -55,15 +55,8 @@ def _dlogits(
     statistics: Tensor,
     weight: Tensor,
 ) -> None:
-    rows, columns = teacher.shape
     DLOGITS[teacher.dtype](
-        teacher.data_ptr(),
-        student.data_ptr(),
-        target.data_ptr(),
-        rows,
-        columns,
-        teacher.stride(0),
-        student.stride(0),
+        *_lesson(teacher, student, target),
         temperature,
         forward,
         reverse,
