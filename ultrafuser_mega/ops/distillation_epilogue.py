@@ -8,7 +8,7 @@
 logits undefined. The plain form is the twin that the compiled ones, distillation_cpu.py and distillation_triton.py,
 are tested against.
 
-Rows are taken a few at a time, so that what lies between two operations stays in a processor's cache.
+The plain form takes a few rows at a time, so that what lies between two operations stays small.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ultrafuser_mega.ops.distillation_statistics import (
 )
 from ultrafuser_mega.ops.problem import accumulate_dtype
 
-BLOCK_BYTES = {"cpu": 512 << 10, "cuda": 64 << 20}  # of one intermediate
+BLOCK_BYTES = 64 << 20  # of one intermediate of the plain form
 FLOOR = -1e30  # of a logit relative to its row's maximum: -inf times a probability of 0 would be NaN
 
 
@@ -82,7 +82,7 @@ class TorchEpilogue:
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     bytes_per_row = max(1, logits.shape[1] * logits.element_size())
-    size = max(1, BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"]) // bytes_per_row)
+    size = max(1, BLOCK_BYTES // bytes_per_row)
     for start in range(0, logits.shape[0], size):
         yield slice(start, start + size)
 
