@@ -87,7 +87,7 @@ class RunCheckpoints:
             raise DivergedError(f"{where}: weights are not finite; {self.remedy()}")
         if not judge.accepts(loss):
             return (
-                f"{where}: ruined weights: their loss on the stage's first batch is {loss:.4g}, "
+                f"{where}: ruined weights: their loss on the stage's first samples is {loss:.4g}, "
                 f"more than {ALLOWANCE:.2g} above the {judge.lowest:.4g} that it was"
             )
         if line := self._watch.look():

@@ -1,9 +1,10 @@
 """Which weights may become a checkpoint: none that an update ruined may push a good one out.
 
 A step's loss is that of the weights before its update and says nothing of those that a checkpoint would hold. So these
-are measured themselves, by the training loss per response token (mean over the classes) on one global batch, the
-stage's first. It stays the same, so the weights alone move its loss; and it is the loss that training lowers (with
-label smoothing and z-loss, under either ``loss.normalize``), so nothing but damage raises it by much.
+are measured themselves, by the training loss per response token on the stage's first global batches. They stay the
+same, so the weights alone move their loss; and it is what training lowers (with label smoothing and z-loss), so nothing
+but damage raises it by much. That holds of enough tokens: a response of one word may well lose two nats while the
+model learns. So small batches are joined until they hold 64 samples, and every token counts alike, whatever its class.
 
 Weights are ruined where it is more than ln 2 above the lowest that any checkpoint of the stage had, or the weights the
 stage began or was resumed with. ln 2 is one bit: a token then has less than half of its probability (geometric mean).
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 
 from ultrafuser_mega.checkpoint.checkpoint import list_checkpoints
+from ultrafuser_mega.data.batches import Steps
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.training.engine import Engine
 from ultrafuser_mega.training.totals import ClassTotals
 
 ALLOWANCE = math.log(2.0)  # nats per token
+SAMPLES = 64  # at least, of a longer stage
 
 
 class Judge:
@@ -49,8 +52,20 @@ class Judge:
         return True
 
 
+def measured_batches(batches: Steps, steps: int) -> list[MicroBatch]:
+    """This rank's microbatches of the first steps of a stage of ``steps`` that together hold ``SAMPLES`` samples."""
+    found, samples = list[MicroBatch](), 0
+    for step in range(steps):
+        batch = batches.step(step)
+        found += batch.microbatches
+        samples += batch.samples
+        if samples >= SAMPLES:
+            break
+    return found
+
+
 def measured_loss(engine: Engine, class_names: Sequence[str], microbatches: list[MicroBatch]) -> float:
-    """Training loss per response token of the weights as they are, mean over the classes; collective over the job."""
+    """Training loss per response token of the weights as they are; collective over the job."""
     totals = ClassTotals(class_names, ["loss"], engine.device)
 
     def measure(hidden: dict[str, Tensor], batch: MicroBatch) -> Tensor:
@@ -62,8 +77,8 @@ def measured_loss(engine: Engine, class_names: Sequence[str], microbatches: list
         return loss
 
     engine.forward(microbatches, measure)
-    means = totals.reduce(engine.groups).means
-    return math.fsum(row["loss"] for row in means.values()) / len(means)
+    found = totals.reduce(engine.groups)
+    return math.fsum(row["loss"] * found.counts[name] for name, row in found.means.items()) / sum(found.counts.values())
 
 
 def remedy(checkpoints: Path) -> str:

@@ -20,7 +20,7 @@ from ultrafuser_mega.reporting.records import EvaluationResult, StepRecord
 from ultrafuser_mega.reporting.run_report import RunReport
 from ultrafuser_mega.training.assembly import read_resumed
 from ultrafuser_mega.training.best import Best, mean_loss
-from ultrafuser_mega.training.divergence import Judge, measured_loss
+from ultrafuser_mega.training.divergence import Judge, measured_batches, measured_loss
 from ultrafuser_mega.training.lessons import begin_with, lessons_of
 from ultrafuser_mega.training.skipping import RollBack, Skips, write_down
 from ultrafuser_mega.training.stopping import Stop
@@ -174,7 +174,8 @@ class _Stage:
     def _measured_loss(self) -> float:
         trainer = self.trainer
         begin_with(self.config, trainer.model)
-        return measured_loss(trainer.engine, trainer.store.class_names, self.batches.step(0).microbatches)
+        first = measured_batches(self.batches, self.stage.steps)
+        return measured_loss(trainer.engine, trainer.store.class_names, first)
 
     def _evaluation_due(self, step: int, at_the_end: bool = False) -> bool:
         """After this step; the end of stage 2 is evaluated by ``run``, if not ``at_the_end`` as well."""

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from ultrafuser_mega.training.divergence import Judge, remedy
+from ultrafuser_mega.data.batches import Packing, StepBatch
+from ultrafuser_mega.runtime.groups import make_groups
+from ultrafuser_mega.runtime.layout import plan_colocated
+from ultrafuser_mega.runtime.spawn import run_ranks
+from ultrafuser_mega.training.divergence import SAMPLES, Judge, measured_batches, measured_loss, remedy
 
 
 def test_training_that_gets_better_or_a_little_worse_is_accepted() -> None:
@@ -25,6 +33,47 @@ def test_the_limit_does_not_climb_along_with_the_loss() -> None:
     assert judge.accepts(1.5)
     assert not judge.accepts(2.0)
     assert judge.accepts(1.5)
+
+
+def _batches(samples: int) -> Any:
+    """Of steps of so many samples, in two microbatches that only say where they come from."""
+    return SimpleNamespace(
+        step=lambda step: StepBatch([(step, 0), (step, 1)], {}, np.ones(samples), Packing(0.0, 1.0, 1.0))
+    )
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(SAMPLES, 1), (SAMPLES - 1, 2), (3, 22)])
+def test_weights_are_measured_on_as_many_of_the_first_batches_as_hold_64_samples(samples: int, steps: int) -> None:
+    found: list[Any] = measured_batches(_batches(samples), 1000)
+    assert found == [(step, half) for step in range(steps) for half in (0, 1)]
+
+
+def test_a_shorter_stage_is_measured_on_all_of_its_batches() -> None:
+    assert len(measured_batches(_batches(3), 4)) == 8
+
+
+def test_a_class_of_few_tokens_weighs_no_more_than_these_in_the_measured_loss() -> None:
+    """A response of one word that the model unlearns must not look like ruin."""
+    (loss,) = run_ranks(_measure, 1)
+    assert loss == pytest.approx((99 * 2.0 + 6.0) / 100, rel=1e-12)
+
+
+def _measure(rank: int) -> float:
+    def loss(hidden: object, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return losses.sum(), losses, None
+
+    def forward(microbatches: Any, measure: Any) -> None:
+        for batch in microbatches:
+            measure({}, batch)
+
+    fusion = SimpleNamespace(loss=loss)
+    model = SimpleNamespace(fusion=fusion, exchange=lambda hidden: hidden)
+    groups = make_groups(plan_colocated(["a", "b"], tp=1, pp=1, dp=1))
+    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"), groups=groups, forward=forward)
+    one_word = SimpleNamespace(row_class=torch.tensor([0]), targets=torch.tensor([6.0]))
+    long = SimpleNamespace(row_class=torch.ones(99, dtype=torch.int64), targets=torch.full((99,), 2.0))
+    microbatches: Any = [one_word, long]
+    return measured_loss(engine, ["text", "code"], microbatches)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
