@@ -12,8 +12,11 @@ import torch.distributed as dist
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Bucket
 from support.trio import CPU, ONE, config_tree, draw_nothing, gradients_in_many_buckets, read_steps
 
+from ultrafuser_mega.baselines.distilled import distilled
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
 from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.convert.importer import import_specialists, plan_config
+from ultrafuser_mega.inference.answer_ids import answer_ids
 from ultrafuser_mega.planning.preflight import preflight
 from ultrafuser_mega.runtime.spawn import run_ranks
 from ultrafuser_mega.training.prepare import prepare
@@ -52,6 +55,20 @@ def test_late_weights_are_waited_for_in_training_evaluation_and_checkpoints(
             assert torch.equal(mine.read(key, rows), theirs.read(key, rows)), (folder.name, key)
 
 
+def test_a_student_answers_with_weights_that_have_all_come(trio: Path, tmp_path: Path) -> None:
+    import_specialists(plan_config(FuserConfig.model_validate(config_tree(trio, tmp_path, ONE)), None), tmp_path / "t")
+    settings = ["data={own: 0, on_policy: 1}", "refresh=1", "max_new_tokens=4"]
+    overrides = [f"runs={tmp_path}", "stage2.steps=3", *(f"distil.{setting}" for setting in settings)]
+    tree = distilled(tmp_path / "t", "text", overrides=overrides).config.model_dump(mode="json")
+    tree |= {"layouts": [ONE | {"dp": 2}], "parallel": {"distributed_optimizer": True}}
+    for name in ("at-once", "late"):
+        plan = preflight(FuserConfig.model_validate(tree | {"name": name}), 2, resume=False)
+        prepare(plan.config, plan.vocab_size)
+    assert max(run_ranks(_train_twice, 2, tree)) > 3
+    at_once, late = (sorted((tmp_path / name / "answers").glob("*.jsonl")) for name in ("at-once", "late"))
+    assert [path.read_text() for path in at_once] == [path.read_text() for path in late] and len(late) == 3
+
+
 def _train_twice(rank: int, tree: dict[str, Any]) -> int:
     """Trains with weights that are gathered at once, and with such as come in the last moment; counts late buckets.
 
@@ -69,7 +86,7 @@ def _train_twice(rank: int, tree: dict[str, Any]) -> int:
 
 
 def _train(tree: dict[str, Any]) -> None:
-    run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU)
+    run(preflight(FuserConfig.model_validate(tree), dist.get_world_size(), resume=False), CPU, answering=answer_ids)
 
 
 def _started(gather: Any, late: set[int] | None) -> Any:

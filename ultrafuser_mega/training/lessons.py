@@ -34,6 +34,7 @@ from ultrafuser_mega.models.fusion_head import Lesson
 from ultrafuser_mega.planning.preflight import RunPlan
 from ultrafuser_mega.runtime.groups import RankGroups
 from ultrafuser_mega.runtime.phases import ANSWERING, Phases
+from ultrafuser_mega.runtime.trainable import Trainable
 from ultrafuser_mega.training.assembly import run_sources
 
 ANSWERS = "answers"
@@ -75,6 +76,7 @@ def lessons_of(
     groups: RankGroups,
     own: TrainingBatches,
     model: FusedStage,
+    trainable: Trainable,
     device: torch.device,
     answering: Answering | None,
     phases: Phases,
@@ -82,7 +84,7 @@ def lessons_of(
     """See :class:`Lessons`; None where the run is no distillation."""
     if plan.config.distil is None:
         return None
-    return Lessons(plan, groups, own, model, device, answering, phases)
+    return Lessons(plan, groups, own, model, trainable, device, answering, phases)
 
 
 class Lessons:
@@ -93,6 +95,7 @@ class Lessons:
         groups: of this rank.
         own: batches of the run's data.
         model: this rank's share, with the student.
+        trainable: that trains it.
         device: of this rank.
         answering: None where the run's data alone are taken.
         phases: of this rank.
@@ -104,6 +107,7 @@ class Lessons:
         groups: RankGroups,
         own: TrainingBatches,
         model: FusedStage,
+        trainable: Trainable,
         device: torch.device,
         answering: Answering | None,
         phases: Phases,
@@ -111,7 +115,7 @@ class Lessons:
         assert plan.config.distil is not None and plan.teacher is not None
         self.distil: Distil = plan.config.distil
         self.teacher, self.plan, self.groups, self.own, self.model = plan.teacher, plan, groups, own, model
-        self.device, self._answering, self._phases = device, answering, phases
+        self.trainable, self.device, self._answering, self._phases = trainable, device, answering, phases
         self.folder = plan.config.run_dir / ANSWERS
         self._kinds = self.distil.kinds(plan.config.stage2.steps)
         self._before: list[int] = []  # steps before each that are of its kind
@@ -211,6 +215,7 @@ class Lessons:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         dist.barrier(group=self.groups.world)
+        self.trainable.settle()  # the last update's weights may be on their way to this replica
         held = chunks_to_write(self.model, None, self.groups)
         chunks = [c for c in held if is_part_of(c.key, self.distil.student) or c.key.startswith("gate.")]
         progress, identity = Progress(2, step), self.plan.identity

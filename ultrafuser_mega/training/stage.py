@@ -82,7 +82,14 @@ class _Stage:
         self.clock = time.perf_counter()
         trainer.phases.restart()  # what came before belongs to no step
         lessons = lessons_of(
-            trainer.plan, trainer.groups, self.batches, trainer.model, trainer.device, trainer.answering, trainer.phases
+            trainer.plan,
+            trainer.groups,
+            self.batches,
+            trainer.model,
+            self.trainable,
+            trainer.device,
+            trainer.answering,
+            trainer.phases,
         )
         given, waits = (self.batches, None) if lessons is None else (lessons, lessons.waits)
         steps = StepsAhead(given, self.begin.step, self.stage.steps, trainer.device, waits)
