@@ -79,10 +79,7 @@ def stored_release(folder: Path, part: str | None) -> StoredModel:
     config = check_release(folder)
     tensors = TensorFolder(folder)
     if part is not None:
-        shared = config.gate_shared
-        config.specialists = [config.entry(part)]
-        config = UltraFuserConfig.from_dict(config.to_dict())
-        config.gate_shared, config.name_or_path = shared, str(folder)
+        config = _alone(config, part, folder)
     first = f"specialists.{config.names[0]}.{EMBEDDING}"
     return StoredModel(folder, folder, config, getattr(config, "dtype", None) or tensors.dtype(first), tensors.read)
 
@@ -104,10 +101,11 @@ def stored_checkpoint(folder: Path, part: str | None, described: Path) -> Stored
     trained = TrainedModel(folder)
     if part is None and not trained.fused:
         raise InputError(f"{folder}: was imported from single folders; a fused model needs a configuration")
-    names = list(trained.sources) if part is None else [part]
-    specialists = {name: trained.specialist(name) for name in names}
+    # A specialist alone has all endings that answers had in training, which depend on who trained along.
+    names = list(trained.sources) if part is None or trained.fused else [part]
+    specialists = {name: trained.specialist(name) for name in (names if part is None else [part])}
     keys = trained.gate_keys() if trained.fused and part is None else []
-    shared = not keys or "gate.w1.shared" in keys
+    shared = part is None and (not keys or "gate.w1.shared" in keys)  # widths may differ
     dtype = stored_type(trained.tensors)
     config = _describe(
         described,
@@ -118,6 +116,8 @@ def stored_checkpoint(folder: Path, part: str | None, described: Path) -> Stored
         dtype,
         folder.name,
     )
+    if part is not None:
+        config = _alone(config, part, described)
 
     def read(name: str) -> Tensor:
         if name.startswith("gate."):
@@ -176,6 +176,14 @@ def _describe(
     config = assemble_release(described, specialists, vocab_size, gate_units, gate_shared, dtype, card)
     config.name_or_path = str(described)  # where chat_ids looks for tokenizers of single specialists
     return config
+
+
+def _alone(config: UltraFuserConfig, part: str, described: Path) -> UltraFuserConfig:
+    """Of one specialist of a fused model whose other files lie in ``described``."""
+    config.specialists, shared = [config.entry(part)], config.gate_shared
+    found = UltraFuserConfig.from_dict(config.to_dict())
+    found.gate_shared, found.name_or_path = shared, str(described)
+    return found
 
 
 def _gate_shape(config: UltraFuserConfig, name: str) -> tuple[int, ...]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.trio import ONE, config_tree
 from transformers import AutoModelForCausalLM
 
+from ultrafuser_mega.config import FuserConfig
+from ultrafuser_mega.convert.importer import import_specialists, plan_config
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.inference.address import Address
 from ultrafuser_mega.inference.model import opened_model
@@ -28,6 +32,26 @@ def test_one_specialist_of_a_release_is_opened_alone(release: Path, model: Any) 
             opened.model.chat_ids([chat], opened.tokenizer)[0]["code"]
             == (model.chat_ids([chat], opened.tokenizer)[0]["code"])
         )
+
+
+def test_answers_of_one_specialist_of_a_checkpoint_end_as_all_were_trained_to(specialists: Any, tmp_path: Path) -> None:
+    """Training puts the ending of the first template, here <|endoftext|>, behind every response."""
+    folder = Path(shutil.copytree(specialists["qwens"]["code"][0], tmp_path / "code"))
+    chatml = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(chatml.replace("<|im_end|>", "<|endoftext|>"))
+    tree = config_tree(tmp_path, tmp_path / "runs", ONE)
+    math, template = specialists["qwens"]["math"]
+    tree["specialists"] = {
+        "code": {"path": str(folder), "template": "hf"},
+        "math": {"path": str(math), "template": template},
+    }
+    import_specialists(plan_config(FuserConfig.model_validate(tree), None), tmp_path / "checkpoint")
+    with opened_model(f"{tmp_path / 'checkpoint'}@math", "cpu", None) as opened:
+        assert opened.model.names == ["math"]
+        assert opened.eos == set(opened.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+        ids = torch.tensor([[5, 6, 7]])
+        with torch.no_grad(), opened_model(f"{math}@{template}", "cpu", None) as alone:
+            assert torch.equal(opened.model(ids).logits, alone.model(ids).logits[..., : opened.model.config.vocab_size])
 
 
 def test_a_folder_of_one_model_gives_its_own_logits(specialists: Any, close: Any) -> None:
