@@ -227,6 +227,7 @@ def test_a_small_checkpoint_and_a_part_of_it_are_read_as_models(whole: Path) -> 
 def test_a_specialist_without_adapters_gives_none_to_peft(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--what adapter:math: it has no adapters; use specialist:math"):
         export(whole, tmp_path / "out", "adapter:math")
+    assert not list(tmp_path.iterdir())  # nothing that an export of something else would have to go on with
 
 
 @pytest.mark.parametrize("heads", ["frozen", "full"])

@@ -158,11 +158,11 @@ def test_a_plan_says_that_a_whole_checkpoint_was_compared_and_refuses_a_damaged_
     runs, newest = checkpoints.parents[1], checkpoints / NEWEST
     arguments = ("plan", "--config", runs / "config.yaml", f"runs={runs}")
     compared = f"checked: every file of {newest} has the size and the checksum that it was written with"
-    for options in (("--resume",), (f"checkpoint.start={newest}",)):
+    for options in (("--resume",), (f"checkpoint.start={newest}", "name=another")):
         assert ultrafuser(monkeypatch, *arguments, *options) == 0
         assert compared in capsys.readouterr().out.splitlines()
     path = flip(newest)
-    assert ultrafuser(monkeypatch, *arguments, f"checkpoint.start={newest}") == 2
+    assert ultrafuser(monkeypatch, *arguments, f"checkpoint.start={newest}", "name=another") == 2
     assert capsys.readouterr().err.startswith(f"error: {path}: damaged: its checksum is ")
 
 

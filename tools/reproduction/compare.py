@@ -49,9 +49,13 @@ class Comparing:
             numbers = [int(seed) for seed in seeds.split(",")]
         except ValueError:
             raise InputError(f"--seeds {seeds}: expected whole numbers, as in 0,1,2") from None
+        if len(set(numbers)) < len(numbers):
+            raise InputError(f"--seeds {seeds}: a repetition of the same numbers is none; give each seed once")
         config = None
         if base is not None and fused is None:
             raise InputError("--base: belongs to --run; give one")
+        if base is not None and not (base / "config.json").is_file():
+            raise InputError(f"--base {base}: holds no config.json; give a model's folder")
         if fused is not None:
             fused, config = fused.absolute(), fused.absolute() / "config.yaml"
             if not (fused / "summary.json").is_file():
@@ -80,8 +84,11 @@ def compare_adapters(comparing: Comparing) -> Path:
 
 def compare_students(comparing: Comparing) -> Path:
     """One model out; returns the page. Raises as :func:`compare_adapters`."""
-    trios, runs = _run_all(comparing, students)
     asked, compared = comparing.asked, comparing.compared
+    specialists = load_config(asked.config, list(asked.overrides)).specialists
+    if compared.into not in specialists:
+        raise InputError(f"--into {compared.into}: there is no such specialist; use {', '.join(specialists)}")
+    trios, runs = _run_all(comparing, students)
     measured = _measured(comparing, trios, runs)
     own = {trio.seed: [fused_run(trio, compared), *found] for trio, found in zip(trios, runs, strict=True)}
 

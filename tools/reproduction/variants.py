@@ -6,6 +6,7 @@ Both begin with a fused run: its checkpoint behind stage 1, its model as teacher
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,13 +97,18 @@ def parse_rows(text: str, known: Iterable[str]) -> list[Row]:
     kinds = list(known)
     found = []
     for part in [part.strip() for part in text.split(",") if part.strip()] or kinds:
-        kind, _, rate = part.partition("@")
+        kind, at, rate = part.partition("@")
         if kind not in kinds:
             raise InputError(f"--rows {part}: there is no such kind; use {', '.join(kinds)}")
         try:
-            found.append(Row(kind, float(rate) if rate else None))
+            lr = float(rate) if at else None
         except ValueError:
-            raise InputError(f"--rows {part}: expected a rate behind @, as in {kind}@5e-4") from None
+            lr = 0.0
+        if lr is not None and not 0.0 < lr < math.inf:
+            raise InputError(f"--rows {part}: expected a rate behind @, as in {kind}@5e-4")
+        if (row := Row(kind, lr)) in found:
+            raise InputError(f"--rows {part}: stands twice; give it once")
+        found.append(row)
     return found
 
 

@@ -27,7 +27,7 @@ from ultrafuser_mega.baselines.ingredients import Ingredients
 from ultrafuser_mega.baselines.merging import combined
 from ultrafuser_mega.baselines.tuned import opened, tuned_config, write_tuned
 from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, row_losses, tune
-from ultrafuser_mega.checkpoint.unfinished import refuse_existing
+from ultrafuser_mega.checkpoint.unfinished import refuse_out
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.convert.shards import SHARD_BYTES, Planned, write_shards
 from ultrafuser_mega.data.collate import MicroBatch
@@ -68,7 +68,7 @@ def btx(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool = Fal
         InputError: they cannot be mixed, or the run cannot begin, go on or be written.
         DivergedError: training ruined the numbers.
     """
-    refuse_existing(out)
+    refuse_out(out)
     run_config = tuned_config(config, "btx")
     plan, store = opened(run_config)
     ingredients = Ingredients.of({name: run_config.folders[name] for name in of}, plan.vocab_size)

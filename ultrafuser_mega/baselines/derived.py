@@ -29,7 +29,7 @@ from ultrafuser_mega.data.store import MANIFEST, TokenStore
 from ultrafuser_mega.errors import InputError, writing
 from ultrafuser_mega.models.hf_folder import read_json_object
 from ultrafuser_mega.planning.preflight import shared_vocabulary
-from ultrafuser_mega.reporting.records import FUSED, MEAN, SUMMARY_FILE, write_summary
+from ultrafuser_mega.reporting.records import FUSED, MEAN, SUMMARY_FILE, read_metrics, write_summary
 from ultrafuser_mega.training.prepare import in_steps, make_missing_toy
 
 
@@ -57,6 +57,12 @@ class DerivedRun:
         with writing(self.config_path):
             self.config_path.parent.mkdir(parents=True, exist_ok=True)
             self.config_path.write_text(dump_config(self.config))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was trained to its end: what it keeps as its result is of all its steps."""
+        path = self.config.run_dir / SUMMARY_FILE
+        return path.is_file() and read_json_object(path).get("steps") == len(read_metrics(path.parent)[0])
 
     def export(self, out: Path) -> list[str]:
         """Write the trained run's model as ``out``; returns notices for people.

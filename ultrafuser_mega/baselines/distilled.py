@@ -42,19 +42,20 @@ def distilled(
         InputError: there is no such checkpoint or student, or an override is wrong.
     """
     checkpoint = find_checkpoint(run).resolve()  # "best" and "the newest" may soon be others
-    if adapted := adapted_specialists(checkpoint):
-        raise InputError(
-            f"{run}: {', '.join(adapted)} have adapters, and a teacher has none; merge them: ultrafuser export {run} "
-            "RELEASE, ultrafuser import RELEASE START, ultrafuser distil START --config CONFIG"
-        )
+    adapted = adapted_specialists(checkpoint)  # which sees whether it is a checkpoint at all
     kept = config or checkpoint / CONFIG
     if config is None and not kept.is_file():
         raise InputError(f"{run}: keeps no configuration; give the run's folder, or --config")
     fused = load_config(kept, [override for override in overrides if _of_the_fused(override)])
-    if STUDENT in fused.specialists:
-        raise InputError(f"specialists.{STUDENT}: the fused model has a specialist of this name; name it otherwise")
     if fused.distil is not None:
         raise InputError(f"{run}: is a distillation itself; give the run that it learned from")
+    if adapted:
+        raise InputError(
+            f"{run}: {', '.join(adapted)} have adapters, and a teacher has none; merge them: ultrafuser export {run} "
+            "RELEASE, ultrafuser import RELEASE START, ultrafuser distil START --config CONFIG"
+        )
+    if STUDENT in fused.specialists:
+        raise InputError(f"specialists.{STUDENT}: the fused model has a specialist of this name; name it otherwise")
     known = fused.specialists.get(into)
     folder = fused.folders[into] if known is not None else Path(into)
     if known is None and not (folder / "config.json").is_file():
@@ -63,7 +64,7 @@ def distilled(
     begins_as = into if known is not None else folder.absolute().name
     word = "".join(character if character.isalnum() else "-" for character in begins_as)
     tree["name"] = f"{fused.name}-distilled-{word}"
-    form = template or (known.template if known is not None else "hf")
+    form = template if template is not None else known.template if known is not None else "hf"
     tree["specialists"][STUDENT] = {"path": str(folder.absolute()), "template": form}
     tree["layouts"] = [_with_student(layout, into) for layout in fused.layouts]
     tree["vocab_size"] = shared_vocabulary(fused)
@@ -76,7 +77,7 @@ def distilled(
     counted = {key: getattr(fused, key).model_copy(update={"epochs": None}) for key in ("stage1", "stage2")}
     train_in_full(tree, steps_of_both_stages(fused if config else fused.model_copy(update=counted)))
     tree["stage2"]["gate_lr"] = None
-    tree["stage2"]["train"] = {"gate": "frozen", "specialists": "frozen", STUDENT: "full"}
+    tree["stage2"]["train"] = {"gate": "frozen", "specialists": "frozen", STUDENT: {"mode": "full"}}
     tree["checkpoint"] |= {"start": None, "weights": "trained"}
     tree["loss"] |= {"label_smoothing": 0.0, "z_loss": 0.0, "backend": "auto"}
     tree["distil"] = {"student": STUDENT, "teacher": str(checkpoint)}

@@ -28,7 +28,7 @@ from ultrafuser_mega.baselines.ingredients import Ingredients
 from ultrafuser_mega.baselines.merging import write_combination
 from ultrafuser_mega.baselines.tuned import opened, save_weights, tuned_config
 from ultrafuser_mega.baselines.tuning import MicroLoss, Tuning, read_state, tune
-from ultrafuser_mega.checkpoint.unfinished import refuse_existing
+from ultrafuser_mega.checkpoint.unfinished import refuse_out
 from ultrafuser_mega.config import FuserConfig
 from ultrafuser_mega.data.collate import MicroBatch
 from ultrafuser_mega.errors import InputError
@@ -57,7 +57,7 @@ def fusechat(config: FuserConfig, out: Path, of: Sequence[str], *, resume: bool 
         InputError: there is one specialist only, nothing to resume, or the run cannot begin, go on or be written.
         DivergedError: training ruined the numbers.
     """
-    refuse_existing(out)
+    refuse_out(out)
     pivot, *others = of
     if not others:
         raise InputError(f"--of {pivot}: a pivot and another specialist at least; --of takes the pivot first")

@@ -19,8 +19,18 @@ def unfinished_of(out: Path) -> Path:
 
 def refuse_existing(out: Path) -> None:
     """Raise InputError where there is something of this name."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise InputError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
+
+
+def refuse_out(out: Path) -> None:
+    """Raise InputError where ``out`` exists or could not be made: before the work that it is the result of."""
+    refuse_existing(out)
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not place.is_dir():
+        raise InputError(f"--out {out}: {place} is a file; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: {place} cannot be written by this user; choose another folder")
 
 
 @contextmanager

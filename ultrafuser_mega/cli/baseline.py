@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -328,18 +329,26 @@ def train_and_export(
     run: DerivedRun, out: Path, ranks: int | None, resume: bool, requeue: bool, max_restarts: int
 ) -> None:
     """Train ``run`` on this machine and write ``out``; a run that does not get to its end ends the command."""
-    from ultrafuser_mega.checkpoint.unfinished import refuse_existing
+    from ultrafuser_mega.checkpoint.unfinished import refuse_out
+    from ultrafuser_mega.convert.compare import DifferentModel
     from ultrafuser_mega.launch.job import train_here
     from ultrafuser_mega.training.run_folder import refuse_running
 
-    refuse_existing(out)
+    refuse_out(out)
+    if not run.config.stages:
+        raise InputError("stage2.steps: 0 trains nothing that could be exported; give the run 1 or more")
     refuse_running(run.config.run_dir)  # whose ranks may read its configuration again
     run.write_config()
     code = train_here(
         run.config, run.config_path, ranks=ranks, resume=resume, requeue=requeue, max_restarts=max_restarts
     )
-    if code:
+    if code or not run.is_over:  # with code 0: its time was up, and --resume goes on
         raise typer.Exit(code)
-    for notice in run.export(out):
+    try:
+        notices = run.export(out)
+    except DifferentModel as difference:
+        print(f"error: {difference}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    for notice in notices:
         print(notice)
     print(f"wrote {out}")

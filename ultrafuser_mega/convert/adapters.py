@@ -19,21 +19,28 @@ from ultrafuser_mega.models.hf_folder import HEAD
 _MODEL = "base_model.model."
 
 
-def write_adapters(specialist: RestoredSpecialist, folder: Path) -> list[str]:
-    """Write both files into ``folder``, which exists.
-
-    Returns:
-        Notices for people: what model they belong to.
-
-    Raises:
-        InputError: the specialist has no adapters, or its weights were trained as well.
-    """
-    lora = specialist.lora
-    if lora is None:
+def check_adapters(specialist: RestoredSpecialist) -> None:
+    """Raise InputError where the specialist has no adapters, or PEFT cannot hold what was trained beside them."""
+    if specialist.lora is None:
         raise InputError(
             f"--what adapter:{specialist.name}: it has no adapters; "
             f"use specialist:{specialist.name} for all its weights"
         )
+    if specialist.head_trained and specialist.arch.tied:
+        raise InputError(
+            f"--what adapter:{specialist.name}: its head was trained apart from the embedding that its folder "
+            f"ties it to, which PEFT does not hold; use specialist:{specialist.name}"
+        )
+
+
+def write_adapters(specialist: RestoredSpecialist, folder: Path) -> list[str]:
+    """Write both files into ``folder``, which exists, of a specialist that :func:`check_adapters` takes.
+
+    Returns:
+        Notices for people: what model they belong to.
+    """
+    lora = specialist.lora
+    assert lora is not None
     tensors: dict[str, Tensor] = {}
     modules = [hf.removesuffix(".weight") for hf in specialist.layer_weights if hf.split(".")[-2] in lora.targets]
     for layer in range(specialist.arch.layers):
@@ -43,11 +50,6 @@ def write_adapters(specialist: RestoredSpecialist, folder: Path) -> list[str]:
             for letter, matrix in zip("AB", found, strict=True):
                 tensors[f"{_MODEL}model.layers.{layer}.{module}.lora_{letter}.weight"] = matrix.contiguous()
     if specialist.head_trained:
-        if specialist.arch.tied:
-            raise InputError(
-                f"--what adapter:{specialist.name}: its head was trained apart from the embedding that its folder "
-                f"ties it to, which PEFT does not hold; use specialist:{specialist.name}"
-            )
         tensors[f"{_MODEL}{HEAD}"] = specialist.read(HEAD)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -64,5 +66,7 @@ def write_adapters(specialist: RestoredSpecialist, folder: Path) -> list[str]:
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors writes them for their owner alone
     return [f"{specialist.name}: adapters of the model in {specialist.source.origin}; PEFT loads them beside it"]

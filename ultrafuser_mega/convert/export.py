@@ -25,7 +25,7 @@ from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.sources import CARD, CONFIG, beside_weights
 from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_existing, unfinished_of
 from ultrafuser_mega.config import load_config
-from ultrafuser_mega.convert.adapters import write_adapters
+from ultrafuser_mega.convert.adapters import check_adapters, write_adapters
 from ultrafuser_mega.convert.compare import FUSED, ExportCheck
 from ultrafuser_mega.convert.restore import RestoredSpecialist, TrainedModel
 from ultrafuser_mega.convert.shards import LEDGER, SHARD_BYTES, Planned, begin_ledger, write_shards
@@ -87,7 +87,9 @@ def export(
     elif part != what:
         write = partial(_specialist, model.specialist(part), unfinished, identity, shard_bytes)
     elif (adapted := what.removeprefix(_ADAPTER)) != what:
-        write, verify = partial(write_adapters, model.specialist(adapted), unfinished), False
+        specialist, verify = model.specialist(adapted), False
+        check_adapters(specialist)  # before there is an unfinished folder, which would keep another export out
+        write = partial(write_adapters, specialist, unfinished)
     else:
         raise InputError(
             f"--what {what}: expected fused, specialist:NAME or adapter:NAME with one of {', '.join(model.sources)}"

@@ -151,6 +151,8 @@ def preflight(config: FuserConfig, world_size: int, resume: bool) -> RunPlan:
         notices=(*idle_replicas(config, layout.dp), *unused_adapters(config), *notices),
     )
     if not resume:
+        _refuse_own_folder("checkpoint.start", None if start is None else start[1], config.run_dir)
+        _refuse_own_folder("distil.teacher", plan.teacher, config.run_dir)
         return plan
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
     if not checkpoints:
@@ -274,6 +276,15 @@ def _teacher(config: FuserConfig, identity: dict[str, Any]) -> Path | None:
     except InputError as error:
         raise InputError(f"distil.teacher: {error}") from None
     return path
+
+
+def _refuse_own_folder(key: str, path: Path | None, run_dir: Path) -> None:
+    """Refuse a checkpoint that would not be where it is any more once the run has begun."""
+    if path is not None and path.resolve().is_relative_to(run_dir.resolve()):
+        raise InputError(
+            f"{key}: {path} is of an earlier run of this name, which is set aside when another begins; choose another "
+            f"name than {run_dir.name}"
+        )
 
 
 def _check_run_dir(run_dir: Path) -> None:

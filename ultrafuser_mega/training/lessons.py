@@ -169,7 +169,7 @@ class Lessons:
         path = self.folder / f"{kind}-{window:05d}.jsonl"
         # A run that goes on in the midst of the student's steps has answers by the weights that it had before them.
         known = path.is_file() and (kind == "prompts" or self._before[step] > begin)
-        answers: dict[Pick, Sequence[int]] = {**read_answers(path)} if known else {}
+        answers: dict[Pick, Sequence[int]] = {**read_answers(path, self.own.store.vocab_size)} if known else {}
         # All of them, or those of the steps that a run has been given since.
         if missing := [pick for pick in wanted if pick not in answers]:
             with self._phases(ANSWERING, whole=True):
@@ -230,10 +230,14 @@ def _write_answers(path: Path, answers: Answers) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def read_answers(path: Path) -> dict[Pick, list[int]]:
-    """What a run has kept; raises InputError where the file is damaged."""
+def read_answers(path: Path, vocab_size: int) -> dict[Pick, list[int]]:
+    """What a run has kept; raises InputError where the file is damaged, or holds what is no token of the vocabulary."""
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        return {(str(r["class"]), int(r["index"])): [int(token) for token in r["ids"]] for r in records}
+        answers = {(str(r["class"]), int(r["index"])): [int(token) for token in r["ids"]] for r in records}
+        for pick, ids in answers.items():
+            if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise ValueError(f"{pick[0]} {pick[1]}: not one or more tokens of 0 to {vocab_size - 1}")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error!r}); remove it and start without --resume") from None
+        raise InputError(f"{path}: damaged ({error!r}); remove it: --resume has its prompts answered anew") from None
+    return answers

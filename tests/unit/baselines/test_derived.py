@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ from support.branched import branched_tree, write_branched
 from support.command import ultrafuser
 from support.trio import DISJOINT_8, config_tree, read_steps
 from support.tuning import plain_loss
+from typer import Exit
 
-from ultrafuser_mega.baselines.derived import further_tuned, llamafuser
+from ultrafuser_mega.baselines.derived import DerivedRun, further_tuned, llamafuser
 from ultrafuser_mega.baselines.heldout import heldout_losses, load_model
 from ultrafuser_mega.baselines.tuning import Tuning, tune
+from ultrafuser_mega.cli.baseline import train_and_export
 from ultrafuser_mega.config import FuserConfig, load_config
+from ultrafuser_mega.convert.compare import DifferentModel
 from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.launch import job
+from ultrafuser_mega.reporting.records import MetricsWriter, StepRecord, write_summary
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +136,41 @@ def test_a_further_tuned_specialist_is_trained_and_exported(
 
 
 @pytest.mark.slow
+def test_only_what_was_trained_to_its_end_is_exported(
+    branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour's end is no failure of the run: its code is 0."""
+    run = further_tuned(FuserConfig.model_validate(branched_tree(branched, tmp_path / "runs")), "text")
+    run.config.run_dir.mkdir(parents=True)
+    monkeypatch.setattr(job, "train_here", lambda *of, **options: 0)
+
+    def differs(self: DerivedRun, out: Path) -> list[str]:
+        raise DifferentModel(f"{out}: computes something else")
+
+    monkeypatch.setattr(DerivedRun, "export", differs)
+
+    def code() -> int:
+        with pytest.raises(Exit) as end:
+            train_and_export(run, tmp_path / "out", None, False, False, 0)
+        return end.value.exit_code
+
+    assert code() == 0  # its first part
+    write_summary(run.config.run_dir, {"steps": 1})
+    numbers = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "seconds": 1.0}
+    step = StepRecord(stage=2, step=1, class_loss={}, tokens=1, gate={}, **numbers)
+    with MetricsWriter(run.config.run_dir, resume_step=None) as metrics:
+        metrics.write_step(step)
+        metrics.write_step(replace(step, step=2))
+    assert code() == 0  # over once, then given another step
+    assert capsys.readouterr().err == ""
+    write_summary(run.config.run_dir, {"steps": 2})
+    assert code() == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: computes something else\n"
+    nothing = run.config.model_copy(update={"stage2": run.config.stage2.model_copy(update={"steps": 0})})
+    with pytest.raises(InputError, match=r"^stage2\.steps: 0 trains nothing"):
+        train_and_export(replace(run, config=nothing), tmp_path / "out", None, False, False, 0)
+
+
 def test_llamafuser_becomes_a_release(
     branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

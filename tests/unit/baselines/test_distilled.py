@@ -116,12 +116,16 @@ def test_a_student_trains_by_adapters_of_a_teacher_that_leaves_weights_out_but_n
     for name, losses in fused["eval"].items():
         assert summary["eval"][name]["teacher"] == pytest.approx(losses["fused"], rel=1e-5)
     export(made.run_dir, tmp_path / "adapter", f"adapter:{STUDENT}")
+    files = (tmp_path / "adapter").iterdir()
+    assert len({path.stat().st_mode for path in files}) == 1  # whoever reads one of them reads all
     said = export(made.run_dir, tmp_path / "student")
     assert any(line.startswith("verified") for line in said)
     with pytest.raises(InputError, match=rf"of a distillation student alone is meant; text is its teacher's, {run}"):
         export(made.run_dir, tmp_path / "text", "specialist:text")
     with ExitStack() as stack, pytest.raises(InputError, match="text is its teacher's"):
         Address.parse(f"{made.run_dir}@text").stored(stack)
+    with pytest.raises(InputError, match="distilled-math: is a distillation itself; give the run that it learned from"):
+        distilled(made.run_dir, "math")
     adapted = train(tree | {"name": "adapted", "stage2": tree["stage2"] | {"train": {"specialists": "lora"}}}, 1)
     with pytest.raises(
         InputError, match=r"adapted: text, code, math have adapters, and a teacher has none; merge them:"

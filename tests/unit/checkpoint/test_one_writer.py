@@ -20,7 +20,7 @@ from ultrafuser_mega.checkpoint.progress import Progress
 from ultrafuser_mega.checkpoint.saver import Saver, copies_for
 from ultrafuser_mega.checkpoint.sources import SourceFiles
 from ultrafuser_mega.checkpoint.tensors import CheckpointTensors
-from ultrafuser_mega.checkpoint.unfinished import alone, finish
+from ultrafuser_mega.checkpoint.unfinished import alone, finish, refuse_out
 from ultrafuser_mega.errors import InputError
 from ultrafuser_mega.training.run_folder import locked_run
 
@@ -135,6 +135,24 @@ def test_a_read_only_file_system_is_one_line_with_the_path_and_what_to_do(read_o
         said = rf"/{run}: cannot be written: Read-only file system; use another runs folder$"
         with pytest.raises(InputError, match=said), locked_run(read_only / run, enabled=True):
             pass
+
+
+def test_a_place_in_which_a_result_could_not_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+    refuse_out(tmp_path / "new" / "out")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out, said in [
+        ("file", "exists already"),
+        ("link", "exists already"),
+        ("file/new/out", rf"^--out .*/file/new/out: {tmp_path}/file is a file; choose another folder$"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            refuse_out(tmp_path / out)
+
+
+def test_a_result_on_a_read_only_file_system_is_refused_before_the_work(read_only: Path) -> None:
+    with pytest.raises(InputError, match=rf"/new/out: {read_only} cannot be written by this user"):
+        refuse_out(read_only / "new" / "out")
 
 
 @pytest.mark.parametrize(("verified", "least", "most"), [(True, 1, 2**16), (False, 2**22, 2**23)])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from reproduction.compare import Comparing, compare_adapters
+from reproduction.compare import Comparing, compare_adapters, compare_students
 from reproduction.measured import Measured, recovered
 from reproduction.rows import AVERAGE, ULTRAFUSER
 from reproduction.trios import Trio
@@ -49,11 +49,32 @@ def test_rows_are_kinds_with_or_without_a_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("sideways KL", "no such kind; use labels"), ("on-policy@fast", "a rate behind @")]
+    ("text", "message"),
+    [
+        ("sideways KL", "no such kind; use labels"),
+        ("on-policy@fast", "a rate behind @"),
+        ("on-policy@nan", "on-policy@nan: expected a rate behind @"),
+        ("on-policy@-1e-3", "expected a rate behind @"),
+        ("on-policy@1e-3,on-policy@0.001", "on-policy@0.001: stands twice"),
+    ],
 )
 def test_rows_that_are_none_are_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_rows(text, LESSONS)
+
+
+def test_what_would_fail_behind_hours_is_refused_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"--seeds 0,1,0: .*give each seed once"):
+        Comparing.of(out, "0,1,0", False, None, "", 1, [])
+    with pytest.raises(InputError, match=r"--into law: there is no such specialist; use text, code, math"):
+        compare_students(Comparing.of(out, "0", False, None, "", 1, [], "law"))
+    run = tmp_path / "demo"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"--base .*/none: holds no config\.json"):
+        Comparing.of(out, "0", False, run, "", 1, [], "text", tmp_path / "none")
+    assert not out.exists()
 
 
 def test_other_held_out_samples_than_those_of_the_given_run_are_refused(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_answers_are_those_of_the_model_that_gives_them(branched: Path, teacher:
         ("prompts", str(teacher), ["text", "code", "math"]),
         ("on_policy", f"{branched / 'text'}@ultralm", [STUDENT]),
     ]:
-        answers = read_answers(mixed_run.run_dir / "answers" / f"{kind}-00000.jsonl")
+        answers = read_answers(mixed_run.run_dir / "answers" / f"{kind}-00000.jsonl", store.vocab_size)
         assert answers
         prompts = {}
         for row, (name, index) in enumerate(answers):
@@ -182,6 +182,22 @@ def test_answered_samples_keep_every_specialists_prompt(mixed_run: FuserConfig) 
     assert given.taken(1) == {"code": 1.0, "math": 1.0}
 
 
+@pytest.mark.parametrize("damage", ['"ids": []', '"ids": [3, 4', '"ids": [3, 400]', '"ids": [-1]', '"ids": 3', "{"])
+def test_answers_that_are_damaged_are_refused_by_the_name_of_their_file(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "prompts-00000.jsonl"
+    path.write_text(f'{{"class": "text", "index": 0, "ids": [3, 399]}}\n{{"class": "text", "index": 1, {damage}}}\n')
+    with pytest.raises(InputError, match=rf"^{path}: damaged .*; remove it"):
+        read_answers(path, 400)
+
+
+def test_a_run_does_not_set_its_teacher_aside(teacher: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "checkpoints" / "stage1-step0000000"
+    shutil.copytree(teacher, own)
+    made = distilled(own, "text", overrides=[f"runs={tmp_path}", "name=mine"])
+    with pytest.raises(InputError, match=r"^distil\.teacher: .*is of an earlier run of this name.*than mine"):
+        preflight(made.config, 1, resume=False)
+
+
 @pytest.mark.parametrize(
     ("into", "overrides", "message"),
     [
@@ -189,6 +205,7 @@ def test_answered_samples_keep_every_specialists_prompt(mixed_run: FuserConfig) 
         ("text", ["stage1.steps=3"], "stage1.steps: the teacher's gate is trained already"),
         ("text", ["stage2.train.gate=full"], "stage2.train.gate: is the teacher's; set stage2.train.gate=frozen"),
         ("text", ["stage2.train.code=lora"], "stage2.train.code: is the teacher's; set stage2.train.code=frozen"),
+        ("text", ["stage2.train.student.lr=-1"], "stage2.train.student.lr: Input should be greater than 0"),
         ("text", ["loss.z_loss=0.1"], "label_smoothing and z_loss have no meaning in distillation"),
         ("text", ["distil.student=law"], "distil.student: law must be one of two or more specialists"),
         ("text", ["distil.temprature=2"], "unknown key distil.temprature; did you mean distil.temperature"),
@@ -215,11 +232,12 @@ def test_a_teacher_of_other_specialists_is_refused(teacher: Path, branched: Path
 def test_a_run_that_becomes_longer_asks_for_the_answers_it_lacks(mixed_run: FuserConfig, tmp_path: Path) -> None:
     folder, runs = mixed_run.run_dir, tmp_path / "runs"
     shutil.copytree(folder, runs / folder.name)
-    before = read_answers(folder / "answers" / "prompts-00000.jsonl")
+    rows = TokenStore.open(mixed_run.store_dir).vocab_size
+    before = read_answers(folder / "answers" / "prompts-00000.jsonl", rows)
     path = tmp_path / "longer.yaml"
     longer = mixed_run.stage2.model_copy(update={"steps": STEPS + 3})
     path.write_text(dump_config(mixed_run.model_copy(update={"runs": runs, "stage2": longer})))
     run_ranks(_trained, 1, path, True, timeout_s=240.0)
     assert len(read_steps(runs / folder.name)) == STEPS + 3
-    after = read_answers(runs / folder.name / "answers" / "prompts-00000.jsonl")
+    after = read_answers(runs / folder.name / "answers" / "prompts-00000.jsonl", rows)
     assert before.items() < after.items()
