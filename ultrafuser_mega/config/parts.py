@@ -51,8 +51,8 @@ def check_parts(stages: Mapping[int, Stage], optimizer: Optimizer, specialists: 
     """Refuse what cannot be trained so.
 
     Raises:
-        InputError: a part that is none, adapters of what has none, a specialist that changes between adapters and full
-            training, or a stage that trains nothing; names the key.
+        InputError: a part that is none, adapters of what has none, rates of what is frozen, a specialist that changes
+            between adapters and full training, or a stage that trains nothing; names the key.
     """
     found = {number: stage_parts(stage, number, optimizer, specialists) for number, stage in stages.items()}
     for number, stage in stages.items():
@@ -66,6 +66,12 @@ def check_parts(stages: Mapping[int, Stage], optimizer: Optimizer, specialists: 
                 raise InputError(f"{key}: there is no such part; use {', '.join(known)}")
             if name in (GATE, HEADS) and part.mode == "lora":
                 raise InputError(f"{key}: adapters are of specialists' projections; use frozen or full")
+            rates = part.model_dump(exclude={"mode"}, exclude_none=True)
+            whole = specialists if name == SPECIALISTS else [name]
+            if rates and not any(found[number][one].trains for one in whole):
+                raise InputError(
+                    f"{key}: is frozen, and {', '.join(rates)} would do nothing; set its mode, or leave it out"
+                )
             if name in specialists and name in (GATE, HEADS, SPECIALISTS):
                 raise InputError(f"{key}: a specialist has the name of a part; give it another one")
         if stage.steps and not any(part.trains for part in found[number].values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_two_rates_for_the_gate_are_refused() -> None:
         InputError, match=r"^stage2\.gate_lr: 0\.01, and stage2\.train\.gate\.lr: 0\.001; leave one out$"
     ):
         check_parts({2: stage}, Optimizer(), ["text"])
+
+
+@pytest.mark.parametrize(
+    ("number", "train", "message"),
+    [
+        (2, "{gate: {mode: frozen, lr: 1e-3}}", "stage2.train.gate: is frozen, and lr would do nothing"),
+        (1, "{heads: {lr: 1e-3, weight_decay: 0}}", "stage1.train.heads: is frozen, and lr, weight_decay would"),
+        (1, "{specialists: {warmup_steps: 3}}", "stage1.train.specialists: is frozen, and warmup_steps would"),
+    ],
+)
+def test_rates_of_what_is_frozen_are_refused(number: int, train: str, message: str) -> None:
+    config = load_config(None, [f"stage{number}.train={train}"])
+    with pytest.raises(InputError, match=f"^{re.escape(message)}.*; set its mode, or leave it out$"):
+        check_parts({number: {1: config.stage1, 2: config.stage2}[number]}, Optimizer(), ["text"])
 
 
 def test_a_stage_without_steps_is_none_of_the_runs_stages() -> None:
