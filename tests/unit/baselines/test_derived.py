@@ -135,7 +135,6 @@ def test_a_further_tuned_specialist_is_trained_and_exported(
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_only_what_was_trained_to_its_end_is_exported(
     branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,8 +155,18 @@ def test_only_what_was_trained_to_its_end_is_exported(
 
     assert code() == 0  # its first part
     write_summary(run.config.run_dir, {"steps": 1})
-    numbers = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "seconds": 1.0}
-    step = StepRecord(stage=2, step=1, class_loss={}, tokens=1, gate={}, **numbers)
+    step = StepRecord(
+        stage=2,
+        step=1,
+        loss=1.0,
+        class_loss={},
+        lr=1.0,
+        grad_norm=1.0,
+        tokens=1,
+        tokens_per_s=1.0,
+        gate={},
+        seconds=1.0,
+    )
     with MetricsWriter(run.config.run_dir, resume_step=None) as metrics:
         metrics.write_step(step)
         metrics.write_step(replace(step, step=2))
@@ -171,6 +180,7 @@ def test_only_what_was_trained_to_its_end_is_exported(
         train_and_export(replace(run, config=nothing), tmp_path / "out", None, False, False, 0)
 
 
+@pytest.mark.slow
 def test_llamafuser_becomes_a_release(
     branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

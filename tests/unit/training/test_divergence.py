@@ -37,9 +37,12 @@ def test_the_limit_does_not_climb_along_with_the_loss() -> None:
 
 def _batches(samples: int) -> Any:
     """Of steps of so many samples, in two microbatches that only say where they come from."""
-    return SimpleNamespace(
-        step=lambda step: StepBatch([(step, 0), (step, 1)], {}, np.ones(samples), Packing(0.0, 1.0, 1.0))
-    )
+
+    def step(step: int) -> StepBatch:
+        microbatches: Any = [(step, 0), (step, 1)]
+        return StepBatch(microbatches, {}, np.ones(samples), Packing(0.0, 1.0, 1.0))
+
+    return SimpleNamespace(step=step)
 
 
 @pytest.mark.parametrize(("samples", "steps"), [(SAMPLES, 1), (SAMPLES - 1, 2), (3, 22)])
