@@ -230,6 +230,24 @@ def test_a_specialist_without_adapters_gives_none_to_peft(whole: Path, tmp_path:
     assert not list(tmp_path.iterdir())  # nothing that an export of something else would have to go on with
 
 
+def test_adapters_beside_weights_that_a_checkpoint_gave_are_not_written_for_peft(trio: Path, tmp_path: Path) -> None:
+    """PEFT would add them to the folder that those weights came from before they were trained."""
+    tuned = train(config_tree(trio, tmp_path, ONE) | {"name": "tuned"}, 1)
+    tree = tree_of(trio, tmp_path, ONE, name="adapted")
+    tree["stage1"]["steps"] = 0
+    for (progress, start), refused in zip(list_checkpoints(tuned / "checkpoints"), (False, True), strict=True):
+        tree["checkpoint"] = {"weights": "all", "start": str(start)}
+        run, out = train(tree | {"name": f"from{progress.stage}"}, 1), tmp_path / f"code{progress.stage}"
+        if refused:
+            with pytest.raises(
+                InputError, match=r"^--what adapter:code: .* other weights than those in .*specialist:code"
+            ):
+                export(run, out, "adapter:code")
+        else:
+            export(run, out, "adapter:code")  # stage 1 trained the gate alone
+        assert out.exists() != refused
+
+
 @pytest.mark.parametrize("heads", ["frozen", "full"])
 def test_peft_loads_the_adapters_and_gives_the_merged_models_logits(trio: Path, tmp_path: Path, heads: str) -> None:
     peft = pytest.importorskip("peft")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ultrafuser_mega.cli.options import Config, MaxRestarts, Overrides, Ranks, Requeue, Resume
+from ultrafuser_mega.cli.options import MaxRestarts, Overrides, Ranks, Requeue, Resume
 
 
 def distil(
@@ -15,7 +15,10 @@ def distil(
     into: Annotated[str, typer.Option(help="the student: a specialist of the run, as it came, or a model's folder")],
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
     overrides: Overrides = None,
-    config: Config = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="YAML file; default: what the checkpoint keeps", show_default=False),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(help="of the student; default: the specialist's, hf for a folder", show_default=False),

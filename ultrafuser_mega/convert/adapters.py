@@ -20,7 +20,7 @@ _MODEL = "base_model.model."
 
 
 def check_adapters(specialist: RestoredSpecialist) -> None:
-    """Raise InputError where the specialist has no adapters, or PEFT cannot hold what was trained beside them."""
+    """Raise InputError where the specialist has no adapters, or PEFT would not make the trained model of them."""
     if specialist.lora is None:
         raise InputError(
             f"--what adapter:{specialist.name}: it has no adapters; "
@@ -30,6 +30,12 @@ def check_adapters(specialist: RestoredSpecialist) -> None:
         raise InputError(
             f"--what adapter:{specialist.name}: its head was trained apart from the embedding that its folder "
             f"ties it to, which PEFT does not hold; use specialist:{specialist.name}"
+        )
+    if not specialist.stands_on_its_folder():
+        raise InputError(
+            f"--what adapter:{specialist.name}: its adapters were trained beside other weights than those in "
+            f"{specialist.source.origin} (checkpoint.start), to which PEFT would add them; use "
+            f"specialist:{specialist.name}, which has them merged"
         )
 
 

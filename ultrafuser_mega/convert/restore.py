@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ultrafuser_mega.models.hf_folder import (
     FINAL_NORM,
     HEAD,
     HFWeights,
+    TensorFolder,
     hf_shapes,
     read_architecture,
 )
@@ -191,6 +193,23 @@ class RestoredSpecialist:
                 value = self._from_folder(tensor)
             value = self._merged(value, int(layer), name)
         return value.to(self.dtype(tensor)).contiguous()
+
+    def stands_on_its_folder(self) -> bool:
+        """Whether what its adapters change is as in the folder that it came from, by the first layer.
+
+        Not so where ``checkpoint.start`` gave it weights that had been trained. A folder that is gone passes.
+        """
+        origin = Path(self.source.origin)
+        if self.lora is None or self._beside is not None or not (origin / "config.json").is_file():
+            return True
+        theirs, lora = TensorFolder(origin), self.lora
+        for name, rule in self._rules.items():
+            if name.split(".")[-2] in lora.targets and name.endswith(".weight"):
+                own = rule.restore(self.arch, name, partial(self._of_layer, 0, rule.stored))
+                tensor = f"model.layers.0.{name}"
+                if tensor not in theirs or not torch.equal(own, theirs.read(tensor, dtype=own.dtype)):
+                    return False
+        return True
 
     def adapter(self, layer: int, projection: str) -> tuple[Tensor, Tensor] | None:
         """A (r, inputs) and B (outputs, r) beside a projection of a layer; None where it has none."""
