@@ -1,4 +1,4 @@
-"""Files that a reader finds whole."""
+"""Files that a reader finds whole, and what is in the way of one."""
 
 from __future__ import annotations
 
@@ -40,3 +40,16 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that a reader finds the old file or the new one, never half of one."""
     with whole(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def obstacle_to(path: Path) -> str:
+    """Why ``path`` could not be made or written, in words; empty where it could. Nothing is made."""
+    place = path.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return f"{place} is a file"
+        return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written by this user"
+    except OSError as error:
+        return f"{path}: {error.strerror}"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ultrafuser_mega.errors import InputError, writing
-from ultrafuser_mega.files import NO_LOCKS
+from ultrafuser_mega.files import NO_LOCKS, obstacle_to
 
 
 def unfinished_of(out: Path) -> Path:
@@ -26,11 +26,8 @@ def refuse_existing(out: Path) -> None:
 def refuse_out(out: Path) -> None:
     """Raise InputError where ``out`` exists or could not be made: before the work that it is the result of."""
     refuse_existing(out)
-    place = next(folder for folder in out.absolute().parents if folder.exists())
-    if not place.is_dir():
-        raise InputError(f"--out {out}: {place} is a file; choose another folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: {place} cannot be written by this user; choose another folder")
+    if obstacle := obstacle_to(out):
+        raise InputError(f"--out {out}: {obstacle}; choose another folder")
 
 
 @contextmanager

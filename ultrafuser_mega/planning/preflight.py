@@ -28,6 +28,7 @@ from ultrafuser_mega.data.store import TokenStore
 from ultrafuser_mega.data.templates import TEMPLATE_NAMES
 from ultrafuser_mega.data.tokenizer import check_tokenizers, shared_vocab_size
 from ultrafuser_mega.errors import InputError
+from ultrafuser_mega.files import obstacle_to
 from ultrafuser_mega.models.dtypes import DTYPES
 from ultrafuser_mega.models.hf_folder import (
     Architecture,
@@ -289,16 +290,8 @@ def _refuse_own_folder(key: str, path: Path | None, run_dir: Path) -> None:
 
 def _check_run_dir(run_dir: Path) -> None:
     """Whether the run could make and write its folder; nothing is made."""
-    try:
-        place = run_dir
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir():
-            raise InputError(f"runs, name: {place} is a file; choose another runs folder or name")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(f"runs, name: {place} cannot be written by this user; choose another runs folder")
-    except OSError as error:
-        raise InputError(f"runs, name: {run_dir}: {error.strerror}; choose another runs folder or name") from None
+    if obstacle := obstacle_to(run_dir):
+        raise InputError(f"runs, name: {obstacle}; choose another runs folder or name")
 
 
 def _check_reports(config: FuserConfig, ranks: int, resume: bool) -> None:
