@@ -186,9 +186,8 @@ class RestoredSpecialist:
             value = self.tensors.read(key) if self._holds(key) else self._from_folder(tensor)
         else:
             layer, name = tensor.removeprefix("model.layers.").split(".", 1)
-            rule = self._rules[name]
-            if self._holds(self._key(f"decoder.layers.{rule.stored}")):
-                value = rule.restore(self.arch, name, lambda part: self._of_layer(int(layer), rule.stored, part))
+            if self._holds(self._key(f"decoder.layers.{self._rules[name].stored}")):
+                value = self._held(int(layer), name)
             else:
                 value = self._from_folder(tensor)
             value = self._merged(value, int(layer), name)
@@ -203,10 +202,9 @@ class RestoredSpecialist:
         if self.lora is None or self._beside is not None or not (origin / "config.json").is_file():
             return True
         theirs, lora = TensorFolder(origin), self.lora
-        for name, rule in self._rules.items():
+        for name in self._rules:
             if name.split(".")[-2] in lora.targets and name.endswith(".weight"):
-                own = rule.restore(self.arch, name, partial(self._of_layer, 0, rule.stored))
-                tensor = f"model.layers.0.{name}"
+                own, tensor = self._held(0, name), f"model.layers.0.{name}"
                 if tensor not in theirs or not torch.equal(own, theirs.read(tensor, dtype=own.dtype)):
                     return False
         return True
@@ -218,6 +216,11 @@ class RestoredSpecialist:
             return None
         a, b = (self.tensors.read(key, slice(layer, layer + 1))[0] for key in keys)
         return a, b
+
+    def _held(self, layer: int, name: str) -> Tensor:
+        """A layer's weight as the checkpoint holds it, without adapters."""
+        rule = self._rules[name]
+        return rule.restore(self.arch, name, partial(self._of_layer, layer, rule.stored))
 
     def _merged(self, weight: Tensor, layer: int, name: str) -> Tensor:
         found = self.adapter(layer, name.split(".")[-2]) if name.endswith("_proj.weight") else None

@@ -101,15 +101,16 @@ def stored_checkpoint(folder: Path, part: str | None, described: Path) -> Stored
     trained = TrainedModel(folder)
     if part is None and not trained.fused:
         raise InputError(f"{folder}: was imported from single folders; a fused model needs a configuration")
-    # A specialist alone has all endings that answers had in training, which depend on who trained along.
-    names = list(trained.sources) if part is None or trained.fused else [part]
-    specialists = {name: trained.specialist(name) for name in (names if part is None else [part])}
+    names = list(trained.sources) if part is None else [part]
+    specialists = {name: trained.specialist(name) for name in names}
+    # Also of a specialist alone: its answers end as those of all were trained to.
+    along = list(trained.sources) if trained.fused else names
     keys = trained.gate_keys() if trained.fused and part is None else []
     shared = part is None and (not keys or "gate.w1.shared" in keys)  # widths may differ
     dtype = stored_type(trained.tensors)
     config = _describe(
         described,
-        {name: (trained.sources[name].folder, trained.sources[name].template) for name in names},
+        {name: (trained.sources[name].folder, trained.sources[name].template) for name in along},
         trained.vocab_size,
         trained.gate_units if keys else 1,
         shared,
